@@ -1,0 +1,205 @@
+"""Artifacts: directories with a manifest, written in a staging folder and put in place by a rename.
+
+A reader sees the old artifact or the new one, never half of one. The manifest names every file with
+its size and sha256, so that damage is found before a file is used. docs/artifacts.md describes the
+format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from foldkv.errors import ArtifactError, InputError
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_STAGING_MARK = ".foldkv-staging-"
+_RETIRED_MARK = ".foldkv-retired-"
+
+
+def sha256_file(path: Path) -> str:
+    """The hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The hex sha256 of a JSON value in its canonical spelling (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Path]:
+    """A folder to write an artifact in; on success it becomes ``destination``, else it is removed.
+
+    ``destination`` is replaced only if it is an artifact of the same ``kind``, an empty folder or a
+    left-over of an interrupted write: a user's own folder is never deleted.
+
+    Raises:
+        InputError: ``destination`` exists and is something else, or its parent cannot be written.
+    """
+    destination = Path(os.path.abspath(destination))
+    _check_replaceable(destination, kind, replace)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(destination)
+        staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+        staging.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {destination.parent}: {error.strerror or error}. "
+            "Choose an output folder that can be written."
+        ) from None
+    try:
+        yield staging
+        _put_in_place(staging, destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(destination: Path, kind: str, replace: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise InputError(f"{destination} is a file; expected a folder to write the {kind} artifact to. Choose another.")
+    if not any(destination.iterdir()):
+        return
+    try:
+        found = json.loads((destination / MANIFEST).read_text()).get("kind")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != kind:
+        raise InputError(
+            f"{destination} is not empty and holds no {kind} artifact"
+            f"{f' but a {found} artifact' if found else ''}; nothing was changed. Choose another output folder."
+        )
+    if not replace:
+        raise InputError(f"{destination} already holds a {kind} artifact; nothing was changed.")
+
+
+def _owner_is_alive(mark: str) -> bool:
+    with contextlib.suppress(ValueError, ProcessLookupError):
+        os.kill(int(mark.split("-", 1)[0]), 0)
+        return True
+    return False
+
+
+def _remove_leftovers(destination: Path) -> None:
+    """Remove what writers that were killed left beside ``destination``; restore a retired artifact."""
+    for mark in (_RETIRED_MARK, _STAGING_MARK):
+        for path in destination.parent.glob(f"{destination.name}{mark}*"):
+            if _owner_is_alive(path.name.split(mark, 1)[1]):
+                continue
+            if mark == _RETIRED_MARK and not destination.exists():
+                path.rename(destination)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, destination: Path) -> None:
+    retired = destination.parent / f"{destination.name}{_RETIRED_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    if destination.exists():
+        destination.rename(retired)
+    try:
+        staging.rename(destination)
+    except OSError:
+        if retired.exists():
+            retired.rename(destination)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_manifest(folder: Path, *, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Hash every file of ``folder`` and write its manifest; returns the manifest.
+
+    ``content`` is stored beside ``schema_version``, ``kind`` and ``files``.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"schema_version": SCHEMA_VERSION, "kind": kind, "files": files, **content}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
+    """The manifest of an artifact, after checking its kind and version and that its files exist.
+
+    Raises:
+        ArtifactError: no manifest, not JSON, another kind or version, a file missing or of another
+            size, or a file name that leads out of the artifact.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError:
+        raise ArtifactError(f"{folder} is no {kind} artifact: {path} cannot be read. Give the folder a command wrote.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}). The artifact is damaged: make it again.") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ArtifactError(f"{path} has kind {found!r}; expected {kind!r}. Give a folder of the right kind.")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {manifest.get('schema_version')!r}; this foldkv reads {SCHEMA_VERSION}. "
+            "Make the artifact again with this version."
+        )
+    _check_files(Path(folder), manifest.get("files"))
+    return manifest
+
+
+def _check_files(folder: Path, files: Any) -> None:
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{folder / MANIFEST}: 'files' is {type(files).__name__}; expected a table of files.")
+    for name, facts in files.items():
+        path = confined(folder, name)
+        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int):
+            raise ArtifactError(f"{folder / MANIFEST}: file {name!r} has no size. The manifest is damaged: make the artifact again.")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing, the manifest names it. Copy the whole artifact or make it again.")
+        if path.stat().st_size != facts["bytes"]:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes; the manifest says {facts['bytes']}. "
+                "The copy is incomplete or damaged: copy or make it again."
+            )
+
+
+def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the sha256 of every file with the manifest.
+
+    Raises:
+        ArtifactError: a file's content is not what the manifest was written for.
+    """
+    for name, facts in manifest["files"].items():
+        found = sha256_file(confined(folder, name))
+        if found != facts.get("sha256"):
+            raise ArtifactError(
+                f"{folder / name} has sha256 {found[:16]}...; the manifest says {str(facts.get('sha256'))[:16]}... "
+                "The file was changed after it was made: make the artifact again."
+            )
+
+
+def confined(folder: Path, name: str) -> Path:
+    """``folder/name``, if that stays inside ``folder``.
+
+    Raises:
+        ArtifactError: an absolute path, a ``..`` or a link that leads out.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not name or "\\" in name or "\0" in name:
+        raise ArtifactError(f"{folder}: file name {name!r} leads out of the artifact; it is refused.")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path} is a link out of the artifact; it is refused.")
+    return path

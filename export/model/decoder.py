@@ -1,0 +1,130 @@
+"""The decoder: token ids and state in, logits and state out. Plain tensors, no cache object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foldkv.export.model.attention import Attention
+from foldkv.export.model.hyper_connections import collapse, collapse_last, expand
+from foldkv.export.model.moe import MixtureOfExperts
+from foldkv.export.model.norm import RMSNorm
+from foldkv.export.spec import ModelSpec
+from foldkv.export.state import StateTensor, state_tensors
+
+TAP = "tap.layers.{layer}.hidden"
+
+
+class Layer(nn.Module):
+    """Attention and experts, each between a collapse and an expansion of the residual streams."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.spec = spec
+        streams = spec.hc_mult
+        self.attn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.attn = Attention(spec, layer)
+        self.ffn = MixtureOfExperts(spec, layer)
+        for block in ("attn", "ffn"):
+            rows = (2 + streams) * streams
+            self.register_parameter(f"hc_{block}_fn", nn.Parameter(torch.empty(rows, streams * spec.hidden_size)))
+            self.register_parameter(f"hc_{block}_base", nn.Parameter(torch.empty(rows)))
+            self.register_parameter(f"hc_{block}_scale", nn.Parameter(torch.empty(3)))
+
+    def forward(
+        self,
+        streams: Tensor,
+        state: list[Tensor],
+        input_ids: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        tokens: Tensor,
+        active_context: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """streams [B, S, N, C] and the layer's state -> both after the layer."""
+        x, post, comb = collapse(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.spec)
+        out, state = self.attn(self.attn_norm(x), state, positions, num_tokens, tokens, active_context)
+        streams = expand(streams, out, post, comb)
+        x, post, comb = collapse(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.spec)
+        return expand(streams, self.ffn(self.ffn_norm(x), input_ids), post, comb), state
+
+
+class Decoder(nn.Module):
+    """A whole model; parameters have the released checkpoints' names, experts are stacked per layer."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.hc_head_fn = nn.Parameter(torch.empty(spec.hc_mult, spec.hc_mult * spec.hidden_size))
+        self.hc_head_base = nn.Parameter(torch.empty(spec.hc_mult))
+        self.hc_head_scale = nn.Parameter(torch.empty(1))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        active_context: Tensor,
+        logit_indices: Tensor,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One chunk for every sequence.
+
+        input_ids [B, S] int64; positions [B] int32, tokens already in the state; num_tokens [B] int32, how
+        many of the S are real (the rest is padding and changes nothing); active_context [1] int64, at
+        least every ``positions + num_tokens``; logit_indices [B, L] int64, the chunk offsets whose logits
+        are wanted; state in the order of ``state_tensors``.
+
+        Returns logits [B, L, V] float32 and the state after the chunk.
+        """
+        logits, after, _ = self.run(input_ids, positions, num_tokens, active_context, logit_indices, state)
+        return logits, after
+
+    def run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        active_context: Tensor,
+        logit_indices: Tensor,
+        state: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """As :meth:`forward`, and the residual streams [B, S, N, C] after every layer."""
+        tokens = positions.long().unsqueeze(1) + torch.arange(input_ids.shape[1]).unsqueeze(0)
+        streams = self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.spec.hc_mult, -1)
+        per_layer = split_state(state_tensors(self.spec), state)
+        after: list[Tensor] = []
+        taps: list[Tensor] = []
+        for layer, layer_state in zip(self.layers, per_layer, strict=True):
+            streams, layer_state = layer(
+                streams, layer_state, input_ids, positions, num_tokens, tokens, active_context
+            )
+            after += layer_state
+            taps.append(streams)
+        index = logit_indices[:, :, None, None].expand(-1, -1, streams.shape[2], streams.shape[3])
+        kept = streams.gather(1, index)
+        x = self.norm(collapse_last(kept, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.spec))
+        return functional.linear(x, self.head.weight), after, taps
+
+
+def split_state(tensors: Sequence[StateTensor], state: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The flat state as one list per layer."""
+    layers: list[list[Tensor]] = [[] for _ in range(1 + max(tensor.layer for tensor in tensors))]
+    for tensor, value in zip(tensors, state, strict=True):
+        layers[tensor.layer].append(value)
+    return layers
+
+
+def new_state(spec: ModelSpec, context: int, batch: int = 1, *, fill: float = 0.0) -> list[Tensor]:
+    """A state for ``batch`` sequences of up to ``context`` tokens; what it is filled with has no effect."""
+    return [
+        torch.full((batch, tensor.capacity(context), tensor.width), fill) for tensor in state_tensors(spec)
+    ]

@@ -1,0 +1,226 @@
+"""From the decoder to an ONNX model: torch.export, foldkv operators kept as nodes, their bodies as functions.
+
+The graph's inputs and outputs are named (docs/artifacts.md lists them), every state tensor among them.
+Batch, chunk length, number of logits and the capacity of the entries are dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from foldkv.errors import FoldkvError
+from foldkv.export.model.decoder import TAP, Decoder, new_state
+from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
+from foldkv.export.state import state_tensors
+
+INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
+LOGITS = "logits"
+# Sizes of the example that is traced; all different, so that no two dynamic sizes are taken for one.
+_BATCH, _CHUNK, _KEPT, _CONTEXT = 2, 5, 3, 64
+
+
+class _Flat(nn.Module):
+    """The decoder with its state as separate arguments, as torch.export wants them named."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        active_context: Tensor,
+        logit_indices: Tensor,
+        state: list[Tensor],
+    ) -> list[Tensor]:
+        logits, after, taps = self.decoder.run(
+            input_ids, positions, num_tokens, active_context, logit_indices, state
+        )
+        return [logits, *after, *taps]
+
+
+def onnx_from_decoder(decoder: Decoder) -> ir.Model:
+    """The model as ONNX with its weights in memory; opset and IR version that every backend takes.
+
+    Raises:
+        FoldkvError: an operator was lost on the way, which would be an internal fault.
+    """
+    tensors = state_tensors(decoder.spec)
+    arguments, shapes = _example(decoder)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Flat(decoder),
+            arguments,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            custom_translation_table=translation_table(),
+            opset_version=ONNX_OPSET,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    for value, name in zip(model.graph.inputs, [*INPUTS, *(t.input for t in tensors)], strict=True):
+        value.name = name
+    outputs = list(model.graph.outputs)
+    taps = outputs[1 + len(tensors) :]
+    del model.graph.outputs[1 + len(tensors) :]
+    for value, name in zip(model.graph.outputs, [LOGITS, *(t.output for t in tensors)], strict=True):
+        value.name = name
+    for layer, value in enumerate(taps):
+        value.name = TAP.format(layer=layer)
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        value.name = name.removeprefix("decoder.")
+    _name_dimensions(model, decoder)
+    _tidy(model)
+    _add_functions(model)
+    _check_operators(model, decoder)
+    return model
+
+
+def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    chunk = torch.export.Dim("chunk", min=1, max=1 << 20)
+    kept = torch.export.Dim("kept", min=1, max=1 << 20)
+    capacities = {
+        ratio: torch.export.Dim(f"entries_{ratio}", min=1, max=1 << 24) for ratio in set(decoder.spec.ratios) if ratio
+    }
+    arguments = (
+        torch.zeros(_BATCH, _CHUNK, dtype=torch.int64),
+        torch.zeros(_BATCH, dtype=torch.int32),
+        torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
+        torch.tensor([_CHUNK]),
+        torch.zeros(_BATCH, _KEPT, dtype=torch.int64),
+        # Capacities must differ between ratios too, or torch would join their dimensions.
+        new_state(decoder.spec, _CONTEXT * max(1, *decoder.spec.ratios) + 1, _BATCH),
+    )
+    state_shapes = [
+        {0: batch, 1: capacities[t.ratio]} if t.ratio else {0: batch} for t in state_tensors(decoder.spec)
+    ]
+    return arguments, ({0: batch, 1: chunk}, {0: batch}, {0: batch}, None, {0: batch, 1: kept}, state_shapes)
+
+
+def _name_dimensions(model: ir.Model, decoder: Decoder) -> None:
+    """Names of dynamic sizes as a reader expects them, whatever torch called them."""
+    tensors = state_tensors(decoder.spec)
+    values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
+    for tensor in tensors:
+        rows = f"entries_{tensor.ratio}" if tensor.ratio else tensor.rows
+        for name in (tensor.input, tensor.output):
+            values[name].shape = ir.Shape(["batch", rows, tensor.width])
+    for name, shape in (
+        ("input_ids", ["batch", "chunk"]),
+        ("positions", ["batch"]),
+        ("num_tokens", ["batch"]),
+        ("active_context", [1]),
+        ("logit_indices", ["batch", "kept"]),
+        (LOGITS, ["batch", "kept", decoder.spec.vocab_size]),
+    ):
+        values[name].shape = ir.Shape(shape)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Remove what tracing leaves behind: debug metadata, unused nodes and constants, repeated constants."""
+    from onnx_ir.passes.common import (
+        CommonSubexpressionEliminationPass,
+        IdentityEliminationPass,
+        LiftConstantsToInitializersPass,
+        RemoveUnusedNodesPass,
+    )
+
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    for step in (
+        IdentityEliminationPass(),
+        CommonSubexpressionEliminationPass(),
+        LiftConstantsToInitializersPass(lift_all_constants=False),
+        RemoveUnusedNodesPass(),
+    ):
+        step(model)
+    model.metadata_props.clear()
+    model.producer_name = "foldkv"
+    model.graph.name = "decoder"
+
+
+def _add_functions(model: ir.Model) -> None:
+    """Attach the body of every operator that the graph uses, and of the helpers that these call."""
+    known = {}
+    for operator in operators().values():
+        for function in (operator.function, *_called(operator.function)):
+            known[function.name] = function
+    wanted = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    while wanted:
+        name = wanted.pop()
+        identifier = (DOMAIN, name, "")
+        if identifier in model.functions:
+            continue
+        body = ir.serde.deserialize_function(known[name].to_function_proto())
+        model.functions[identifier] = body
+        wanted += [node.op_type for node in body if node.domain == DOMAIN]
+    model.opset_imports[DOMAIN] = 1
+
+
+def _called(function: object) -> Iterator[object]:
+    for called in function.function_ir.get_called_functions().values():  # type: ignore[attr-defined]
+        yield called
+        yield from _called(called)
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each foldkv operator the graph holds."""
+    return dict(sorted(Counter(node.op_type for node in model.graph if node.domain == DOMAIN).items()))
+
+
+def expected_counts(decoder: Decoder) -> dict[str, int]:
+    """How many nodes of each operator a decoder must give, from its layer kinds alone."""
+    from foldkv.export.spec import CSA, HCA, SLIDING
+
+    kinds = Counter(decoder.spec.layer_types)
+    counts = {
+        "FoldkvCompress": 2 * kinds[CSA] + kinds[HCA],
+        "FoldkvDenseAttention": kinds[HCA],
+        "FoldkvIndexTopk": kinds[CSA],
+        "FoldkvRope": 2 * decoder.spec.num_layers + kinds[CSA],
+        "FoldkvRoutedExperts": decoder.spec.num_layers,
+        "FoldkvSinkhorn": 2 * decoder.spec.num_layers,
+        "FoldkvSparseAttention": kinds[CSA],
+        "FoldkvWindowAttention": kinds[SLIDING],
+        "FoldkvWindowUpdate": decoder.spec.num_layers,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _check_operators(model: ir.Model, decoder: Decoder) -> None:
+    found, expected = operator_counts(model), expected_counts(decoder)
+    if found != expected:
+        raise FoldkvError(f"the traced graph holds operators {found}; expected {expected}. Report this as a fault of foldkv.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter talks of its own progress and of other projects' deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""From a graph package to one engine bundle per target."""

@@ -1,0 +1,1 @@
+"""Decoding from a bundle: sessions, sampling, state. Needs neither torch nor onnx."""
