@@ -56,7 +56,8 @@ def FoldkvVisibleEntries(x: FLOAT, positions: INT32, ratio: int):  # type: ignor
 
 @script(OPSET, default_opset=op)
 def FoldkvActiveRows(entries: FLOAT, active_context: INT64, ratio: int):  # type: ignore[no-untyped-def]
-    return op.Cast(op.Slice(entries, [0], active_context / ratio, [1]), to=1)
+    # At least one row, masked by the caller like any other that is not written: no tensor is ever empty.
+    return op.Cast(op.Slice(entries, [0], op.Max(active_context / ratio, 1), [1]), to=1)
 
 
 @script(OPSET, default_opset=op)
