@@ -1,0 +1,42 @@
+# `make demo` runs the main job, `make test` the tests; both make their environment first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+LINKS := __init__.py __main__.py artifact.py cli.py config.py doctor.py errors.py inspection.py pipeline.py py.typed \
+	export optimize plugins runtime validation
+
+.PHONY: demo test check lint typing docs clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	@$(BIN)/foldkv run examples/demo.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: lint typing test
+
+lint: $(STAMP) .typing/foldkv
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+typing: $(STAMP) .typing/foldkv
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+# Made anew when the requirements change; a stamp, so that an interrupted install is done again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[export,validation,rtx,dev]'
+	touch $@
+
+# Type checkers do not see an editable install whose package is the checkout itself.
+.typing/foldkv:
+	mkdir -p $@ && ln -sfn $(addprefix ../../,$(LINKS)) $@/
+
+clean:
+	rm -rf $(VENV) .typing build *.egg-info demo
