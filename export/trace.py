@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
@@ -144,6 +145,8 @@ def _tidy(model: ir.Model) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+    # TensorRT wants axes and shapes as constants; weights are left as they are.
+    onnxscript.optimizer.fold_constants(model, input_size_limit=1024, output_size_limit=1024)
     for step in (
         IdentityEliminationPass(),
         CommonSubexpressionEliminationPass(),
@@ -169,9 +172,19 @@ def _add_functions(model: ir.Model) -> None:
         if identifier in model.functions:
             continue
         body = ir.serde.deserialize_function(known[name].to_function_proto())
+        _give_loops_a_condition(body)
         model.functions[identifier] = body
         wanted += [node.op_type for node in body if node.domain == DOMAIN]
     model.opset_imports[DOMAIN] = 1
+
+
+def _give_loops_a_condition(body: ir.Function) -> None:
+    """TensorRT's parser knows a loop's condition only if one is given; ONNX lets a counted loop omit it."""
+    for node in [node for node in body if node.op_type == "Loop" and node.inputs[1] is None]:
+        always = ir.node("Constant", [], attributes={"value": ir.tensor(True)}, name=f"{node.name}_always")
+        always.outputs[0].name = f"{node.name}_always"
+        body.insert_before(node, always)
+        node.replace_input_with(1, always.outputs[0])
 
 
 def _called(function: object) -> Iterator[object]:

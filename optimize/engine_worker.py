@@ -1,0 +1,91 @@
+"""The child process of an engine build: ``python -m foldkv.optimize.engine_worker REQUEST.json``.
+
+A native crash or a memory limit ends this process and not the pipeline. It prints one JSON object per
+line: {"progress": ...}, then {"ok": true} or {"error": ...}; the plan is written to the path of the request.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def say(**message: Any) -> None:
+    """One line to the parent."""
+    print(json.dumps(message), flush=True)
+
+
+def build(request: dict[str, Any]) -> None:
+    """Parse the graph, check it, build the plan; raises RuntimeError with the library's own reasons."""
+    import tensorrt_rtx as trt
+
+    messages: list[tuple[str, str]] = []
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            messages.append((str(severity).rsplit(".", 1)[-1], text))
+
+    logger = Logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    say(progress="parsing the graph")
+    if not parser.parse_from_file(request["graph"]):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise RuntimeError("; ".join(f"node {e.node_name() or '?'} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors))
+    unused = [text for _, text in messages if "Unused Input" in text]
+    if unused:  # the parser then computes something else than the graph says
+        raise RuntimeError(f"the parser ignores an input: {unused[0]}")
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        low, typical, high = request["shapes"][tensor.name]
+        if tensor.is_shape_tensor:
+            values = request["values"][tensor.name]
+            profile.set_shape_input(tensor.name, *([value] for value in values))
+        else:
+            profile.set_shape(tensor.name, low, typical, high)
+    if config.add_optimization_profile(profile) < 0:
+        raise RuntimeError(f"the shapes were refused: {_reasons(messages)}")
+    say(progress=f"building {network.num_layers} layers for sm{request['sm']}")
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError(_reasons(messages))
+    Path(request["plan"]).write_bytes(memoryview(plan))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say(ok=True, peak_rss_bytes=peak, layers=network.num_layers)
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), text)[:400]
+
+
+def _reasons(messages: list[tuple[str, str]]) -> str:
+    """The errors logged, without the note on the missing driver that follows each of them here."""
+    errors = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR") and "cudaError" not in text]
+    return "; ".join(_first_line(text) for text in errors[-3:]) or "no reason was logged"
+
+
+def main() -> None:
+    """Read the request and build."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    if request.get("memory_bytes"):
+        resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"], request["memory_bytes"]))
+    try:
+        build(request)
+    except (RuntimeError, MemoryError, ImportError) as error:
+        say(error=str(error) or type(error).__name__)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The graph as TensorRT-RTX takes it: operators inlined, heavy products in low precision, the rest float32.
+
+``LOW_PRECISION`` is the one place that says what may be rounded: the large projections, the experts, the
+embedding and the head, and the rows of the caches. Everything else stays float32: norms, softmax and
+sinks, indexer scores, the compressor with its carries, routing, hyper-connections and Sinkhorn.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+
+from foldkv.errors import BuildError
+from foldkv.export.graph import MODEL, WEIGHTS
+from foldkv.export.state import StateTensor
+
+#: Weights whose matrix product runs in low precision, and state groups whose rows are stored so.
+LOW_PRECISION = (
+    r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
+    r"layers\.\d+\.ffn\.experts\.(w13|w2)",
+    r"layers\.\d+\.ffn\.shared_experts\.w[123]\.weight",
+    r"(embed|head)\.weight",
+)
+LOW_STATE = ("window", "entries", "index_entries")
+
+_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
+# What a weight may pass through before its product without becoming another matrix.
+_LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
+
+
+def lowered_graph(
+    graph: Path, out: Path, state: list[StateTensor], precision: str
+) -> tuple[list[StateTensor], dict[str, Any]]:
+    """Write the inlined graph in ``precision`` to ``out``; returns its state and the counts of what was lowered.
+
+    Raises:
+        BuildError: an unknown precision, or a weight of the table that the pass cannot lower.
+    """
+    if precision not in _TYPES:
+        raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_TYPES)}.")
+    model = ir.load(graph / MODEL)
+    InlinePass()(model)
+    counts: dict[str, Any] = {"weights": 0, "products": 0, "state": 0}
+    if precision != "float32":
+        state = _lower_state(model, state, precision, counts)
+        for name, value in list(model.graph.initializers.items()):
+            if any(re.fullmatch(pattern, name) for pattern in LOW_PRECISION):
+                _lower_weight(value, _TYPES[precision], counts)
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, out / MODEL, external_data=WEIGHTS)
+    return state, counts
+
+
+def _lower_state(model: ir.Model, state: list[StateTensor], precision: str, counts: dict[str, Any]) -> list[StateTensor]:
+    """Store cache rows in low precision. The operators' bodies cast what they read and write themselves."""
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    lowered = []
+    for tensor in state:
+        if tensor.group in LOW_STATE:
+            for name in (tensor.input, tensor.output):
+                values[name].dtype = _TYPES[precision]
+            tensor = replace(tensor, dtype=precision)
+            counts["state"] += 1
+        lowered.append(tensor)
+    return lowered
+
+
+def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -> None:
+    """Round one weight, let its product run in ``dtype``, and go back to float32 after it."""
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=value.name)
+    value.dtype = dtype
+    counts["weights"] += 1
+    for node, index in list(value.uses()):
+        _follow(node, index, value.name or "?", dtype, counts)
+
+
+def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:
+    output = node.outputs[0]
+    if node.op_type in ("MatMul", "Gemm"):
+        for position, operand in enumerate(node.inputs[:2]):
+            if operand is not None and position != index and operand.dtype != dtype:
+                node.replace_input_with(position, _cast(node, operand, dtype, before=True))
+        _back_to_float(node, output, dtype)
+        counts["products"] += 1
+    elif node.op_type == "CastLike":
+        return  # an activation that takes the weight's type: that is what it is for
+    elif node.op_type == "Gather" and name == "embed.weight":
+        _back_to_float(node, output, dtype)
+        counts["products"] += 1
+    elif node.op_type in _LAYOUT_OPS and index == 0:
+        output.dtype = dtype
+        for user, place in list(output.uses()):
+            _follow(user, place, name, dtype, counts)
+    else:
+        raise BuildError(f"weight {name} is used by {node.op_type} ({node.name}), which cannot run in low precision.")
+
+
+def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, *, before: bool) -> ir.Value:
+    cast = ir.node("Cast", [value], attributes={"to": int(dtype)}, name=f"{node.name}_{'in' if before else 'out'}_cast")
+    cast.outputs[0].name = f"{node.name}_{value.name}_{'low' if before else 'float'}"
+    cast.outputs[0].dtype = dtype
+    cast.outputs[0].shape = value.shape
+    graph = node.graph
+    assert graph is not None
+    if before:
+        graph.insert_before(node, cast)
+    else:
+        graph.insert_after(node, cast)
+    return cast.outputs[0]
+
+
+def _back_to_float(node: ir.Node, output: ir.Value, dtype: ir.DataType) -> None:
+    if any(user.op_type == "Cast" for user, _ in output.uses()) and len(list(output.uses())) == 1:
+        output.dtype = dtype
+        return  # the body casts already
+    users = list(output.uses())
+    wide = _cast(node, output, ir.DataType.FLOAT, before=False)
+    for user, place in users:
+        user.replace_input_with(place, wide)
+    graph = node.graph
+    assert graph is not None
+    for place, value in enumerate(graph.outputs):
+        if value is output:  # a product that is an output of the graph keeps its name and type
+            name, output.name = output.name, f"{output.name}_low"
+            wide.name = name
+            graph.outputs[place] = wide
+    output.dtype = dtype

@@ -1,0 +1,42 @@
+"""The header of a TensorRT-RTX plan, read without a GPU and compared with what was asked for."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from foldkv.errors import BuildError
+
+_HEADER_BYTES = 64
+_MAGIC = b"vtrt"
+_CAPABILITIES = {1: 75, 2: 80, 4: 86, 8: 89, 16: 120, 32: 121}
+
+
+def read_plan_header(plan: bytes) -> dict[str, Any]:
+    """Version, size in bytes and compute capabilities of a plan (layout seen in TensorRT-RTX 1.7).
+
+    Raises:
+        BuildError: these bytes are no such plan.
+    """
+    if len(plan) < _HEADER_BYTES or plan[:4] != _MAGIC or plan[28:32] != _MAGIC:
+        raise BuildError(f"{len(plan)} bytes that start with {plan[:4]!r} are no TensorRT-RTX plan. Build the engine again.")
+    (mask,) = struct.unpack_from("<I", plan, 32)
+    return {
+        "version": ".".join(str(byte) for byte in plan[24:28]),
+        "bytes": struct.unpack_from("<Q", plan, 16)[0],
+        "sm": [sm for bit, sm in _CAPABILITIES.items() if mask & bit],
+    }
+
+
+def check_plan(plan: bytes, *, sm: int) -> dict[str, Any]:
+    """The header, if the plan is whole and for that compute capability alone.
+
+    Raises:
+        BuildError: the plan is cut off or was built for something else.
+    """
+    header = read_plan_header(plan)
+    if header["bytes"] > len(plan):
+        raise BuildError(f"the plan has {len(plan)} bytes, its header says {header['bytes']}: it is cut off. Build it again.")
+    if header["sm"] != [sm]:
+        raise BuildError(f"the plan is for sm {header['sm']}; asked for was {sm}. Report this as a fault of foldkv.")
+    return header
