@@ -1,0 +1,198 @@
+"""Executors: run one chunk of a graph over state that stays where it is.
+
+The ONNX Runtime executor binds one buffer per state tensor as ``past.X`` and as ``present.X``, so that
+the caches are updated in place and never copied; the small inputs and the logits live in fixed buffers
+too, rebound only when the shape of a chunk changes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from foldkv.errors import ArtifactError, FoldkvError, MissingDependencyError, listing
+from foldkv.runtime.bundle import Bundle
+from foldkv.runtime.state import STATE_TYPES, StateBuffers
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+class Executor(Protocol):
+    """What a session needs of a backend."""
+
+    def run(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        *,
+        trim: bool = False,
+    ) -> FloatArray:
+        """Feed one chunk and update the state in place.
+
+        Args:
+            input_ids: [B, S]; what lies beyond ``num_tokens`` is padding.
+            positions: [B] tokens that the state holds.
+            num_tokens: [B] valid tokens of the chunk, 0 to S.
+            active_context: a bound of ``positions + num_tokens``.
+            logit_indices: [B, L] offsets in the chunk that get logits.
+            trim: give memory that only this chunk needed back to the system.
+
+        Returns:
+            Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES.
+        """
+
+    def close(self) -> None:
+        """Free what the executor holds."""
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OnnxRuntimeExecutor:
+    """Runs a bundle's ``model.onnx`` on the CPU."""
+
+    def __init__(self, bundle: Bundle, buffers: StateBuffers, *, batch: int, threads: int | None = None) -> None:
+        """Load the model and bind the state.
+
+        Raises:
+            ArtifactError: the model cannot be loaded or is not the one that the manifest describes.
+            MissingDependencyError: onnxruntime is not installed.
+        """
+        try:
+            import onnxruntime
+        except ImportError:
+            raise MissingDependencyError(
+                "onnxruntime is not installed; a bundle for the target 'cpu' needs it: pip install onnxruntime"
+            ) from None
+        self._ort: Any = onnxruntime
+        self._bundle, self._batch = bundle, batch
+        self._session = _load(onnxruntime, bundle.engine, threads or default_threads())
+        _check_io(self._session, bundle)
+        self._binding = self._session.io_binding()
+        for tensor in bundle.state.tensors:
+            element = STATE_TYPES[tensor.dtype].onnx_type
+            value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(buffers.arrays[tensor.name], element)
+            self._binding.bind_ortvalue_input(tensor.input, value)
+            self._binding.bind_ortvalue_output(tensor.output, value)
+        self._positions = np.zeros(batch, np.int32)
+        self._num_tokens = np.zeros(batch, np.int32)
+        self._active_context = np.zeros(1, np.int64)
+        names = bundle.io
+        self._bind(names.positions, self._positions)
+        self._bind(names.num_tokens, self._num_tokens)
+        self._bind(names.active_context, self._active_context)
+        self._input_ids = np.zeros((batch, 0), np.int64)
+        self._logit_indices = np.zeros((batch, 0), np.int64)
+        self._logits = np.zeros((batch, 0, bundle.model.vocab_size), np.float32)
+        self._trim = onnxruntime.RunOptions()
+        self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+    def run(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        *,
+        trim: bool = False,
+    ) -> FloatArray:
+        """See :meth:`Executor.run`.
+
+        Raises:
+            FoldkvError: ONNX Runtime failed; the state may be half updated.
+        """
+        self._fit(input_ids.shape[1], logit_indices.shape[1])
+        self._input_ids[:] = input_ids
+        self._logit_indices[:] = logit_indices
+        self._positions[:] = positions
+        self._num_tokens[:] = num_tokens
+        self._active_context[0] = active_context
+        try:
+            self._session.run_with_iobinding(self._binding, self._trim if trim else None)
+        except Exception as error:
+            raise FoldkvError(
+                f"ONNX Runtime failed on a chunk of {input_ids.shape[1]} tokens in a batch of {self._batch} with "
+                f"{self._bundle.engine}: {_first_line(error)}. Reset the session or restore a snapshot; "
+                "if memory ran out, use a smaller chunk."
+            ) from error
+        return self._logits
+
+    def close(self) -> None:
+        """Drop the model and the bindings."""
+        self._binding = self._session = None
+
+    def _fit(self, chunk: int, kept: int) -> None:
+        """Buffers for a chunk of that length and that many logits; the same ones while the shape stays."""
+        names = self._bundle.io
+        if self._input_ids.shape[1] != chunk:
+            self._input_ids = np.zeros((self._batch, chunk), np.int64)
+            self._bind(names.input_ids, self._input_ids)
+        if self._logit_indices.shape[1] != kept:
+            self._logit_indices = np.zeros((self._batch, kept), np.int64)
+            self._logits = np.empty((self._batch, kept, self._bundle.model.vocab_size), np.float32)
+            self._bind(names.logit_indices, self._logit_indices)
+            self._binding.bind_ortvalue_output(names.logits, self._ort.OrtValue.ortvalue_from_numpy(self._logits))
+
+    def _bind(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
+
+
+def _load(onnxruntime: Any, model: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Sizes depend on how much context is in use, so that a pattern of one run does not fit the next.
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = True
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ArtifactError(
+            f"{model} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}. "
+            "Make the bundle again, or with a version that fits."
+        ) from error
+
+
+def _check_io(session: Any, bundle: Bundle) -> None:
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    integers = dict.fromkeys(bundle.io.inputs, "tensor(int64)")
+    integers[bundle.io.positions] = integers[bundle.io.num_tokens] = "tensor(int32)"
+    wanted_in = {**integers, **{t.input: STATE_TYPES[t.dtype].onnx_name for t in bundle.state.tensors}}
+    wanted_out = {bundle.io.logits: "tensor(float)"}
+    wanted_out |= {t.output: STATE_TYPES[t.dtype].onnx_name for t in bundle.state.tensors}
+    findings = [f"the model's input {name!r} is not in the manifest" for name in sorted(inputs.keys() - wanted_in.keys())]
+    for label, found, wanted in (("input", inputs, wanted_in), ("output", outputs, wanted_out)):
+        for name, kind in wanted.items():
+            if name not in found:
+                findings.append(f"the model has no {label} {name!r}")
+            elif found[name].type != kind:
+                findings.append(f"the model's {label} {name!r} is {found[name].type}; the manifest says {kind}")
+    widths = {name: t.width for t in bundle.state.tensors for name in (t.input, t.output)}
+    widths[bundle.io.logits] = bundle.model.vocab_size
+    for name, width in widths.items():
+        value = inputs.get(name) or outputs.get(name)
+        # A dimension without a fixed size is a name or None: it cannot be compared.
+        if value is not None and value.shape and isinstance(value.shape[-1], int) and value.shape[-1] != width:
+            findings.append(f"the model's {name!r} has width {value.shape[-1]}; the manifest says {width}")
+    if findings:
+        title = f"{bundle.engine} is not the model that its manifest describes"
+        raise ArtifactError(listing(title, findings, "Make the bundle again."))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")

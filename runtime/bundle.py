@@ -1,0 +1,230 @@
+"""From a bundle folder to a :class:`Bundle`: manifest read, checked against its schema, files hashed.
+
+Refuses, before anything of the bundle is used, what is damaged, incomplete, changed or of another
+version. Knows which backend a bundle needs and says what is missing for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foldkv.artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
+from foldkv.errors import ArtifactError, MissingDependencyError, listing
+from foldkv.runtime.state import StateSpec
+
+KIND = "foldkv.bundle"
+ONNXRUNTIME, TENSORRT_RTX = "onnxruntime", "tensorrt-rtx"
+BACKENDS = (ONNXRUNTIME, TENSORRT_RTX)
+PRECISIONS = ("float32", "bf16", "fp16")
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the runtime must know of the model."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphNames:
+    """Names of the graph's inputs and of its logits output; state tensors carry their own."""
+
+    input_ids: str  # [B, S] int64
+    positions: str  # [B] int32
+    num_tokens: str  # [B] int32
+    active_context: str  # [1] int64
+    logit_indices: str  # [B, L] int64
+    logits: str  # [B, L, V] float32
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The inputs that are not state."""
+        return (self.input_ids, self.positions, self.num_tokens, self.active_context, self.logit_indices)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    target: str
+    backend: str
+    profile: str
+    precision: str
+    model: ModelFacts
+    io: GraphNames
+    state: StateSpec
+    engine: Path
+    tokenizer: Path | None
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the manifest's content, and so of every file it names."""
+        return sha256_json(self.manifest)
+
+
+def load_bundle(folder: Path, *, verify: bool = True) -> Bundle:
+    """Read and check a bundle.
+
+    Args:
+        folder: a folder written by ``foldkv build``.
+        verify: compare every file's sha256 with the manifest. Leave it on before a file is used; off is
+            for reading facts.
+
+    Raises:
+        ArtifactError: the bundle is damaged, incomplete, changed or of another version.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, kind=KIND)
+    bundle = _checked(folder, manifest)
+    _refuse_unlisted(folder, manifest)
+    if verify:
+        verify_files(folder, manifest)
+    return bundle
+
+
+def require_backend(bundle: Bundle) -> None:
+    """Check that this machine can execute the bundle.
+
+    Raises:
+        MissingDependencyError: it cannot; the message lists everything that is missing.
+    """
+    missing: list[str] = []
+    if bundle.backend == ONNXRUNTIME:
+        if not _installed("onnxruntime"):
+            missing.append("the package onnxruntime: pip install onnxruntime")
+    else:
+        if not _installed("tensorrt_rtx"):
+            missing.append("the package tensorrt_rtx: pip install tensorrt-rtx")
+        if not _installed("cuda.bindings"):
+            missing.append("the package cuda.bindings: pip install cuda-python")
+        if not cuda_devices():
+            missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
+        missing.append("an executor for TensorRT-RTX engines: this version of foldkv builds them, it does not run them")
+    if missing:
+        title = f"the bundle {bundle.folder} for {bundle.target} needs the backend {bundle.backend}, which is not usable here"
+        raise MissingDependencyError(listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime."))
+
+
+def cuda_devices() -> int:
+    """The number of NVIDIA GPUs that the driver offers; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
+    # A graph names its weight file itself: a file that no hash vouches for must not lie within its reach.
+    listed = {MANIFEST, *manifest["files"]}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    extra = sorted(present - listed)
+    if extra:
+        raise ArtifactError(
+            listing(f"{folder} holds files that its manifest does not name", [repr(name) for name in extra],
+                    "Remove them, or make the bundle again.")
+        )  # fmt: skip
+
+
+class _Table:
+    """One table of the manifest; collects what is wrong with it instead of stopping at the first."""
+
+    def __init__(self, value: Any, path: str, findings: list[str]) -> None:
+        self._path, self._findings = path, findings
+        self._value: dict[str, Any] = value if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            findings.append(f"{path or 'the manifest'} is {type(value).__name__}; expected a table")
+
+    def _report(self, key: str, expected: str) -> None:
+        name = f"{self._path}.{key}" if self._path else key
+        found = f"is {self._value[key]!r}" if key in self._value else "is missing"
+        self._findings.append(f"{name} {found}; expected {expected}")
+
+    def table(self, key: str) -> _Table:
+        return _Table(self._value.get(key), f"{self._path}.{key}" if self._path else key, self._findings)
+
+    def text(self, key: str, among: tuple[str, ...] = ()) -> str:
+        value = self._value.get(key)
+        if not isinstance(value, str) or not value or (among and value not in among):
+            self._report(key, f"one of {', '.join(among)}" if among else "a text")
+            return ""
+        return value
+
+    def integer(self, key: str, least: int) -> int:
+        value = self._value.get(key)
+        if type(value) is not int or value < least:
+            self._report(key, f"an integer of {least} or more")
+            return least
+        return value
+
+    def token(self, key: str) -> int | None:
+        return None if self._value.get(key) is None else self.integer(key, 0)
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        value = self._value.get(key)
+        many = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and token >= 0 for token in many):
+            self._report(key, "a token id or a list of them")
+            return ()
+        return tuple(many)
+
+
+def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
+    where = str(folder / MANIFEST)
+    findings: list[str] = []
+    root = _Table(manifest, "", findings)
+    model, io = root.table("model"), root.table("io")
+    facts = ModelFacts(
+        architecture=model.text("architecture"),
+        vocab_size=model.integer("vocab_size", 1),
+        num_layers=model.integer("num_layers", 1),
+        max_position_embeddings=model.integer("max_position_embeddings", 1),
+        bos_token_id=model.token("bos_token_id"),
+        eos_token_ids=model.tokens("eos_token_id"),
+    )
+    names = GraphNames(**{key: io.text(key) for key in GraphNames.__dataclass_fields__})
+    target, backend = root.table("target").text("name"), root.text("backend", BACKENDS)
+    profile, precision = root.text("profile"), root.text("precision", PRECISIONS)
+    engine = root.table("engine").text("file")
+    files = manifest["files"]
+    if engine and engine not in files:
+        findings.append(f"engine.file is {engine!r}, which is not among the files of the manifest")
+    if "state" not in manifest:
+        findings.append("state is missing; expected a list")
+    if findings:
+        raise ArtifactError(listing(f"{where} does not describe a bundle", findings, "Make the bundle again."))
+    return Bundle(
+        folder=folder,
+        manifest=manifest,
+        target=target,
+        backend=backend,
+        profile=profile,
+        precision=precision,
+        model=facts,
+        io=names,
+        state=StateSpec.from_manifest(manifest["state"], where=where),
+        engine=confined(folder, engine),
+        tokenizer=confined(folder, TOKENIZER) if TOKENIZER in files else None,
+    )

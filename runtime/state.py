@@ -1,0 +1,202 @@
+"""The state of a session: what the manifest declares, what it costs, and the buffers that hold it.
+
+Every state tensor is one contiguous buffer ``[batch, rows, width]`` of fixed capacity; memory is
+planned from the manifest alone and then allocated to the byte. ``rows`` is a constant (rings), or
+ceil(context / ratio) (entries: row ``i`` belongs to the tokens ``[i * ratio, (i + 1) * ratio)``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from foldkv.errors import ArtifactError, InputError, listing
+
+
+@dataclass(frozen=True)
+class StateType:
+    """How one declared dtype is held: the numpy storage and the ONNX element type.
+
+    ``storage`` is an unsigned integer of the same size where numpy lacks the type.
+    """
+
+    storage: npt.DTypeLike
+    onnx_type: int
+    onnx_name: str
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one value."""
+        return np.dtype(self.storage).itemsize
+
+
+STATE_TYPES = {
+    "float32": StateType(np.float32, 1, "tensor(float)"),
+    "float16": StateType(np.float16, 10, "tensor(float16)"),
+    "bfloat16": StateType(np.uint16, 16, "tensor(bfloat16)"),
+    "int8": StateType(np.int8, 3, "tensor(int8)"),
+    "uint8": StateType(np.uint8, 2, "tensor(uint8)"),
+}
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One cache tensor of one layer: ``[batch, rows, width]``; ``rows`` grows with the context if ``ratio`` is set."""
+
+    name: str
+    layer: int
+    group: str
+    input: str
+    output: str
+    rows: int | None
+    ratio: int | None
+    width: int
+    dtype: str
+    fill: float
+
+    def capacity(self, context: int) -> int:
+        """Rows for a context of that many tokens: fixed, or ceil(context / ratio)."""
+        return self.rows if self.rows is not None else -(-context // (self.ratio or 1))
+
+    def used_rows(self, tokens: int) -> int:
+        """Rows that may hold something after that many tokens of a sequence."""
+        return self.rows if self.rows is not None else -(-tokens // (self.ratio or 1))
+
+    def bytes(self, context: int, batch: int = 1) -> int:
+        """Bytes of the tensor for a context (tokens) and a batch (sequences)."""
+        return batch * self.capacity(context) * self.width * STATE_TYPES[self.dtype].item_bytes
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """All state tensors of a model, in graph order."""
+
+    tensors: tuple[StateTensor, ...]
+
+    @classmethod
+    def from_manifest(cls, rows: Any, *, where: str = "manifest") -> StateSpec:
+        """Read the ``state`` table of a manifest.
+
+        Raises:
+            ArtifactError: a key is missing, of the wrong type or out of range, a dtype is unknown, or
+                two tensors share a name; one message lists every finding.
+        """
+        findings: list[str] = []
+        if not isinstance(rows, list):
+            raise ArtifactError(f"{where}: 'state' is {type(rows).__name__}; expected a list. Make the bundle again.")
+        tensors = [_tensor(row, f"state[{index}]", findings) for index, row in enumerate(rows)]
+        if not findings:
+            for key in ("name", "input", "output"):
+                names = [getattr(tensor, key) for tensor in tensors]
+                findings += [f"two tensors have the {key} {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+        if findings:
+            raise ArtifactError(listing(f"{where}: the state table is wrong", findings, "Make the bundle again."))
+        return cls(tuple(tensor for tensor in tensors if tensor is not None))
+
+
+def _tensor(row: Any, label: str, findings: list[str]) -> StateTensor | None:
+    if not isinstance(row, dict):
+        findings.append(f"{label} is {type(row).__name__}; expected a table")
+        return None
+    before = len(findings)
+    missing = [key for key in StateTensor.__dataclass_fields__ if key not in row]
+    if missing:
+        findings.append(f"{label} lacks {', '.join(map(repr, missing))}")
+        return None
+    for key in ("name", "group", "input", "output"):
+        if not isinstance(row[key], str) or not row[key]:
+            findings.append(f"{label}.{key} is {row[key]!r}; expected a name")
+    if (row["rows"] is None) == (row["ratio"] is None):
+        findings.append(f"{label} has rows {row['rows']!r} and ratio {row['ratio']!r}; expected exactly one of them")
+    for key, least in (("layer", 0), ("width", 1), ("rows", 1), ("ratio", 1)):
+        value = row[key]
+        if not (value is None and key in ("rows", "ratio")) and (type(value) is not int or value < least):
+            findings.append(f"{label}.{key} is {value!r}; expected an integer of {least} or more")
+    if row["dtype"] not in STATE_TYPES:
+        findings.append(f"{label}.dtype is {row['dtype']!r}; this version knows {', '.join(STATE_TYPES)}")
+    if type(row["fill"]) not in (int, float):
+        findings.append(f"{label}.fill is {row['fill']!r}; expected a number")
+    elif not math.isfinite(row["fill"]) and str(row["dtype"]).endswith("int8"):
+        findings.append(f"{label}.fill is {row['fill']!r}; expected a finite number for {row['dtype']}")
+    if len(findings) > before:
+        return None
+    return StateTensor(**{key: row[key] for key in StateTensor.__dataclass_fields__})
+
+
+def plan_bytes(state: StateSpec, context: int, batch: int = 1) -> dict[str, int]:
+    """Bytes by group (``window``, ``entries``, ...) that a session of that size allocates, exactly.
+
+    Args:
+        state: the state tensors of the model.
+        context: tokens that one sequence can hold, at least 1.
+        batch: sequences, at least 1.
+    """
+    plan: dict[str, int] = {}
+    for tensor in state.tensors:
+        plan[tensor.group] = plan.get(tensor.group, 0) + tensor.bytes(context, batch)
+    return plan
+
+
+class StateBuffers:
+    """The allocated state: one contiguous array per tensor, at the same address for its whole life."""
+
+    def __init__(self, spec: StateSpec, context: int, batch: int) -> None:
+        """Allocate and fill.
+
+        Raises:
+            InputError: the machine cannot hold the state.
+        """
+        self.spec = spec
+        try:
+            self.arrays = {tensor.name: _filled(tensor, (batch, tensor.capacity(context), tensor.width)) for tensor in spec.tensors}
+        except (MemoryError, ValueError, OverflowError):
+            need = sum(plan_bytes(spec, context, batch).values())
+            raise InputError(
+                f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
+                "which cannot be allocated here. Choose a smaller context or batch."
+            ) from None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def clear(self, slot: int, tokens: int) -> None:
+        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
+        for tensor in self.spec.tensors:
+            self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = _fill_value(tensor)
+
+    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
+        longest = max(tokens)
+        copies = []
+        for tensor in self.spec.tensors:
+            copy = self.arrays[tensor.name][:, : tensor.used_rows(longest)].copy()
+            copy.flags.writeable = False
+            copies.append(copy)
+        return tuple(copies)
+
+    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
+        """Write what :meth:`copy_used` gave back, into the same buffers."""
+        for tensor, copy in zip(self.spec.tensors, copies, strict=True):
+            self.arrays[tensor.name][:, : copy.shape[1]] = copy
+
+
+def _fill_value(tensor: StateTensor) -> Any:
+    if tensor.dtype == "bfloat16":
+        # numpy has no bfloat16: the upper half of the float32 pattern is the value rounded towards zero.
+        return np.float32(tensor.fill).view(np.uint32) >> np.uint32(16)
+    return tensor.fill
+
+
+def _filled(tensor: StateTensor, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
+    storage = STATE_TYPES[tensor.dtype].storage
+    if tensor.fill == 0:
+        # zeros() takes untouched pages from the system: capacity that is never used costs no memory.
+        return np.zeros(shape, storage)
+    return np.full(shape, _fill_value(tensor), storage)
