@@ -1,0 +1,50 @@
+"""Seeded cases: windows of text, and key-value streams that ask for one exact value from far back."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+
+KEYS = string.ascii_letters
+RECORD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RetrievalCase:
+    """A prompt that ends with a key, and the answer that followed the key's only earlier occurrence.
+
+    ``distance`` is in bytes, from that occurrence to the question.
+    """
+
+    distance: int
+    prompt: str
+    answer: str
+
+
+def retrieval_cases(distances: list[int], per_distance: int, *, seed: int) -> list[RetrievalCase]:
+    """Streams of ``<letter><digit><digit>;`` records, the format of examples/tiny-v4/stream.py.
+
+    Every value is asked for once, at a distance that is a multiple of a record; the records in between
+    repeat all other letters with other values, so that only an exact memory answers.
+    """
+    cases = []
+    for distance in distances:
+        rng = random.Random(f"{seed}:{distance}")
+        for _ in range(per_distance):
+            target, *others = rng.sample(KEYS, len(KEYS))
+            values = {key: rng.randrange(100) for key in KEYS}
+            keys = [rng.choice(others) for _ in range(24)]
+            keys += [target, *(rng.choice(others) for _ in range(distance // RECORD_BYTES - 1))]
+            stream = "".join(f"{key}{values[key]:02d};" for key in keys)
+            cases.append(RetrievalCase(distance, stream + target, f"{values[target]:02d}"))
+    return cases
+
+
+def text_windows(tokens: list[int], length: int, count: int, *, seed: int) -> list[list[int]]:
+    """``count`` windows of ``length`` tokens, spread over the text; fewer if the text is short."""
+    if len(tokens) <= length:
+        return [tokens]
+    rng = random.Random(seed)
+    span = len(tokens) - length
+    return [tokens[start : start + length] for start in sorted(rng.sample(range(span), min(count, span)))]

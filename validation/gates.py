@@ -1,0 +1,69 @@
+"""Gates: what a release must hold, each with a threshold and the reason for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from foldkv.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``metric`` must be at most (``<=``) or at least (``>=``) the threshold."""
+
+    name: str
+    metric: str
+    comparison: str
+    threshold: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A gate with the value that was measured."""
+
+    gate: Gate
+    value: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate holds; a value that is not a number never passes."""
+        if math.isnan(self.value):
+            return False
+        within = self.value <= self.gate.threshold if self.gate.comparison == "<=" else self.value >= self.gate.threshold
+        return within
+
+
+DEFAULT_GATES = (
+    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means that memory was read which was never written, or an overflow."),
+    Gate("kl-mean", "kl_mean", "<=", 1e-6, "In float32 both compute the same function; rounding gives about 1e-10 nats, and bfloat16 weights would give 1e-4."),
+    Gate("kl-tail", "kl_p999", "<=", 1e-4, "The mean hides rare tokens; one entry too many or too few shows here first."),
+    Gate("top1", "top1_agreement", ">=", 0.999, "Greedy text must be the reference's, up to ties of equal logits."),
+    Gate("perplexity", "perplexity_ratio", "<=", 1.001, "0.1 % is below what a change of test text gives, and any real loss is above it."),
+    Gate("logits", "logit_error_max", "<=", 5e-3, "Float32 sums in another order differ by about 1e-5; two entries swapped at an exact tie may give more, so the bar leaves room for a tie and none for a wrong entry."),
+    Gate("chunks", "chunk_error_max", "<=", 1e-3, "Chunk edges inside a compression window are where deployed engines have lost digits."),
+    Gate("retrieval", "retrieval_loss", "<=", 0.01, "Exact values at a distance are what compression puts at risk; one point is the resolution of the default number of cases."),
+    Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases."),
+)  # fmt: skip
+
+
+def resolve_gates(overrides: Mapping[str, float]) -> list[Gate]:
+    """The default gates with some thresholds replaced.
+
+    Raises:
+        InputError: an unknown gate, with the nearest known one.
+    """
+    names = [gate.name for gate in DEFAULT_GATES]
+    for name, value in overrides.items():
+        if name not in names:
+            raise InputError(f"unknown gate {name!r}{nearest(name, names)}. Gates are {', '.join(names)}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise InputError(f"gate {name} has threshold {value!r}; expected a number.")
+    return [replace(gate, threshold=float(overrides.get(gate.name, gate.threshold))) for gate in DEFAULT_GATES]
+
+
+def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:
+    """Every gate with its measured value."""
+    return [Verdict(gate, metrics[gate.metric]) for gate in gates]

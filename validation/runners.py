@@ -1,0 +1,86 @@
+"""Reference and subject behind one protocol: tokens in, logits at every position out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from foldkv.errors import CheckpointError, MissingDependencyError, listing
+from foldkv.export.checkpoint import Checkpoint
+from foldkv.runtime.session import Session
+
+Logits = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """Something that gives next-token logits."""
+
+    name: str
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """[n] tokens from an empty state -> [n, V] float32."""
+        ...
+
+
+class TransformersRunner:
+    """The reference: transformers' DeepseekV4ForCausalLM, eager, float32.
+
+    Raises:
+        CheckpointError: the checkpoint does not load whole.
+        MissingDependencyError: transformers is not installed.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        Checkpoint(checkpoint).check()
+        try:
+            import transformers
+        except ImportError:
+            raise MissingDependencyError("validate needs transformers. Run `pip install 'foldkv[export]'`.") from None
+        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        self.name = f"transformers {transformers.__version__}, float32"
+        import torch
+
+        model, info = transformers.DeepseekV4ForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        problems = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+                    for name in info.get(kind, ())]  # fmt: skip
+        if problems:
+            raise CheckpointError(listing(f"transformers does not load {checkpoint} whole", problems, "Check the checkpoint."))
+        self.model: Any = model.eval().requires_grad_(False)
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """One pass over all tokens, without a cache."""
+        import torch
+
+        with torch.no_grad():
+            out = self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+        result: Logits = out.float().numpy()
+        return result
+
+
+class SessionRunner:
+    """The subject: a bundle in a session, fed in chunks through its compressed caches."""
+
+    def __init__(self, bundle: Path, *, context: int, chunk: int = 64) -> None:
+        self.session = Session(bundle, context=context, chunk=chunk)
+        self.name = f"{self.session.bundle.target} bundle"
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """Prefill from an empty state in chunks."""
+        self.session.reset()
+        return self.session.forward([list(tokens)], logits="all")[0]
+
+    def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
+        """As :meth:`logits`, fed in pieces of these sizes."""
+        self.session.reset()
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(self.session.forward([list(tokens[start : start + size])], logits="all")[0])
+            start += size
+        return np.concatenate(parts)

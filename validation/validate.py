@@ -1,0 +1,250 @@
+"""Compare a bundle with the PyTorch reference on the same inputs and judge the result."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import foldkv
+from foldkv.artifact import read_manifest, sha256_file, staged, write_manifest
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
+from foldkv.export.checkpoint import Checkpoint
+from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.tokenizer import Tokenizer
+from foldkv.validation.cases import RetrievalCase, retrieval_cases, text_windows
+from foldkv.validation.gates import Verdict, judge, resolve_gates
+from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from foldkv.validation.report import write_report
+from foldkv.validation.runners import SessionRunner, TransformersRunner
+
+KIND = "foldkv.report"
+# Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
+_ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured; all of it changes the figures and stands in the report."""
+
+    seed: int = 0
+    texts: int = 6
+    text_tokens: int = 384
+    distances: tuple[int, ...] = (16, 64, 128, 256, 512)
+    cases_per_distance: int = 20
+
+    def longest(self) -> int:
+        """Tokens of the longest case, with room for its answer."""
+        return max(self.text_tokens, max(self.distances) + 24 * 4 + 8)
+
+
+@dataclass
+class ValidationResult:
+    """Metrics, verdicts and the evidence behind them, as the report shows them."""
+
+    metrics: dict[str, float]
+    verdicts: list[Verdict]
+    retrieval: list[dict[str, Any]]
+    by_position: list[dict[str, float]]
+    worst: list[dict[str, Any]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every gate holds, else 1."""
+        return EXIT_OK if self.passed else EXIT_GATE_FAILED
+
+
+def validate(
+    bundle: Path,
+    reference: Path,
+    report: Path,
+    *,
+    gates: Mapping[str, float] | None = None,
+    plan: Plan | None = None,
+    text: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> ValidationResult:
+    """Measure a bundle against its checkpoint and write the report.
+
+    Args:
+        bundle: folder of one target.
+        reference: the checkpoint folder that the bundle was made from.
+        report: folder for report.html, report.json and junit.xml; replaced if it holds an older report.
+        gates: thresholds by gate name that replace the defaults.
+        plan: which cases.
+        text: text to measure on; the default is Python's licence and some of its sources.
+        progress: called with one line per step.
+
+    Raises:
+        InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer.
+        ArtifactError: the bundle is damaged.
+        CheckpointError: the reference cannot be loaded.
+        MissingDependencyError: the bundle's device or transformers is not here.
+    """
+    chosen, plan = resolve_gates(gates or {}), plan or Plan()
+    loaded = load_bundle(Path(bundle))
+    manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
+    checkpoint = Checkpoint(reference)
+    expected = manifest["inputs"]["checkpoint"]["sha256"]
+    if checkpoint.digest() != expected:
+        raise InputError(
+            f"{bundle} was made from another checkpoint than {reference} (sha256 {expected[:12]}... against "
+            f"{checkpoint.digest()[:12]}...). Validate against the checkpoint that was exported."
+        )
+    tokenizer = Tokenizer.from_bundle(loaded)
+    with staged(Path(report), kind=KIND) as folder:
+        progress("loading the subject and the reference")
+        subject = SessionRunner(Path(bundle), context=plan.longest())
+        torch_reference = TransformersRunner(reference)
+        result = _measure(subject, torch_reference, tokenizer, plan, text or _default_text(), progress)
+        result.verdicts = judge(chosen, result.metrics)
+        result.provenance = _provenance(Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference)
+        write_report(result, folder)
+        write_manifest(folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed})
+    progress("passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed))
+    return result
+
+
+def _measure(
+    subject: SessionRunner, reference: TransformersRunner, tokenizer: Tokenizer, plan: Plan, text: str,
+    progress: Callable[[str], None],
+) -> ValidationResult:  # fmt: skip
+    texts = text_windows(tokenizer.encode(text), plan.text_tokens, plan.texts, seed=plan.seed)
+    figures: list[TokenFigures] = []
+    worst: list[dict[str, Any]] = []
+    not_finite, chunk_error = 0, 0.0
+    for number, tokens in enumerate(texts, 1):
+        progress(f"text {number} of {len(texts)}")
+        expected, actual = reference.logits(tokens), subject.logits(tokens)
+        not_finite += int((~np.isfinite(actual)).sum())
+        pieces = subject.logits_in(tokens, _odd_sizes(len(tokens)))
+        chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
+        part = compare_logits(expected[:-1], actual[:-1], np.array(tokens[1:]))
+        figures.append(part)
+        at = int(np.argmax(part.kl))
+        worst.append(_worst_case(tokenizer, tokens, at, part, expected, actual))
+    total = concatenate(figures)
+    cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
+    solved = np.zeros((2, len(cases)), bool)
+    for number, case in enumerate(cases):
+        if number % plan.cases_per_distance == 0:
+            progress(f"retrieval at distance {case.distance}")
+        for row, runner in enumerate((reference, subject)):
+            solved[row, number] = _answers(runner, tokenizer, case)
+    metrics = summary(total) | {
+        "not_finite": float(not_finite),
+        "chunk_error_max": chunk_error,
+        "retrieval_reference": float(solved[0].mean()),
+        "retrieval_subject": float(solved[1].mean()),
+        "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
+        "retrieval_p": mcnemar(solved[0], solved[1]),
+    }
+    return ValidationResult(
+        metrics=metrics,
+        verdicts=[],
+        retrieval=_by_distance(cases, solved),
+        by_position=_by_position(figures),
+        worst=sorted(worst, key=lambda case: -case["kl"])[:5],
+    )
+
+
+def _answers(runner: SessionRunner | TransformersRunner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
+    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
+    prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
+    logits = runner.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+    return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
+
+
+def _odd_sizes(length: int) -> list[int]:
+    sizes: list[int] = []
+    while (rest := length - sum(sizes)) > 0:
+        sizes.append(min(_ODD_CHUNKS[len(sizes) % len(_ODD_CHUNKS)], rest))
+    return sizes
+
+
+def _largest(values: Any) -> float:
+    return float(values.max()) if np.isfinite(values).all() else float("inf")
+
+
+def _worst_case(
+    tokenizer: Tokenizer, tokens: list[int], at: int, part: TokenFigures, expected: Any, actual: Any
+) -> dict[str, Any]:
+    def top(logits: Any) -> list[list[Any]]:
+        best = np.argsort(-np.nan_to_num(logits, nan=-np.inf))[:5]
+        return [[tokenizer.decode([int(token)], skip_special_tokens=False), round(float(logits[token]), 5)] for token in best]
+
+    return {
+        "kl": float(part.kl[at]), "logit_error": float(part.logit_error[at]), "position": at,
+        "context": tokenizer.decode(tokens[max(0, at - 79) : at + 1], skip_special_tokens=False),
+        "next": tokenizer.decode([tokens[at + 1]], skip_special_tokens=False),
+        "reference_top": top(expected[at]), "subject_top": top(actual[at]),
+    }  # fmt: skip
+
+
+def _by_distance(cases: list[RetrievalCase], solved: Any) -> list[dict[str, Any]]:
+    rows = []
+    for distance in dict.fromkeys(case.distance for case in cases):
+        mask = np.array([case.distance == distance for case in cases])
+        count = int(mask.sum())
+        row: dict[str, Any] = {"distance": distance, "cases": count}
+        for name, values in (("reference", solved[0]), ("subject", solved[1])):
+            right = int(values[mask].sum())
+            row[name] = right / count
+            row[f"{name}_interval"] = list(wilson(right, count))
+        rows.append(row)
+    return rows
+
+
+def _by_position(figures: list[TokenFigures], buckets: int = 24) -> list[dict[str, float]]:
+    longest = max(len(part.kl) for part in figures)
+    edges = np.unique(np.linspace(0, longest, buckets + 1).astype(int))
+    rows = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        kl = np.concatenate([part.kl[low:high] for part in figures])
+        error = np.concatenate([part.logit_error[low:high] for part in figures])
+        if len(kl):
+            rows.append({"position": float(low), "kl_mean": float(kl.mean()), "logit_error_max": float(error.max())})
+    return rows
+
+
+def _provenance(
+    bundle: Path, reference: Path, report: Path, manifest: dict[str, Any], plan: Plan, subject: SessionRunner,
+    torch_reference: TransformersRunner,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "foldkv": foldkv.__version__,
+        "subject": subject.name,
+        "reference": torch_reference.name,
+        "bundle": str(bundle),
+        "bundle_manifest_sha256": sha256_file(bundle / "manifest.json"),
+        "checkpoint_sha256": manifest["inputs"]["checkpoint"]["sha256"],
+        "profile": manifest["profile"],
+        "precision": manifest["precision"],
+        "window": manifest["model"]["sliding_window"],
+        "target": manifest["target"]["name"],
+        "backend": f"{manifest['backend']} {next(iter(manifest['tool_versions'].values()), '')}",
+        "machine": f"{platform.system()} {platform.machine()}, executed on the CPU",
+        "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},
+        "command": f"foldkv validate {bundle} --reference {reference} --report {report}",
+    }
+
+
+def _default_text() -> str:
+    """Text that every machine with this Python has: prose and code of the standard library."""
+    import argparse
+    import ast
+    import heapq
+
+    return "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (heapq, ast, argparse))
