@@ -73,6 +73,7 @@ def validate(
     gates: Mapping[str, float] | None = None,
     plan: Plan | None = None,
     text: str | None = None,
+    key: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> ValidationResult:
     """Measure a bundle against its checkpoint and write the report.
@@ -83,7 +84,8 @@ def validate(
         report: folder for report.html, report.json and junit.xml; replaced if it holds an older report.
         gates: thresholds by gate name that replace the defaults.
         plan: which cases.
-        text: text to measure on; the default is Python's licence and some of its sources.
+        text: text to measure on; the default is some of the standard library's sources.
+        key: stored in the report's manifest, for a caller that wants to know later what it was made for.
         progress: called with one line per step.
 
     Raises:
@@ -111,7 +113,7 @@ def validate(
         result.verdicts = judge(chosen, result.metrics)
         result.provenance = _provenance(Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference)
         write_report(result, folder)
-        write_manifest(folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed})
+        write_manifest(folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key})
     progress("passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed))
     return result
 

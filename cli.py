@@ -1,0 +1,318 @@
+"""The command line: parses, calls one library function per command, prints what it returned.
+
+Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input, 3 the environment lacks something,
+4 internal error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import foldkv
+from foldkv.errors import EXIT_INTERNAL, FoldkvError, InputError
+
+_UNITS = {"k": 1 << 10, "m": 1 << 20}
+
+
+class _Tokens(click.ParamType):
+    """A number of tokens: 4096, 64k or 1M (powers of 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        unit = _UNITS.get(text[-1:], 1)
+        digits = text[:-1] if unit > 1 else text
+        if not digits.isdigit() or int(digits) * unit < 1:
+            self.fail(f"{value!r} is no number of tokens; expected for example 4096, 64k or 1M.", param, ctx)
+        return int(digits) * unit
+
+
+class _Group(click.Group):
+    """Turns every error into one message and its exit code; -v shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("verbose"):
+                traceback.print_exc()
+            if isinstance(error, FoldkvError):
+                click.echo(f"error: {error}", err=True)
+                ctx.exit(error.exit_code)
+            click.echo(f"internal error: {type(error).__name__}: {error}\nRun again with -v and report it.", err=True)
+            ctx.exit(EXIT_INTERNAL)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+_folder = click.Path(path_type=Path)
+
+
+def _progress() -> Callable[[str], None]:
+    """One line per step on stderr, so that stdout stays for results."""
+    return lambda line: click.echo(line, err=True)
+
+
+def _show(facts: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for key, item in value.items():
+                click.echo(f"  {key}: {item}")
+        else:
+            click.echo(f"{name}: {value}")
+
+
+def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _size(count: float) -> str:
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-v", "--verbose", is_flag=True, help="Show a traceback with an error.")
+@click.version_option(foldkv.__version__, prog_name="foldkv")
+def main(verbose: bool) -> None:
+    """DeepSeek-V4-class checkpoints to engines that keep the KV cache compressed."""
+
+
+@main.command("export")
+@click.argument("checkpoint", type=_folder)
+@click.option("-o", "--output", type=_folder, required=True, help="Folder of the graph package.")
+@click.option("--profile", default="hf", show_default=True, help="Numerics: hf computes what transformers computes.")
+def export_command(checkpoint: Path, output: Path, profile: str) -> None:
+    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
+    from foldkv.export.graph import export_checkpoint
+
+    path = export_checkpoint(checkpoint, output, profile=profile, progress=_progress())
+    click.echo(f"graph package: {path}")
+
+
+@main.command("build")
+@click.argument("graph", type=_folder)
+@click.option("-o", "--output", type=_folder, required=True, help="Folder that gets one bundle per target.")
+@click.option("--target", "targets", multiple=True, required=True, help="What to build for; repeat it. See `foldkv targets`.")
+@click.option("--plugins", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Inject plugins, or use function bodies.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
+def build_command(graph: Path, output: Path, targets: tuple[str, ...], plugins: str, jobs: int | None) -> None:
+    """Build one bundle per target from the graph package GRAPH. No GPU is needed."""
+    from foldkv.optimize.build import build_bundles
+
+    report = build_bundles(graph, output, targets, plugins=plugins == "on", jobs=jobs, progress=_progress())
+    for result in report.results:
+        where = result.reason if result.status == "failed" else str(result.folder)
+        click.echo(f"{result.target}: {result.status} ({result.seconds:.1f} s): {where}")
+    sys.exit(report.exit_code)
+
+
+@main.command("generate")
+@click.argument("bundle", type=_folder)
+@click.argument("text")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--context", type=_Tokens(), help="Tokens to plan the state for; default: as many as this call needs.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the likeliest tokens that hold this share.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="Stop when this text appears; repeat it.")
+@_json
+def generate_command(
+    bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
+    seed: int, stop: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Continue TEXT with the model of BUNDLE, printing as it goes."""
+    from foldkv.runtime.bundle import load_bundle
+    from foldkv.runtime.sampling import Sampling
+    from foldkv.runtime.session import Session
+    from foldkv.runtime.tokenizer import Tokenizer
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    loaded = load_bundle(bundle)
+    tokenizer = Tokenizer.from_bundle(loaded)
+    prompt = tokenizer.encode(text)
+    if not prompt:
+        raise InputError("the text is empty; give at least one character to continue.")
+    with Session(bundle, context=context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)) as session:
+        pieces, tokens, printed = tokenizer.stream(), [], ""
+        for _, token in session.stream([prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=loaded.model.eos_token_ids):
+            tokens.append(token)
+            piece = pieces.push(token)
+            printed += piece
+            if not as_json:
+                click.echo(piece, nl=False)
+            if any(mark in printed for mark in stop):
+                break
+        rest = pieces.finish()
+        if as_json:
+            facts = {"prompt_tokens": len(prompt), "tokens": tokens, "text": printed + rest, "state_bytes": session.state_bytes}
+            click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        else:
+            click.echo(rest)
+
+
+@main.command("validate")
+@click.argument("bundle", type=_folder)
+@click.option("--reference", type=_folder, required=True, help="The checkpoint the bundle was made from.")
+@click.option("--report", type=_folder, required=True, help="Folder for report.html, report.json and junit.xml.")
+@click.option("--gate", "gates", multiple=True, metavar="NAME=VALUE", help="Replace a gate's threshold; repeat it.")
+@_json
+def validate_command(bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], as_json: bool) -> None:
+    """Measure what accuracy BUNDLE lost against the PyTorch reference; exit 1 if a gate fails."""
+    from foldkv.validation.report import report_json
+    from foldkv.validation.validate import validate
+
+    result = validate(bundle, reference, report, gates=_thresholds(gates), progress=_progress())
+    if as_json:
+        click.echo(json.dumps(report_json(result), indent=2, ensure_ascii=False))
+    else:
+        _print_gates([{**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts])
+        click.echo(f"report: {report / 'report.html'}")
+    sys.exit(result.exit_code)
+
+
+def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
+    values = {}
+    for gate in gates:
+        name, _, value = gate.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise InputError(f"--gate {gate!r}: expected NAME=VALUE with a number, for example kl-mean=1e-5.") from None
+    return values
+
+
+def _print_gates(gates: list[dict[str, Any]]) -> None:
+    rows = [["gate", "", "measured", "", "threshold"]]
+    for gate in gates:
+        value, threshold = float(gate["value"]), float(gate["threshold"])
+        rows.append([gate["name"], "holds" if gate["passed"] else "FAILS", f"{value:.4g}", gate["comparison"], f"{threshold:g}"])
+    _table(rows, numbers=(2,))
+
+
+@main.command("run")
+@click.argument("pipeline", type=_folder)
+@_json
+def run_command(pipeline: Path, as_json: bool) -> None:
+    """Run every stage of the file PIPELINE; unchanged stages are skipped."""
+    from foldkv.config import load_config
+    from foldkv.pipeline import run_pipeline
+
+    result = run_pipeline(load_config(pipeline), progress=_progress())
+    if as_json:
+        facts = {
+            "graph": str(result.graph), "report": str(result.report) if result.report else None, "passed": result.passed,
+            "bundles": [{"target": b.target, "status": b.status, "folder": str(b.folder), "reason": b.reason} for b in result.bundles],
+            "gates": result.gates, "stages": result.stages,
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        sys.exit(result.exit_code)
+    click.echo()
+    _table([["stage", "", "seconds"], *([name, "unchanged" if s["skipped"] else "done", f"{s['seconds']:.1f}"] for name, s in result.stages.items())], numbers=(2,))
+    click.echo()
+    for bundle in result.bundles:
+        kind = "bundle" if bundle.target == "cpu" else "engine"
+        click.echo(f"{kind} {bundle.target}: {bundle.folder if bundle.status != 'failed' else 'FAILED: ' + bundle.reason}")
+    if result.report:
+        click.echo(f"report: {result.report / 'report.html'}\n")
+        _print_gates(result.gates)
+        click.echo("\nall gates hold" if result.passed else "\nGATES FAILED")
+    sys.exit(result.exit_code)
+
+
+@main.command("plan")
+@click.argument("checkpoint", type=_folder)
+@click.option("--context", type=_Tokens(), default="1M", show_default=True, help="Tokens per sequence, for example 64k or 1M.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
+@click.option("--layout", help="One row format; default: all that the model has.")
+@_json
+def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None, as_json: bool) -> None:
+    """Memory of the caches of CHECKPOINT (a folder or a bare config.json), beside V3.2 at the same context."""
+    from foldkv.export.plan import LAYOUTS, parameter_count, plan_memory
+    from foldkv.export.spec import ModelSpec
+
+    spec = ModelSpec.from_file(checkpoint)
+    plans = []
+    for name in [layout] if layout else LAYOUTS:
+        try:
+            plans.append(plan_memory(spec, context=context, batch=batch, layout=name))
+        except InputError:
+            if layout or name == "bf16":
+                raise
+    facts = {"parameters": parameter_count(spec), "plans": [plan.to_dict() for plan in plans]}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}")
+    rows = [["layout", "window", "entries", "index", "carry", "total", "of V3.2"]]
+    for plan in plans:
+        g = plan.groups
+        carry = sum(size for name, size in g.items() if "carry" in name)
+        parts = [g["window"], g.get("entries", 0), g.get("index_entries", 0), carry, plan.total]
+        rows.append([plan.layout, *(_size(part) for part in parts), f"{100 * plan.share_of_v32:.2f} %"])
+    _table(rows, numbers=(1, 2, 3, 4, 5, 6))
+    click.echo(f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context.")
+
+
+@main.command("inspect")
+@click.argument("artifact", type=_folder)
+@_json
+def inspect_command(artifact: Path, as_json: bool) -> None:
+    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified."""
+    from foldkv.inspection import inspect_artifact
+
+    _show(inspect_artifact(artifact), as_json)
+
+
+@main.command("doctor")
+@_json
+def doctor_command(as_json: bool) -> None:
+    """What works on this machine, and what is missing for the rest."""
+    from foldkv.doctor import examine
+
+    facts = examine()
+    if as_json:
+        _show(facts, True)
+        return
+    click.echo(f"Python {facts['python']}, {facts['processors']} processors, {_size(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices")
+    _table([["package", "version", "for"], *([row["package"], row["version"] or "missing", row["for"]] for row in facts["packages"])])
+    for name, works in facts["can"].items():
+        click.echo(f"{name}: {'yes' if works else 'no'}")
+
+
+@main.command("targets")
+@_json
+def targets_command(as_json: bool) -> None:
+    """The targets that bundles can be built for, and by which backend."""
+    from foldkv.optimize.targets import load_targets
+
+    targets = load_targets()
+    if as_json:
+        click.echo(json.dumps([target.to_dict() for target in targets.values()], indent=2))
+        return
+    rows = [["target", "sm", "memory", "GB/s", "precision", "backends"]]
+    for t in targets.values():
+        memory = f"{t.memory_gib} GiB" if t.memory_gib else ""
+        rows.append([t.name, str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)])
+    _table(rows, numbers=(1, 2, 3))

@@ -1,0 +1,107 @@
+"""The pipeline file: typed, versioned, with unknown keys refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from foldkv.errors import InputError, listing, nearest
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ExportConfig(_Strict):
+    """The export stage."""
+
+    profile: Literal["hf"] = "hf"
+
+
+class ShapesConfig(_Strict):
+    """Sizes engines are built for, each [smallest, typical, largest]."""
+
+    batch: list[int] = Field(default=[1, 1, 4], min_length=3, max_length=3)
+    chunk: list[int] = Field(default=[1, 1, 256], min_length=3, max_length=3)
+    context: list[int] = Field(default=[256, 4096, 65536], min_length=3, max_length=3)
+
+
+class BuildConfig(_Strict):
+    """The build stage."""
+
+    targets: list[str] = Field(default=["cpu"], min_length=1)
+    plugins: Literal["on", "off"] = "off"
+    jobs: int | None = Field(default=None, ge=1)
+    shapes: ShapesConfig = ShapesConfig()
+
+
+class ValidateConfig(_Strict):
+    """The validate stage; runs on the bundle of ``target``."""
+
+    enabled: bool = True
+    target: str = "cpu"
+    seed: int = Field(default=0, ge=0)
+    gates: dict[str, float] = {}
+    text_tokens: int = Field(default=384, ge=8)
+    texts: int = Field(default=6, ge=1)
+    distances: list[int] = Field(default=[16, 64, 128, 256, 512], min_length=1)
+    cases_per_distance: int = Field(default=20, ge=1)
+
+
+class PipelineConfig(_Strict):
+    """A whole pipeline file. Paths are relative to the file."""
+
+    version: Literal[1]
+    checkpoint: str
+    output: str
+    export: ExportConfig = ExportConfig()
+    build: BuildConfig = BuildConfig()
+    # `validate` is a name that pydantic keeps for itself.
+    validation: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
+
+
+def load_config(path: Path) -> PipelineConfig:
+    """Read a pipeline file; checkpoint and output become paths relative to it.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or has wrong or unknown keys; all are listed.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}. Give a pipeline file; docs/cli.md shows one.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}.") from None
+    try:
+        config = PipelineConfig.model_validate(table)
+    except ValidationError as error:
+        raise InputError(
+            listing(f"{path} cannot be used", [_finding(item) for item in error.errors()], "Correct these keys.")
+        ) from None
+    bad = [d for d in config.validation.distances if d < 4 or d % 4]
+    if bad:
+        raise InputError(f"{path}: validate.distances has {bad}; expected positive multiples of 4.")
+    folder = Path(path).parent
+    return config.model_copy(
+        update={"checkpoint": str(folder / config.checkpoint), "output": str(folder / config.output)}
+    )
+
+
+def _finding(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"missing key {place!r}"
+    return f"{place} is {item['input']!r}: {item['msg']}"
+
+
+def _keys(parents: tuple[int | str, ...]) -> list[str]:
+    model: Any = PipelineConfig
+    for parent in parents:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        model = fields[str(parent)].annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,140 @@
+"""The stages of a pipeline file, one after the other; what is unchanged is skipped.
+
+checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import foldkv
+from foldkv.artifact import read_manifest, sha256_file, sha256_json, verify_files
+from foldkv.config import PipelineConfig
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from foldkv.optimize.build import BuildReport, TargetResult, build_bundles
+from foldkv.optimize.spec import Shapes
+from foldkv.optimize.targets import resolve_targets
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class PipelineResult:
+    """Where the artifacts are, what each stage did and took (seconds), and what the gates said."""
+
+    graph: Path
+    bundles: list[TargetResult] = field(default_factory=list)
+    report: Path | None = None
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    passed: bool | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """That of the first target that failed, else 1 if a gate failed, else 0."""
+        code = BuildReport(self.bundles).exit_code
+        return code or (EXIT_GATE_FAILED if self.passed is False else EXIT_OK)
+
+
+def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None) -> PipelineResult:
+    """Run every stage of a pipeline; a stage whose inputs and settings are unchanged is skipped.
+
+    Raises:
+        FoldkvError: what the stages raise; earlier artifacts stay.
+    """
+    from foldkv.validation.gates import resolve_gates
+
+    # What can be known to be wrong is refused before the first stage starts.
+    resolve_targets(config.build.targets)
+    resolve_gates(config.validation.gates)
+    if config.validation.enabled and config.validation.target not in config.build.targets:
+        raise InputError(
+            f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
+        )
+    output = Path(config.output)
+    result = PipelineResult(graph=output / "graph")
+    _timed(result, "export", lambda: _export(config, result.graph, progress))
+    _timed(result, "build", lambda: _build(config, result, output / "bundles", progress))
+    built = {bundle.target: bundle for bundle in result.bundles if bundle.status != "failed"}
+    if config.validation.enabled and config.validation.target in built:
+        result.report = output / "report"
+        bundle = built[config.validation.target].folder
+        _timed(result, "validate", lambda: _validate(config, bundle, result, progress))
+    return result
+
+
+def _timed(result: PipelineResult, stage: str, work: Callable[[], bool]) -> None:
+    start = time.monotonic()
+    done = work()
+    result.stages[stage] = {"seconds": round(time.monotonic() - start, 2), "skipped": not done}
+
+
+def _current(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The manifest of a whole artifact there, or None."""
+    try:
+        manifest = read_manifest(folder, kind=kind)
+        verify_files(folder, manifest)
+    except ArtifactError:
+        return None
+    return manifest
+
+
+def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
+    from foldkv.export.checkpoint import Checkpoint
+    from foldkv.export.graph import KIND, export_checkpoint, graph_spec, tool_versions
+
+    old = _current(out, KIND)
+    if old is not None and (
+        old["foldkv_version"] == foldkv.__version__
+        and old["spec"] == graph_spec(config.export.profile)
+        and old["tool_versions"] == tool_versions()
+        and old["inputs"]["checkpoint"]["sha256"] == Checkpoint(Path(config.checkpoint)).digest()
+    ):
+        progress(f"export: unchanged, {out}")
+        return False
+    export_checkpoint(Path(config.checkpoint), out, profile=config.export.profile, progress=lambda line: progress(f"export: {line}"))
+    return True
+
+
+def _build(config: PipelineConfig, result: PipelineResult, out: Path, progress: Progress) -> bool:
+    shapes = config.build.shapes
+    report = build_bundles(
+        result.graph,
+        out,
+        config.build.targets,
+        plugins=config.build.plugins == "on",
+        shapes=Shapes(*(tuple(sizes) for sizes in (shapes.batch, shapes.chunk, shapes.context))),  # type: ignore[arg-type]
+        jobs=config.build.jobs,
+        progress=lambda line: progress(f"build: {line}"),
+    )
+    result.bundles = report.results
+    return any(bundle.status != "unchanged" for bundle in report.results)
+
+
+def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, progress: Progress) -> bool:
+    from foldkv.validation.report import JSON
+    from foldkv.validation.validate import KIND, Plan, validate
+
+    assert result.report is not None
+    wanted = config.validation
+    plan = Plan(wanted.seed, wanted.texts, wanted.text_tokens, tuple(wanted.distances), wanted.cases_per_distance)
+    key = sha256_json(
+        {"plan": asdict(plan), "gates": wanted.gates, "bundle": sha256_file(bundle / "manifest.json"), "foldkv": foldkv.__version__}
+    )
+    old = _current(result.report, KIND)
+    fresh = old is None or old.get("key") != key
+    if fresh:
+        validate(
+            bundle, Path(config.checkpoint), result.report, gates=wanted.gates, plan=plan, key=key,
+            progress=lambda line: progress(f"validate: {line}"),
+        )  # fmt: skip
+    else:
+        progress(f"validate: unchanged, {result.report}")
+    content = json.loads((result.report / JSON).read_text())
+    result.gates, result.passed = content["gates"], content["passed"]
+    return fresh
