@@ -127,7 +127,8 @@ def save(model: DeepseekV4ForCausalLM, folder: Path) -> None:
     """config.json, weights under the released names, tokenizer."""
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
-    tensors = {released_name(name): value.clone() for name, value in load_file(path).items()}
+    tensors = {released_name(name): value for name, value in load_file(path).items()}
+    tensors = {name: value.to(_storage_type(name, value)).clone() for name, value in tensors.items()}
     save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
     (folder / "generation_config.json").unlink(missing_ok=True)
     alphabet = _byte_alphabet()
@@ -136,6 +137,13 @@ def save(model: DeepseekV4ForCausalLM, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _storage_type(name: str, value: Tensor) -> torch.dtype:
+    """As released: matrices in bfloat16, hyper-connections, position biases and vectors in float32."""
+    if not value.is_floating_point() or value.dim() < 2 or "hc_" in name or name.endswith(".ape"):
+        return value.dtype
+    return torch.bfloat16
 
 
 def _byte_alphabet() -> list[str]:
