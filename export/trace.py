@@ -145,8 +145,8 @@ def _tidy(model: ir.Model) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    # TensorRT wants axes and shapes as constants; weights are left as they are.
-    onnxscript.optimizer.fold_constants(model, input_size_limit=1024, output_size_limit=1024)
+    # TensorRT wants axes and shapes as constants; weights are left as they are, whatever their size.
+    onnxscript.optimizer.fold_constants(model, should_fold=_reads_no_weight)
     for step in (
         IdentityEliminationPass(),
         CommonSubexpressionEliminationPass(),
@@ -157,6 +157,11 @@ def _tidy(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.producer_name = "foldkv"
     model.graph.name = "decoder"
+
+
+def _reads_no_weight(node: ir.Node) -> bool | None:
+    """False if a weight would be folded into a constant of another name; None leaves it to the optimizer."""
+    return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
 
 
 def _add_functions(model: ir.Model) -> None:
