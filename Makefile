@@ -19,6 +19,7 @@ check: lint typing test
 
 lint: $(STAMP) .typing/foldkv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
 typing: $(STAMP) .typing/foldkv

@@ -47,7 +47,7 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
     Raises:
         InputError: ``destination`` exists and is something else, or its parent cannot be written.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path.cwd() / destination
     _check_replaceable(destination, kind, replace)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,9 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
     except OSError:
-        raise ArtifactError(f"{folder} is no {kind} artifact: {path} cannot be read. Give the folder a command wrote.") from None
+        raise ArtifactError(
+            f"{folder} is no {kind} artifact: {path} cannot be read. Give the folder a command wrote."
+        ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({error}). The artifact is damaged: make it again.") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
@@ -165,7 +167,9 @@ def _check_files(folder: Path, files: Any) -> None:
     for name, facts in files.items():
         path = confined(folder, name)
         if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int):
-            raise ArtifactError(f"{folder / MANIFEST}: file {name!r} has no size. The manifest is damaged: make the artifact again.")
+            raise ArtifactError(
+                f"{folder / MANIFEST}: file {name!r} has no size. The manifest is damaged: make the artifact again."
+            )
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, the manifest names it. Copy the whole artifact or make it again.")
         if path.stat().st_size != facts["bytes"]:

@@ -21,7 +21,7 @@ from foldkv.errors import EXIT_INTERNAL, FoldkvError, InputError
 _UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
-class _Tokens(click.ParamType):
+class _Tokens(click.ParamType[int]):
     """A number of tokens: 4096, 64k or 1M (powers of 1024)."""
 
     name = "tokens"
@@ -45,7 +45,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the last resort of the command line
             if ctx.params.get("verbose"):
                 traceback.print_exc()
             if isinstance(error, FoldkvError):
@@ -80,7 +80,10 @@ def _show(facts: Any, as_json: bool) -> None:
 def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        cells = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         click.echo("  ".join(cells).rstrip())
 
 
@@ -113,8 +116,16 @@ def export_command(checkpoint: Path, output: Path, profile: str) -> None:
 @main.command("build")
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder that gets one bundle per target.")
-@click.option("--target", "targets", multiple=True, required=True, help="What to build for; repeat it. See `foldkv targets`.")
-@click.option("--plugins", type=click.Choice(["on", "off"]), default="off", show_default=True, help="Inject plugins, or use function bodies.")
+@click.option(
+    "--target", "targets", multiple=True, required=True, help="What to build for; repeat it. See `foldkv targets`."
+)
+@click.option(
+    "--plugins",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="Inject plugins, or use function bodies.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
 def build_command(graph: Path, output: Path, targets: tuple[str, ...], plugins: str, jobs: int | None) -> None:
     """Build one bundle per target from the graph package GRAPH. No GPU is needed."""
@@ -134,7 +145,13 @@ def build_command(graph: Path, output: Path, targets: tuple[str, ...], plugins: 
 @click.option("--context", type=_Tokens(), help="Tokens to plan the state for; default: as many as this call needs.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the likeliest tokens that hold this share.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest tokens that hold this share.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--stop", multiple=True, help="Stop when this text appears; repeat it.")
 @_json
@@ -154,9 +171,13 @@ def generate_command(
     prompt = tokenizer.encode(text)
     if not prompt:
         raise InputError("the text is empty; give at least one character to continue.")
-    with Session(bundle, context=context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)) as session:
+    with Session(
+        bundle, context=context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
+    ) as session:
         pieces, tokens, printed = tokenizer.stream(), [], ""
-        for _, token in session.stream([prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=loaded.model.eos_token_ids):
+        for _, token in session.stream(
+            [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=loaded.model.eos_token_ids
+        ):
             tokens.append(token)
             piece = pieces.push(token)
             printed += piece
@@ -166,7 +187,12 @@ def generate_command(
                 break
         rest = pieces.finish()
         if as_json:
-            facts = {"prompt_tokens": len(prompt), "tokens": tokens, "text": printed + rest, "state_bytes": session.state_bytes}
+            facts = {
+                "prompt_tokens": len(prompt),
+                "tokens": tokens,
+                "text": printed + rest,
+                "state_bytes": session.state_bytes,
+            }
             click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         else:
             click.echo(rest)
@@ -207,7 +233,9 @@ def _print_gates(gates: list[dict[str, Any]]) -> None:
     rows = [["gate", "", "measured", "", "threshold"]]
     for gate in gates:
         value, threshold = float(gate["value"]), float(gate["threshold"])
-        rows.append([gate["name"], "holds" if gate["passed"] else "FAILS", f"{value:.4g}", gate["comparison"], f"{threshold:g}"])
+        rows.append(
+            [gate["name"], "holds" if gate["passed"] else "FAILS", f"{value:.4g}", gate["comparison"], f"{threshold:g}"]
+        )
     _table(rows, numbers=(2,))
 
 
@@ -229,11 +257,22 @@ def run_command(pipeline: Path, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         sys.exit(result.exit_code)
     click.echo()
-    _table([["stage", "", "seconds"], *([name, "unchanged" if s["skipped"] else "done", f"{s['seconds']:.1f}"] for name, s in result.stages.items())], numbers=(2,))
+    _table(
+        [
+            ["stage", "", "seconds"],
+            *(
+                [name, "unchanged" if s["skipped"] else "done", f"{s['seconds']:.1f}"]
+                for name, s in result.stages.items()
+            ),
+        ],
+        numbers=(2,),
+    )
     click.echo()
     for bundle in result.bundles:
         kind = "bundle" if bundle.target == "cpu" else "engine"
-        click.echo(f"{kind} {bundle.target}: {bundle.folder if bundle.status != 'failed' else 'FAILED: ' + bundle.reason}")
+        click.echo(
+            f"{kind} {bundle.target}: {bundle.folder if bundle.status != 'failed' else 'FAILED: ' + bundle.reason}"
+        )
     if result.report:
         click.echo(f"report: {result.report / 'report.html'}\n")
         _print_gates(result.gates)
@@ -243,7 +282,9 @@ def run_command(pipeline: Path, as_json: bool) -> None:
 
 @main.command("plan")
 @click.argument("checkpoint", type=_folder)
-@click.option("--context", type=_Tokens(), default="1M", show_default=True, help="Tokens per sequence, for example 64k or 1M.")
+@click.option(
+    "--context", type=_Tokens(), default="1M", show_default=True, help="Tokens per sequence, for example 64k or 1M."
+)
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
 @click.option("--layout", help="One row format; default: all that the model has.")
 @_json
@@ -272,7 +313,9 @@ def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None,
         parts = [g["window"], g.get("entries", 0), g.get("index_entries", 0), carry, plan.total]
         rows.append([plan.layout, *(_size(part) for part in parts), f"{100 * plan.share_of_v32:.2f} %"])
     _table(rows, numbers=(1, 2, 3, 4, 5, 6))
-    click.echo(f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context.")
+    click.echo(
+        f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context."
+    )
 
 
 @main.command("inspect")
@@ -295,8 +338,15 @@ def doctor_command(as_json: bool) -> None:
     if as_json:
         _show(facts, True)
         return
-    click.echo(f"Python {facts['python']}, {facts['processors']} processors, {_size(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices")
-    _table([["package", "version", "for"], *([row["package"], row["version"] or "missing", row["for"]] for row in facts["packages"])])
+    click.echo(
+        f"Python {facts['python']}, {facts['processors']} processors, {_size(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices"
+    )
+    _table(
+        [
+            ["package", "version", "for"],
+            *([row["package"], row["version"] or "missing", row["for"]] for row in facts["packages"]),
+        ]
+    )
     for name, works in facts["can"].items():
         click.echo(f"{name}: {'yes' if works else 'no'}")
 

@@ -72,7 +72,9 @@ def load_config(path: Path) -> PipelineConfig:
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}. Give a pipeline file; docs/cli.md shows one.") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Give a pipeline file; docs/cli.md shows one."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}.") from None
     try:

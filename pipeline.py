@@ -97,7 +97,9 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
     ):
         progress(f"export: unchanged, {out}")
         return False
-    export_checkpoint(Path(config.checkpoint), out, profile=config.export.profile, progress=lambda line: progress(f"export: {line}"))
+    export_checkpoint(
+        Path(config.checkpoint), out, profile=config.export.profile, progress=lambda line: progress(f"export: {line}")
+    )
     return True
 
 
@@ -124,7 +126,12 @@ def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, prog
     wanted = config.validation
     plan = Plan(wanted.seed, wanted.texts, wanted.text_tokens, tuple(wanted.distances), wanted.cases_per_distance)
     key = sha256_json(
-        {"plan": asdict(plan), "gates": wanted.gates, "bundle": sha256_file(bundle / "manifest.json"), "foldkv": foldkv.__version__}
+        {
+            "plan": asdict(plan),
+            "gates": wanted.gates,
+            "bundle": sha256_file(bundle / "manifest.json"),
+            "foldkv": foldkv.__version__,
+        }
     )
     old = _current(result.report, KIND)
     fresh = old is None or old.get("key") != key

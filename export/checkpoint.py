@@ -20,7 +20,8 @@ from torch import Tensor
 
 from foldkv.artifact import confined, sha256_file
 from foldkv.errors import ArtifactError, CheckpointError, listing
-from foldkv.export.model.decoder import Decoder
+from foldkv.export.model.decoder import Decoder, Layer
+from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -83,7 +84,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors.")
+            raise CheckpointError(
+                f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors."
+            )
         self.config = read_config(self.folder / "config.json")
         self.spec = ModelSpec.from_config(self.config, source=str(self.folder / "config.json"))
         self.files = self._weight_files()
@@ -112,7 +115,9 @@ class Checkpoint:
             if not path.is_file():
                 problems.append(f"shard {name} is missing")
         if problems:
-            raise CheckpointError(listing(f"{index} names files that cannot be used", problems, "Download these files again."))
+            raise CheckpointError(
+                listing(f"{index} names files that cannot be used", problems, "Download these files again.")
+            )
         return files
 
     def _read_headers(self) -> dict[str, tuple[str, Path, tuple[int, ...], str]]:
@@ -126,12 +131,16 @@ class Checkpoint:
                         part = file.get_slice(name)
                         released = released_name(name)
                         if released in headers:
-                            problems.append(f"tensor {released} is in {headers[released][1].name} and again in {path.name}")
+                            problems.append(
+                                f"tensor {released} is in {headers[released][1].name} and again in {path.name}"
+                            )
                         headers[released] = (name, path, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 problems.append(f"{path.name} cannot be read: {error}")
         if problems:
-            raise CheckpointError(listing(f"{self.folder} has damaged weights", problems, "Download these files again."))
+            raise CheckpointError(
+                listing(f"{self.folder} has damaged weights", problems, "Download these files again.")
+            )
         return headers
 
     def digest(self) -> str:
@@ -148,7 +157,9 @@ class Checkpoint:
             CheckpointError: missing, unexpected, wrongly shaped or unreadable tensors, all listed.
         """
         expected = self._expected()
-        problems = [f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in self.headers]
+        problems = [
+            f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in self.headers
+        ]
         for name, (_, path, shape, dtype) in self.headers.items():
             if _IGNORED.match(name):
                 continue
@@ -212,12 +223,14 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
     table = [f"tensor {name} names experts outside 0..{checkpoint.spec.num_experts - 1}"
              for name, value in values.items() if name.endswith("tid2eid") and _outside(value, checkpoint.spec.num_experts)]  # fmt: skip
     if problems or table:
-        raise CheckpointError(listing(f"{checkpoint.folder} has unusable weights", problems + table, "Download the weights again."))
+        raise CheckpointError(
+            listing(f"{checkpoint.folder} has unusable weights", problems + table, "Download the weights again.")
+        )
     model.load_state_dict(values, assign=True)
-    for layer, block in enumerate(model.layers):
-        from foldkv.export.model.rope import inverse_frequencies
-
-        block.attn.inv_freq = inverse_frequencies(checkpoint.spec, checkpoint.spec.layer_types[layer])
+    # Frequencies are no part of a checkpoint, and the model was made without storage.
+    for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
+        assert isinstance(block, Layer)
+        block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
     return model.eval().requires_grad_(False)
 
 
@@ -260,5 +273,3 @@ def model_facts(spec: ModelSpec) -> dict[str, Any]:
         "bos_token_id": spec.bos_token_id,
         "eos_token_ids": list(spec.eos_token_ids),
     }
-
-

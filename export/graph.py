@@ -15,8 +15,9 @@ import foldkv
 from foldkv.artifact import staged, write_manifest
 from foldkv.errors import InputError
 from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
+from foldkv.export.operators.registry import ONNX_OPSET
 from foldkv.export.state import state_tensors
-from foldkv.export.trace import INPUTS, LOGITS, ONNX_OPSET, onnx_from_decoder, operator_counts
+from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 
 KIND = "foldkv.graph"
 MODEL, WEIGHTS, TOKENIZER, CONFIG = "model.onnx", "weights.bin", "tokenizer.json", "config.json"
@@ -53,7 +54,10 @@ def export_checkpoint(
     if profile not in PROFILES:
         raise InputError(f"profile {profile!r} is not known; expected one of {', '.join(PROFILES)}.")
     source = Checkpoint(checkpoint)
-    if Path(out).resolve().is_relative_to(Path(checkpoint).resolve()) and Path(out).resolve() == Path(checkpoint).resolve():
+    if (
+        Path(out).resolve().is_relative_to(Path(checkpoint).resolve())
+        and Path(out).resolve() == Path(checkpoint).resolve()
+    ):
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
     progress(f"reading {len(source.headers)} tensors from {source.folder}")
     decoder = decoder_from_checkpoint(source)

@@ -188,7 +188,9 @@ class _Reader:
         self._check_keys()
         fields: dict[str, Any] = {}
         for key, field in _INTEGERS.items():
-            fields[field] = self._number(key, integral=True, alias="num_local_experts" if key == "n_routed_experts" else None)
+            fields[field] = self._number(
+                key, integral=True, alias="num_local_experts" if key == "n_routed_experts" else None
+            )
         for key, field in _NUMBERS.items():
             fields[field] = self._number(key, integral=False)
         layers = fields["num_layers"] or 0
@@ -248,7 +250,9 @@ class _Reader:
         if types is None:
             types = self._from_ratios(legacy)
         if not isinstance(types, list) or len(types) < layers:
-            self.findings.append(f"the layer schedule has {len(types) if isinstance(types, list) else types!r} layers; expected {layers}")
+            self.findings.append(
+                f"the layer schedule has {len(types) if isinstance(types, list) else types!r} layers; expected {layers}"
+            )
             return (), ()
         types = types[:layers]  # released files append the layers of the draft head
         rates = self._rates()
@@ -309,7 +313,9 @@ class _Reader:
         if value is None and isinstance(factor, (int, float)) and head_dim:
             value = int(head_dim * factor)
         if isinstance(value, bool) or not isinstance(value, int) or value < 2 or value % 2:
-            self.findings.append(f"qk_rope_head_dim is {value!r}; expected an even integer (or 'partial_rotary_factor')")
+            self.findings.append(
+                f"qk_rope_head_dim is {value!r}; expected an even integer (or 'partial_rotary_factor')"
+            )
             return 0
         return value
 
@@ -320,7 +326,9 @@ class _Reader:
             scaling = nested.get("compress") if isinstance(nested.get("compress"), dict) else nested
             main = nested.get("main")
             if isinstance(main, dict) and main.get("rope_type", "default") != "default":
-                self.findings.append(f"rope_parameters.main is {main.get('rope_type')!r}; sliding layers have no scaling")
+                self.findings.append(
+                    f"rope_parameters.main is {main.get('rope_type')!r}; sliding layers have no scaling"
+                )
         if scaling is None:
             return None
         if not isinstance(scaling, dict):
@@ -345,9 +353,13 @@ class _Reader:
         original = scaling.get("original_max_position_embeddings", fields["max_position_embeddings"])
         factor = scaling.get("factor")
         if not isinstance(factor, (int, float)) or factor < 1 or not isinstance(original, int) or original < 1:
-            self.findings.append(f"yarn factor {factor!r} with original_max_position_embeddings {original!r}; expected numbers of at least 1")
+            self.findings.append(
+                f"yarn factor {factor!r} with original_max_position_embeddings {original!r}; expected numbers of at least 1"
+            )
             return None
-        return Yarn(float(factor), original, float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1))
+        return Yarn(
+            float(factor), original, float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
+        )
 
     def _token(self, key: str) -> int | None:
         value = self.config.get(key)
@@ -370,6 +382,10 @@ class _Reader:
                 f"qk_rope_head_dim {f['rope_dim']} is larger than head_dim {f['head_dim']} or index_head_dim {f['index_head_dim']}"
             )
         if f["num_heads"] * f["head_dim"] % f["o_groups"]:
-            self.findings.append(f"o_groups {f['o_groups']} does not divide the {f['num_heads']} x {f['head_dim']} attention output")
+            self.findings.append(
+                f"o_groups {f['o_groups']} does not divide the {f['num_heads']} x {f['head_dim']} attention output"
+            )
         if f["experts_per_token"] > f["num_experts"]:
-            self.findings.append(f"num_experts_per_tok {f['experts_per_token']} is more than n_routed_experts {f['num_experts']}")
+            self.findings.append(
+                f"num_experts_per_tok {f['experts_per_token']} is more than n_routed_experts {f['num_experts']}"
+            )

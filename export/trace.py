@@ -44,9 +44,7 @@ class _Flat(nn.Module):
         logit_indices: Tensor,
         state: list[Tensor],
     ) -> list[Tensor]:
-        logits, after, taps = self.decoder.run(
-            input_ids, positions, num_tokens, active_context, logit_indices, state
-        )
+        logits, after, taps = self.decoder.run(input_ids, positions, num_tokens, active_context, logit_indices, state)
         return [logits, *after, *taps]
 
 
@@ -106,9 +104,7 @@ def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
         # Capacities must differ between ratios too, or torch would join their dimensions.
         new_state(decoder.spec, _CONTEXT * max(1, *decoder.spec.ratios) + 1, _BATCH),
     )
-    state_shapes = [
-        {0: batch, 1: capacities[t.ratio]} if t.ratio else {0: batch} for t in state_tensors(decoder.spec)
-    ]
+    state_shapes = [{0: batch, 1: capacities[t.ratio]} if t.ratio else {0: batch} for t in state_tensors(decoder.spec)]
     return arguments, ({0: batch, 1: chunk}, {0: batch}, {0: batch}, None, {0: batch, 1: kept}, state_shapes)
 
 
@@ -225,7 +221,9 @@ def expected_counts(decoder: Decoder) -> dict[str, int]:
 def _check_operators(model: ir.Model, decoder: Decoder) -> None:
     found, expected = operator_counts(model), expected_counts(decoder)
     if found != expected:
-        raise FoldkvError(f"the traced graph holds operators {found}; expected {expected}. Report this as a fault of foldkv.")
+        raise FoldkvError(
+            f"the traced graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."
+        )
 
 
 @contextlib.contextmanager

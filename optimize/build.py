@@ -52,7 +52,8 @@ class BuildReport:
     @property
     def exit_code(self) -> int:
         """0 if every target was built or unchanged, else the code of the first failure."""
-        return next((result.exit_code for result in self.results if result.status == "failed"), EXIT_OK)
+        codes: list[int] = [result.exit_code for result in self.results if result.status == "failed"]
+        return codes[0] if codes else EXIT_OK
 
 
 def build_bundles(
@@ -211,7 +212,7 @@ def _write_cpu(
     progress("loading it in ONNX Runtime")
     try:
         session = onnxruntime.InferenceSession(str(work / MODEL), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises classes of its own that share no base
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own that share no base
         raise BuildError(f"ONNX Runtime cannot load the graph: {str(error)[:400]}") from None
     names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
     missing = [row[end] for row in manifest["state"] for end in ("input", "output") if row[end] not in names]

@@ -118,5 +118,7 @@ def _run_child(request: Path, environment: Mapping[str, str], progress: Callable
     if code < 0:
         raise BuildError(f"the build process was ended by {signal.Signals(-code).name}{f': {tail}' if tail else ''}")
     if not result.get("ok"):
-        raise BuildError(result.get("error") or f"the build process ended with code {code}: {tail or 'no reason was printed'}")
+        raise BuildError(
+            result.get("error") or f"the build process ended with code {code}: {tail or 'no reason was printed'}"
+        )
     return result

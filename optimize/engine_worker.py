@@ -24,7 +24,7 @@ def build(request: dict[str, Any]) -> None:
 
     messages: list[tuple[str, str]] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -38,7 +38,9 @@ def build(request: dict[str, Any]) -> None:
     say(progress="parsing the graph")
     if not parser.parse_from_file(request["graph"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise RuntimeError("; ".join(f"node {e.node_name() or '?'} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors))
+        raise RuntimeError(
+            "; ".join(f"node {e.node_name() or '?'} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
+        )
     unused = [text for _, text in messages if "Unused Input" in text]
     if unused:  # the parser then computes something else than the graph says
         raise RuntimeError(f"the parser ignores an input: {unused[0]}")
@@ -71,7 +73,9 @@ def _first_line(text: str) -> str:
 
 def _reasons(messages: list[tuple[str, str]]) -> str:
     """The errors logged, without the note on the missing driver that follows each of them here."""
-    errors = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR") and "cudaError" not in text]
+    errors = [
+        text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR") and "cudaError" not in text
+    ]
     return "; ".join(_first_line(text) for text in errors[-3:]) or "no reason was logged"
 
 

@@ -19,7 +19,9 @@ def read_plan_header(plan: bytes) -> dict[str, Any]:
         BuildError: these bytes are no such plan.
     """
     if len(plan) < _HEADER_BYTES or plan[:4] != _MAGIC or plan[28:32] != _MAGIC:
-        raise BuildError(f"{len(plan)} bytes that start with {plan[:4]!r} are no TensorRT-RTX plan. Build the engine again.")
+        raise BuildError(
+            f"{len(plan)} bytes that start with {plan[:4]!r} are no TensorRT-RTX plan. Build the engine again."
+        )
     (mask,) = struct.unpack_from("<I", plan, 32)
     return {
         "version": ".".join(str(byte) for byte in plan[24:28]),
@@ -36,7 +38,9 @@ def check_plan(plan: bytes, *, sm: int) -> dict[str, Any]:
     """
     header = read_plan_header(plan)
     if header["bytes"] > len(plan):
-        raise BuildError(f"the plan has {len(plan)} bytes, its header says {header['bytes']}: it is cut off. Build it again.")
+        raise BuildError(
+            f"the plan has {len(plan)} bytes, its header says {header['bytes']}: it is cut off. Build it again."
+        )
     if header["sm"] != [sm]:
         raise BuildError(f"the plan is for sm {header['sm']}; asked for was {sm}. Report this as a fault of foldkv.")
     return header

@@ -20,7 +20,9 @@ class Shapes:
     def __post_init__(self) -> None:
         for name, sizes in asdict(self).items():
             if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-                raise InputError(f"shapes.{name} is {list(sizes)}; expected smallest <= typical <= largest, each at least 1.")
+                raise InputError(
+                    f"shapes.{name} is {list(sizes)}; expected smallest <= typical <= largest, each at least 1."
+                )
         if self.chunk[2] > self.context[0]:
             raise InputError(
                 f"the largest chunk is {self.chunk[2]} and the smallest context {self.context[0]}; a chunk must fit into the context."

@@ -37,9 +37,7 @@ class Target:
 def load_targets() -> dict[str, Target]:
     """All targets by name."""
     table = tomllib.loads(resources.files("foldkv.optimize").joinpath("targets.toml").read_text())
-    return {
-        name: Target(name, **{**row, "backends": tuple(row["backends"])}) for name, row in table["targets"].items()
-    }
+    return {name: Target(name, **{**row, "backends": tuple(row["backends"])}) for name, row in table["targets"].items()}
 
 
 def resolve_targets(names: Sequence[str]) -> list[Target]:

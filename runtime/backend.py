@@ -174,7 +174,9 @@ def _check_io(session: Any, bundle: Bundle) -> None:
     wanted_in = {**integers, **{t.input: STATE_TYPES[t.dtype].onnx_name for t in bundle.state.tensors}}
     wanted_out = {bundle.io.logits: "tensor(float)"}
     wanted_out |= {t.output: STATE_TYPES[t.dtype].onnx_name for t in bundle.state.tensors}
-    findings = [f"the model's input {name!r} is not in the manifest" for name in sorted(inputs.keys() - wanted_in.keys())]
+    findings = [
+        f"the model's input {name!r} is not in the manifest" for name in sorted(inputs.keys() - wanted_in.keys())
+    ]
     for label, found, wanted in (("input", inputs, wanted_in), ("output", outputs, wanted_out)):
         for name, kind in wanted.items():
             if name not in found:

@@ -114,7 +114,9 @@ def require_backend(bundle: Bundle) -> None:
         missing.append("an executor for TensorRT-RTX engines: this version of foldkv builds them, it does not run them")
     if missing:
         title = f"the bundle {bundle.folder} for {bundle.target} needs the backend {bundle.backend}, which is not usable here"
-        raise MissingDependencyError(listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime."))
+        raise MissingDependencyError(
+            listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
+        )
 
 
 def cuda_devices() -> int:
@@ -139,7 +141,9 @@ def _installed(module: str) -> bool:
 def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
     # A graph names its weight file itself: a file that no hash vouches for must not lie within its reach.
     listed = {MANIFEST, *manifest["files"]}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     extra = sorted(present - listed)
     if extra:
         raise ArtifactError(

@@ -45,8 +45,6 @@ class Sampling:
             raise InputError(f"seed must be an integer of 0 or more, got {self.seed!r}.")
 
 
-
-
 class Sampler:
     """Chooses the tokens of one request, one after the other."""
 

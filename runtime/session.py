@@ -238,7 +238,9 @@ class Session:
         self._refuse_empty(prompts)
         numbers = list(range(len(prompts))) if requests is None else list(requests)
         if len(numbers) != len(prompts) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise InputError(f"requests must be {len(prompts)} integers of 0 or more, one per prompt, got {requests!r}.")
+            raise InputError(
+                f"requests must be {len(prompts)} integers of 0 or more, one per prompt, got {requests!r}."
+            )
         tokens = self._checked([*prompts, *[()] * (self.batch - len(prompts))])
         ahead = [len(chunk) + max_new_tokens - 1 if len(chunk) else 0 for chunk in tokens]
         self._check_capacity(ahead, self._positions if resume else np.zeros_like(self._positions))
@@ -290,7 +292,9 @@ class Session:
             ("batch", len(snapshot.positions), self.batch),
         ):
             if found != wanted:
-                raise InputError(f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a like session.")
+                raise InputError(
+                    f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a like session."
+                )
         with self._exclusive(mend=True):
             self._buffers.put_used(snapshot.rows)
             self._positions[:] = snapshot.positions
@@ -342,7 +346,9 @@ class Session:
     def _refuse_empty(self, prompts: Sequence[Sequence[int]]) -> None:
         for slot, prompt in enumerate(prompts):
             if np.ndim(prompt) == 1 and len(prompt) == 0:
-                raise InputError(f"prompt {slot} is empty; give at least one token, such as the beginning-of-sequence token.")
+                raise InputError(
+                    f"prompt {slot} is empty; give at least one token, such as the beginning-of-sequence token."
+                )
 
     def _check_capacity(self, ahead: Sequence[int], start: IntArray | None = None) -> None:
         held = self._positions if start is None else start
@@ -362,7 +368,9 @@ class Session:
             if self._executor is None:
                 raise InputError("the session is closed. Open a new one.")
             if self._torn and not mend:
-                raise FoldkvError("the last run failed and left the state damaged. Reset the session or restore a snapshot.")
+                raise FoldkvError(
+                    "the last run failed and left the state damaged. Reset the session or restore a snapshot."
+                )
             yield self._executor
         finally:
             self._lock.release()

@@ -93,7 +93,9 @@ class StateSpec:
         if not findings:
             for key in ("name", "input", "output"):
                 names = [getattr(tensor, key) for tensor in tensors]
-                findings += [f"two tensors have the {key} {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+                findings += [
+                    f"two tensors have the {key} {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
+                ]
         if findings:
             raise ArtifactError(listing(f"{where}: the state table is wrong", findings, "Make the bundle again."))
         return cls(tuple(tensor for tensor in tensors if tensor is not None))
@@ -153,7 +155,9 @@ class StateBuffers:
         """
         self.spec = spec
         try:
-            self.arrays = {tensor.name: _filled(tensor, (batch, tensor.capacity(context), tensor.width)) for tensor in spec.tensors}
+            self.arrays = {
+                tensor.name: _filled(tensor, (batch, tensor.capacity(context), tensor.width)) for tensor in spec.tensors
+            }
         except (MemoryError, ValueError, OverflowError):
             need = sum(plan_bytes(spec, context, batch).values())
             raise InputError(

@@ -31,8 +31,10 @@ class Tokenizer:
             raise MissingDependencyError("text needs the package tokenizers: pip install tokenizers") from None
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise ArtifactError(f"{path} is not a tokenizer.json that can be read: {error}. Make the bundle again.") from None
+        except Exception as error:  # noqa: BLE001 - tokenizers raises bare exceptions
+            raise ArtifactError(
+                f"{path} is not a tokenizer.json that can be read: {error}. Make the bundle again."
+            ) from None
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Tokenizer:

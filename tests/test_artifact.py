@@ -50,7 +50,9 @@ def test_an_error_while_writing_leaves_the_old_artifact_and_nothing_else(tmp_pat
     assert siblings(folder) == ["a"]
 
 
-@pytest.mark.parametrize("when", ["before_files", "half_written", "before_manifest", "before_rename", "between_renames"])
+@pytest.mark.parametrize(
+    "when", ["before_files", "half_written", "before_manifest", "before_rename", "between_renames"]
+)
 def test_a_killed_writer_leaves_old_or_nothing_and_the_next_one_succeeds(tmp_path: Path, when: str) -> None:
     folder = make(tmp_path / "a")
     script = f"""
@@ -133,7 +135,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda f: (f / "data.txt").unlink(), "is missing"),
         (lambda f: (f / "data.txt").write_text("longer than before"), "has 18 bytes; the manifest says 3"),
         (lambda f: (f / "data.txt").write_text("NEW"), "was changed after it was made"),
-        (lambda f: ((f / "data.txt").unlink(), (f / "data.txt").symlink_to("/etc/hostname")), "link out of the artifact"),
+        (
+            lambda f: ((f / "data.txt").unlink(), (f / "data.txt").symlink_to("/etc/hostname")),
+            "link out of the artifact",
+        ),
     ],
 )
 def test_a_damaged_artifact_is_refused_with_its_reason(

@@ -32,7 +32,9 @@ class Verdict:
         """Whether the gate holds; a value that is not a number never passes."""
         if math.isnan(self.value):
             return False
-        within = self.value <= self.gate.threshold if self.gate.comparison == "<=" else self.value >= self.gate.threshold
+        within = (
+            self.value <= self.gate.threshold if self.gate.comparison == "<=" else self.value >= self.gate.threshold
+        )
         return within
 
 

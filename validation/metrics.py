@@ -15,7 +15,8 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     """logits [..., V] -> log probabilities [..., V] float64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return result
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def compare_logits(reference: Floats, subject: Floats, targets: npt.NDArray[np.i
     KL is sum p_ref (log p_ref - log p_sub), the direction that llama.cpp's perplexity tool reports; delta_p
     is p_sub - p_ref of the target. A subject that is not finite gives infinite KL and error there.
     """
-    finite = np.isfinite(subject).all(axis=-1)
+    finite = np.asarray(np.isfinite(subject).all(axis=-1))
     safe = np.where(finite[:, None], subject, 0.0)
     ref, sub = log_softmax(reference), log_softmax(safe)
     rows = np.arange(len(targets))

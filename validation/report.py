@@ -22,9 +22,7 @@ def report_json(result: ValidationResult) -> dict[str, Any]:
     content = {
         "schema_version": SCHEMA_VERSION,
         "passed": result.passed,
-        "gates": [
-            {**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts
-        ],
+        "gates": [{**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts],
         "metrics": result.metrics,
         "retrieval": result.retrieval,
         "by_position": result.by_position,
@@ -65,7 +63,9 @@ def report_html(result: ValidationResult) -> str:
     import jinja2
 
     source = resources.files("foldkv.validation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["figure"] = format_figure
     positions = [row["position"] for row in result.by_position]
     return environment.from_string(source).render(
@@ -81,8 +81,8 @@ def report_html(result: ValidationResult) -> str:
 def format_figure(value: float) -> str:
     """Four significant digits; small and large values in powers of ten."""
     if not math.isfinite(value):
-        return {"inf": "∞", "-inf": "−∞", "nan": "not a number"}[str(value)]
-    if value == 0 or float(value).is_integer() and abs(value) < 1e6:
+        return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
+    if float(value).is_integer() and abs(value) < 1e6:
         return f"{value:,.0f}"
     return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
 

@@ -51,7 +51,9 @@ class TransformersRunner:
         problems = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
                     for name in info.get(kind, ())]  # fmt: skip
         if problems:
-            raise CheckpointError(listing(f"transformers does not load {checkpoint} whole", problems, "Check the checkpoint."))
+            raise CheckpointError(
+                listing(f"transformers does not load {checkpoint} whole", problems, "Check the checkpoint.")
+            )
         self.model: Any = model.eval().requires_grad_(False)
 
     def logits(self, tokens: Sequence[int]) -> Logits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from foldkv.validation.cases import RetrievalCase, retrieval_cases, text_windows
 from foldkv.validation.gates import Verdict, judge, resolve_gates
 from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from foldkv.validation.report import write_report
-from foldkv.validation.runners import SessionRunner, TransformersRunner
+from foldkv.validation.runners import Runner, SessionRunner, TransformersRunner
 
 KIND = "foldkv.report"
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
@@ -111,10 +112,16 @@ def validate(
         torch_reference = TransformersRunner(reference)
         result = _measure(subject, torch_reference, tokenizer, plan, text or _default_text(), progress)
         result.verdicts = judge(chosen, result.metrics)
-        result.provenance = _provenance(Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference)
+        result.provenance = _provenance(
+            Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference
+        )
         write_report(result, folder)
-        write_manifest(folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key})
-    progress("passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed))
+        write_manifest(
+            folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
+        )
+    progress(
+        "passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed)
+    )
     return result
 
 
@@ -142,8 +149,8 @@ def _measure(
     for number, case in enumerate(cases):
         if number % plan.cases_per_distance == 0:
             progress(f"retrieval at distance {case.distance}")
-        for row, runner in enumerate((reference, subject)):
-            solved[row, number] = _answers(runner, tokenizer, case)
+        solved[0, number] = _answers(reference, tokenizer, case)
+        solved[1, number] = _answers(subject, tokenizer, case)
     metrics = summary(total) | {
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
@@ -161,7 +168,7 @@ def _measure(
     )
 
 
-def _answers(runner: SessionRunner | TransformersRunner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
+def _answers(runner: Runner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
     """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
     prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
     logits = runner.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
@@ -184,7 +191,10 @@ def _worst_case(
 ) -> dict[str, Any]:
     def top(logits: Any) -> list[list[Any]]:
         best = np.argsort(-np.nan_to_num(logits, nan=-np.inf))[:5]
-        return [[tokenizer.decode([int(token)], skip_special_tokens=False), round(float(logits[token]), 5)] for token in best]
+        return [
+            [tokenizer.decode([int(token)], skip_special_tokens=False), round(float(logits[token]), 5)]
+            for token in best
+        ]
 
     return {
         "kl": float(part.kl[at]), "logit_error": float(part.logit_error[at]), "position": at,
@@ -212,7 +222,7 @@ def _by_position(figures: list[TokenFigures], buckets: int = 24) -> list[dict[st
     longest = max(len(part.kl) for part in figures)
     edges = np.unique(np.linspace(0, longest, buckets + 1).astype(int))
     rows = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         kl = np.concatenate([part.kl[low:high] for part in figures])
         error = np.concatenate([part.logit_error[low:high] for part in figures])
         if len(kl):

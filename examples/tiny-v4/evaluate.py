@@ -28,8 +28,10 @@ def cut_compressed_path(model: Any) -> None:
     """Mask every compressed entry: layers with a compressor see their window and their sink alone."""
     for layer in model.model.layers:
         if layer.self_attn.layer_type in (CSA, HCA):
+
             def blind(_: Any, __: Any, out: Any) -> Any:
                 return out[0], None if out[1] is None else torch.full_like(out[1], -torch.inf)
+
             layer.self_attn.compressor.register_forward_hook(blind)
 
 

@@ -107,10 +107,12 @@ def balance(model: DeepseekV4ForCausalLM) -> None:
     for layer in model.model.layers:
         gate = layer.mlp.gate
         if hasattr(gate, "e_score_correction_bias"):
+
             def nudge(module: Any, _: Any, out: Any) -> None:
                 if module.training:
                     load = torch.bincount(out[2].flatten(), minlength=module.num_experts).float()
                     module.e_score_correction_bias += 0.002 * (load.mean() - load).sign()
+
             gate.register_forward_hook(nudge)
 
 
@@ -179,12 +181,16 @@ def main() -> None:
     while (spent := (time.monotonic() - start) / 60 / options.minutes) < 1:
         # The choice of the indexer comes into force once it has learnt what attention looks at.
         index_loss.topk(10**6 if spent < 0.5 else CONFIG["index_topk"])
-        rate = min(1.0, (step + 1) / 50) * (1.0 if spent < 0.6 else 0.02 + 0.98 * (1 + math.cos(math.pi * (spent - 0.6) / 0.4)) / 2)
+        rate = min(1.0, (step + 1) / 50) * (
+            1.0 if spent < 0.6 else 0.02 + 0.98 * (1 + math.cos(math.pi * (spent - 0.6) / 0.4)) / 2
+        )
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         # Every eighth step is few and long sequences, so that far positions are seen too.
         long = step % 8 == 7
-        ids, weights = batch(rng, text, options.rows // 4 if long else options.rows, options.length * (4 if long else 1))
+        ids, weights = batch(
+            rng, text, options.rows // 4 if long else options.rows, options.length * (4 if long else 1)
+        )
         model.train()
         logits = model(input_ids=ids, use_cache=False).logits
         each = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -204,7 +210,11 @@ def main() -> None:
         for key, value in now.items():
             totals[key] = totals.get(key, value) * 0.95 + value * 0.05
         if step % 20 == 0:
-            line = {"step": step, "minutes": round((time.monotonic() - start) / 60, 2), **{k: round(v, 4) for k, v in totals.items()}}
+            line = {
+                "step": step,
+                "minutes": round((time.monotonic() - start) / 60, 2),
+                **{k: round(v, 4) for k, v in totals.items()},
+            }
             print(json.dumps(line), file=log, flush=True)
         if step % 200 == 0:
             save(model, options.out)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from foldkv.export.model.compressor import Compressor
 from foldkv.export.model.indexer import Indexer
-from foldkv.export.model.norm import RMSNorm, rms_normalize
+from foldkv.export.model.norm import RMSNorm, rms_normalize, split_last
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.rope import rope
@@ -30,7 +30,9 @@ class Attention(nn.Module):
         self.wq_b = nn.Linear(spec.q_lora_rank, spec.num_heads * spec.head_dim, bias=False)
         self.wkv = nn.Linear(spec.hidden_size, spec.head_dim, bias=False)
         self.kv_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
-        self.wo_a = nn.Linear(spec.num_heads * spec.head_dim // spec.o_groups, spec.o_groups * spec.o_lora_rank, bias=False)
+        self.wo_a = nn.Linear(
+            spec.num_heads * spec.head_dim // spec.o_groups, spec.o_groups * spec.o_lora_rank, bias=False
+        )
         self.wo_b = nn.Linear(spec.o_groups * spec.o_lora_rank, spec.hidden_size, bias=False)
         self.attn_sink = nn.Parameter(torch.empty(spec.num_heads))
         if self.kind != SLIDING:
@@ -42,11 +44,17 @@ class Attention(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(spec, self.kind), persistent=False)
 
     def forward(
-        self, x: Tensor, state: list[Tensor], positions: Tensor, num_tokens: Tensor, tokens: Tensor, active_context: Tensor
+        self,
+        x: Tensor,
+        state: list[Tensor],
+        positions: Tensor,
+        num_tokens: Tensor,
+        tokens: Tensor,
+        active_context: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         """x [B, S, C] normed, state as export/state.py lists it for the layer -> out [B, S, C], state."""
         latent = self.q_norm(self.wq_a(x))
-        q = rms_normalize(self.wq_b(latent).unflatten(-1, (self.heads, self.width)), self.eps)
+        q = rms_normalize(split_last(self.wq_b(latent), self.heads, self.width), self.eps)
         q = rope(q, tokens, self.inv_freq, 0)
         kv = rope(self.kv_norm(self.wkv(x)).unsqueeze(2), tokens, self.inv_freq, 0).squeeze(2)
         rows, window = window_update(state[0], kv, positions, num_tokens)
@@ -67,6 +75,7 @@ class Attention(nn.Module):
         return self._project(out), after
 
     def _project(self, out: Tensor) -> Tensor:
-        grouped = out.flatten(2).unflatten(-1, (self.groups, 1, -1))
-        weight = self.wo_a.weight.unflatten(0, (self.groups, self.o_rank)).transpose(1, 2)
-        return self.wo_b(torch.matmul(grouped, weight).flatten(2))
+        grouped = split_last(out.flatten(2), self.groups, 1, -1)
+        weight = self.wo_a.weight.reshape(self.groups, self.o_rank, -1).transpose(1, 2)
+        projected: Tensor = self.wo_b(torch.matmul(grouped, weight).flatten(2))
+        return projected

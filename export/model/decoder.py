@@ -29,11 +29,13 @@ class Layer(nn.Module):
         self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.attn = Attention(spec, layer)
         self.ffn = MixtureOfExperts(spec, layer)
-        for block in ("attn", "ffn"):
-            rows = (2 + streams) * streams
-            self.register_parameter(f"hc_{block}_fn", nn.Parameter(torch.empty(rows, streams * spec.hidden_size)))
-            self.register_parameter(f"hc_{block}_base", nn.Parameter(torch.empty(rows)))
-            self.register_parameter(f"hc_{block}_scale", nn.Parameter(torch.empty(3)))
+        rows, width = (2 + streams) * streams, streams * spec.hidden_size
+        self.hc_attn_fn = nn.Parameter(torch.empty(rows, width))
+        self.hc_attn_base = nn.Parameter(torch.empty(rows))
+        self.hc_attn_scale = nn.Parameter(torch.empty(3))
+        self.hc_ffn_fn = nn.Parameter(torch.empty(rows, width))
+        self.hc_ffn_base = nn.Parameter(torch.empty(rows))
+        self.hc_ffn_scale = nn.Parameter(torch.empty(3))
 
     def forward(
         self,
@@ -104,9 +106,7 @@ class Decoder(nn.Module):
         after: list[Tensor] = []
         taps: list[Tensor] = []
         for layer, layer_state in zip(self.layers, per_layer, strict=True):
-            streams, layer_state = layer(
-                streams, layer_state, input_ids, positions, num_tokens, tokens, active_context
-            )
+            streams, layer_state = layer(streams, layer_state, input_ids, positions, num_tokens, tokens, active_context)
             after += layer_state
             taps.append(streams)
         index = logit_indices[:, :, None, None].expand(-1, -1, streams.shape[2], streams.shape[3])
@@ -125,6 +125,4 @@ def split_state(tensors: Sequence[StateTensor], state: Sequence[Tensor]) -> list
 
 def new_state(spec: ModelSpec, context: int, batch: int = 1, *, fill: float = 0.0) -> list[Tensor]:
     """A state for ``batch`` sequences of up to ``context`` tokens; what it is filled with has no effect."""
-    return [
-        torch.full((batch, tensor.capacity(context), tensor.width), fill) for tensor in state_tensors(spec)
-    ]
+    return [torch.full((batch, tensor.capacity(context), tensor.width), fill) for tensor in state_tensors(spec)]

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foldkv.export.model.norm import rms_normalize
+from foldkv.export.model.norm import rms_normalize, split_last
 from foldkv.export.operators.sinkhorn import sinkhorn
 from foldkv.export.spec import ModelSpec
 
 
-def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, spec: ModelSpec
+) -> tuple[Tensor, Tensor, Tensor]:
     """The block's input and the weights to put its output back (V4 report 2.2).
 
     streams [B, S, N, C], fn [(2 + N) N, N C], base [(2 + N) N], scale [3] (pre, post, comb)
@@ -21,7 +23,7 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, spec: Mod
     mixed = functional.linear(rms_normalize(streams.flatten(2), spec.rms_norm_eps), fn)
     pre = torch.sigmoid(mixed[..., :count] * scale[0] + base[:count]) + spec.hc_eps
     post = 2 * torch.sigmoid(mixed[..., count : 2 * count] * scale[1] + base[count : 2 * count])
-    comb = (mixed[..., 2 * count :] * scale[2] + base[2 * count :]).unflatten(-1, (count, count))
+    comb = split_last(mixed[..., 2 * count :] * scale[2] + base[2 * count :], count, count)
     comb = sinkhorn(comb.softmax(dim=-1) + spec.hc_eps, spec.hc_sinkhorn_iters, spec.hc_eps)
     return (pre.unsqueeze(-1) * streams).sum(dim=2), post, comb
 

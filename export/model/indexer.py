@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foldkv.export.model.compressor import Compressor
+from foldkv.export.model.norm import split_last
 from foldkv.export.operators.index import index_topk
 from foldkv.export.operators.rope import rope
 from foldkv.export.spec import ModelSpec
@@ -17,9 +18,7 @@ class Indexer(nn.Module):
         super().__init__()
         self.wq_b = nn.Linear(spec.q_lora_rank, spec.index_heads * spec.index_head_dim, bias=False)
         self.weights_proj = nn.Linear(spec.hidden_size, spec.index_heads, bias=False)
-        self.compressor = Compressor(
-            spec.hidden_size, spec.index_head_dim, ratio, overlap=True, eps=spec.rms_norm_eps
-        )
+        self.compressor = Compressor(spec.hidden_size, spec.index_head_dim, ratio, overlap=True, eps=spec.rms_norm_eps)
         self.heads, self.width, self.topk, self.ratio = spec.index_heads, spec.index_head_dim, spec.index_topk, ratio
 
     def forward(
@@ -35,7 +34,7 @@ class Indexer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """x [B, S, C], latent [B, S, q_lora_rank], tokens [B, S] positions -> chosen [B, S, topk] int32, state."""
         state = self.compressor(x, state, inv_freq, positions, num_tokens)
-        q = self.wq_b(latent).unflatten(-1, (self.heads, self.width))
+        q = split_last(self.wq_b(latent), self.heads, self.width)
         q = rope(q, tokens, inv_freq, 0)
         weights = self.weights_proj(x) * (self.width**-0.5 * self.heads**-0.5)
         return index_topk(q, weights, state[0], positions, active_context, self.ratio, self.topk), state

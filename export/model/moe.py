@@ -59,7 +59,8 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
         gate = self.w1(x).clamp(max=self.limit)
-        return self.w2(gate * torch.sigmoid(gate) * self.w3(x).clamp(-self.limit, self.limit))
+        out: Tensor = self.w2(gate * torch.sigmoid(gate) * self.w3(x).clamp(-self.limit, self.limit))
+        return out
 
 
 class MixtureOfExperts(nn.Module):
@@ -77,4 +78,5 @@ class MixtureOfExperts(nn.Module):
         flat = x.flatten(0, 1)
         chosen, weights = self.gate(flat, input_ids.flatten())
         routed = routed_experts(flat, chosen, weights, self.experts.w13, self.experts.w2, self.limit)
-        return routed.view_as(x) + self.shared_experts(x)
+        out: Tensor = routed.view_as(x) + self.shared_experts(x)
+        return out

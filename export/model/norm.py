@@ -1,4 +1,4 @@
-"""RMSNorm, with and without a learned weight, in float32."""
+"""RMSNorm, with and without a learned weight, in float32; and the split of a width into heads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """x [..., D] divided by the root of its mean square over D."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def split_last(x: Tensor, *sizes: int) -> Tensor:
+    """x [..., D] -> [..., *sizes], the sizes' product being D."""
+    return x.reshape(*x.shape[:-1], *sizes)
 
 
 class RMSNorm(nn.Module):

@@ -34,9 +34,7 @@ def _window_keys(rows: Tensor, chunk: int, positions: Tensor, num_tokens: Tensor
 def _attend(q: Tensor, sinks: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Softmax over all parts and the sink; a part is keys [B, S or 1, K, D] and a mask [B, S, 1, K]."""
     scale = q.shape[-1] ** -0.5
-    logits = [
-        (torch.matmul(q, keys.transpose(-1, -2)) * scale).masked_fill(~seen, -torch.inf) for keys, seen in parts
-    ]
+    logits = [(torch.matmul(q, keys.transpose(-1, -2)) * scale).masked_fill(~seen, -torch.inf) for keys, seen in parts]
     sink = sinks[:, None].expand(*q.shape[:3], 1)
     weights = torch.cat((*logits, sink), dim=-1).softmax(dim=-1)
     pieces = weights.split([*(keys.shape[2] for keys, _ in parts), 1], dim=-1)
@@ -186,9 +184,7 @@ def FoldkvSparseAttention(  # type: ignore[no-untyped-def]
                    op.Constant(value_float=float("-inf")))  # fmt: skip
     weights = op.Softmax(op.Concat(near, far, FoldkvSinkColumn(q, sinks), axis=-1), axis=-1)
     cut = op.Shape(near, start=3, end=4)
-    out = FoldkvSharedSum(op.Slice(weights, [0], cut, [3]), keys) + op.MatMul(
-        op.Slice(weights, cut, [-1], [3]), picked
-    )
+    out = FoldkvSharedSum(op.Slice(weights, [0], cut, [3]), keys) + op.MatMul(op.Slice(weights, cut, [-1], [3]), picked)
     return FoldkvRope(out, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
 
 

@@ -75,7 +75,7 @@ def FoldkvIndexTopk(  # type: ignore[no-untyped-def]
     masked = op.Where(op.Reshape(nth, [1, 1, -1]) < visible, score, op.Constant(value_float=float("-inf")))
     # Padding makes room for k places even while there are fewer entries.
     padded = op.Pad(masked, op.Concat([0, 0, 0, 0, 0], k, axis=0), op.Constant(value_float=float("-inf")))
-    best, chosen = op.TopK(padded, k, axis=-1)
+    _best, chosen = op.TopK(padded, k, axis=-1)
     return op.Cast(op.Where(chosen < visible, chosen, op.Constant(value_int=-1)), to=6)
 
 

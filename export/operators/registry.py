@@ -75,7 +75,9 @@ def schema(op: Operator) -> onnx.defs.OpSchema:
     """The ONNX schema of an operator; tensors may be of any type, the body says which work."""
     formal = onnx.defs.OpSchema.FormalParameter
     kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
-    types = {argument.name: type_ for argument, type_ in zip(op.torch_op._schema.arguments, _python_types(op), strict=True)}
+    types = {
+        argument.name: type_ for argument, type_ in zip(op.torch_op._schema.arguments, _python_types(op), strict=True)
+    }
     names = [*(f"T{i}" for i in range(len(op.inputs))), *(f"U{i}" for i in range(len(op.outputs)))]
     return onnx.defs.OpSchema(
         op.name,

@@ -8,7 +8,6 @@ sinks, indexer scores, the compressor with its carries, routing, hyper-connectio
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,9 @@ def lowered_graph(
     return state, counts
 
 
-def _lower_state(model: ir.Model, state: list[StateTensor], precision: str, counts: dict[str, Any]) -> list[StateTensor]:
+def _lower_state(
+    model: ir.Model, state: list[StateTensor], precision: str, counts: dict[str, Any]
+) -> list[StateTensor]:
     """Store cache rows in low precision. The operators' bodies cast what they read and write themselves."""
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     lowered = []

@@ -35,7 +35,12 @@ def test_three_spellings_and_shards_give_the_same_weights(saved: Path, make_refe
     expected = weights(saved)
     rewrite(saved, lambda t: {released_name(name): value for name, value in t.items()})
     released = load_file(saved / "model.safetensors")
-    assert {"embed.weight", "head.weight", "layers.0.attn.wq_a.weight", "layers.1.attn.kv_norm.weight"} <= released.keys()
+    assert {
+        "embed.weight",
+        "head.weight",
+        "layers.0.attn.wq_a.weight",
+        "layers.1.attn.kv_norm.weight",
+    } <= released.keys()
     spellings = [weights(saved)]
     rewrite(saved, lambda t: {f"model.{name}": value for name, value in t.items()})
     spellings.append(weights(saved))
@@ -117,7 +122,10 @@ def test_a_hash_table_that_names_no_expert_is_refused(saved: Path) -> None:
     ("damage", "finding"),
     [
         (lambda f: (f / "model.safetensors").write_bytes(b"nonsense"), "cannot be read"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+            "cannot be read",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "Only safetensors"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),

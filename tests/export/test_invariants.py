@@ -52,7 +52,9 @@ def step(
     return [logits[slot, : len(chunk)] for slot, chunk in enumerate(chunks)], state
 
 
-def feed(decoder: Decoder, ids: list[int], splits: list[int], fill: float = float("nan")) -> tuple[Tensor, list[Tensor]]:
+def feed(
+    decoder: Decoder, ids: list[int], splits: list[int], fill: float = float("nan")
+) -> tuple[Tensor, list[Tensor]]:
     state, at, out = new_state(decoder.spec, CONTEXT, 1, fill=fill), 0, []
     for size in splits:
         logits, state = step(decoder, [ids[at : at + size]], [at], state)
@@ -66,7 +68,9 @@ ids_strategy = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)
 
 @FEW
 @given(ids=ids_strategy, data=st.data())
-def test_any_split_equals_the_whole_and_the_token_by_token_run(decoder: Decoder, ids: list[int], data: st.DataObject) -> None:
+def test_any_split_equals_the_whole_and_the_token_by_token_run(
+    decoder: Decoder, ids: list[int], data: st.DataObject
+) -> None:
     splits, rest = [], len(ids)
     while rest:
         splits.append(data.draw(st.integers(1, rest)))
@@ -87,7 +91,12 @@ def test_what_unread_rows_hold_has_no_effect(decoder: Decoder, ids: list[int], f
 
 
 @FEW
-@given(first=ids_strategy, others=st.lists(ids_strategy, min_size=1, max_size=3), slot=st.integers(0, 3), pad=st.integers(0, 5))
+@given(
+    first=ids_strategy,
+    others=st.lists(ids_strategy, min_size=1, max_size=3),
+    slot=st.integers(0, 3),
+    pad=st.integers(0, 5),
+)
 def test_neighbours_slot_and_padding_have_no_effect(
     decoder: Decoder, first: list[int], others: list[list[int]], slot: int, pad: int
 ) -> None:
@@ -113,7 +122,9 @@ def test_restoring_a_snapshot_gives_identical_bits(decoder: Decoder, ids: list[i
             out.append(logits[0])
         runs.append((torch.cat(out), current))
     assert torch.equal(runs[0][0], runs[1][0])
-    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert all(
+        torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(runs[0][1], runs[1][1], strict=True)
+    )
 
 
 @given(position=st.integers(0, 10**6), chunk=st.integers(1, 9), ratio=st.integers(1, 128))

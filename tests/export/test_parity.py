@@ -32,7 +32,9 @@ def tokens(count: int, batch: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(0, 61, (batch, count), generator=torch.Generator().manual_seed(seed))
 
 
-def run(decoder: Decoder, ids: Tensor, splits: Sequence[int], state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+def run(
+    decoder: Decoder, ids: Tensor, splits: Sequence[int], state: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Feed ids [B, n] in chunks of the given sizes to a state whose unread rows hold NaN."""
     batch = ids.shape[0]
     state = new_state(decoder.spec, CONTEXT, batch, fill=float("nan")) if state is None else state

@@ -38,9 +38,7 @@ def run(path: Path, ids: np.ndarray, splits: list[int], active: int | None = Non
     ort, manifest = session(path)
     batch = ids.shape[0]
     rows = [StateTensor(**row) for row in manifest["state"]]
-    state = {
-        row.input: np.full((batch, row.capacity(CONTEXT), row.width), np.nan, np.float32) for row in rows
-    }
+    state = {row.input: np.full((batch, row.capacity(CONTEXT), row.width), np.nan, np.float32) for row in rows}
     start, out = 0, []
     for size in splits:
         feeds = {
@@ -58,7 +56,9 @@ def run(path: Path, ids: np.ndarray, splits: list[int], active: int | None = Non
 
 
 @pytest.mark.parametrize("splits", [[53], [1] * 20 + [33], [3, 8, 1, 17, 24]], ids=["whole", "decode", "chunks"])
-def test_onnx_gives_the_logits_of_transformers(graph: tuple[DeepseekV4ForCausalLM, Path, Path], splits: list[int]) -> None:
+def test_onnx_gives_the_logits_of_transformers(
+    graph: tuple[DeepseekV4ForCausalLM, Path, Path], splits: list[int]
+) -> None:
     reference, _, path = graph
     ids = torch.randint(0, 61, (2, 53), generator=torch.Generator().manual_seed(5))
     expected = reference(ids, use_cache=False).logits.numpy()
@@ -98,9 +98,7 @@ def test_weights_have_the_released_names_and_lie_outside_the_graph(
     }
 
 
-def test_an_export_is_reproducible_and_its_manifest_says_what_made_it(
-    make_reference: Any, tmp_path: Path
-) -> None:
+def test_an_export_is_reproducible_and_its_manifest_says_what_made_it(make_reference: Any, tmp_path: Path) -> None:
     one_layer = {"num_hidden_layers": 1, "layer_types": ["heavily_compressed_attention"]}
     make_reference(3, **one_layer).save_pretrained(tmp_path / "checkpoint")
     first = read_manifest(export_checkpoint(tmp_path / "checkpoint", tmp_path / "a"), kind=KIND)

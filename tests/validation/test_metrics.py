@@ -27,7 +27,9 @@ def test_kl_and_losses_equal_torch() -> None:
     np.testing.assert_allclose(figures.loss_subject, loss.numpy(), atol=1e-12)
     assert figures.same_top.mean() < 1
     result = summary(figures)
-    assert result["perplexity_ratio"] == pytest.approx(float(np.exp(loss.mean().item()) / np.exp(figures.loss_reference.mean())))
+    assert result["perplexity_ratio"] == pytest.approx(
+        float(np.exp(loss.mean().item()) / np.exp(figures.loss_reference.mean()))
+    )
 
 
 def test_equal_logits_have_no_error() -> None:
