@@ -97,8 +97,8 @@ def build_bundles(
 
 
 def _parallel_builds(manifest: dict[str, Any]) -> int:
-    need = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in manifest["files"].values()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in manifest["files"].values()))
+    memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
 

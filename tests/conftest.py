@@ -1,0 +1,29 @@
+"""The trained model of this repository as checkpoint, graph package and CPU bundle, made once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from foldkv.export.graph import export_checkpoint
+from foldkv.optimize.build import build_bundles
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    return ROOT / "examples" / "tiny-v4"
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "graph")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    report = build_bundles(tiny_graph, tmp_path_factory.mktemp("tiny-bundles"), ["cpu"])
+    assert report.exit_code == 0
+    return report.results[0].folder

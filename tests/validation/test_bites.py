@@ -1,0 +1,174 @@
+"""The gates bite: each kind of damage to the compressed path or the model fails the gate that guards it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from foldkv.artifact import MANIFEST, read_manifest, staged, write_manifest
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
+from foldkv.validation.validate import Plan, ValidationResult, validate
+
+SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)
+Damage = Callable[[onnx.ModelProto], None]
+
+
+def damaged_bundle(bundle: Path, folder: Path, damage: Damage) -> Path:
+    """A bundle whose graph was changed and whose manifest was written for the changed graph."""
+    manifest = read_manifest(bundle, kind="foldkv.bundle")
+    model = onnx.load(bundle / "model.onnx")
+    damage(model)
+    with staged(folder, kind="foldkv.bundle") as work:
+        onnx.save(model, work / "model.onnx")
+        (work / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes())
+        content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
+        write_manifest(work, kind="foldkv.bundle", content=content)
+    return folder
+
+
+def functions(model: onnx.ModelProto, name: str) -> onnx.FunctionProto:
+    return next(function for function in model.functions if function.name == name)
+
+
+def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == op_type]
+
+
+def change_weight(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    value = change(numpy_helper.to_array(tensor).copy())
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+
+
+def insert_after(function: onnx.FunctionProto, output: str, op_type: str, operand: onnx.NodeProto) -> None:
+    """Let ``op_type(value, operand)`` stand wherever the value ``output`` of a function was read."""
+    at = next(i for i, node in enumerate(function.node) if output in node.output)
+    for node in list(function.node)[at + 1 :]:
+        for place, name in enumerate(node.input):
+            if name == output:
+                node.input[place] = f"{output}_damaged"
+    function.node.insert(at + 1, operand)
+    function.node.insert(at + 2, onnx.helper.make_node(op_type, [output, operand.output[0]], [f"{output}_damaged"]))
+
+
+def constant(value: int, name: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Constant", [], [name], value_int=value)
+
+
+def entries_off_by_one(model: onnx.ModelProto) -> None:
+    """The attention reads the entry after the one that the indexer chose."""
+    function = functions(model, "FoldkvSparseAttention")
+    index = next(n.output[0] for n in function.node if n.op_type == "Cast" and n.input[0] == "chosen")
+    insert_after(function, index, "Sub", constant(1, "damage_one"))
+
+
+def sinks_dropped(model: onnx.ModelProto) -> None:
+    for layer in range(4):
+        change_weight(model, f"layers.{layer}.attn.attn_sink", lambda value: np.full_like(value, -1e4))
+
+
+def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
+    """Entries are turned by the position of their window's end, not of its start."""
+    function = functions(model, "FoldkvCompress")
+    rope = next(node for node in function.node if node.op_type == "FoldkvRope")
+    insert_after(function, rope.input[1], "Add", constant(3, "damage_three"))
+
+
+def topk_halved(model: onnx.ModelProto) -> None:
+    """Only the first half of the chosen entries is attended to."""
+    for node in nodes(model, "FoldkvSparseAttention"):
+        at = list(model.graph.node).index(node)
+        chosen, half = node.input[3], f"{node.input[3]}_half_{at}"
+        for name, value in (("start", [0]), ("end", [8]), ("axis", [2])):
+            model.graph.initializer.append(numpy_helper.from_array(np.array(value), f"{half}_{name}"))
+        cut = onnx.helper.make_node("Slice", [chosen, f"{half}_start", f"{half}_end", f"{half}_axis"], [half])
+        node.input[3] = half
+        model.graph.node.insert(at, cut)
+
+
+def one_expert_swapped(model: onnx.ModelProto) -> None:
+    def swap(value: np.ndarray) -> np.ndarray:
+        value[[0, 1]] = value[[1, 0]]
+        return value
+
+    change_weight(model, "layers.1.ffn.experts.w13", swap)
+
+
+def unwritten_rows_read(model: onnx.ModelProto) -> None:
+    """One NaN weight stands for any read of memory that was never written."""
+
+    def poison(value: np.ndarray) -> np.ndarray:
+        value[5] = np.nan
+        return value
+
+    change_weight(model, "head.weight", poison)
+
+
+def run(bundle: Path, checkpoint: Path, folder: Path) -> ValidationResult:
+    return validate(bundle, checkpoint, folder, plan=SMALL)
+
+
+def test_the_whole_bundle_passes_and_its_report_is_complete(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = run(tiny_bundle, tiny_checkpoint, tmp_path / "report")
+    assert result.exit_code == EXIT_OK and result.passed
+    assert result.metrics["retrieval_reference"] > 0.5, "the gates on retrieval mean nothing if nothing is retrieved"
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    schema = Path(__file__).parents[2] / "validation" / "schema" / "report.schema.json"
+    jsonschema.validate(content, json.loads(schema.read_text()))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "All gates hold" in page and result.provenance["checkpoint_sha256"] in page
+    assert "http://" not in page and "https://" not in page and "src=" not in page
+    suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
+    assert suite.get("failures") == "0" and len(suite) == len(result.verdicts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "gates"),
+    [
+        (entries_off_by_one, {"kl-mean", "retrieval", "retrieval-test"}),
+        (sinks_dropped, {"kl-mean", "logits"}),
+        (rope_of_entries_shifted, {"kl-mean", "logits"}),
+        (topk_halved, {"kl-mean", "logits"}),
+        (one_expert_swapped, {"kl-mean", "logits", "top1"}),
+        (unwritten_rows_read, {"finite", "kl-mean", "top1"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damage_fails_the_gate_that_guards_against_it(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str]
+) -> None:
+    bundle = damaged_bundle(tiny_bundle, tmp_path / "bundle", damage)
+    result = run(bundle, tiny_checkpoint, tmp_path / "report")
+    failed = {verdict.gate.name for verdict in result.verdicts if not verdict.passed}
+    assert gates <= failed
+    assert result.exit_code == EXIT_GATE_FAILED
+    suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
+    assert {case.get("name") for case in suite if case.find("failure") is not None} == failed
+    assert "gates fail" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_bundle_of_another_checkpoint_is_refused_and_the_old_report_stays(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (other / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    config = json.loads((other / "config.json").read_text()) | {"routed_scaling_factor": 2.0}
+    (other / "config.json").write_text(json.dumps(config))
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / MANIFEST).write_text(json.dumps({"kind": "foldkv.report"}))
+    with pytest.raises(InputError, match="made from another checkpoint"):
+        run(tiny_bundle, other, report)
+    assert [path.name for path in report.iterdir()] == [MANIFEST]
