@@ -113,6 +113,31 @@ def export_command(checkpoint: Path, output: Path, profile: str) -> None:
     click.echo(f"graph package: {path}")
 
 
+@main.command("inject")
+@click.argument("graph", type=_folder)
+@click.option("-o", "--output", type=_folder, required=True, help="Folder of the injected graph package.")
+@click.option("--target", required=True, help="What to inject for. See `foldkv targets`.")
+@_json
+def inject_command(graph: Path, output: Path, target: str, as_json: bool) -> None:
+    """Give the nodes of GRAPH to the compressed-KV attention plugins that a target has."""
+    from foldkv.optimize.targets import resolve_targets
+    from foldkv.plugins.inject import coverage_facts, inject
+
+    chosen = resolve_targets([target])[0]
+    if chosen.sm is None:
+        raise InputError(f"target {target!r} is no GPU and takes no plugins; build it from the graph as it is.")
+    injection = inject(graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, progress=_progress())
+    if as_json:
+        click.echo(json.dumps(coverage_facts(injection), indent=2))
+        return
+    rows = [["operator", "nodes", "plugin", "why not"]]
+    for row in injection.rows:
+        why = "; ".join(f"{count} x {reason}" for reason, count in row.refusals.items())
+        rows.append([row.operator, str(row.nodes), str(row.injected), why])
+    _table(rows, numbers=(1, 2))
+    click.echo(f"graph package: {output}")
+
+
 @main.command("build")
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder that gets one bundle per target.")

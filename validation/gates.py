@@ -46,6 +46,7 @@ DEFAULT_GATES = (
     Gate("perplexity", "perplexity_ratio", "<=", 1.001, "0.1 % is below what a change of test text gives, and any real loss is above it."),
     Gate("logits", "logit_error_max", "<=", 5e-3, "Float32 sums in another order differ by about 1e-5; two entries swapped at an exact tie may give more, so the bar leaves room for a tie and none for a wrong entry."),
     Gate("chunks", "chunk_error_max", "<=", 1e-3, "Chunk edges inside a compression window are where deployed engines have lost digits."),
+    Gate("layers", "layer_error_max", "<=", 1e-3, "Largest difference of the residual streams after a layer, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look."),
     Gate("retrieval", "retrieval_loss", "<=", 0.01, "Exact values at a distance are what compression puts at risk; one point is the resolution of the default number of cases."),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases."),
 )  # fmt: skip

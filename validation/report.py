@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from foldkv.validation.layers import DIVERGED, first_divergence
+
 if TYPE_CHECKING:
     from foldkv.validation.validate import ValidationResult
 
@@ -25,6 +27,8 @@ def report_json(result: ValidationResult) -> dict[str, Any]:
         "gates": [{**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts],
         "metrics": result.metrics,
         "retrieval": result.retrieval,
+        "layers": [vars(figure) for figure in result.layers],
+        "first_divergence": first_divergence(result.layers),
         "by_position": result.by_position,
         "worst_cases": result.worst,
         "provenance": result.provenance,
@@ -71,6 +75,8 @@ def report_html(result: ValidationResult) -> str:
     return environment.from_string(source).render(
         result=result,
         verdicts=result.verdicts,
+        first_divergence=first_divergence(result.layers),
+        diverged_above=DIVERGED,
         failed=[v for v in result.verdicts if not v.passed],
         retrieval_plot=_retrieval_plot(result.retrieval),
         kl_plot=_log_plot(positions, [row["kl_mean"] for row in result.by_position], "mean KL, nats"),

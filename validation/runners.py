@@ -65,6 +65,24 @@ class TransformersRunner:
         result: Logits = out.float().numpy()
         return result
 
+    def streams(self, tokens: Sequence[int]) -> list[Logits]:
+        """The residual streams [n, N, C] after every layer, from one pass over all tokens."""
+        import torch
+
+        streams: list[Logits] = []
+
+        def keep(_: Any, __: Any, out: Any) -> None:
+            streams.append((out[0] if isinstance(out, tuple) else out)[0].float().numpy())
+
+        hooks = [layer.register_forward_hook(keep) for layer in self.model.model.layers]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return streams
+
 
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""

@@ -20,6 +20,7 @@ from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.cases import RetrievalCase, retrieval_cases, text_windows
 from foldkv.validation.gates import Verdict, judge, resolve_gates
+from foldkv.validation.layers import LayerFigure, compare_layers, subject_streams
 from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from foldkv.validation.report import write_report
 from foldkv.validation.runners import Runner, SessionRunner, TransformersRunner
@@ -53,6 +54,7 @@ class ValidationResult:
     retrieval: list[dict[str, Any]]
     by_position: list[dict[str, float]]
     worst: list[dict[str, Any]]
+    layers: list[LayerFigure] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +145,9 @@ def _measure(
         figures.append(part)
         at = int(np.argmax(part.kl))
         worst.append(_worst_case(tokenizer, tokens, at, part, expected, actual))
+    progress(f"layer by layer, {len(texts[0])} tokens")
+    kinds = subject.session.bundle.manifest["model"]["layer_types"]
+    layers = compare_layers(reference.streams(texts[0]), subject_streams(subject.session.bundle, texts[0]), kinds)
     total = concatenate(figures)
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     solved = np.zeros((2, len(cases)), bool)
@@ -154,6 +159,7 @@ def _measure(
     metrics = summary(total) | {
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
+        "layer_error_max": max(figure.error for figure in layers),
         "retrieval_reference": float(solved[0].mean()),
         "retrieval_subject": float(solved[1].mean()),
         "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
@@ -164,6 +170,7 @@ def _measure(
         verdicts=[],
         retrieval=_by_distance(cases, solved),
         by_position=_by_position(figures),
+        layers=layers,
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
     )
 

@@ -133,24 +133,27 @@ def test_the_whole_bundle_passes_and_its_report_is_complete(
 
 
 @pytest.mark.parametrize(
-    ("damage", "gates"),
+    ("damage", "gates", "layer"),
     [
-        (entries_off_by_one, {"kl-mean", "retrieval", "retrieval-test"}),
-        (sinks_dropped, {"kl-mean", "logits"}),
-        (rope_of_entries_shifted, {"kl-mean", "logits"}),
-        (topk_halved, {"kl-mean", "logits"}),
-        (one_expert_swapped, {"kl-mean", "logits", "top1"}),
-        (unwritten_rows_read, {"finite", "kl-mean", "top1"}),
+        (entries_off_by_one, {"kl-mean", "retrieval", "retrieval-test"}, 1),
+        (sinks_dropped, {"kl-mean", "logits"}, 0),
+        (rope_of_entries_shifted, {"kl-mean", "logits"}, 1),
+        (topk_halved, {"kl-mean", "logits"}, 1),
+        (one_expert_swapped, {"kl-mean", "logits", "top1"}, 1),
+        (unwritten_rows_read, {"finite", "kl-mean", "top1"}, None),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_damage_fails_the_gate_that_guards_against_it(
-    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str]
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str], layer: int | None
 ) -> None:
     bundle = damaged_bundle(tiny_bundle, tmp_path / "bundle", damage)
     result = run(bundle, tiny_checkpoint, tmp_path / "report")
     failed = {verdict.gate.name for verdict in result.verdicts if not verdict.passed}
     assert gates <= failed
+    # The damage is found in the layer where it was planted; a poisoned head lies behind all layers.
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["first_divergence"] == layer
+    assert ("layers" in failed) == (layer is not None)
     assert result.exit_code == EXIT_GATE_FAILED
     suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
     assert {case.get("name") for case in suite if case.find("failure") is not None} == failed

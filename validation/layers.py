@@ -1,0 +1,87 @@
+"""Where two models part: the residual streams after every layer, of the bundle's graph and of the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+from foldkv.errors import ArtifactError
+from foldkv.export.model.decoder import TAP
+from foldkv.runtime.bundle import Bundle
+from foldkv.runtime.state import StateBuffers
+
+Streams = npt.NDArray[np.float32]
+#: Relative error above which a layer counts as another function than the reference's. Float32 in another
+#: order of summation gives 1e-6 to 1e-5 after a few layers; the smallest planted damage gives above 1e-2.
+DIVERGED = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerFigure:
+    """Largest difference of the streams after a layer, over the reference's root mean square there."""
+
+    layer: int
+    kind: str
+    error: float
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the layer computes something else than the reference; NaN does."""
+        return not self.error <= DIVERGED
+
+
+def subject_streams(bundle: Bundle, tokens: Sequence[int]) -> list[Streams]:
+    """Streams [n, N, C] after every layer, from one prefill of an empty state.
+
+    The taps are values inside the exported graph; here they are made outputs of a copy in memory.
+
+    Raises:
+        ArtifactError: the graph was made without taps.
+    """
+    model = onnx.load(bundle.engine, load_external_data=False)
+    names = [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)]
+    inside = {name for node in model.graph.node for name in node.output}
+    if missing := [name for name in names if name not in inside]:
+        raise ArtifactError(f"{bundle.engine} has no value {missing[0]!r} to compare layers by. Export it again.")
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(Path(bundle.engine).parent.resolve())
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    state = StateBuffers(bundle.state, len(tokens), 1)
+    feeds: dict[str, Any] = {tensor.input: state.arrays[tensor.name] for tensor in bundle.state.tensors}
+    feeds |= {
+        bundle.io.input_ids: np.array([tokens], np.int64),
+        bundle.io.positions: np.zeros(1, np.int32),
+        bundle.io.num_tokens: np.array([len(tokens)], np.int32),
+        bundle.io.active_context: np.array([len(tokens)], np.int64),
+        bundle.io.logit_indices: np.zeros((1, 1), np.int64),
+    }
+    known = {value.name for value in session.get_inputs()}
+    return [value[0] for value in session.run(names, {k: v for k, v in feeds.items() if k in known})]
+
+
+def compare_layers(expected: Sequence[Streams], actual: Sequence[Streams], kinds: Sequence[str]) -> list[LayerFigure]:
+    """One figure per layer. A difference that is not finite is infinite."""
+    figures = []
+    for layer, (want, have, kind) in enumerate(zip(expected, actual, kinds, strict=True)):
+        scale = math.sqrt(float(np.mean(np.square(want, dtype=np.float64)))) or 1.0
+        difference = float(np.max(np.abs(have - want))) / scale
+        figures.append(LayerFigure(layer, kind, difference if math.isfinite(difference) else math.inf))
+    return figures
+
+
+def first_divergence(figures: Sequence[LayerFigure]) -> int | None:
+    """The first layer that computes something else, or None."""
+    return next((figure.layer for figure in figures if figure.diverged), None)
