@@ -314,8 +314,12 @@ def run_command(pipeline: Path, as_json: bool) -> None:
 @click.option("--layout", help="One row format; default: all that the model has.")
 @_json
 def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None, as_json: bool) -> None:
-    """Memory of the caches of CHECKPOINT (a folder or a bare config.json), beside V3.2 at the same context."""
-    from foldkv.export.plan import LAYOUTS, parameter_count, plan_memory
+    """Memory of CHECKPOINT, a folder or a bare config.json: caches and weights.
+
+    The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 and nvfp4 rows they are
+    counted as released (experts in fp4, the rest in fp8).
+    """
+    from foldkv.export.plan import LAYOUTS, parameter_count, plan_memory, weight_bytes
     from foldkv.export.spec import ModelSpec
 
     spec = ModelSpec.from_file(checkpoint)
@@ -326,18 +330,28 @@ def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None,
         except InputError:
             if layout or name == "bf16":
                 raise
-    facts = {"parameters": parameter_count(spec), "plans": [plan.to_dict() for plan in plans]}
+    rows_of = [
+        plan.to_dict()
+        | {
+            "weights": weight_bytes(spec, plan.layout),
+            "total_with_weights": weight_bytes(spec, plan.layout) + plan.total,
+        }
+        for plan in plans
+    ]
+    facts = {"parameters": parameter_count(spec), "plans": rows_of}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
     click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}")
-    rows = [["layout", "window", "entries", "index", "carry", "total", "of V3.2"]]
+    rows = [["layout", "window", "entries", "index", "carry", "caches", "of V3.2", "weights", "total"]]
     for plan in plans:
         g = plan.groups
         carry = sum(size for name, size in g.items() if "carry" in name)
         parts = [g["window"], g.get("entries", 0), g.get("index_entries", 0), carry, plan.total]
-        rows.append([plan.layout, *(_size(part) for part in parts), f"{100 * plan.share_of_v32:.2f} %"])
-    _table(rows, numbers=(1, 2, 3, 4, 5, 6))
+        weights = weight_bytes(spec, plan.layout)
+        share = f"{100 * plan.share_of_v32:.2f} %"
+        rows.append([plan.layout, *(_size(part) for part in parts), share, _size(weights), _size(weights + plan.total)])
+    _table(rows, numbers=tuple(range(1, 9)))
     click.echo(
         f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,7 @@ def load_config(path: Path) -> PipelineConfig:
         raise InputError(f"{path}: validate.distances has {bad}; expected positive multiples of 4.")
     folder = Path(path).parent
     return config.model_copy(
-        update={"checkpoint": str(folder / config.checkpoint), "output": str(folder / config.output)}
+        update={name: os.path.normpath(folder / getattr(config, name)) for name in ("checkpoint", "output")}
     )
 
 

@@ -47,6 +47,7 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
     Raises:
         FoldkvError: what the stages raise; earlier artifacts stay.
     """
+    from foldkv.export.checkpoint import Checkpoint
     from foldkv.validation.gates import resolve_gates
 
     # What can be known to be wrong is refused before the first stage starts.
@@ -56,10 +57,12 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
         raise InputError(
             f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
         )
+    shapes = _shapes(config)
+    Checkpoint(Path(config.checkpoint)).check()
     output = Path(config.output)
     result = PipelineResult(graph=output / "graph")
     _timed(result, "export", lambda: _export(config, result.graph, progress))
-    _timed(result, "build", lambda: _build(config, result, output / "bundles", progress))
+    _timed(result, "build", lambda: _build(config, shapes, result, output / "bundles", progress))
     built = {bundle.target: bundle for bundle in result.bundles if bundle.status != "failed"}
     if config.validation.enabled and config.validation.target in built:
         result.report = output / "report"
@@ -103,14 +106,18 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
     return True
 
 
-def _build(config: PipelineConfig, result: PipelineResult, out: Path, progress: Progress) -> bool:
-    shapes = config.build.shapes
+def _shapes(config: PipelineConfig) -> Shapes:
+    given = config.build.shapes
+    return Shapes(*(tuple(sizes) for sizes in (given.batch, given.chunk, given.context)))  # type: ignore[arg-type]
+
+
+def _build(config: PipelineConfig, shapes: Shapes, result: PipelineResult, out: Path, progress: Progress) -> bool:
     report = build_bundles(
         result.graph,
         out,
         config.build.targets,
         plugins=config.build.plugins == "on",
-        shapes=Shapes(*(tuple(sizes) for sizes in (shapes.batch, shapes.chunk, shapes.context))),  # type: ignore[arg-type]
+        shapes=shapes,
         jobs=config.build.jobs,
         progress=lambda line: progress(f"build: {line}"),
     )

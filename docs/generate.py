@@ -55,11 +55,11 @@ def reference() -> str:
             "input, 3 the environment lacks something, 4 internal error. `-v` before the command shows a traceback.\n"
         ),
     ]
-    context = click.Context(main, info_name="foldkv", max_content_width=100, terminal_width=100)
+    context = click.Context(main, info_name="foldkv", terminal_width=100, **main.context_settings)
     parts.append(f"```\n{main.get_help(context)}\n```\n")
     for name in main.list_commands(context):
         command = main.commands[name]
-        inner = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## foldkv {name}\n\n```\n{command.get_help(inner)}\n```\n")
     parts.append(PIPELINE)
     rows = [f"| `{g.name}` | `{g.metric}` {g.comparison} {g.threshold:g} | {g.reason} |" for g in DEFAULT_GATES]

@@ -87,6 +87,19 @@ def _row_bytes(row: tuple[int, int] | int, width: int, *, index: bool) -> int:
     return row * width if isinstance(row, int) else row[1 if index else 0]
 
 
+def weight_bytes(spec: ModelSpec, layout: str) -> int:
+    """Bytes of the weights that go with a row layout: as wide as its rows for "float32" and "bf16"; with the quantised
+    layouts, as released: 4.25 bits per weight of a routed expert (e2m1, one e8m0 scale per 32), bfloat16 embedding and
+    head, 8 bits for the rest. Scales of 128 x 128 blocks and float32 vectors are below a thousandth and left out.
+    """
+    total, row = parameter_count(spec), LAYOUTS[layout]
+    if isinstance(row, int):
+        return row * total
+    experts = spec.num_layers * spec.num_experts * 3 * spec.hidden_size * spec.moe_intermediate_size
+    ends = 2 * spec.vocab_size * spec.hidden_size
+    return experts * 17 // 32 + 2 * ends + (total - experts - ends)
+
+
 def parameter_count(spec: ModelSpec) -> int:
     """Parameters of the decoder (without the draft head)."""
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim

@@ -1,0 +1,49 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from foldkv.artifact import read_manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_reference_of_commands_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run `make docs`"
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "examples/tiny-v4/README.md",
+    ]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_model_card_has_the_measured_figures() -> None:
+    folder = ROOT / "examples" / "tiny-v4"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    card = (folder / "README.md").read_text()
+    for name, row in (("whole model", "retrieval"), ("window only", "retrieval_window_only")):
+        line = next(line for line in card.splitlines() if line.startswith(f"| {name}") and "%" in line)
+        assert [int(cell) for cell in re.findall(r"(\d+) %", line)] == [round(100 * v) for v in metrics[row].values()]
+    for key in ("bits_per_byte", "bits_per_byte_window_only", "bits_per_byte_5_gram"):
+        assert f"| {metrics[key]:.2f} |" in card
+
+
+def test_every_key_of_a_manifest_is_documented(tiny_graph: Path, tiny_bundle: Path) -> None:
+    text = (ROOT / "docs" / "artifacts.md").read_text()
+    keys = {*read_manifest(tiny_graph, kind="foldkv.graph"), *read_manifest(tiny_bundle, kind="foldkv.bundle")}
+    assert not {key for key in keys if f"`{key}`" not in text}
