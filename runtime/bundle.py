@@ -19,7 +19,7 @@ from foldkv.runtime.state import StateSpec
 KIND = "foldkv.bundle"
 ONNXRUNTIME, TENSORRT_RTX = "onnxruntime", "tensorrt-rtx"
 BACKENDS = (ONNXRUNTIME, TENSORRT_RTX)
-PRECISIONS = ("float32", "bf16", "fp16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 TOKENIZER = "tokenizer.json"
 
 
