@@ -46,6 +46,7 @@ class ValidateConfig(_Strict):
     target: str = "cpu"
     seed: int = Field(default=0, ge=0)
     gates: dict[str, float] = {}
+    text: str | None = None
     text_tokens: int = Field(default=384, ge=8)
     texts: int = Field(default=6, ge=1)
     distances: list[int] = Field(default=[16, 64, 128, 256, 512], min_length=1)
@@ -65,7 +66,7 @@ class PipelineConfig(_Strict):
 
 
 def load_config(path: Path) -> PipelineConfig:
-    """Read a pipeline file; checkpoint and output become paths relative to it.
+    """Read a pipeline file; paths in it become relative to it.
 
     Raises:
         InputError: the file cannot be read, is not TOML, or has wrong or unknown keys; all are listed.
@@ -87,10 +88,11 @@ def load_config(path: Path) -> PipelineConfig:
     bad = [d for d in config.validation.distances if d < 4 or d % 4]
     if bad:
         raise InputError(f"{path}: validate.distances has {bad}; expected positive multiples of 4.")
-    folder = Path(path).parent
-    return config.model_copy(
-        update={name: os.path.normpath(folder / getattr(config, name)) for name in ("checkpoint", "output")}
-    )
+    folder, validation = Path(path).parent, config.validation
+    if validation.text is not None:
+        validation = validation.model_copy(update={"text": os.path.normpath(folder / validation.text)})
+    paths = {name: os.path.normpath(folder / getattr(config, name)) for name in ("checkpoint", "output")}
+    return config.model_copy(update=paths | {"validation": validation})
 
 
 def _finding(item: Any) -> str:

@@ -48,11 +48,14 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
         FoldkvError: what the stages raise; earlier artifacts stay.
     """
     from foldkv.export.checkpoint import Checkpoint
+    from foldkv.validation.cases import load_text
     from foldkv.validation.gates import resolve_gates
 
     # What can be known to be wrong is refused before the first stage starts.
     resolve_targets(config.build.targets)
     resolve_gates(config.validation.gates)
+    if config.validation.text is not None:
+        load_text(Path(config.validation.text))
     if config.validation.enabled and config.validation.target not in config.build.targets:
         raise InputError(
             f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
@@ -136,6 +139,7 @@ def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, prog
         {
             "plan": asdict(plan),
             "gates": wanted.gates,
+            "text": sha256_file(Path(wanted.text)) if wanted.text else None,
             "bundle": sha256_file(bundle / "manifest.json"),
             "foldkv": foldkv.__version__,
         }
@@ -145,6 +149,7 @@ def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, prog
     if fresh:
         validate(
             bundle, Path(config.checkpoint), result.report, gates=wanted.gates, plan=plan, key=key,
+            text=Path(wanted.text) if wanted.text else None,
             progress=lambda line: progress(f"validate: {line}"),
         )  # fmt: skip
     else:

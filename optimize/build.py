@@ -20,7 +20,7 @@ import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, MissingDependencyError
 from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.graph import MODEL, TOKENIZER, WEIGHTS
+from foldkv.export.graph import MODEL, TOKENIZER
 from foldkv.export.state import StateTensor
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
@@ -207,8 +207,11 @@ def _write_cpu(
 ) -> dict[str, Any]:
     import onnxruntime
 
-    progress("copying the graph")
-    _copy(graph, work, (MODEL, WEIGHTS, TOKENIZER))
+    from foldkv.optimize.passes.cpu import cpu_graph
+
+    progress("optimizing the graph")
+    nodes = cpu_graph(graph, work)
+    _copy(graph, work, (TOKENIZER,))
     progress("loading it in ONNX Runtime")
     try:
         session = onnxruntime.InferenceSession(str(work / MODEL), providers=["CPUExecutionProvider"])
@@ -219,7 +222,7 @@ def _write_cpu(
     if missing:
         raise BuildError(f"the graph lacks the state tensors {', '.join(missing[:5])}. Export it again.")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"state": manifest["state"], "engine": {"file": MODEL}, "build": {"peak_rss_bytes": peak}}
+    return {"state": manifest["state"], "engine": {"file": MODEL, "nodes": nodes}, "build": {"peak_rss_bytes": peak}}
 
 
 def _write_engine(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +238,9 @@ def validate(*options: str) -> Callable[[World], list[str]]:
 
 
 row("validate: unknown gate", validate("--gate", "kl-men=1"), 2, "did you mean 'kl-mean'")
+row("validate: no text", validate("--text", "none.txt"), 2, "cannot be read")
+row("validate: text is a program", validate("--text", sys.executable), 2, "is not UTF-8")
+row("validate: empty text", validate("--text", os.devnull), 2, "is empty")
 row("validate: gate is text", validate("--gate", "kl-mean=low"), 2, "NAME=VALUE")
 row("validate: gate is NaN", validate("--gate", "kl-mean=nan"), 2, "expected a number")
 row(
@@ -270,6 +275,7 @@ row("pipeline: unknown target", pipeline(HEAD + '[build]\ntargets = ["a10O"]\n')
 row("pipeline: no targets", pipeline(HEAD + "[build]\ntargets = []\n"), 2, "build.targets")
 row("pipeline: unknown gate", pipeline(HEAD + "[validate]\ngates = { top = 1.0 }\n"), 2, "unknown gate 'top'")
 row("pipeline: target not built", pipeline(HEAD + '[validate]\ntarget = "a100"\n'), 2, "build.targets does not list")
+row("pipeline: no text", pipeline(HEAD + '[validate]\ntext = "none.txt"\n'), 2, "cannot be read")
 row("pipeline: odd distances", pipeline(HEAD + "[validate]\ndistances = [7]\n"), 2, "multiples of 4")
 row("pipeline: shapes of two", pipeline(HEAD + "[build.shapes]\nbatch = [1, 2]\n"), 2, "build.shapes.batch")
 row("pipeline: shapes fall", pipeline(HEAD + "[build.shapes]\nbatch = [4, 2, 1]\n"), 2, "batch")

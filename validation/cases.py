@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
+from pathlib import Path
+
+from foldkv.errors import InputError
 
 KEYS = string.ascii_letters
 RECORD_BYTES = 4
@@ -48,3 +51,28 @@ def text_windows(tokens: list[int], length: int, count: int, *, seed: int) -> li
     rng = random.Random(seed)
     span = len(tokens) - length
     return [tokens[start : start + length] for start in sorted(rng.sample(range(span), min(count, span)))]
+
+
+def load_text(path: Path | None) -> str:
+    """The text of a UTF-8 file; without one prose and code that every machine with this Python has.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    if path is None:
+        import argparse
+        import ast
+        import heapq
+
+        return "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (heapq, ast, argparse))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the text {path} cannot be read: {error.strerror}. Give a file of UTF-8 text.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the text {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
+        ) from None
+    if not text.strip():
+        raise InputError(f"the text {path} is empty; give some pages of the text that the model is to serve.")
+    return text

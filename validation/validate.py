@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
 import platform
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.cases import RetrievalCase, retrieval_cases, text_windows
+from foldkv.validation.cases import RetrievalCase, load_text, retrieval_cases, text_windows
 from foldkv.validation.gates import Verdict, judge, resolve_gates
 from foldkv.validation.layers import LayerFigure, compare_layers, subject_streams
 from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
@@ -75,7 +76,7 @@ def validate(
     *,
     gates: Mapping[str, float] | None = None,
     plan: Plan | None = None,
-    text: str | None = None,
+    text: Path | None = None,
     key: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> ValidationResult:
@@ -87,17 +88,18 @@ def validate(
         report: folder for report.html, report.json and junit.xml; replaced if it holds an older report.
         gates: thresholds by gate name that replace the defaults.
         plan: which cases.
-        text: text to measure on; the default is some of the standard library's sources.
+        text: a UTF-8 file to measure on; the default is some of the standard library's sources.
         key: stored in the report's manifest, for a caller that wants to know later what it was made for.
         progress: called with one line per step.
 
     Raises:
-        InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer.
+        InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer, a
+            text that cannot be read.
         ArtifactError: the bundle is damaged.
         CheckpointError: the reference cannot be loaded.
         MissingDependencyError: the bundle's device or transformers is not here.
     """
-    chosen, plan = resolve_gates(gates or {}), plan or Plan()
+    chosen, plan, words = resolve_gates(gates or {}), plan or Plan(), load_text(text)
     loaded = load_bundle(Path(bundle))
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
     checkpoint = Checkpoint(reference)
@@ -112,11 +114,15 @@ def validate(
         progress("loading the subject and the reference")
         subject = SessionRunner(Path(bundle), context=plan.longest())
         torch_reference = TransformersRunner(reference)
-        result = _measure(subject, torch_reference, tokenizer, plan, text or _default_text(), progress)
+        result = _measure(subject, torch_reference, tokenizer, plan, words, progress)
         result.verdicts = judge(chosen, result.metrics)
         result.provenance = _provenance(
             Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference
         )
+        result.provenance["text_sha256"] = hashlib.sha256(words.encode()).hexdigest()
+        result.provenance["command"] += "".join(f" --gate {name}={value:g}" for name, value in (gates or {}).items())
+        if text is not None:
+            result.provenance["command"] += f" --text {text}"
         write_report(result, folder)
         write_manifest(
             folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
@@ -258,12 +264,3 @@ def _provenance(
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},
         "command": f"foldkv validate {bundle} --reference {reference} --report {report}",
     }
-
-
-def _default_text() -> str:
-    """Text that every machine with this Python has: prose and code of the standard library."""
-    import argparse
-    import ast
-    import heapq
-
-    return "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (heapq, ast, argparse))

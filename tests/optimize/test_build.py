@@ -27,7 +27,7 @@ from foldkv.optimize.targets import load_targets
 SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "bfloat16", False)
 OTHERS: dict[str, Any] = {
     "graph_sha256": "h", "weights_sha256": "x", "target": {"name": "a100", "sm": 86}, "backend": "tensorrt",
-    "backend_version": "1.8", "precision": "float16", "plugins": True, "shapes": Shapes(batch=(1, 1, 8)), "recipe": 2,
+    "backend_version": "1.8", "precision": "float16", "plugins": True, "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99,
 }  # fmt: skip
 
 
