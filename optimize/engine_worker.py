@@ -6,8 +6,12 @@ line: {"progress": ...}, then {"ok": true} or {"error": ...}; the plan is writte
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,8 +83,17 @@ def _reasons(messages: list[tuple[str, str]]) -> str:
     return "; ".join(_first_line(text) for text in errors[-3:]) or "no reason was logged"
 
 
+def _end_with_parent() -> None:
+    """Nobody is left to take the plan once the parent is gone, and a build may hold gigabytes for minutes."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:  # it went before the call
+        sys.exit(1)
+
+
 def main() -> None:
     """Read the request and build."""
+    _end_with_parent()
     request = json.loads(Path(sys.argv[1]).read_text())
     if request.get("memory_bytes"):
         resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"], request["memory_bytes"]))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
         ("export: reading", set()),
         ("export: tracing", set()),
         ("export: writing", set()),
-        ("build: cpu: copying", {"graph"}),
+        ("build: cpu: optimizing", {"graph"}),
         ("build: cpu: loading", {"graph"}),
         ("validate: loading", {"graph", "bundles/cpu"}),
         ("validate: text 1", {"graph", "bundles/cpu"}),
@@ -109,6 +110,32 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
     assert all(whole(out, name) for name in ARTIFACTS)
     left = [path for path in out.rglob("*") if ".foldkv-" in path.name]
     assert not left
+
+
+def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(pipeline: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
+    pipeline.write_text(PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]'))
+    out = pipeline.parent / "out"
+    command = [sys.executable, "-m", "foldkv", "run", str(pipeline)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("build: rtx4090: building"):
+                (worker,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in
+                             pid.read_text().split())  # fmt: skip
+                os.kill(child.pid, signal.SIGKILL)
+                break
+        else:
+            pytest.fail("the engine build never began")
+    assert not (out / "bundles" / "rtx4090").exists()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists(), "the child went on building for nobody"
+    result = run_pipeline(load_config(pipeline))
+    assert result.exit_code == 0 and result.stages["export"]["skipped"]
+    verify_files(out / "bundles" / "rtx4090", read_manifest(out / "bundles" / "rtx4090", kind="foldkv.bundle"))
+    assert not [path for path in out.rglob("*") if ".foldkv-" in path.name]
 
 
 def test_a_target_that_fails_does_not_stop_the_others(pipeline: Path) -> None:
