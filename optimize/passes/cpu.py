@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
-from onnxscript.optimizer import optimize
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
@@ -31,13 +31,20 @@ def cpu_graph(graph: Path, out: Path) -> dict[str, int]:
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     InlinePass()(model)
     inlined = len(model.graph)
-    optimize(model, num_iterations=1)
+    _simplify(model)
     _read_sizes_off_inputs(model)
     fuse_rms_normalization(model)
     rewrite(model, pattern_rewrite_rules=[_PlainRmsNorm.rule()])
-    optimize(model, num_iterations=1, onnx_shape_inference=False)
+    _simplify(model)
     ir.save(model, out / MODEL, external_data=WEIGHTS)
     return {"inlined": inlined, "optimized": len(model.graph)}
+
+
+def _simplify(model: ir.Model) -> None:
+    # Not onnxscript's whole `optimize`: its rewrite rules find nothing here and take most of a minute.
+    fold_constants(model, onnx_shape_inference=True)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
 
 
 class _UnrolledSinkhorn(pattern.RewriteRuleClassBase):  # type: ignore[misc]
