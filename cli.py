@@ -322,12 +322,12 @@ def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None,
     The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 and nvfp4 rows they are
     counted as released (experts in fp4, the rest in fp8).
     """
-    from foldkv.export.plan import LAYOUTS, parameter_count, plan_memory, weight_bytes
+    from foldkv.export.plan import PLANNED, parameter_count, plan_memory, weight_bytes
     from foldkv.export.spec import ModelSpec
 
     spec = ModelSpec.from_file(checkpoint)
     plans = []
-    for name in [layout] if layout else LAYOUTS:
+    for name in [layout] if layout else PLANNED:
         try:
             plans.append(plan_memory(spec, context=context, batch=batch, layout=name))
         except InputError:

@@ -1,9 +1,7 @@
 """How much memory a model's caches take, from its config.json alone. Standard library only.
 
-Row formats are those that deployed engines use (bytes per row; an index row beside each CSA entry):
-bfloat16 2 per channel; fp8 584 bytes for a 512-wide row (448 e4m3, 64 bfloat16, 7 scales, 1 pad) with a
-132-byte (fp8) or 68-byte (fp4) index row; nvfp4 384 bytes. V3.2 at the same context is the comparison
-that the V4 report makes: 61 layers of 656 + 132 bytes per token.
+Row formats are those that deployed engines use (export/layouts.py), and dense rows in float32 and bfloat16.
+V3.2 at the same context is the comparison that the V4 report makes: 61 layers of 656 + 132 bytes per token.
 """
 
 from __future__ import annotations
@@ -12,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from foldkv.errors import InputError
+from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
-from foldkv.export.state import state_tensors
+from foldkv.export.state import StateTensor, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
-_WIDE_ROW, _INDEX_ROW = 512, 128
-# (bytes of a 512-wide row, bytes of a 128-wide index row); None: two or four bytes per channel.
-LAYOUTS: dict[str, tuple[int, int] | int] = {
-    "float32": 4, "bf16": 2, "fp8": (584, 132), "fp8+fp4": (584, 68), "nvfp4+fp4": (384, 68),
-}  # fmt: skip
+_DENSE_ITEMS = {"float32": 4, "bf16": 2}  # bytes of a channel
+PLANNED = (*_DENSE_ITEMS, *(name for name in LAYOUTS if name != DENSE))
 
 
 @dataclass(frozen=True)
@@ -60,31 +56,27 @@ def plan_memory(spec: ModelSpec, *, context: int, batch: int = 1, layout: str = 
     Raises:
         InputError: an unknown layout, a context out of range, or a layout whose rows this model does not have.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}.")
+    if layout not in PLANNED:
+        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(PLANNED)}.")
     if not 1 <= context <= spec.max_position_embeddings:
         raise InputError(f"context is {context}; this model takes 1 to {spec.max_position_embeddings} tokens.")
     if batch < 1:
         raise InputError(f"batch is {batch}; expected at least 1.")
-    row = LAYOUTS[layout]
-    if not isinstance(row, int) and (spec.head_dim, spec.index_head_dim) != (_WIDE_ROW, _INDEX_ROW):
-        raise InputError(
-            f"layout {layout} is defined for rows of {_WIDE_ROW} and {_INDEX_ROW} channels; this model has "
-            f"{spec.head_dim} and {spec.index_head_dim}. Use float32 or bf16."
-        )
     groups: dict[str, int] = {}
     growing = 0
     for tensor in state_tensors(spec):
-        index = tensor.group.startswith("index")
-        per_row = tensor.width * 4 if "carry" in tensor.group else _row_bytes(row, tensor.width, index=index)
-        size = batch * tensor.capacity(context) * per_row
+        size = batch * tensor.capacity(context) * _row_bytes(spec, tensor, layout)
         groups[tensor.group] = groups.get(tensor.group, 0) + size
         growing += size if tensor.ratio else 0
     return MemoryPlan(layout, context, batch, groups, growing, batch * context * V32_BYTES_PER_TOKEN)
 
 
-def _row_bytes(row: tuple[int, int] | int, width: int, *, index: bool) -> int:
-    return row * width if isinstance(row, int) else row[1 if index else 0]
+def _row_bytes(spec: ModelSpec, tensor: StateTensor, layout: str) -> int:
+    dense = layout in _DENSE_ITEMS
+    format_ = LAYOUTS[DENSE if dense else layout].format_of(tensor.group)
+    if format_ is None:
+        return tensor.width * 4
+    return row_bytes(format_, tensor.width, spec.rope_dim, _DENSE_ITEMS.get(layout, 2))
 
 
 def weight_bytes(spec: ModelSpec, layout: str) -> int:
@@ -92,9 +84,9 @@ def weight_bytes(spec: ModelSpec, layout: str) -> int:
     layouts, as released: 4.25 bits per weight of a routed expert (e2m1, one e8m0 scale per 32), bfloat16 embedding and
     head, 8 bits for the rest. Scales of 128 x 128 blocks and float32 vectors are below a thousandth and left out.
     """
-    total, row = parameter_count(spec), LAYOUTS[layout]
-    if isinstance(row, int):
-        return row * total
+    total = parameter_count(spec)
+    if layout in _DENSE_ITEMS:
+        return _DENSE_ITEMS[layout] * total
     experts = spec.num_layers * spec.num_experts * 3 * spec.hidden_size * spec.moe_intermediate_size
     ends = 2 * spec.vocab_size * spec.hidden_size
     return experts * 17 // 32 + 2 * ends + (total - experts - ends)

@@ -207,7 +207,8 @@ def expected_counts(decoder: Decoder) -> dict[str, int]:
     counts = {
         "FoldkvCompress": 2 * kinds[CSA] + kinds[HCA],
         "FoldkvDenseAttention": kinds[HCA],
-        "FoldkvIndexTopk": kinds[CSA],
+        "FoldkvIndexScores": kinds[CSA],
+        "FoldkvIndexSelect": kinds[CSA],
         "FoldkvRope": 2 * decoder.spec.num_layers + kinds[CSA],
         "FoldkvRoutedExperts": decoder.spec.num_layers,
         "FoldkvSinkhorn": 2 * decoder.spec.num_layers,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from foldkv.export.model.compressor import Compressor
 from foldkv.export.model.norm import split_last
-from foldkv.export.operators.index import index_topk
+from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.rope import rope
 from foldkv.export.spec import ModelSpec
 
@@ -37,4 +37,5 @@ class Indexer(nn.Module):
         q = split_last(self.wq_b(latent), self.heads, self.width)
         q = rope(q, tokens, inv_freq, 0)
         weights = self.weights_proj(x) * (self.width**-0.5 * self.heads**-0.5)
-        return index_topk(q, weights, state[0], positions, active_context, self.ratio, self.topk), state
+        scores = index_scores(q, weights, state[0], positions, active_context, self.ratio)
+        return index_select(scores, positions, self.ratio, self.topk), state

@@ -19,7 +19,9 @@ from foldkv.export.operators.rope import FoldkvRope
 from foldkv.export.operators.rope import _eager as rope
 
 
-def _window_keys(rows: Tensor, chunk: int, positions: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _window_keys(
+    rows: Tensor, chunk: int, positions: Tensor, num_tokens: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The keys of ``rows`` with unwritten ones zeroed, and the mask [B, S, 1, W+S] of what a query sees."""
     size = rows.shape[1] - chunk
     start, slot = positions.long()[:, None], torch.arange(size)
@@ -28,7 +30,7 @@ def _window_keys(rows: Tensor, chunk: int, positions: Tensor, num_tokens: Tensor
     written = (token >= 0) & (token < start + num_tokens.long()[:, None])
     query = (start + torch.arange(chunk))[:, :, None]
     seen = written[:, None] & (token[:, None] <= query) & (token[:, None] > query - size)
-    return rows.masked_fill(~written[..., None], 0.0), seen[:, :, None]
+    return rows.to(dtype).masked_fill(~written[..., None], 0.0), seen[:, :, None]
 
 
 def _attend(q: Tensor, sinks: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -52,7 +54,7 @@ def _window_eager(
     q: Tensor, rows: Tensor, sinks: Tensor, inv_freq: Tensor, positions: Tensor, num_tokens: Tensor
 ) -> Tensor:
     """q [B, S, H, D], rows [B, W+S, D], sinks [H] -> [B, S, H, D]."""
-    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens)
+    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens, q.dtype)
     return rope(_attend(q, sinks, [(keys[:, None], seen)]), _query_positions(q, positions), inv_freq, 1)
 
 
@@ -61,10 +63,10 @@ def _sparse_eager(
     num_tokens: Tensor,
 ) -> Tensor:  # fmt: skip
     """q [B, S, H, D], rows [B, W+S, D], entries [B, E, D], chosen [B, S, K] int32 (-1: none) -> [B, S, H, D]."""
-    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens)
+    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens, q.dtype)
     batch = torch.arange(q.shape[0])[:, None, None]
     some = chosen >= 0
-    picked = entries[batch, chosen.clamp(min=0).long()].float().masked_fill(~some[..., None], 0.0)
+    picked = entries[batch, chosen.clamp(min=0).long()].to(q.dtype).masked_fill(~some[..., None], 0.0)
     parts = [(keys[:, None], seen), (picked, some[:, :, None])]
     return rope(_attend(q, sinks, parts), _query_positions(q, positions), inv_freq, 1)
 
@@ -74,11 +76,11 @@ def _dense_eager(
     active_context: Tensor, ratio: int,
 ) -> Tensor:  # fmt: skip
     """q [B, S, H, D], rows [B, W+S, D], entries [B, E, D], active_context [1] int64 -> [B, S, H, D]."""
-    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens)
+    keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens, q.dtype)
     active = active_entries(active_context, entries.shape[1], ratio)
     nth = torch.arange(active)
     closed = nth < ((positions.long() + num_tokens.long()) // ratio)[:, None]
-    read = entries[:, :active].float().masked_fill(~closed[..., None], 0.0)
+    read = entries[:, :active].to(q.dtype).masked_fill(~closed[..., None], 0.0)
     visible = nth < visible_entries(positions, q.shape[1], ratio)[..., None]
     parts = [(keys[:, None], seen), (read[:, None], (visible & closed[:, None])[:, :, None])]
     return rope(_attend(q, sinks, parts), _query_positions(q, positions), inv_freq, 1)
@@ -126,7 +128,7 @@ def FoldkvWindowKeys(q: FLOAT, rows: FLOAT, positions: INT32, num_tokens: INT32)
     key = op.Unsqueeze(token, [1])
     at = op.Unsqueeze(query, [2])
     seen = op.And(op.Unsqueeze(written, [1]), op.And(key <= at, key > at - size))
-    keys = op.Where(op.Unsqueeze(written, [2]), rows, 0.0)
+    keys = op.Where(op.Unsqueeze(written, [2]), op.Cast(rows, to=1), 0.0)
     return keys, op.Unsqueeze(seen, [2])
 
 

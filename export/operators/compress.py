@@ -67,7 +67,7 @@ def _eager(
     rows = base + torch.arange(windows)
     from_entry = rows - entry[:, :1]
     closes = (from_entry >= 0) & (rows < ((start + num_tokens.long()) // ratio)[:, None])
-    new = torch.take_along_dim(merged, from_entry.clamp(min=0)[..., None], dim=1)
+    new = torch.take_along_dim(merged, from_entry.clamp(min=0)[..., None], dim=1).to(entries.dtype)
     old = torch.take_along_dim(entries, rows[..., None], dim=1)
     updated = entries.scatter(1, rows[..., None].expand_as(old), torch.where(closes[..., None], new, old))
     keep = ring_sources(span, chunk, positions, num_tokens)[..., None]

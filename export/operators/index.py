@@ -1,8 +1,10 @@
-"""FoldkvIndexTopk: the lightning indexer's scores over index entries and the k best per query.
+"""FoldkvIndexScores and FoldkvIndexSelect: the lightning indexer's scores, and the k best entries per query.
 
 ``score = sum_h weight_h * relu(q_h . k)``; the scaling by head width and head count is folded into
 ``weights`` by the caller (V4 report 2.3.1, equations 13 to 17). A query at position ``t`` may choose
-entry ``i`` iff ``i < (t + 1) // ratio``. Places that stay empty hold -1.
+entry ``i`` iff ``i < (t + 1) // ratio``; of equal scores the lowest index is chosen. The order of what
+is chosen is not specified; places that stay empty hold -1. Scores of entries that a query may not
+choose may be anything.
 """
 
 from __future__ import annotations
@@ -25,26 +27,35 @@ def active_entries(active_context: Tensor, capacity: int, ratio: int) -> int:
     return min(int(active_context) // ratio, capacity)
 
 
-def _eager(
-    q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int, topk: int
+def _scores_eager(
+    q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
     """q [B, S, Hi, Di], weights [B, S, Hi], index_entries [B, E, Di], positions [B] int32,
-    active_context [1] int64 -> [B, S, topk] int32."""
-    batch, chunk = q.shape[:2]
+    active_context [1] int64 -> [B, S, E] float32; beyond the active entries it is -inf."""
     active = active_entries(active_context, index_entries.shape[1], ratio)
-    score = torch.einsum("bshd,bed->bshe", q, index_entries[:, :active].float()).relu()
+    score = torch.einsum("bshd,bed->bshe", q, index_entries[:, :active].to(q.dtype)).relu()
     score = (score * weights[..., None]).sum(dim=2)
-    visible = visible_entries(positions, chunk, ratio)[..., None]
-    score = score.masked_fill(torch.arange(active) >= visible, -torch.inf)
-    score = torch.cat((score, score.new_full((batch, chunk, topk), -torch.inf)), dim=-1)
-    chosen = score.topk(topk, dim=-1).indices
-    return torch.where(chosen < visible, chosen, -1).to(torch.int32)
+    rest = score.new_full((*score.shape[:2], index_entries.shape[1] - active), -torch.inf)
+    return torch.cat((score, rest), dim=-1)
 
 
-def _fake(
-    q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int, topk: int
+def _scores_fake(
+    q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], topk), dtype=torch.int32)
+    return q.new_empty((q.shape[0], q.shape[1], index_entries.shape[1]))
+
+
+def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
+    """scores [B, S, E], positions [B] int32 -> [B, S, topk] int32; of equal scores the lowest index."""
+    visible = visible_entries(positions, scores.shape[1], ratio)[..., None]
+    score = scores.masked_fill(torch.arange(scores.shape[2]) >= visible, -torch.inf)
+    score = torch.cat((score, score.new_full((*score.shape[:2], topk), -torch.inf)), dim=-1)
+    chosen = score.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    return torch.where(chosen < visible.clamp(max=scores.shape[2]), chosen, -1).to(torch.int32)
+
+
+def _select_fake(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], scores.shape[1], topk), dtype=torch.int32)
 
 
 @script(OPSET, default_opset=op)
@@ -61,30 +72,45 @@ def FoldkvActiveRows(entries: FLOAT, active_context: INT64, ratio: int):  # type
 
 
 @script(OPSET, default_opset=op)
-def FoldkvIndexTopk(  # type: ignore[no-untyped-def]
-    q: FLOAT, weights: FLOAT, index_entries: FLOAT, positions: INT32, active_context: INT64, ratio: int, topk: int
+def FoldkvIndexScores(  # type: ignore[no-untyped-def]
+    q: FLOAT, weights: FLOAT, index_entries: FLOAT, positions: INT32, active_context: INT64, ratio: int
 ):
-    k = op.Reshape(op.Constant(value_int=1) * topk, [1])
+    # Only the active entries are scored, so there may be fewer columns than entries.
     keys = FoldkvActiveRows(index_entries, active_context, ratio)
     flat = op.Reshape(q, op.Concat(op.Shape(q, start=0, end=1), [-1], op.Shape(q, start=3, end=4), axis=0))
     dots = op.Relu(op.MatMul(flat, op.Transpose(keys, perm=[0, 2, 1])))
     split = op.Reshape(dots, op.Concat(op.Shape(q, start=0, end=3), op.Shape(keys, start=1, end=2), axis=0))
-    score = op.Squeeze(op.MatMul(op.Unsqueeze(weights, [2]), split), [2])
-    visible = op.Unsqueeze(FoldkvVisibleEntries(q, positions, ratio), [2])
-    nth = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(keys, start=1, end=2)), op.Constant(value_int=1))
-    masked = op.Where(op.Reshape(nth, [1, 1, -1]) < visible, score, op.Constant(value_float=float("-inf")))
+    return op.Squeeze(op.MatMul(op.Unsqueeze(weights, [2]), split), [2])
+
+
+@script(OPSET, default_opset=op)
+def FoldkvIndexSelect(scores: FLOAT, positions: INT32, ratio: int, topk: int):  # type: ignore[no-untyped-def]
+    k = op.Reshape(op.Constant(value_int=1) * topk, [1])
+    columns = op.Shape(scores, start=2, end=3)
+    visible = op.Min(op.Unsqueeze(FoldkvVisibleEntries(scores, positions, ratio), [2]), columns)
+    nth = op.Range(op.Constant(value_int=0), op.Squeeze(columns), op.Constant(value_int=1))
+    masked = op.Where(op.Reshape(nth, [1, 1, -1]) < visible, scores, op.Constant(value_float=float("-inf")))
     # Padding makes room for k places even while there are fewer entries.
     padded = op.Pad(masked, op.Concat([0, 0, 0, 0, 0], k, axis=0), op.Constant(value_float=float("-inf")))
     _best, chosen = op.TopK(padded, k, axis=-1)
     return op.Cast(op.Where(chosen < visible, chosen, op.Constant(value_int=-1)), to=6)
 
 
-index_topk = operator(
-    "FoldkvIndexTopk",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvIndexTopk,
+index_scores = operator(
+    "FoldkvIndexScores",
+    eager=_scores_eager,
+    fake=_scores_fake,
+    function=FoldkvIndexScores,
     inputs=("q", "weights", "index_entries", "positions", "active_context"),
+    attributes=("ratio",),
+    outputs=("scores",),
+)
+index_select = operator(
+    "FoldkvIndexSelect",
+    eager=_select_eager,
+    fake=_select_fake,
+    function=FoldkvIndexSelect,
+    inputs=("scores", "positions"),
     attributes=("ratio", "topk"),
     outputs=("chosen",),
 )

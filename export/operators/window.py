@@ -1,7 +1,7 @@
 """FoldkvWindowUpdate: the sliding window's ring, read and written in one step.
 
 The ring keeps the row of position ``p`` at slot ``p mod W``. ``rows`` is the old ring followed by the
-chunk's rows; attention reads it. It is the only reader of the old ring, so the new ring may lie in the
+chunk's rows, in the ring's type, so that a token is read alike in its own chunk and later; attention reads it. It is the only reader of the old ring, so the new ring may lie in the
 same buffer.
 """
 
@@ -31,7 +31,7 @@ def ring_sources(slots: int, chunk: int, positions: Tensor, num_tokens: Tensor) 
 
 def _eager(window: Tensor, kv: Tensor, positions: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """window [B, W, D], kv [B, S, D], positions and num_tokens [B] int32 -> rows [B, W+S, D], window [B, W, D]."""
-    rows = torch.cat((window, kv), dim=1)
+    rows = torch.cat((window, kv.to(window.dtype)), dim=1)
     source = ring_sources(window.shape[1], kv.shape[1], positions, num_tokens)
     return rows, torch.take_along_dim(rows, source[:, :, None], dim=1)
 
@@ -59,9 +59,9 @@ def FoldkvTakeRows(table: FLOAT, rows: INT32):  # type: ignore[no-untyped-def]
 
 @script(OPSET, default_opset=op)
 def FoldkvWindowUpdate(window: FLOAT, kv: FLOAT, positions: INT32, num_tokens: INT32):  # type: ignore[no-untyped-def]
-    rows = op.Concat(op.Cast(window, to=1), kv, axis=1)
+    rows = op.Concat(window, op.CastLike(kv, window), axis=1)
     source = FoldkvRingSources(window, positions, num_tokens)
-    return rows, op.CastLike(FoldkvTakeRows(rows, source), window)
+    return rows, FoldkvTakeRows(rows, source)
 
 
 window_update = operator(

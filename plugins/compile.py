@@ -1,0 +1,236 @@
+"""Triton kernels to cubins and PTX, per compute capability, with no GPU; checked for what Triton does not check."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from foldkv.errors import BuildError, MissingDependencyError
+from foldkv.plugins.launch import Kernel
+
+#: Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per capability).
+SHARED_LIMITS = {
+    80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376, 121: 101_376
+}  # fmt: skip
+#: PTX of CUDA 12.8, so that drivers since r570 take it whatever Triton's own default is; some parts need 12.9's.
+PTX_VERSIONS = dict.fromkeys(SHARED_LIMITS, 87) | {103: 88, 121: 88}
+_TENSOR_MEMORY = 512  # columns
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A compiled kernel and its resources. ``shared`` is in bytes, ``stack`` in bytes per thread (spills)."""
+
+    kernel: Kernel
+    sm: int
+    entry: str
+    ptx: str
+    cubin: bytes
+    shared: int
+    registers: int
+    stack: int
+    tensor_memory: int
+    threads: int
+
+    def facts(self) -> dict[str, Any]:
+        """What a launcher needs to know, and the resources, as JSON values."""
+        fields = ("entry", "shared", "registers", "stack", "tensor_memory", "threads")
+        return {
+            "name": self.kernel.name, "sm": self.sm, "sha256": hashlib.sha256(self.cubin).hexdigest(),
+            "bytes": len(self.cubin), **{name: getattr(self, name) for name in fields},
+        }  # fmt: skip
+
+
+def triton_version() -> str:
+    """The installed Triton version.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError(
+            "Triton is not installed; plugins are compiled with it. Run `pip install 'foldkv[plugins]'` (no GPU is needed)."
+        ) from None
+
+
+def compile_kernels(
+    wanted: Sequence[tuple[Kernel, int]],
+    *,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[CompiledKernel]:
+    """Compile kernels for compute capabilities, in child processes, since LLVM ends a process on some errors.
+
+    Args:
+        wanted: pairs of a kernel and a compute capability.
+        jobs: processes at once; the default is the number of processors.
+        cache: folder that keeps results between runs; the default is FOLDKV_CACHE or ~/.cache/foldkv.
+        progress: called with one line per kernel that is compiled.
+
+    Raises:
+        BuildError: a kernel does not compile, or would not run on its target: too much shared memory, scratch memory.
+        MissingDependencyError: Triton is not installed.
+    """
+    version = triton_version()
+    folder = (cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "kernels"
+    found: dict[int, CompiledKernel] = {}
+    missing = []
+    for index, (kernel, sm) in enumerate(wanted):
+        kept = _read_cached(folder / f"{_cache_key(kernel, sm, version)}.json", kernel, sm)
+        if kept is None:
+            missing.append(index)
+        else:
+            found[index] = kept
+    if missing:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            min(len(missing), jobs or len(os.sched_getaffinity(0))), spawn, max_tasks_per_child=32
+        ) as pool:
+            futures = {pool.submit(_compile, *wanted[index]): index for index in missing}
+            for future in concurrent.futures.as_completed(futures):
+                kernel, sm = wanted[futures[future]]
+                try:
+                    compiled = future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise BuildError(f"kernel {kernel.name} for sm{sm}: the compiler ended its process.") from None
+                progress(f"kernel {kernel.name} for sm{sm}: {compiled.registers} registers, {compiled.shared} B shared")
+                found[futures[future]] = compiled
+                _write_cached(folder / f"{_cache_key(kernel, sm, version)}.json", compiled)
+    return [found[index] for index in range(len(wanted))]
+
+
+def _cache_key(kernel: Kernel, sm: int, version: str) -> str:
+    sources = sorted((Path(__file__).parent / "kernels").glob("*.py"))
+    digest = hashlib.sha256(json.dumps([kernel.name, sm, version, PTX_VERSIONS[sm]]).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _read_cached(path: Path, kernel: Kernel, sm: int) -> CompiledKernel | None:
+    try:
+        row = json.loads(path.read_text())
+        return CompiledKernel(**{**row, "kernel": kernel, "sm": sm, "cubin": bytes.fromhex(row["cubin"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write_cached(path: Path, compiled: CompiledKernel) -> None:
+    """Best effort: a cache that cannot be written costs time and nothing else."""
+    fields = {f.name: getattr(compiled, f.name) for f in dataclasses.fields(compiled) if f.name != "kernel"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(fields | {"cubin": compiled.cubin.hex()}, file)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+def _compile(kernel: Kernel, sm: int) -> CompiledKernel:
+    """Compile one kernel; runs in a child process."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # smaller, and no path of this machine in it
+    with tempfile.TemporaryDirectory(prefix="foldkv-triton-") as scratch:
+        os.environ["TRITON_CACHE_DIR"] = scratch
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints whole listings when ptxas refuses one
+            return _compile_here(kernel, sm)
+
+
+def _compile_here(kernel: Kernel, sm: int) -> CompiledKernel:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = kernel.function.split(".")
+    function = getattr(importlib.import_module(f"foldkv.plugins.kernels.{module}"), name)
+    order = [*(argument for argument, _ in kernel.arguments), *(constant for constant, _ in kernel.constants)]
+    if order != function.arg_names:
+        raise BuildError(f"kernel {kernel.function} takes {function.arg_names}; its launch declares {order}.")
+    constants: dict[str, Any] = dict(kernel.constants)
+    constants |= {argument: None for argument, type_ in kernel.arguments if type_ is None}
+    signature = {argument: type_ or "constexpr" for argument, type_ in kernel.arguments}
+    signature |= {constant: "constexpr" for constant, _ in kernel.constants}
+    # TensorRT aligns every buffer to 256 bytes; without saying so, loads are not vectorized.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (_, type_) in enumerate(kernel.arguments)
+        if (type_ or "").startswith("*")
+    }
+    try:
+        built = triton.compile(
+            ASTSource(function, signature, constexprs=constants, attrs=aligned),
+            target=GPUTarget("cuda", sm, 32),
+            options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "ptx_version": PTX_VERSIONS[sm]},
+        )
+    except Exception as error:  # noqa: BLE001 - Triton's errors share no base, and must be picklable here
+        raise BuildError(f"kernel {kernel.name} does not compile for sm{sm}: {str(error)[-400:]}") from None
+    meta = built.metadata
+    registers, stack = _resources(built.asm["cubin"])
+    wrong = []
+    if meta.shared > SHARED_LIMITS[sm]:
+        wrong.append(f"{meta.shared} B of shared memory, sm{sm} has {SHARED_LIMITS[sm]}")
+    if meta.tmem_size > _TENSOR_MEMORY:
+        wrong.append(f"{meta.tmem_size} columns of tensor memory, there are {_TENSOR_MEMORY}")
+    if meta.global_scratch_size or meta.profile_scratch_size:
+        wrong.append("it needs scratch memory, which no plugin is given")
+    if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl or meta.tensordesc_meta:
+        wrong.append("it needs a cluster, a cooperative launch or descriptors, which TensorRT does not launch")
+    if wrong:
+        raise BuildError(f"kernel {kernel.name} cannot run on sm{sm}: {'; '.join(wrong)}.")
+    return CompiledKernel(
+        kernel, sm, meta.name, built.asm["ptx"], built.asm["cubin"], meta.shared, registers, stack, meta.tmem_size,
+        meta.num_warps * 32,
+    )  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and stack bytes per thread, read off the cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    if found is None:
+        raise BuildError(f"cuobjdump shows no resources: {shown[:200]!r}")
+    return int(found[1]), int(found[2])
+
+
+def ptx_parameters(ptx: str) -> list[str]:
+    """Types of the kernel's parameters in order ("u64" for a pointer, "u32" for an int32)."""
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    if entry is None:
+        raise BuildError("the PTX has no entry point")
+    return re.findall(r"\.param\s+\.([us]\d+)", entry[1])
+
+
+def kernel_table(compiled: Sequence[CompiledKernel]) -> list[dict[str, Any]]:
+    """Resources per kernel and compute capability, for people and for checks."""
+    return [
+        {"function": row.kernel.function, "constants": dict(row.kernel.constants), "warps": row.kernel.num_warps}
+        | {key: value for key, value in asdict(row).items() if key in ("sm", "shared", "registers", "stack", "tensor_memory")}
+        | {"cubin_bytes": len(row.cubin), "ptx_bytes": len(row.ptx)}
+        for row in compiled
+    ]  # fmt: skip

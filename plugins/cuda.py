@@ -1,0 +1,145 @@
+"""Launch a plan's kernels through the CUDA driver API. Neither torch nor Triton.
+
+Loading happens when a :class:`Launcher` is made; :meth:`Launcher.launch` only enqueues, allocates nothing and waits
+for nothing, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foldkv.errors import FoldkvError, MissingDependencyError
+from foldkv.plugins.launch import Launch, Plan
+
+# Triton appends two pointers to scratch memory to every kernel; plugins/compile.py refuses kernels that use them.
+_HIDDEN_POINTERS = 2
+_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may use
+
+
+@dataclass(frozen=True)
+class KernelImage:
+    """A compiled kernel: its name (``Kernel.name``), entry point, threads of a block, bytes of shared memory, cubin."""
+
+    name: str
+    entry: str
+    threads: int
+    shared: int
+    cubin: bytes
+
+
+def cuda_driver() -> Any:
+    """The module ``cuda.bindings.driver``, initialized.
+
+    Raises:
+        MissingDependencyError: the package or the driver is not installed.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise MissingDependencyError(
+            "the package cuda-bindings is not installed; plugins launch through it: pip install 'foldkv[gpu]'"
+        ) from None
+    try:
+        check(driver, driver.cuInit(0))
+    except RuntimeError as error:  # without libcuda.so.1 the package raises one of its own subclasses
+        raise MissingDependencyError(f"no usable NVIDIA driver: {error}. Run on a machine with a GPU.") from None
+    return driver
+
+
+def check(driver: Any, result: tuple[Any, ...]) -> Any:
+    """What a driver call returned, without its status; several values as a tuple.
+
+    Raises:
+        FoldkvError: the call failed.
+    """
+    status, *values = result
+    if int(status) != 0:
+        _, name = driver.cuGetErrorName(status)
+        raise FoldkvError(f"the CUDA driver failed: {name.decode() if name else int(status)}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Launcher:
+    """Kernels loaded into the current context."""
+
+    def __init__(self, images: Iterable[KernelImage], *, driver: Any = None) -> None:
+        """Load every image.
+
+        Args:
+            images: kernels for the current device.
+            driver: the driver API; the default is :func:`cuda_driver`.
+
+        Raises:
+            FoldkvError: the driver refuses a kernel.
+            MissingDependencyError: no driver.
+        """
+        self._driver = driver = driver or cuda_driver()
+        self._libraries: list[Any] = []
+        self._kernels: dict[str, tuple[Any, KernelImage]] = {}
+        device = check(driver, driver.cuCtxGetDevice())
+        for image in images:
+            library = check(driver, driver.cuLibraryLoadData(image.cubin, [], [], 0, [], [], 0))
+            self._libraries.append(library)
+            kernel = check(driver, driver.cuLibraryGetKernel(library, image.entry.encode()))
+            if image.shared > _SHARED_WITHOUT_ASKING:
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                check(driver, driver.cuKernelSetAttribute(attribute, image.shared, kernel, device))
+            self._kernels[image.name] = driver.CUfunction(int(kernel)), image
+
+    def launch(
+        self, steps: Plan, inputs: Sequence[int], outputs: Sequence[int], *, workspace: int = 0, stream: int = 0
+    ) -> None:
+        """Enqueue every launch of ``steps``.
+
+        Args:
+            steps: from :func:`foldkv.plugins.launch.plan`, with numbers for sizes.
+            inputs: device addresses of the operator's inputs.
+            outputs: device addresses of its outputs.
+            workspace: device address of at least ``steps.workspace`` bytes.
+            stream: handle of the stream.
+
+        Raises:
+            FoldkvError: a kernel of the plan was not loaded, or the driver refuses a launch.
+        """
+        addresses = {"input": inputs, "output": outputs}
+        for one in steps.launches:
+            if 0 in one.grid:
+                continue  # nothing to do, and CUDA refuses an empty grid
+            function, image = self._loaded(one)
+            values: list[Any] = []
+            for argument in one.arguments:
+                if argument.kind == "int32":
+                    values.append(ctypes.c_int32(argument.value))
+                elif argument.kind == "workspace":
+                    values.append(ctypes.c_uint64(workspace + argument.value))
+                else:
+                    values.append(ctypes.c_uint64(addresses[argument.kind][argument.value]))
+            values += [ctypes.c_uint64(0)] * _HIDDEN_POINTERS
+            parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+            result = self._driver.cuLaunchKernel(
+                function, *one.grid, image.threads, 1, 1, image.shared, stream, ctypes.addressof(parameters), 0
+            )
+            check(self._driver, result)
+
+    def _loaded(self, one: Launch) -> tuple[Any, KernelImage]:
+        try:
+            return self._kernels[one.kernel.name]
+        except KeyError:
+            raise FoldkvError(
+                f"kernel {one.kernel.name} is not among those loaded ({len(self._kernels)}). "
+                "The bundle was built for other sizes: build it again."
+            ) from None
+
+    def close(self) -> None:
+        """Unload the kernels; no launch may be running."""
+        for library in self._libraries:
+            check(self._driver, self._driver.cuLibraryUnload(library))
+        self._libraries, self._kernels = [], {}
+
+
+def kernel_images(facts: Iterable[Mapping[str, Any]], cubins: Mapping[str, bytes]) -> list[KernelImage]:
+    """Images from the rows that :meth:`CompiledKernel.facts` gives and the cubins by kernel name."""
+    return [KernelImage(f["name"], f["entry"], f["threads"], f["shared"], cubins[f["name"]]) for f in facts]

@@ -1,0 +1,1 @@
+"""The operators' GPU kernels in Triton, one file per operator. Only compiling and testing imports them."""

@@ -1,0 +1,92 @@
+"""FoldkvCompress in one launch: gated sum, RMS norm, RoPE and the write of every window that closes.
+
+Windows 0 and 1 of a chunk are the only ones that can read the carries (1 only with overlap). Program 0
+does both and then writes the carries: no other program reads what it overwrites, so that state may be
+updated in place within one launch.
+"""
+
+import triton
+import triton.language as tl
+
+from foldkv.plugins.kernels.rotation import rotate
+
+
+@triton.jit
+def _close(
+    entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The nth window that can close in this chunk, if it does; softmax per channel, taken BM tokens at a time."""
+    SPAN: tl.constexpr = RATIO * SERIES
+    C: tl.constexpr = D * SERIES
+    entry = start // RATIO + nth
+    if ((entry + 1) * RATIO <= start + real) & (entry < capacity):
+        d = tl.arange(0, BD)
+        best = tl.full((BD,), float("-inf"), tl.float32)
+        weight = tl.zeros((BD,), tl.float32)
+        total = tl.zeros((BD,), tl.float32)
+        for m in range(0, SPAN, BM):
+            r = m + tl.arange(0, BM)
+            token = entry * RATIO + r - (SPAN - RATIO)
+            # With two series, the window before lends its first and this window its second.
+            column = (r // RATIO) * D if SERIES == 2 else r * 0
+            past = (token < start)[:, None]
+            held = ((token + SPAN) % SPAN * C + column)[:, None] + d
+            fresh = ((token - start) * C + column)[:, None] + d
+            inside = (token >= 0)[:, None] & (d < D)
+            old, new = inside & past, inside & (past == 0)
+            score = tl.load(carry_gate + b * SPAN * C + held, mask=old, other=0.0)
+            score += tl.load(gate + b * chunk * C + fresh, mask=new, other=0.0)
+            score += tl.load(bias + (r % RATIO * C + column)[:, None] + d, mask=inside, other=0.0)
+            value = tl.load(carry_kv + b * SPAN * C + held, mask=old, other=0.0)
+            value += tl.load(kv + b * chunk * C + fresh, mask=new, other=0.0)
+            score = tl.where(inside, score, float("-inf"))
+            top = tl.maximum(best, tl.max(score, axis=0))
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            share = tl.exp(score - safe)
+            decay = tl.exp(best - safe)
+            weight = weight * decay + tl.sum(share, axis=0)
+            total = total * decay + tl.sum(share * value, axis=0)
+            best = top
+        merged = tl.where(d < D, total / tl.where(d < D, weight, 1.0), 0.0)
+        merged = merged * tl.rsqrt(tl.sum(merged * merged, axis=0) / D + EPS)
+        merged = merged * tl.load(norm + d, mask=d < D, other=0.0)
+        turned = rotate(merged, entry * RATIO, inv_freq, D, BD, HALF)
+        target = entries_out + (b * capacity + entry) * D + d
+        tl.store(target, turned.to(entries_out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def compress(
+    entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, chunk, capacity,
+    entries_out, carry_kv_out, carry_gate_out,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """entries [B, E, D] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
+
+    Grid (max(1, ceil(S / RATIO) - 1), B); SERIES is 2 with overlap, R = RATIO * SERIES, C = D * SERIES.
+    """
+    program = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    start, real = tl.load(positions + b), tl.load(num_tokens + b)
+    first = tl.where(program == 0, 0, program + 1)
+    end = tl.where(program == 0, 2, program + 2)
+    for nth in range(first, end):
+        _close(
+            entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
+            RATIO, SERIES, D, BD, HALF, EPS, BM,
+        )  # fmt: skip
+    if program == 0:
+        tl.debug_barrier()  # the carries were read by other threads of this program
+        SPAN: tl.constexpr = RATIO * SERIES
+        C: tl.constexpr = D * SERIES
+        c = tl.arange(0, BC)
+        for low in range(tl.maximum(real - SPAN, 0), real, BR):
+            i = low + tl.arange(0, BR)
+            inside = (i < real)[:, None] & (c < C)
+            source = (b * chunk + i)[:, None] * C + c
+            target = (b * SPAN + (start + i) % SPAN)[:, None] * C + c
+            tl.store(carry_kv_out + target, tl.load(kv + source, mask=inside), mask=inside)
+            tl.store(carry_gate_out + target, tl.load(gate + source, mask=inside), mask=inside)

@@ -1,0 +1,319 @@
+"""What an operator launches: kernels with their constants, grids and arguments. No Triton, no TensorRT.
+
+This is the one home of it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
+all ask here, so that what is tested is what is launched. Sizes may be numbers or a backend's symbolic
+expressions; :class:`Arithmetic` says how to round up with either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from foldkv.export.layouts import DENSE, LAYOUT_VERSION
+from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
+
+#: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
+DYNAMIC = ("B", "S", "E")
+#: Keys per split. Fixed, so that a result depends neither on the batch nor on the capacity.
+SPARSE_SPAN, DENSE_SPAN = 128, 512
+#: Chunks up to this length split their keys; longer ones have programs enough.
+SPLIT_CHUNK = 8
+
+_POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "float16": "*fp16"}
+_BYTES = "*i8"  # a packed row
+_ITEM = 4  # bytes of a float32 in the workspace
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to compile: a function of plugins/kernels, its argument types and its constants.
+
+    Attributes:
+        function: "module.function" below ``foldkv.plugins.kernels``.
+        arguments: (name, Triton type) in order; None for an argument that this form has no use for.
+        constants: (name, value) in order.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    function: str
+    arguments: tuple[tuple[str, str | None], ...]
+    constants: tuple[tuple[str, int | float], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def name(self) -> str:
+        """A name that changes with every field."""
+        fields = [self.function, self.arguments, self.constants, self.num_warps, self.num_stages]
+        return f"{self.function.split('.')[1]}-{hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A kernel's argument: "input" or "output" and its index, "workspace" and its byte offset, or "int32"."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. ``grid`` has x, y and z."""
+
+    kernel: Kernel
+    grid: tuple[Any, Any, Any]
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of one call, in order, and the bytes of scratch memory they share."""
+
+    launches: tuple[Launch, ...]
+    workspace: int = 0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How to divide and compare sizes; the default is for numbers."""
+
+    cdiv: Callable[[Any, Any], Any] = field(default=lambda a, b: -(-a // b))
+    maximum: Callable[[Any, Any], Any] = field(default=max)
+
+
+_NUMBERS = Arithmetic()
+
+
+def plan(
+    operator: str,
+    sizes: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    *,
+    sm: int,
+    dtype: str,
+    rows: str = DENSE,
+    rotary: int = 0,
+    layout_version: int = LAYOUT_VERSION,
+    single: bool = False,
+    arithmetic: Arithmetic = _NUMBERS,
+) -> Plan:
+    """What a call of ``operator`` launches.
+
+    Args:
+        operator: ONNX name.
+        sizes: of every symbol of the spec, see :meth:`PluginSpec.dimensions`.
+        attributes: values of the operator's attributes.
+        sm: compute capability, which chooses the tiles.
+        dtype: type of dense rows of the state.
+        rows: row format of the state that the operator touches.
+        rotary: rotated channels of a packed row.
+        layout_version: version of that format.
+        single: exactly one launch and no workspace, as TensorRT's ahead-of-time plugins want it.
+        arithmetic: of the sizes.
+
+    Raises:
+        ValueError: sizes, a row format or a layout version that the kernels cannot take.
+    """
+    spec = PLUGINS[operator]
+    call = _Call(spec, dict(sizes), dict(attributes), sm, dtype, rows, rotary, single, arithmetic)
+    _check(call, layout_version)
+    return _PLANS[operator](call)
+
+
+def kernels(
+    operator: str,
+    sizes: Mapping[str, int],
+    attributes: Mapping[str, Any],
+    *,
+    sm: int,
+    dtype: str,
+    rows: str = DENSE,
+    rotary: int = 0,
+) -> list[Kernel]:
+    """Every kernel that calls with these static sizes can launch, whatever the dynamic ones; see :func:`plan`."""
+    found: dict[Kernel, None] = {}
+    for chunk in (1, SPLIT_CHUNK + 1):
+        dynamic = {"B": 1, "S": chunk, "E": 1 << 20}
+        steps = plan(operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
+        for launch in steps.launches:
+            found[launch.kernel] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class _Call:
+    spec: PluginSpec
+    sizes: dict[str, Any]
+    attributes: dict[str, Any]
+    sm: int
+    dtype: str
+    rows: str
+    rotary: int
+    single: bool
+    arithmetic: Arithmetic
+
+    def __getitem__(self, symbol: str) -> Any:
+        return self.sizes[symbol]
+
+    def pointer(self, tensor_dtype: str) -> str:
+        if tensor_dtype != STATE:
+            return _POINTER[tensor_dtype]
+        return _POINTER[self.dtype] if self.rows == DENSE else _BYTES
+
+    def launch(
+        self, function: str, grid: tuple[Any, Any, Any], constants: Mapping[str, int | float], *,
+        extras: tuple[str, ...] = ("S",), warps: int = 4, stages: int = 2,
+    ) -> Launch:  # fmt: skip
+        """The ordinary launch: every input, then sizes as int32, then every output."""
+        names = {"S": "chunk", "E": "capacity"}
+        spec = self.spec
+        aliased = {spec.outputs[out].name for out in spec.aliases}
+        types: list[tuple[str, str | None]] = [(t.name, self.pointer(t.dtype)) for t in spec.inputs]
+        types += [(names[symbol], "i32") for symbol in extras]
+        types += [(f"{t.name}_out" if t.name in aliased else t.name, self.pointer(t.dtype)) for t in spec.outputs]
+        arguments = [Argument("input", i) for i in range(len(spec.inputs))]
+        arguments += [Argument("int32", self[symbol]) for symbol in extras]
+        arguments += [Argument("output", i) for i in range(len(spec.outputs))]
+        return Launch(Kernel(function, tuple(types), tuple(constants.items()), warps, stages), grid, tuple(arguments))
+
+
+def _power(size: int, least: int = 1) -> int:
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _check(call: _Call, layout_version: int) -> None:
+    spec, sizes, attributes = call.spec, call.sizes, call.attributes
+    wrong = []
+    if layout_version != spec.layout_version:
+        wrong.append(f"rows have layout version {layout_version}; its kernels read {spec.layout_version}")
+    if spec.rows and call.rows not in spec.rows:
+        wrong.append(f"rows in {call.rows}; its kernels read {', '.join(sorted(spec.rows))}")
+    if "D" in sizes and sizes["D"] % 16:
+        wrong.append(f"rows are {sizes['D']} wide, which 16 does not divide")
+    if "P" in sizes and (sizes["P"] & (sizes["P"] - 1) or 2 * sizes["P"] > sizes["D"]):
+        wrong.append(f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most all")
+    if spec.operator == "FoldkvCompress" and (
+        sizes["C"] not in (sizes["D"], 2 * sizes["D"])
+        or sizes["R"] * sizes["D"] != sizes["C"] * attributes["ratio"]
+        or sizes["T"] != attributes["ratio"]
+    ):
+        wrong.append(
+            f"carries of {sizes['R']} rows by {sizes['C']} and a bias of {sizes['T']} rows do not belong to entries of "
+            f"{sizes['D']} channels and ratio {attributes['ratio']}"
+        )
+    if wrong:
+        raise ValueError(f"{spec.operator}: {'; '.join(wrong)}. Build with --plugins off.")
+
+
+def _window_update(call: _Call) -> Plan:
+    constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"])}
+    return Plan((call.launch("window.window_update", (call["W"] + call["S"], call["B"], 1), constants),))
+
+
+def _compress(call: _Call) -> Plan:
+    ratio, width, series = call.attributes["ratio"], call["D"], call["C"] // call["D"]
+    windows = call.arithmetic.cdiv(call["S"], ratio)
+    constants = {
+        "RATIO": ratio, "SERIES": series, "D": width, "BD": _power(width), "HALF": call["P"],
+        "EPS": call.attributes["eps"], "BM": min(8, _power(ratio * series)), "BC": _power(call["C"]), "BR": 4,
+    }  # fmt: skip
+    grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)
+    return Plan((call.launch("compress.compress", grid, constants, extras=("S", "E"), warps=4 if width <= 256 else 8),))
+
+
+def _index_scores(call: _Call) -> Plan:
+    block = 64
+    constants = {
+        "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
+        "RATIO": call.attributes["ratio"], "BN": block,
+    }  # fmt: skip
+    grid = (call.arithmetic.cdiv(call["E"], block), call["S"], call["B"])
+    return Plan((call.launch("index_scores.index_scores", grid, constants, extras=("S", "E"), warps=8),))
+
+
+def _index_select(call: _Call) -> Plan:
+    constants = {"K": call.attributes["topk"], "RATIO": call.attributes["ratio"], "BN": 4096}
+    grid = (call["S"], call["B"], 1)
+    return Plan((call.launch("index_select.index_select", grid, constants, extras=("S", "E"), warps=16),))
+
+
+def _attention_tile(call: _Call) -> tuple[int, int, int, int]:
+    """Heads and keys of a tile, warps and stages: what fits each SM's shared memory without spilling."""
+    width = _power(call["D"])
+    if width < 256 or call["H"] <= 16:
+        return 16, 64 if width <= 512 and call.dtype != "float32" else 32, 4 if width < 256 else 8, 2
+    if call.sm in (90, 100, 103) and call["H"] >= 64:
+        return 64, 32, 8, 2
+    return 32, 32, 8, 2
+
+
+def _attention(
+    call: _Call, function: str, far: Any, extras: tuple[str, ...], constants: dict[str, int], span: int
+) -> Plan:
+    heads, keys, warps, stages = _attention_tile(call)
+    split = not call.single and call["S"] <= SPLIT_CHUNK and call["W"] + far > span
+    splits = call.arithmetic.cdiv(call["W"] + far, span) if split else 1
+    shape = {"W": call["W"], "H": call["H"], "D": call["D"], "BD": _power(call["D"], 16), "HALF": call["P"]}
+    tile = {"SPAN": span if split else 0, "BH": heads, "BN": keys}
+    grid = (call["S"] * (-(-call["H"] // heads)), splits, call["B"])
+    main = call.launch(
+        f"attention.{function}", grid, constants | shape | tile, extras=extras, warps=warps, stages=stages
+    )
+    types, arguments = list(main.kernel.arguments), list(main.arguments)
+    if not split:
+        return Plan((_with_kernel(main, [*types, ("lse", None)], arguments),))
+    rows = call["B"] * call["S"] * call["H"] * splits
+    partial, lse = Argument("workspace", 0), Argument("workspace", rows * call["D"] * _ITEM)
+    main = _with_kernel(main, [*types, ("lse", "*fp32")], [*arguments[:-1], partial, lse])
+    names = [tensor.name for tensor in call.spec.inputs]
+    read = ("sinks", "inv_freq", "positions")
+    merge = Kernel(
+        "attention.combine",
+        (("partial", "*fp32"), ("lse", "*fp32"), ("sinks", "*fp32"), ("inv_freq", "*fp32"), ("positions", "*i32"),
+         ("chunk", "i32"), ("splits", "i32"), ("out", "*fp32")),
+        tuple((name, shape[name]) for name in ("H", "D", "BD", "HALF")),
+    )  # fmt: skip
+    merged = Launch(
+        merge,
+        (call["S"] * call["H"], call["B"], 1),
+        (
+            partial, lse, *(Argument("input", names.index(name)) for name in read),
+            Argument("int32", call["S"]), Argument("int32", splits), Argument("output", 0),
+        ),
+    )  # fmt: skip
+    return Plan((main, merged), rows * (call["D"] + 1) * _ITEM)
+
+
+def _with_kernel(launch: Launch, types: list[tuple[str, str | None]], arguments: list[Argument]) -> Launch:
+    kernel = launch.kernel
+    changed = Kernel(kernel.function, tuple(types), kernel.constants, kernel.num_warps, kernel.num_stages)
+    return Launch(changed, launch.grid, tuple(arguments))
+
+
+def _window_attention(call: _Call) -> Plan:
+    return _attention(call, "window_attention", 0, ("S",), {}, SPARSE_SPAN)
+
+
+def _sparse_attention(call: _Call) -> Plan:
+    return _attention(call, "sparse_attention", call["K"], ("S", "E"), {"K": call["K"]}, SPARSE_SPAN)
+
+
+def _dense_attention(call: _Call) -> Plan:
+    constants = {"RATIO": call.attributes["ratio"]}
+    return _attention(call, "dense_attention", call["E"], ("S", "E"), constants, DENSE_SPAN)
+
+
+_PLANS: dict[str, Callable[[_Call], Plan]] = {
+    "FoldkvWindowUpdate": _window_update,
+    "FoldkvCompress": _compress,
+    "FoldkvIndexScores": _index_scores,
+    "FoldkvIndexSelect": _index_select,
+    "FoldkvWindowAttention": _window_attention,
+    "FoldkvSparseAttention": _sparse_attention,
+    "FoldkvDenseAttention": _dense_attention,
+}

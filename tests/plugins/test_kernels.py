@@ -1,0 +1,283 @@
+"""Every kernel in Triton's interpreter against the operator's definition in float64.
+
+Unread rows hold NaN. Tolerances follow from the types: half a unit in the last place per rounding, times
+the largest sum that it can be part of.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from interpreter import DTYPES, run
+from torch import Tensor
+
+from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
+from foldkv.export.operators.compress import compress
+from foldkv.export.operators.index import index_scores, index_select
+from foldkv.export.operators.registry import operators
+from foldkv.export.operators.window import window_update
+from foldkv.plugins.launch import SPARSE_SPAN, plan
+from foldkv.plugins.spec import BODIES, PLUGINS
+
+# Relative half unit in the last place.
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+STATES = list(ROUNDING)
+WINDOW, WIDTH, HEADS = 16, 32, 4
+
+
+def wide(values: list[Tensor]) -> list[Tensor]:
+    """Activations in float64; state keeps its type, which the definition widens itself, and so do angles."""
+    return [value.double() if value.dtype == torch.float32 else value for value in values]
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def frequencies(half: int) -> Tensor:
+    return 10000.0 ** (-torch.arange(half) / half)
+
+
+def ring_and_chunk(start: list[int], real: list[int], chunk: int, width: int, kind: torch.dtype) -> Tensor:
+    """Rows [B, W + S, D]: those never written hold NaN."""
+    rows = torch.randn(len(start), WINDOW + chunk, width).to(kind)
+    for b, (first, count) in enumerate(zip(start, real, strict=True)):
+        for slot in range(WINDOW):
+            if slot >= first:
+                rows[b, slot] = torch.nan
+        rows[b, WINDOW + count :] = torch.nan
+    return rows
+
+
+def real_queries(value: Tensor, real: list[int]) -> Tensor:
+    """The rows of queries that are no padding, one after another."""
+    return torch.cat([value[b, :count] for b, count in enumerate(real)])
+
+
+def test_every_operator_has_a_plugin_or_a_reason_and_the_same_names() -> None:
+    declared = operators()
+    assert set(declared) == set(PLUGINS) | set(BODIES)
+    for name, spec in PLUGINS.items():
+        operator = declared[name]
+        assert tuple(tensor.name for tensor in spec.inputs) == operator.inputs
+        assert tuple(tensor.name for tensor in spec.outputs) == operator.outputs
+        assert tuple(spec.attributes) == operator.attributes
+        assert all(spec.inputs[i].name == spec.outputs[o].name for o, i in spec.aliases.items())
+
+
+# Batches of (tokens held, tokens of the chunk): empty, partial window, full, wrapped, an idle slot.
+CHUNKS = [([0], [1], 1), ([5, 0], [3, 1], 3), ([40, 16, 15], [1, 1, 1], 1), ([33, 7], [0, 20], 20)]
+
+
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(("start", "real", "chunk"), CHUNKS)
+def test_window_update_is_exact(dtype: str, start: list[int], real: list[int], chunk: int) -> None:
+    torch.manual_seed(0)
+    window = ring_and_chunk(start, [0] * len(start), 0, WIDTH, DTYPES[dtype])
+    kv = torch.randn(len(start), chunk, WIDTH)
+    inputs = [window, kv, ints(*start), ints(*real)]
+    found, expected = run("FoldkvWindowUpdate", inputs, dtype=dtype), window_update(*inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def attention_bound(q: Tensor, parts: list[Tensor], dtype: str) -> float:
+    """Queries and weights are rounded to the state's type; a logit's error changes a weight by as much twice."""
+    u = ROUNDING[dtype] + (WIDTH + SPARSE_SPAN) * ROUNDING["float32"]
+    rows = torch.cat([part.double().nan_to_num().flatten(0, -2) for part in parts])
+    reach = q.double().norm(dim=-1).max() * rows.norm(dim=-1).max() / math.sqrt(q.shape[-1])
+    return float((4 * u * max(reach, 1.0) + 4 * u) * rows.abs().max())
+
+
+def attention_inputs(start: list[int], real: list[int], chunk: int, dtype: str, heads: int, width: int) -> Any:
+    torch.manual_seed(1)
+    kind = DTYPES[dtype]
+    q = torch.randn(len(start), chunk, heads, width)
+    rows = ring_and_chunk(start, real, chunk, width, kind)
+    tail = [torch.randn(heads), frequencies(width // 8), ints(*start), ints(*real)]
+    return q, rows, tail
+
+
+def compare(found: Tensor, expected: Tensor, real: list[int], bound: float) -> None:
+    error = (real_queries(found, real).double() - real_queries(expected, real).double()).abs()
+    assert not error.isnan().any()
+    assert error.numel() == 0 or float(error.max()) <= bound
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(("start", "real", "chunk"), CHUNKS)
+def test_window_attention(dtype: str, start: list[int], real: list[int], chunk: int, single: bool) -> None:
+    q, rows, tail = attention_inputs(start, real, chunk, dtype, HEADS, WIDTH)
+    [found] = run("FoldkvWindowAttention", [q, rows, *tail], dtype=dtype, single=single)
+    expected = window_attention(*wide([q, rows, tail[0]]), *tail[1:])
+    compare(found, expected, real, attention_bound(q, [rows], dtype))
+
+
+def chosen_of(start: list[int], real: list[int], chunk: int, places: int, ratio: int) -> Tensor:
+    chosen = torch.full((len(start), chunk, places), -1, dtype=torch.int32)
+    for b, (first, count) in enumerate(zip(start, real, strict=True)):
+        for s in range(count):
+            visible = (first + s + 1) // ratio
+            picked = torch.randperm(visible)[:places]
+            chosen[b, s, torch.randperm(places)[: len(picked)]] = picked.int()
+    return chosen
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize("places", [8, 300])
+@pytest.mark.parametrize(("start", "real", "chunk"), [*CHUNKS, ([1999, 100], [1, 1], 1)])
+def test_sparse_attention(dtype: str, start: list[int], real: list[int], chunk: int, places: int, single: bool) -> None:
+    q, rows, tail = attention_inputs(start, real, chunk, dtype, HEADS, WIDTH)
+    entries = torch.randn(len(start), 512, WIDTH).to(DTYPES[dtype])
+    for b, first in enumerate(start):
+        entries[b, (first + real[b]) // 4 :] = torch.nan
+    chosen = chosen_of(start, real, chunk, places, 4)
+    [found] = run("FoldkvSparseAttention", [q, rows, entries, chosen, *tail], dtype=dtype, single=single)
+    expected = sparse_attention(*wide([q, rows, entries, chosen, tail[0]]), *tail[1:])
+    compare(found, expected, real, attention_bound(q, [rows, entries], dtype))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(("start", "real", "chunk"), [*CHUNKS, ([4999, 1500], [1, 1], 1)])
+def test_dense_attention(dtype: str, start: list[int], real: list[int], chunk: int, single: bool) -> None:
+    q, rows, tail = attention_inputs(start, real, chunk, dtype, HEADS, WIDTH)
+    entries = torch.randn(len(start), 640, WIDTH).to(DTYPES[dtype])
+    for b, first in enumerate(start):
+        entries[b, (first + real[b]) // 8 :] = torch.nan
+    context = torch.tensor([max(s + r for s, r in zip(start, real, strict=True))])
+    inputs = [q, rows, entries, *tail, context]
+    [found] = run("FoldkvDenseAttention", inputs, dtype=dtype, single=single, ratio=8)
+    expected = dense_attention(*wide([q, rows, entries, tail[0]]), *tail[1:], context, 8)
+    compare(found, expected, real, attention_bound(q, [rows, entries], dtype))
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+@pytest.mark.parametrize("heads", [64, 128])
+def test_attention_at_the_width_of_the_released_models(sm: int, heads: int) -> None:
+    start, real = [700], [1]
+    q, rows, tail = attention_inputs(start, real, 1, "bfloat16", heads, 512)
+    entries = torch.randn(1, 256, 512).to(torch.bfloat16)
+    entries[:, 175:] = torch.nan
+    chosen = chosen_of(start, real, 1, 64, 4)
+    [found] = run("FoldkvSparseAttention", [q, rows, entries, chosen, *tail], dtype="bfloat16", sm=sm)
+    expected = sparse_attention(*wide([q, rows, entries, chosen, tail[0]]), *tail[1:])
+    compare(found, expected, real, attention_bound(q, [rows, entries], "bfloat16"))
+
+
+def test_a_sequence_is_attended_alike_in_any_batch_and_any_capacity() -> None:
+    start, real = [4999, 1500, 37], [1, 1, 1]
+    q, rows, tail = attention_inputs(start, real, 1, "bfloat16", HEADS, WIDTH)
+    entries = torch.randn(3, 640, WIDTH).to(torch.bfloat16)
+    context = torch.tensor([5000])
+    [together] = run("FoldkvDenseAttention", [q, rows, entries, *tail, context], dtype="bfloat16", ratio=8)
+    for b in range(3):
+        one = slice(b, b + 1)
+        longer = torch.cat((entries[one], torch.full((1, 2000, WIDTH), torch.nan).bfloat16()), dim=1)
+        inputs = [q[one], rows[one], longer, tail[0], tail[1], tail[2][one], tail[3][one], context]
+        [alone] = run("FoldkvDenseAttention", inputs, dtype="bfloat16", ratio=8)
+        assert torch.equal(alone[0], together[b])
+
+
+def compress_inputs(start: list[int], real: list[int], chunk: int, ratio: int, series: int, dtype: str) -> list[Tensor]:
+    torch.manual_seed(2)
+    batch, span, columns = len(start), ratio * series, WIDTH * series
+    entries = torch.randn(batch, 24, WIDTH).to(DTYPES[dtype])
+    carries = [torch.randn(batch, span, columns) for _ in range(2)]
+    for b, first in enumerate(start):
+        for carry in carries:
+            carry[b, first:] = torch.nan
+    kv, gate = torch.randn(batch, chunk, columns), 3 * torch.randn(batch, chunk, columns)
+    for b, count in enumerate(real):
+        kv[b, count:] = gate[b, count:] = torch.nan
+    bias, norm = torch.randn(ratio, columns), 1 + torch.rand(WIDTH)
+    return [entries, *carries, kv, gate, bias, norm, frequencies(WIDTH // 8), ints(*start), ints(*real)]
+
+
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(("ratio", "series"), [(4, 2), (16, 1)])
+@pytest.mark.parametrize(
+    ("start", "real", "chunk"),
+    [([0], [1], 1), ([3, 7, 0], [1, 1, 1], 1), ([15, 2], [1, 0], 1), ([2, 9], [11, 3], 11), ([1, 30], [40, 37], 41)],
+)
+def test_compress(dtype: str, ratio: int, series: int, start: list[int], real: list[int], chunk: int) -> None:
+    inputs = compress_inputs(start, real, chunk, ratio, series, dtype)
+    found = run("FoldkvCompress", inputs, dtype=dtype, ratio=ratio, eps=1e-6)
+    tail = inputs[7:]
+    expected = compress(*wide(inputs[:7]), *tail, ratio, 1e-6)
+    # A channel of the normalized row is at most sqrt(D) times its norm weight, before rotation mixes two.
+    reach = math.sqrt(2 * WIDTH) * float(inputs[6].max())
+    bound = reach * (ROUNDING[dtype] + 64 * ROUNDING["float32"])
+    assert float((found[0].double() - expected[0].double()).abs().max()) <= bound
+    changed = (expected[0].double() != inputs[0].double()).any(-1)
+    assert torch.equal(found[0][~changed], inputs[0][~changed]), "rows that do not close keep their bits"
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(("heads", "width"), [(8, 32), (64, 128)])
+@pytest.mark.parametrize(("start", "chunk"), [([0, 3], 2), ([700, 41], 1)])
+def test_index_scores(dtype: str, heads: int, width: int, start: list[int], chunk: int) -> None:
+    torch.manual_seed(3)
+    batch = len(start)
+    q, weights = torch.randn(batch, chunk, heads, width), torch.randn(batch, chunk, heads)
+    entries = torch.randn(batch, 200, width).to(DTYPES[dtype])
+    for b, first in enumerate(start):
+        entries[b, (first + chunk) // 4 :] = torch.nan
+    tail = [ints(*start), torch.tensor([max(start) + chunk])]
+    [found] = run("FoldkvIndexScores", [q, weights, entries, *tail], dtype=dtype, ratio=4)
+    expected = index_scores(*wide([q, weights, entries]), *tail, 4)
+    # A query is two numbers of the state's type; what the second leaves out is its rounding.
+    unit = ROUNDING["float32"] * (width + heads) + (0 if dtype == "float32" else ROUNDING[dtype] ** 2)
+    reach = torch.einsum("bshd,bed->bshe", q.abs().double(), entries.double().nan_to_num().abs())
+    bound = (reach * weights.abs()[..., None]).sum(2) * 2 * unit
+    for b, first in enumerate(start):
+        for s in range(chunk):
+            seen = slice(0, min((first + s + 1) // 4, 200))
+            assert ((found[b, s, seen].double() - expected[b, s, seen]).abs() <= bound[b, s, seen]).all()
+
+
+def sets(chosen: Tensor) -> list[list[int]]:
+    return [sorted(row) for row in chosen.flatten(0, -2).tolist()]
+
+
+@pytest.mark.parametrize("topk", [16, 512, 1024])
+@pytest.mark.parametrize("levels", [3, 100, 1 << 20])
+def test_index_select_takes_the_best_and_of_equals_the_first(topk: int, levels: int) -> None:
+    torch.manual_seed(4)
+    scores = (torch.randint(-levels, levels, (2, 3, 5000)).float() / levels) * 37.0
+    scores[0, 0, :100] = -0.0
+    positions = ints(19_990, 2_000)
+    [found] = run("FoldkvIndexSelect", [scores, positions], ratio=4, topk=topk)
+    assert sets(found) == sets(index_select(scores, positions, 4, topk))
+
+
+@pytest.mark.parametrize("held", [0, 3, 63, 64, 66])
+def test_index_select_with_fewer_entries_than_places(held: int) -> None:
+    scores = torch.randn(1, 2, 40)
+    positions = ints(held)
+    [found] = run("FoldkvIndexSelect", [scores, positions], ratio=4, topk=16)
+    assert sets(found) == sets(index_select(scores, positions, 4, 16))
+
+
+def test_index_select_over_a_million_tokens() -> None:
+    torch.manual_seed(5)
+    scores = torch.randn(1, 1, 262_144).round(decimals=2)
+    [found] = run("FoldkvIndexSelect", [scores, ints(1_048_575)], ratio=4, topk=1024)
+    assert sets(found) == sets(index_select(scores, ints(1_048_575), 4, 1024))
+
+
+def test_sizes_that_the_kernels_cannot_take_are_refused() -> None:
+    sizes = {"B": 1, "S": 1, "H": 4, "D": 40, "W": 16, "P": 4}
+    with pytest.raises(ValueError, match="40 wide"):
+        plan("FoldkvWindowAttention", sizes, {}, sm=80, dtype="bfloat16")
+    with pytest.raises(ValueError, match="power of two"):
+        plan("FoldkvWindowAttention", sizes | {"D": 48, "P": 3}, {}, sm=80, dtype="bfloat16")
+    with pytest.raises(ValueError, match="expected"):
+        PLUGINS["FoldkvIndexSelect"].dimensions([(2, 1, 40), (3,)])
