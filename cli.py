@@ -117,18 +117,23 @@ def export_command(checkpoint: Path, output: Path, profile: str) -> None:
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the injected graph package.")
 @click.option("--target", required=True, help="What to inject for. See `foldkv targets`.")
+@click.option(
+    "--layout", default="dense", show_default=True, help="How the engine keeps cache rows: dense, fp8 or fp8+fp4."
+)
 @_json
-def inject_command(graph: Path, output: Path, target: str, as_json: bool) -> None:
+def inject_command(graph: Path, output: Path, target: str, layout: str, as_json: bool) -> None:
     """Give the nodes of GRAPH to the compressed-KV attention plugins that a target has."""
     from foldkv.optimize.targets import resolve_targets
-    from foldkv.plugins.inject import coverage_facts, inject
+    from foldkv.plugins.inject import inject
 
     chosen = resolve_targets([target])[0]
     if chosen.sm is None:
         raise InputError(f"target {target!r} is no GPU and takes no plugins; build it from the graph as it is.")
-    injection = inject(graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, progress=_progress())
+    injection = inject(
+        graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=_progress()
+    )
     if as_json:
-        click.echo(json.dumps(coverage_facts(injection), indent=2))
+        click.echo(json.dumps(injection.facts(), indent=2))
         return
     rows = [["operator", "nodes", "plugin", "why not"]]
     for row in injection.rows:
@@ -149,14 +154,21 @@ def inject_command(graph: Path, output: Path, target: str, as_json: bool) -> Non
     type=click.Choice(["on", "off"]),
     default="off",
     show_default=True,
-    help="Inject plugins, or use function bodies.",
+    help="Give the compressed-KV operators of GPU targets to plugins, or use function bodies.",
+)
+@click.option(
+    "--layout", default="dense", show_default=True, help="How engines keep cache rows: dense, fp8 or fp8+fp4."
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
-def build_command(graph: Path, output: Path, targets: tuple[str, ...], plugins: str, jobs: int | None) -> None:
-    """Build one bundle per target from the graph package GRAPH. No GPU is needed."""
+def build_command(
+    graph: Path, output: Path, targets: tuple[str, ...], plugins: str, layout: str, jobs: int | None
+) -> None:
+    """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds."""
     from foldkv.optimize.build import build_bundles
 
-    report = build_bundles(graph, output, targets, plugins=plugins == "on", jobs=jobs, progress=_progress())
+    report = build_bundles(
+        graph, output, targets, plugins=plugins == "on", layout=layout, jobs=jobs, progress=_progress()
+    )
     for result in report.results:
         where = result.reason if result.status == "failed" else str(result.folder)
         click.echo(f"{result.target}: {result.status} ({result.seconds:.1f} s): {where}")

@@ -35,6 +35,7 @@ class BuildConfig(_Strict):
 
     targets: list[str] = Field(default=["cpu"], min_length=1)
     plugins: Literal["on", "off"] = "off"
+    layout: Literal["dense", "fp8", "fp8+fp4"] = "dense"
     jobs: int | None = Field(default=None, ge=1)
     shapes: ShapesConfig = ShapesConfig()
 

@@ -120,6 +120,7 @@ def _build(config: PipelineConfig, shapes: Shapes, result: PipelineResult, out: 
         out,
         config.build.targets,
         plugins=config.build.plugins == "on",
+        layout=config.build.layout,
         shapes=shapes,
         jobs=config.build.jobs,
         progress=lambda line: progress(f"build: {line}"),

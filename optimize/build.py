@@ -18,10 +18,12 @@ from typing import Any
 
 import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
-from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, MissingDependencyError
+from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
 from foldkv.export.graph import KIND as GRAPH_KIND
 from foldkv.export.graph import MODEL, TOKENIZER
+from foldkv.export.layouts import DENSE, LAYOUTS
 from foldkv.export.state import StateTensor
+from foldkv.optimize.kernels import Bundled
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
 
@@ -62,6 +64,7 @@ def build_bundles(
     targets: Sequence[str],
     *,
     plugins: bool = False,
+    layout: str = DENSE,
     shapes: Shapes | None = None,
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -70,27 +73,38 @@ def build_bundles(
 
     Args:
         graph: a graph package, verified by hash before it is used.
-        plugins: inject plugins for the foldkv operators; none exist yet, so this is refused.
+        plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. A graph
+            that was injected is built with plugins, for its target and for the cpu.
+        layout: name of the cache layout of GPU targets, other than "dense" only with plugins; the cpu target keeps dense rows.
         shapes: sizes that engines are built for.
         jobs: builds at once; the default is what memory and processors allow.
         progress: called with one line per step.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: unknown targets, or ``out`` cannot be written.
-        MissingDependencyError: plugins are asked for.
+        InputError: unknown targets or layout, a layout without plugins, or ``out`` cannot be written.
     """
     chosen = resolve_targets(targets)
-    if plugins:
-        raise MissingDependencyError(
-            "no compressed-KV attention plugins exist in this version; build with --plugins off (function bodies)."
-        )
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}.")
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     verify_files(graph, manifest)
     shapes = shapes or Shapes()
+    if "injection" in manifest:
+        plugins, layout = True, manifest["injection"]["layout"]
+        others = [target.name for target in chosen if target.sm and target.name != manifest["injection"]["target"]]
+        if others:
+            raise InputError(
+                f"{graph} was injected for {manifest['injection']['target']}; {', '.join(others)} cannot be built from it. "
+                "Give the graph that export wrote."
+            )
+    if layout != DENSE and not plugins:
+        raise InputError(f"layout {layout} needs plugins, which alone read packed rows. Build with --plugins on.")
 
     def one(target: Target) -> TargetResult:
-        return _build_target(Path(graph), Path(out) / target.name, manifest, target, shapes, progress)
+        gpu = target.sm is not None
+        job = _Job(Path(graph), manifest, target, shapes, plugins and gpu, layout if gpu else DENSE)
+        return _build_target(job, Path(out) / target.name, progress)
 
     with ThreadPoolExecutor(jobs or _parallel_builds(manifest)) as pool:
         return BuildReport(list(pool.map(one, chosen)))
@@ -102,25 +116,61 @@ def _parallel_builds(manifest: dict[str, Any]) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
 
-def _build_target(
-    graph: Path, folder: Path, manifest: dict[str, Any], target: Target, shapes: Shapes, progress: Callable[[str], None]
-) -> TargetResult:
+@dataclass(frozen=True)
+class _Job:
+    """One target's build: the graph package and its manifest, and everything else that decides the bundle."""
+
+    graph: Path
+    manifest: dict[str, Any]
+    target: Target
+    shapes: Shapes
+    plugins: bool
+    layout: str
+
+    def spec(self) -> BuildSpec:
+        """The values that decide the bundle.
+
+        Raises:
+            MissingDependencyError: the backend, or the compiler of the plugins' kernels, cannot be used here.
+        """
+        version = _backend_version(self.target)
+        compiler = ""
+        if self.plugins:
+            from foldkv.plugins.compile import compiler_identity
+
+            compiler = compiler_identity()
+        return BuildSpec(
+            graph_sha256=self.manifest["files"][MODEL]["sha256"],
+            weights_sha256=_other_files_digest(self.manifest),
+            target=self.target.to_dict(),
+            backend=self.target.backend,
+            backend_version=version,
+            precision=self.target.precision,
+            plugins=self.plugins,
+            kernel_compiler=compiler,
+            layout=self.layout,
+            shapes=self.shapes,
+        )
+
+
+def _build_target(job: _Job, folder: Path, progress: Callable[[str], None]) -> TargetResult:
     start = time.monotonic()
+    target = job.target
 
     def done(status: str, reason: str = "", exit_code: int = EXIT_OK) -> TargetResult:
         return TargetResult(target.name, status, folder, time.monotonic() - start, reason, exit_code)
 
     try:
-        spec = _spec(manifest, target, shapes)
+        spec = job.spec()
         with _only_builder(folder):
             if _is_current(folder, spec.cache_key()):
                 progress(f"{target.name}: unchanged")
                 return done("unchanged")
             with staged(folder, kind=KIND) as work:
                 build = _write_cpu if target.backend == "onnxruntime" else _write_engine
-                content = build(graph, work, manifest, target, shapes, lambda line: progress(f"{target.name}: {line}"))
+                content = build(job, work, lambda line: progress(f"{target.name}: {line}"))
                 content["build"]["seconds"] = round(time.monotonic() - start, 3)
-                write_manifest(work, kind=KIND, content=_common(graph, manifest, spec) | content)
+                write_manifest(work, kind=KIND, content=_common(job, spec) | content)
         progress(f"{target.name}: built in {time.monotonic() - start:.1f} s")
         return done("built")
     except FoldkvError as error:
@@ -137,19 +187,6 @@ def _only_builder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _spec(manifest: dict[str, Any], target: Target, shapes: Shapes) -> BuildSpec:
-    return BuildSpec(
-        graph_sha256=manifest["files"][MODEL]["sha256"],
-        weights_sha256=_other_files_digest(manifest),
-        target=target.to_dict(),
-        backend=target.backend,
-        backend_version=_backend_version(target),
-        precision=target.precision,
-        plugins=False,
-        shapes=shapes,
-    )
-
-
 def _other_files_digest(manifest: dict[str, Any]) -> str:
     names = sorted(name for name in manifest["files"] if name != MODEL)
     return hashlib.sha256("".join(f"{n}:{manifest['files'][n]['sha256']}\n" for n in names).encode()).hexdigest()
@@ -158,14 +195,10 @@ def _other_files_digest(manifest: dict[str, Any]) -> str:
 def _backend_version(target: Target) -> str:
     if target.backend == "onnxruntime":
         return version("onnxruntime")
-    if target.backend == "tensorrt-rtx":
-        from foldkv.optimize.engine import rtx_version
+    from foldkv.optimize.engine import engine_version
 
-        return rtx_version()
-    raise MissingDependencyError(
-        f"{target.name} (sm{target.sm}) is a target of TensorRT 11, which is not supported by this version of foldkv "
-        "(TensorRT-RTX has no engines for it). Use the cpu bundle, or a target that `foldkv targets` lists with tensorrt-rtx."
-    )
+    assert target.sm is not None
+    return engine_version(target.backend, target=target.name, sm=target.sm)
 
 
 def _is_current(folder: Path, key: str) -> bool:
@@ -177,7 +210,8 @@ def _is_current(folder: Path, key: str) -> bool:
     return manifest.get("cache_key") == key and manifest.get("foldkv_version") == foldkv.__version__
 
 
-def _common(graph: Path, manifest: dict[str, Any], spec: BuildSpec) -> dict[str, Any]:
+def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
+    manifest = job.manifest
     return {
         "foldkv_version": foldkv.__version__,
         "tool_versions": {spec.backend: spec.backend_version},
@@ -185,14 +219,16 @@ def _common(graph: Path, manifest: dict[str, Any], spec: BuildSpec) -> dict[str,
         "backend": spec.backend,
         "profile": manifest["profile"],
         "precision": spec.precision,
+        "layout": spec.layout,
         "inputs": {
-            "graph": {"manifest_sha256": sha256_file(graph / "manifest.json")},
+            "graph": {"manifest_sha256": sha256_file(job.graph / "manifest.json")},
             "checkpoint": manifest["inputs"]["checkpoint"],
         },
         "cache_key": spec.cache_key(),
         "model": manifest["model"],
         "io": manifest["io"],
         "plugins": [],
+        "kernels": None,
     }
 
 
@@ -202,50 +238,85 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
             shutil.copyfile(graph / name, work / name)
 
 
-def _write_cpu(
-    graph: Path, work: Path, manifest: dict[str, Any], target: Target, shapes: Shapes, progress: Callable[[str], None]
-) -> dict[str, Any]:
+def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     import onnxruntime
 
     from foldkv.optimize.passes.cpu import cpu_graph
 
     progress("optimizing the graph")
-    nodes = cpu_graph(graph, work)
-    _copy(graph, work, (TOKENIZER,))
+    nodes = cpu_graph(job.graph, work)
+    _copy(job.graph, work, (TOKENIZER,))
     progress("loading it in ONNX Runtime")
     try:
         session = onnxruntime.InferenceSession(str(work / MODEL), providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own that share no base
         raise BuildError(f"ONNX Runtime cannot load the graph: {str(error)[:400]}") from None
     names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
-    missing = [row[end] for row in manifest["state"] for end in ("input", "output") if row[end] not in names]
+    state = job.manifest["state"]
+    missing = [row[end] for row in state for end in ("input", "output") if row[end] not in names]
     if missing:
         raise BuildError(f"the graph lacks the state tensors {', '.join(missing[:5])}. Export it again.")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"state": manifest["state"], "engine": {"file": MODEL, "nodes": nodes}, "build": {"peak_rss_bytes": peak}}
+    return {"state": state, "engine": {"file": MODEL, "nodes": nodes}, "build": {"peak_rss_bytes": peak}}
 
 
-def _write_engine(
-    graph: Path, work: Path, manifest: dict[str, Any], target: Target, shapes: Shapes, progress: Callable[[str], None]
-) -> dict[str, Any]:
+def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     from foldkv.optimize.engine import build_plan
     from foldkv.optimize.passes.lower import lowered_graph
+    from foldkv.plugins.inject import rotary_channels
 
+    target = job.target
+    assert target.sm is not None
+    injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
     progress(f"lowering to {target.precision}")
-    state = [StateTensor(**row) for row in manifest["state"]]
+    state = [StateTensor(**row) for row in job.manifest["state"]]
     # The lowered graph lies beside the bundle's staging folder, so that it never becomes part of it.
     scratch = work.with_name(f"{work.name}-graph")
     scratch.mkdir()
     try:
-        state, precision = lowered_graph(graph, scratch, state, target.precision)
-        assert target.sm is not None
-        result = build_plan(scratch / MODEL, work / PLAN, sm=target.sm, state=state, shapes=shapes, progress=progress)
+        state, precision = lowered_graph(
+            job.graph, scratch, state, target.precision, injected=injected, layout=job.layout,
+            rotary=rotary_channels(job.graph),
+        )  # fmt: skip
+        result = build_plan(
+            scratch / MODEL, work / PLAN, sm=target.sm, state=state, shapes=job.shapes, backend=target.backend,
+            plugins=bundled.nodes, progress=progress,
+        )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _copy(graph, work, (TOKENIZER,))
+    unbundled = set(result["kernels"]) - bundled.names
+    if unbundled:
+        raise BuildError(f"the engine can launch kernels that were not compiled: {', '.join(sorted(unbundled))}.")
+    _copy(job.graph, work, (TOKENIZER,))
     return {
         "state": [tensor.to_dict() for tensor in state],
-        "engine": {"file": PLAN, "header": result["header"], "layers": result["layers"]},
+        "engine": {
+            "file": PLAN, "header": result["header"], "layers": result["layers"], "plugin_layers": result["plugin_layers"],
+        },
         "precision_islands": precision,
+        "plugins": bundled.plugins,
+        "kernels": bundled.kernels,
         "build": {"peak_rss_bytes": result["peak_rss_bytes"]},
-    }
+    }  # fmt: skip
+
+
+def _inject(job: _Job, work: Path, progress: Callable[[str], None]) -> tuple[Any, Bundled]:
+    """The injected model, and the kernels that it launches, compiled into the bundle."""
+    import onnx
+
+    from foldkv.optimize.kernels import bundle_kernels
+    from foldkv.plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+
+    target = job.target
+    assert target.sm is not None
+    model = onnx.load(job.graph / MODEL, load_external_data=False)
+    strip_injection(model)  # one that `foldkv inject` wrote is decided again by the same rules
+    injection = inject_nodes(
+        model, job.manifest["state"], rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,
+        dtype=target.precision, layout=job.layout,
+    )  # fmt: skip
+    progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")
+    bundled = bundle_kernels(injection, work, progress=progress)
+    assert bundled.kernels is not None
+    set_library(model, bundled.kernels["library"])
+    return model, bundled

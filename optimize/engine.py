@@ -1,4 +1,4 @@
-"""From an inlined ONNX model to a TensorRT-RTX plan, in a child process, with no GPU needed."""
+"""From a lowered ONNX model to a TensorRT or TensorRT-RTX plan, in a child process. TensorRT-RTX needs no GPU for it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,49 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import BuildError, MissingDependencyError
+from foldkv.errors import BuildError, MissingDependencyError, listing
 from foldkv.export.state import StateTensor
 from foldkv.optimize.plan import check_plan
 from foldkv.optimize.spec import Shapes
+from foldkv.plugins.cuda import device_capability
 
-_WHEEL = "tensorrt_rtx"
+_TENSORRT_MAJOR = 11
+RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
+#: Backend to the module that it is, which is also the name of its distribution.
+MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 
 
-def rtx_version() -> str:
-    """The installed TensorRT-RTX version.
+def engine_version(backend: str, *, target: str, sm: int) -> str:
+    """The installed version of a backend, if it can build for ``sm`` here.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: it cannot; the message says what is missing and what to run where.
     """
     try:
-        return importlib.metadata.version(_WHEEL)
+        version = importlib.metadata.version(MODULES[backend])
     except importlib.metadata.PackageNotFoundError:
-        raise MissingDependencyError(
-            "TensorRT-RTX is not installed; engines for GPUs need it. Run `pip install 'foldkv[rtx]'` (no GPU is needed to build)."
-        ) from None
+        version = ""
+    if backend == RTX:
+        if not version:
+            raise MissingDependencyError(
+                "TensorRT-RTX is not installed; engines for GPUs need it. Run `pip install 'foldkv[rtx]'` "
+                "(no GPU is needed to build)."
+            )
+        return version
+    missing = []
+    if not version:
+        missing.append("the package tensorrt, version 11: pip install 'foldkv[tensorrt]'")
+    elif int(version.split(".")[0]) < _TENSORRT_MAJOR:
+        missing.append(f"TensorRT {_TENSORRT_MAJOR}; installed is {version}: pip install 'foldkv[tensorrt]'")
+    capability = device_capability()
+    if capability != sm:
+        found = f"the one here has {capability / 10:.1f}" if capability else "there is none here"
+        missing.append(f"a GPU of compute capability {sm / 10:.1f}, because TensorRT times kernels on it; {found}")
+    if missing:
+        title = f"{target} (sm{sm}) is a target of TensorRT {_TENSORRT_MAJOR} (TensorRT-RTX has no engines for it), which is not usable here"
+        step = f"On a machine that has these, run `foldkv build GRAPH --target {target} -o OUT`; the graph package can be copied there."
+        raise MissingDependencyError(listing(title, missing, step))
+    return version
 
 
 def profile_shapes(state: list[StateTensor], shapes: Shapes) -> dict[str, list[list[int]]]:
@@ -58,28 +81,45 @@ def build_plan(
     sm: int,
     state: list[StateTensor],
     shapes: Shapes,
+    backend: str = RTX,
+    plugins: int = 0,
     memory_bytes: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Build one plan and write it to ``plan``; returns its header, layer count and peak memory in bytes.
+    """Build one plan and write it to ``plan``.
+
+    Args:
+        graph: the lowered model.
+        plan: the file to write.
+        sm: compute capability of the target.
+        state: the state tensors as the model has them.
+        shapes: sizes that the engine is built for.
+        backend: "tensorrt-rtx" or "tensorrt".
+        plugins: nodes that were injected; the network must have as many plugin layers.
+        memory_bytes: limit of the child's address space.
+        progress: called with one line per step.
+
+    Returns:
+        ``header`` and size of the plan, ``layers``, ``plugin_layers``, names of the ``kernels`` that the plugins can
+        launch, ``peak_rss_bytes``.
 
     Raises:
         BuildError: the parser or the builder refused the graph, or the child process died; with the reason.
-        MissingDependencyError: TensorRT-RTX is not installed.
     """
-    rtx_version()
     with tempfile.TemporaryDirectory(prefix="foldkv-engine-") as folder:
         request = Path(folder) / "request.json"
         values = {"active_context": [1, shapes.context[1], shapes.context[2]]}
         request.write_text(
             json.dumps(
                 {"graph": str(graph), "plan": str(plan), "sm": sm, "shapes": profile_shapes(state, shapes),
-                 "values": values, "memory_bytes": memory_bytes}
+                 "values": values, "memory_bytes": memory_bytes, "module": MODULES[backend], "plugins": plugins}
             )
         )  # fmt: skip
         result = _run_child(request, _child_environment(Path(folder)), progress)
-    header = check_plan(plan.read_bytes(), sm=sm)
-    return {"header": header, "layers": result["layers"], "peak_rss_bytes": result["peak_rss_bytes"]}
+    content = plan.read_bytes()
+    # The layout of TensorRT's own header is not published.
+    header = check_plan(content, sm=sm) if backend == RTX else {"bytes": len(content), "sm": [sm]}
+    return {key: result[key] for key in ("layers", "plugin_layers", "kernels", "peak_rss_bytes")} | {"header": header}
 
 
 def _child_environment(folder: Path) -> dict[str, str]:

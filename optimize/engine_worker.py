@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -24,8 +25,7 @@ def say(**message: Any) -> None:
 
 def build(request: dict[str, Any]) -> None:
     """Parse the graph, check it, build the plan; raises RuntimeError with the library's own reasons."""
-    import tensorrt_rtx as trt
-
+    trt = importlib.import_module(request["module"])
     messages: list[tuple[str, str]] = []
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -38,6 +38,11 @@ def build(request: dict[str, Any]) -> None:
     logger = Logger()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    launched: set[str] = set()
+    if request["plugins"]:
+        from foldkv.plugins.tensorrt import register_plugins
+
+        register_plugins(trt, observe=lambda _, steps: launched.update(one.kernel.name for one in steps.launches))
     parser = trt.OnnxParser(network, logger)
     say(progress="parsing the graph")
     if not parser.parse_from_file(request["graph"]):
@@ -48,9 +53,17 @@ def build(request: dict[str, Any]) -> None:
     unused = [text for _, text in messages if "Unused Input" in text]
     if unused:  # the parser then computes something else than the graph says
         raise RuntimeError(f"the parser ignores an input: {unused[0]}")
+    # The parser takes a function body, or a builtin of the same name, where it finds no creator.
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    found = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+    if found != request["plugins"]:
+        raise RuntimeError(f"the network has {found} plugin layers; {request['plugins']} nodes were injected")
     config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
+    if found:  # state is updated in place
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if hasattr(trt, "ComputeCapability"):  # TensorRT-RTX; TensorRT builds for the device that it finds
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -68,7 +81,7 @@ def build(request: dict[str, Any]) -> None:
         raise RuntimeError(_reasons(messages))
     Path(request["plan"]).write_bytes(memoryview(plan))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say(ok=True, peak_rss_bytes=peak, layers=network.num_layers)
+    say(ok=True, peak_rss_bytes=peak, layers=network.num_layers, plugin_layers=found, kernels=sorted(launched))
 
 
 def _first_line(text: str) -> str:

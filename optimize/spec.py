@@ -40,8 +40,10 @@ class BuildSpec:
     backend_version: str
     precision: str
     plugins: bool
+    kernel_compiler: str = ""  # what the plugins' kernels were compiled with; empty without plugins
+    layout: str = "dense"
     shapes: Shapes = field(default_factory=Shapes)
-    recipe: int = 2  # raised when this package's own way of building changes
+    recipe: int = 3  # raised when this package's own way of building changes
 
     def cache_key(self) -> str:
         """A sha256 that changes with every field."""

@@ -7,7 +7,7 @@ for nothing, so that it can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,21 @@ def cuda_driver() -> Any:
     except RuntimeError as error:  # without libcuda.so.1 the package raises one of its own subclasses
         raise MissingDependencyError(f"no usable NVIDIA driver: {error}. Run on a machine with a GPU.") from None
     return driver
+
+
+def device_capability() -> int | None:
+    """Compute capability of the first GPU (90 for 9.0), or None without a driver or a GPU."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return 10 * major.value + minor.value
 
 
 def check(driver: Any, result: tuple[Any, ...]) -> Any:
@@ -138,8 +153,3 @@ class Launcher:
         for library in self._libraries:
             check(self._driver, self._driver.cuLibraryUnload(library))
         self._libraries, self._kernels = [], {}
-
-
-def kernel_images(facts: Iterable[Mapping[str, Any]], cubins: Mapping[str, bytes]) -> list[KernelImage]:
-    """Images from the rows that :meth:`CompiledKernel.facts` gives and the cubins by kernel name."""
-    return [KernelImage(f["name"], f["entry"], f["threads"], f["shared"], cubins[f["name"]]) for f in facts]

@@ -1,15 +1,16 @@
 """Give nodes of a graph to plugins: per target, by the plugins' own rules, with a reason for every refusal.
 
 A node that is given away gets the attributes ``plugin_namespace`` and ``plugin_version``, which make
-TensorRT's parser take the registered creator. Its function body stays, and ONNX Runtime, which does not
-know the attributes, goes on computing it: one file serves every backend.
+TensorRT's parser take the registered creator, and the plugin's fields (``spec.FIELDS``). Its function body stays, and
+ONNX Runtime, which does not know the attributes, goes on computing it: one file serves every backend.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import onnx
 
 import foldkv
 from foldkv.artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
-from foldkv.errors import InputError, MissingDependencyError, listing
-from foldkv.export.graph import KIND, MODEL
+from foldkv.errors import InputError, listing
+from foldkv.export.graph import CONFIG, KIND, MODEL
+from foldkv.export.layouts import DENSE, LAYOUTS, CacheLayout, row_bytes
 from foldkv.export.operators.registry import DOMAIN
-from foldkv.plugins.spec import NAMESPACE, PluginSpec, available_plugins
+from foldkv.export.spec import ModelSpec
+from foldkv.plugins.launch import Kernel, kernels
+from foldkv.plugins.spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec
 
-NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE = "plugin_namespace", "plugin_version"
+NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,24 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the nodes of one operator were given: the plugin, the row formats they touch, the kernels they can launch."""
+
+    plugin: PluginSpec
+    rows: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True)
 class Injection:
     """What became of the graph for one target."""
 
     target: str
+    sm: int
+    dtype: str
+    layout: str
     rows: tuple[Coverage, ...]
+    given: tuple[Given, ...] = ()
 
     @property
     def injected(self) -> int:
@@ -53,6 +70,13 @@ class Injection:
         """Nodes of foldkv operators in the graph."""
         return sum(row.nodes for row in self.rows)
 
+    def facts(self) -> dict[str, Any]:
+        """Target and coverage as JSON values."""
+        return {
+            "target": self.target, "sm": self.sm, "dtype": self.dtype, "layout": self.layout, "injected": self.injected,
+            "nodes": self.nodes, "operators": [asdict(row) for row in self.rows],
+        }  # fmt: skip
+
 
 def inject(
     graph: Path,
@@ -61,8 +85,8 @@ def inject(
     target: str,
     sm: int,
     dtype: str,
-    layout: str = "dense",
-    plugins: Sequence[PluginSpec] | None = None,
+    layout: str = DENSE,
+    plugins: Sequence[PluginSpec] = tuple(PLUGINS.values()),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Injection:
     """Write a copy of a graph package whose nodes carry the plugins that the target has.
@@ -73,22 +97,15 @@ def inject(
         target: its name, for the manifest.
         sm: compute capability of the target.
         dtype: precision that the target computes in.
-        layout: row format of the state.
+        layout: name of the cache layout that the engine keeps its state in.
         plugins: those to choose from; the default is all of this version.
         progress: called with one line per operator.
 
     Raises:
         ArtifactError: the graph package is damaged.
         InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes, it was
-            injected before, or ``out`` cannot be written.
-        MissingDependencyError: there are no plugins at all.
+            injected before, the layout is not known, or ``out`` cannot be written.
     """
-    offered = available_plugins() if plugins is None else tuple(plugins)
-    if not offered:
-        raise MissingDependencyError(
-            f"this version has no compressed-KV attention plugins, for {target} or any target. "
-            "Build from the graph as it is, with --plugins off: engines then run the operators' function bodies."
-        )
     manifest = read_manifest(graph, kind=KIND)
     verify_files(graph, manifest)
     if "injection" in manifest:
@@ -98,7 +115,10 @@ def inject(
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
     model = onnx.load(Path(graph) / MODEL, load_external_data=False)
-    injection = inject_nodes(model, target=target, sm=sm, dtype=dtype, layout=layout, plugins=offered)
+    injection = inject_nodes(
+        model, manifest["state"], rotary=rotary_channels(graph), target=target, sm=sm, dtype=dtype, layout=layout,
+        plugins=plugins,
+    )  # fmt: skip
     for row in injection.rows:
         progress(f"{row.operator}: {row.injected} of {row.nodes}")
     with staged(Path(out), kind=KIND) as folder:
@@ -110,39 +130,69 @@ def inject(
         content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
         content["foldkv_version"] = foldkv.__version__
         content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
-        content["injection"] = {
-            "target": target, "sm": sm, "dtype": dtype, "layout": layout, "rows": [asdict(row) for row in injection.rows]
-        }  # fmt: skip
+        content["injection"] = injection.facts()
         write_manifest(folder, kind=KIND, content=content)
     return injection
 
 
+def rotary_channels(graph: Path) -> int:
+    """Channels of a row that RoPE turns, from the configuration in a graph package."""
+    return ModelSpec.from_file(Path(graph) / CONFIG).rope_dim
+
+
 def inject_nodes(
-    model: onnx.ModelProto, *, target: str, sm: int, dtype: str, layout: str, plugins: Sequence[PluginSpec]
+    model: onnx.ModelProto,
+    state: Sequence[Mapping[str, Any]],
+    *,
+    rotary: int,
+    target: str,
+    sm: int,
+    dtype: str,
+    layout: str = DENSE,
+    plugins: Sequence[PluginSpec] = tuple(PLUGINS.values()),
 ) -> Injection:
-    """Mark the nodes of a model in place that a plugin takes; see :func:`inject` for arguments and errors."""
+    """Mark the nodes of a model in place that a plugin takes; see :func:`inject` for arguments and errors.
+
+    Args:
+        model: as ``foldkv export`` wrote it.
+        state: the manifest's rows on state tensors.
+        rotary: channels of a row that RoPE turns.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}.")
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     if not nodes:
         raise InputError(f"the graph has no node of the domain {DOMAIN!r}; give a graph that `foldkv export` wrote.")
-    widths = _widths(model)
+    shapes = _shapes(model)
+    groups = {row["input"]: row["group"] for row in state}
     counts, taken = Counter(node.op_type for node in nodes), Counter[str]()
     refused: dict[str, Counter[str]] = {name: Counter() for name in counts}
     misses: list[tuple[int, str]] = []
-    given: list[tuple[onnx.NodeProto, PluginSpec]] = []
+    packed: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    given: list[tuple[onnx.NodeProto, PluginSpec, str]] = []
     for node in nodes:
         candidates = [plugin for plugin in plugins if plugin.operator == node.op_type]
         if not candidates:
-            refused[node.op_type]["no plugin for this operator"] += 1
+            refused[node.op_type][BODIES.get(node.op_type, "no plugin for this operator")] += 1
             continue
-        width = widths.get(node.input[0])
-        tried = [(plugin.refusals(sm=sm, dtype=dtype, layout=layout, width=width), plugin) for plugin in candidates]
+        rows = _row_format(node, LAYOUTS[layout], groups)
+        tried = [(plugin.refusals(sm=sm, dtype=dtype, rows=rows), plugin) for plugin in candidates]
         reasons, plugin = min(tried, key=lambda pair: len(pair[0]))
+        launched: list[Kernel] = []
+        if not reasons:
+            launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
+        if reasons and rows != DENSE:
+            packed.append(f"{node.op_type} ({node.name}): {'; '.join(reasons)}")
         if reasons:
             refused[node.op_type]["; ".join(reasons)] += 1
             misses.append((len(reasons), f"{node.op_type} ({node.name}): {'; '.join(reasons)}"))
         else:
-            given.append((node, plugin))
+            given.append((node, plugin, rows))
             taken[node.op_type] += 1
+            entry = found.setdefault(node.op_type, {"plugin": plugin, "rows": {}, "kernels": {}})
+            entry["rows"][rows] = None
+            entry["kernels"] |= dict.fromkeys(launched)
     if not given:
         shown = [text for _, text in sorted(misses, key=lambda miss: miss[0])[:1]] or [
             f"there are plugins for {', '.join(sorted({plugin.operator for plugin in plugins}))} only"
@@ -153,29 +203,90 @@ def inject_nodes(
                 "Build with --plugins off, or for another target.",
             )
         )  # fmt: skip
-    for node, plugin in given:
-        node.attribute.extend(
-            [
-                onnx.helper.make_attribute(NAMESPACE_ATTRIBUTE, NAMESPACE),
-                onnx.helper.make_attribute(VERSION_ATTRIBUTE, plugin.version),
-            ]
+    if packed:  # a function body reads dense rows only
+        title = (
+            f"layout {layout} needs a plugin for every operator that touches cache rows on {target} (sm{sm}, {dtype})"
         )
-    rows = [Coverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)]
-    return Injection(target, tuple(rows))
+        raise InputError(
+            listing(title, packed, "Take another layout; `foldkv targets --coverage` shows what there is.")
+        )
+    for node, plugin, rows in given:
+        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}
+        _mark(
+            node, {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
+        )
+    return Injection(
+        target, sm, dtype, layout,
+        tuple(Coverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
+        tuple(Given(e["plugin"], tuple(e["rows"]), tuple(e["kernels"])) for _, e in sorted(found.items())),
+    )  # fmt: skip
 
 
-def _widths(model: onnx.ModelProto) -> dict[str, int]:
-    """Size of the last axis by value name, where the graph knows it."""
+def _mark(node: onnx.NodeProto, values: Mapping[str, Any]) -> None:
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in values.items())
+
+
+def set_library(model: onnx.ModelProto, library: str) -> None:
+    """Write into every injected node, in place, whose kernels it launches."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.domain == DOMAIN and attribute.name == LIBRARY_ATTRIBUTE:
+                attribute.s = library.encode()
+
+
+def strip_injection(model: onnx.ModelProto) -> None:
+    """Take back, in place, what injection wrote into the nodes."""
+    added = {NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, *FIELDS}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            kept = [attribute for attribute in node.attribute if attribute.name not in added]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _row_format(node: onnx.NodeProto, layout: CacheLayout, groups: Mapping[str, str]) -> str:
+    """The format of the rows that a node touches."""
+    spec = PLUGINS.get(node.op_type)
+    states = [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == STATE] if spec else []
+    if not states:
+        return DENSE
+    # Compression and the window have the state itself as an input; the others read what those wrote.
+    group = groups.get(node.input[states[0]], "index_entries" if node.op_type == "FoldkvIndexScores" else "entries")
+    return layout.format_of(group) or DENSE
+
+
+def _kernels(
+    node: onnx.NodeProto, plugin: PluginSpec, shapes: Mapping[str, list[int | str]], *, sm: int, dtype: str, rows: str,
+    rotary: int,
+) -> tuple[list[Kernel], list[str]]:  # fmt: skip
+    """The kernels that a node can launch, or the reasons why there are none for its sizes."""
+    spec = PLUGINS.get(plugin.operator)
+    if spec is None:
+        return [], [f"this version has no kernels for {plugin.operator}"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in spec.attributes}
+    sizes: dict[str, int] = {}
+    for tensor, name in zip(spec.inputs, node.input, strict=True):
+        for symbol, size in zip(tensor.dims, shapes.get(name, []), strict=False):
+            if isinstance(symbol, str) and isinstance(size, int):
+                sizes[symbol] = size
+            elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
+                sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
+    try:
+        if rows != DENSE:
+            sizes["ROW"] = row_bytes(rows, sizes["D"], rotary)
+        return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), []
+    except (ValueError, InputError) as error:
+        return [], [str(error)]
+    except KeyError as error:
+        return [], [f"the graph does not say how large {error} is"]
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Shapes by value name, where the graph knows them."""
     graph = model.graph
-    widths = {tensor.name: tensor.dims[-1] for tensor in graph.initializer if tensor.dims}
+    shapes: dict[str, list[int | str]] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if dims and dims[-1].HasField("dim_value"):
-            widths[value.name] = dims[-1].dim_value
-    return widths
-
-
-def coverage_facts(injection: Injection) -> dict[str, Any]:
-    """An injection as JSON values."""
-    return {"target": injection.target, "injected": injection.injected, "nodes": injection.nodes,
-            "operators": [asdict(row) for row in injection.rows]}  # fmt: skip
+        shapes[value.name] = [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim
+        ]
+    return shapes

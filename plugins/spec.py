@@ -11,6 +11,11 @@ from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOU
 #: registered creator even where a function body of the same name exists.
 NAMESPACE = "foldkv"
 STATE = "state"
+#: What injection adds to a node beside the operator's own attributes: the compute capability, the type of dense rows, the
+#: row format of the state that it touches and its version, the rotated channels of a row, and whose kernels to launch.
+FIELDS: dict[str, type] = {
+    "sm": int, "dtype": str, "rows": str, "layout_version": int, "rotary": int, "library": str
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,8 +190,3 @@ BODIES: dict[str, str] = {
     "FoldkvSinkhorn": "stays a function body: it reads no compressed KV",
     "FoldkvRoutedExperts": "stays a function body: it reads no compressed KV",
 }
-
-
-def available_plugins() -> tuple[PluginSpec, ...]:
-    """The plugins of this version."""
-    return tuple(PLUGINS.values())

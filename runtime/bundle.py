@@ -14,11 +14,12 @@ from typing import Any
 
 from foldkv.artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
 from foldkv.errors import ArtifactError, MissingDependencyError, listing
+from foldkv.runtime.plugins import plugin_findings
 from foldkv.runtime.state import StateSpec
 
 KIND = "foldkv.bundle"
-ONNXRUNTIME, TENSORRT_RTX = "onnxruntime", "tensorrt-rtx"
-BACKENDS = (ONNXRUNTIME, TENSORRT_RTX)
+ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"
+BACKENDS = (ONNXRUNTIME, TENSORRT_RTX, TENSORRT)
 PRECISIONS = ("float32", "bfloat16", "float16")
 TOKENIZER = "tokenizer.json"
 
@@ -217,6 +218,8 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
         findings.append(f"engine.file is {engine!r}, which is not among the files of the manifest")
     if "state" not in manifest:
         findings.append("state is missing; expected a list")
+    if not findings:
+        findings += plugin_findings(manifest)
     if findings:
         raise ArtifactError(listing(f"{where} does not describe a bundle", findings, "Make the bundle again."))
     return Bundle(

@@ -31,7 +31,7 @@ def _scores_eager(
     q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
     """q [B, S, Hi, Di], weights [B, S, Hi], index_entries [B, E, Di], positions [B] int32,
-    active_context [1] int64 -> [B, S, E] float32; beyond the active entries it is -inf."""
+    active_context [1] int64 -> [B, S, N] float32, at least as many columns as a query may choose from; here N = E."""
     active = active_entries(active_context, index_entries.shape[1], ratio)
     score = torch.einsum("bshd,bed->bshe", q, index_entries[:, :active].to(q.dtype)).relu()
     score = (score * weights[..., None]).sum(dim=2)
@@ -42,7 +42,8 @@ def _scores_eager(
 def _scores_fake(
     q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], index_entries.shape[1]))
+    # A backend may leave out columns that no query may choose: to the graph, their number is a size of its own.
+    return q.new_empty((q.shape[0], q.shape[1], torch.library.get_ctx().new_dynamic_size()))
 
 
 def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:

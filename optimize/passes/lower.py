@@ -1,4 +1,7 @@
-"""The graph as TensorRT-RTX takes it: operators inlined, heavy products in low precision, the rest float32.
+"""The graph as TensorRT takes it: operators inlined, heavy products in low precision, the rest float32.
+
+Nodes that were injected stay nodes, without a body that could quietly take their place. If plugins are all that touches
+the rows of the state, those may be packed bytes (export/layouts.py).
 
 ``LOW_PRECISION`` is the one place that says what may be rounded: the large projections, the experts, the
 embedding and the head, and the rows of the caches. Everything else stays float32: norms, softmax and
@@ -12,12 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from foldkv.errors import BuildError
 from foldkv.export.graph import MODEL, WEIGHTS
+from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
 from foldkv.export.state import StateTensor
+from foldkv.plugins.inject import NAMESPACE_ATTRIBUTE
+from foldkv.plugins.spec import PLUGINS, STATE
 
 #: Weights whose matrix product runs in low precision, and state groups whose rows are stored so.
 LOW_PRECISION = (
@@ -28,26 +35,56 @@ LOW_PRECISION = (
 )
 LOW_STATE = ("window", "entries", "index_entries")
 
-_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
+_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16,
+          "int8": ir.DataType.INT8}  # fmt: skip
+_PRECISIONS = ("float32", "bfloat16", "float16")
 # What a weight may pass through before its product without becoming another matrix.
 _LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
 
 def lowered_graph(
-    graph: Path, out: Path, state: list[StateTensor], precision: str
+    graph: Path,
+    out: Path,
+    state: list[StateTensor],
+    precision: str,
+    *,
+    injected: onnx.ModelProto | None = None,
+    layout: str = DENSE,
+    rotary: int = 0,
 ) -> tuple[list[StateTensor], dict[str, Any]]:
     """Write the inlined graph in ``precision`` to ``out``; returns its state and the counts of what was lowered.
 
+    Args:
+        graph: folder of the graph package, whose weights the model names.
+        out: folder for the lowered graph.
+        state: the state tensors of the graph.
+        precision: of the large products and of dense rows.
+        injected: the graph with nodes given to plugins; the default is the graph as it is.
+        layout: name of the cache layout; other than "dense" only where plugins alone touch the rows.
+        rotary: rotated channels of a row, for packed layouts.
+
     Raises:
-        BuildError: an unknown precision, or a weight of the table that the pass cannot lower.
+        BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that something
+            else than a plugin reads.
     """
-    if precision not in _TYPES:
-        raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_TYPES)}.")
-    model = ir.load(graph / MODEL)
-    InlinePass()(model)
+    if precision not in _PRECISIONS:
+        raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_PRECISIONS)}.")
+    model = ir.load(graph / MODEL) if injected is None else ir.from_proto(injected)
+    ir.external_data.set_base_dir(model.graph, graph)
+    kept = {node.op_type for node in model.graph if NAMESPACE_ATTRIBUTE in node.attributes}
+    InlinePass(criteria=lambda function: function.name not in kept)(model)
+    for node in model.graph:
+        if node.op_type in kept and NAMESPACE_ATTRIBUTE not in node.attributes:
+            raise BuildError(f"{node.op_type} ({node.name}) was given to no plugin, others of its kind were.")
+    for identifier in [key for key, function in model.functions.items() if function.name in kept]:
+        del model.functions[identifier]
+    RemoveUnusedFunctionsPass()(model)
     counts: dict[str, Any] = {"weights": 0, "products": 0, "state": 0}
+    if precision != "float32" or layout != DENSE:
+        stored = {tensor.input: _stored(tensor, precision, layout, rotary) for tensor in state}
+        counts["state"] = _lower_state(model, state, stored)
+        state = [stored[tensor.input] for tensor in state]
     if precision != "float32":
-        state = _lower_state(model, state, precision, counts)
         for name, value in list(model.graph.initializers.items()):
             if any(re.fullmatch(pattern, name) for pattern in LOW_PRECISION):
                 _lower_weight(value, _TYPES[precision], counts)
@@ -56,20 +93,48 @@ def lowered_graph(
     return state, counts
 
 
-def _lower_state(
-    model: ir.Model, state: list[StateTensor], precision: str, counts: dict[str, Any]
-) -> list[StateTensor]:
-    """Store cache rows in low precision. The operators' bodies cast what they read and write themselves."""
+def _stored(tensor: StateTensor, precision: str, layout: str, rotary: int) -> StateTensor:
+    """A state tensor as the engine keeps it."""
+    if tensor.group not in LOW_STATE:
+        return tensor
+    format_ = LAYOUTS[layout].format_of(tensor.group)
+    if format_ is None or format_ == DENSE:
+        return replace(tensor, dtype=precision)
+    return replace(tensor, dtype="int8", width=row_bytes(format_, tensor.width, rotary))
+
+
+def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, StateTensor]) -> int:
+    """Store cache rows as the engine keeps them. The operators' bodies cast what they read and write themselves, and
+    plugins know the type; returns the number of tensors that changed."""
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    lowered = []
+    changed = 0
     for tensor in state:
-        if tensor.group in LOW_STATE:
-            for name in (tensor.input, tensor.output):
-                values[name].dtype = _TYPES[precision]
-            tensor = replace(tensor, dtype=precision)
-            counts["state"] += 1
-        lowered.append(tensor)
-    return lowered
+        new = stored[tensor.input]
+        if new == tensor:
+            continue
+        changed += 1
+        for name in (tensor.input, tensor.output):
+            _retype(values[name], new)
+            packed = new.dtype == "int8"
+            for node in [*(user for user, _ in values[name].uses()), values[name].producer()]:
+                if packed and node is not None and NAMESPACE_ATTRIBUTE not in node.attributes:
+                    raise BuildError(f"{name} is packed, but {node.op_type} ({node.name}) touches it and is no plugin.")
+        # `rows`, the ring with the chunk behind it, is kept like the ring.
+        for node, _ in values[tensor.input].uses():
+            for value, declared in (
+                zip(node.outputs, PLUGINS[node.op_type].outputs, strict=True)
+                if (NAMESPACE_ATTRIBUTE in node.attributes)
+                else ()
+            ):
+                if declared.dtype == STATE:
+                    _retype(value, new)
+    return changed
+
+
+def _retype(value: ir.Value, tensor: StateTensor) -> None:
+    value.dtype = _TYPES[tensor.dtype]
+    if value.shape is not None:
+        value.shape = ir.Shape([*value.shape.dims[:-1], tensor.width])
 
 
 def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -> None:

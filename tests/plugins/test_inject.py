@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,15 @@ from click.testing import CliRunner
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
-from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import ArtifactError, InputError
 from foldkv.export.graph import KIND
 from foldkv.optimize.build import build_bundles
-from foldkv.plugins.inject import inject
-from foldkv.plugins.spec import PluginSpec
+from foldkv.plugins.inject import inject, inject_nodes, strip_injection
+from foldkv.plugins.spec import BODIES, FIELDS, PLUGINS, PluginSpec
 from foldkv.runtime.session import Session
 
-SPARSE = PluginSpec("FoldkvSparseAttention", "1", frozenset({80, 89}), frozenset({"bfloat16"}))
-UPDATE = PluginSpec("FoldkvWindowUpdate", "2", frozenset({80}), frozenset({"bfloat16"}))
+SPARSE = PLUGINS["FoldkvSparseAttention"]
+UPDATE = replace(PLUGINS["FoldkvWindowUpdate"], version="2", sms=frozenset({80}))
 A100 = {"target": "a100", "sm": 80, "dtype": "bfloat16"}
 
 
@@ -43,17 +46,46 @@ def test_nodes_that_a_plugin_takes_are_marked_and_the_others_have_a_reason(tiny_
         "FoldkvWindowUpdate": 4,
     }
     assert all(row.injected + sum(row.refusals.values()) == row.nodes for row in injection.rows)
-    assert rows["FoldkvRope"].refusals == {"no plugin for this operator": counts["FoldkvRope"]}
+    assert rows["FoldkvRope"].refusals == {BODIES["FoldkvRope"]: counts["FoldkvRope"]}
+    assert rows["FoldkvCompress"].refusals == {"no plugin for this operator": counts["FoldkvCompress"]}
     found = {(node.op_type, attributes(node)["plugin_version"]) for node in marked(tmp_path / "out")}
     assert found == {("FoldkvSparseAttention", b"1"), ("FoldkvWindowUpdate", b"2")}
-    assert {attributes(node)["plugin_namespace"] for node in marked(tmp_path / "out")} == {b"foldkv"}
+    for node in marked(tmp_path / "out"):
+        values = attributes(node)
+        assert values["plugin_namespace"] == b"foldkv" and set(FIELDS) <= set(values)
+        assert (values["sm"], values["dtype"], values["rows"], values["rotary"]) == (80, b"bfloat16", b"dense", 16)
     assert marked(tiny_graph) == []
+
+
+@pytest.mark.parametrize(("layout", "index_rows"), [("dense", "dense"), ("fp8", "index_fp8"), ("fp8+fp4", "index_fp4")])
+def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
+    tiny_graph: Path, tmp_path: Path, layout: str, index_rows: str
+) -> None:
+    injection = inject(tiny_graph, tmp_path / "out", **A100, layout=layout)
+    assert {row.operator for row in injection.rows if row.injected < row.nodes} == set(BODIES)
+    main = "dense" if layout == "dense" else "fp8_ds_mla"
+    expected = {name: {main} for name in PLUGINS} | {
+        "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows}, "FoldkvIndexSelect": {"dense"},
+    }  # fmt: skip
+    assert {given.plugin.operator: set(given.rows) for given in injection.given} == expected
+    for node in marked(tmp_path / "out"):
+        index = node.input[0].endswith("index_entries")
+        rows = attributes(node)["rows"]
+        assert node.op_type != "FoldkvCompress" or rows == (index_rows if index else main).encode()
+
+
+def test_what_injection_wrote_can_be_taken_back(tiny_graph: Path, tmp_path: Path) -> None:
+    inject(tiny_graph, tmp_path / "out", **A100)
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    strip_injection(model)
+    before = onnx.load(tiny_graph / "model.onnx", load_external_data=False)
+    assert list(model.graph.node) == list(before.graph.node)
 
 
 def test_an_injected_graph_is_whole_and_computes_the_same_in_onnx_runtime(
     tiny_graph: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    inject(tiny_graph, tmp_path / "out", **A100, plugins=[SPARSE, UPDATE])
+    inject(tiny_graph, tmp_path / "out", **A100)
     manifest = read_manifest(tmp_path / "out", kind=KIND)
     verify_files(tmp_path / "out", manifest)
     assert manifest["injection"]["target"] == "a100"
@@ -71,14 +103,13 @@ def test_an_injected_graph_is_whole_and_computes_the_same_in_onnx_runtime(
 @pytest.mark.parametrize(
     ("plugin", "miss"),
     [
-        (PluginSpec("FoldkvSparseAttention", "1", frozenset({90}), frozenset({"bfloat16"})), "no kernel for sm80; there are sm90"),
-        (PluginSpec("FoldkvSparseAttention", "1", frozenset({80}), frozenset({"float16"})), "no kernel in bfloat16"),
-        (PluginSpec("FoldkvSparseAttention", "1", frozenset({80}), frozenset({"bfloat16"}), frozenset({"fp8_ds_mla"})), "does not read rows in dense"),
-        (PluginSpec("FoldkvSparseAttention", "1", frozenset({80}), frozenset({"bfloat16"}), widths=frozenset({512})), "not compiled for width"),
-        (PluginSpec("FoldkvOther", "1", frozenset({80}), frozenset({"bfloat16"})), "there are plugins for FoldkvOther only"),
+        (replace(SPARSE, sms=frozenset({90})), "no kernel for sm80; there are sm90"),
+        (replace(SPARSE, dtypes=frozenset({"float16"})), "no kernel in bfloat16"),
+        (replace(SPARSE, rows=frozenset({"fp8_ds_mla"})), "does not read rows in dense"),
+        (PluginSpec("FoldkvOther", "1"), "there are plugins for FoldkvOther only"),
     ],
-    ids=["sm", "dtype", "layout", "width", "operator"],
-)  # fmt: skip
+    ids=["sm", "dtype", "layout", "operator"],
+)
 def test_no_node_taken_is_an_error_that_shows_the_nearest_miss(
     tiny_graph: Path, tmp_path: Path, plugin: PluginSpec, miss: str
 ) -> None:
@@ -89,8 +120,8 @@ def test_no_node_taken_is_an_error_that_shows_the_nearest_miss(
 
 
 def test_the_plugin_with_the_fewest_refusals_is_the_one_that_is_named(tiny_graph: Path, tmp_path: Path) -> None:
-    far = PluginSpec("FoldkvSparseAttention", "1", frozenset({90}), frozenset({"float16"}))
-    near = PluginSpec("FoldkvSparseAttention", "1", frozenset({80}), frozenset({"float16"}))
+    near = replace(SPARSE, dtypes=frozenset({"float16"}))
+    far = replace(near, sms=frozenset({90}))
     with pytest.raises(InputError) as error:
         inject(tiny_graph, tmp_path / "out", **A100, plugins=[far, near])
     assert "sm90" not in str(error.value)
@@ -117,13 +148,38 @@ def test_a_damaged_graph_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
         inject(broken, tmp_path / "out", **A100, plugins=[SPARSE])
 
 
-def test_without_any_plugin_the_command_says_what_to_do(tiny_graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingDependencyError):
-        inject(tiny_graph, tmp_path / "out", **A100)
-    result = CliRunner().invoke(main, ["inject", str(tiny_graph), "--target", "a100", "-o", str(tmp_path / "out")])
-    assert result.exit_code == 3
-    assert "--plugins off" in result.output
-    assert not (tmp_path / "out").exists()
+def test_sizes_that_the_kernels_cannot_take_are_a_reason(tiny_graph: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_graph, odd)
+    model = onnx.load(odd / "model.onnx", load_external_data=False)
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value == 64:
+                dim.dim_value = 40
+    for row in inject_nodes(
+        model, read_manifest(odd, kind=KIND)["state"], rotary=16, plugins=[SPARSE, PLUGINS["FoldkvIndexSelect"]], **A100
+    ).rows:
+        if row.operator == "FoldkvSparseAttention":
+            assert row.injected == 0 and "40 wide, which 16 does not divide" in next(iter(row.refusals))
+
+
+def test_the_command_prints_counts_and_reasons(tiny_graph: Path, tmp_path: Path) -> None:
+    arguments = ["inject", str(tiny_graph), "--target", "l40s", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "FoldkvSparseAttention" in result.output and BODIES["FoldkvSinkhorn"] in result.output
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["layout"] == "dense" and facts["injected"] == sum(row["injected"] for row in facts["operators"])
+    result = CliRunner().invoke(main, [*arguments, "--layout", "nvfp4+fp4"])
+    assert result.exit_code == 2 and "nvfp4" in result.output
     result = CliRunner().invoke(main, ["inject", str(tiny_graph), "--target", "cpu", "-o", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "no GPU" in result.output
+
+
+def test_a_graph_that_was_injected_is_built_for_its_target_only(tiny_graph: Path, tmp_path: Path) -> None:
+    inject(tiny_graph, tmp_path / "out", **A100)
+    with pytest.raises(InputError, match="injected for a100; l40s cannot be built"):
+        build_bundles(tmp_path / "out", tmp_path / "bundles", ["a100", "l40s", "cpu"])
+    assert not (tmp_path / "bundles").exists()

@@ -1,0 +1,244 @@
+"""The plugins as TensorRT and TensorRT-RTX know them: one ``IPluginV3`` class over :class:`PluginSpec`.
+
+At build time a plugin answers for shapes, types, aliases and workspace; no kernel and no GPU is needed. At run time it
+launches the bundle's compiled kernels through the CUDA driver: neither torch nor Triton. The two libraries share their
+Python API, so that the module (``tensorrt`` or ``tensorrt_rtx``) is an argument.
+
+Kernels belong to a bundle: a node carries the bundle's ``library`` name, and :func:`provide_kernels` says which loaded
+kernels go by that name in this process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from foldkv.export.layouts import DENSE
+from foldkv.plugins.cuda import KernelImage, Launcher
+from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.spec import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
+
+_LIBRARIES: dict[str, Launcher] = {}
+
+
+def provide_kernels(library: str, images: Iterable[KernelImage], *, driver: Any = None) -> None:
+    """Load the kernels that plugins of ``library`` launch, into the current CUDA context; once per process.
+
+    Raises:
+        FoldkvError: the driver refuses a kernel.
+        MissingDependencyError: no driver.
+    """
+    if library not in _LIBRARIES:
+        _LIBRARIES[library] = Launcher(images, driver=driver)
+
+
+def release_kernels(library: str) -> None:
+    """Unload the kernels of a library; no engine may use them any more."""
+    launcher = _LIBRARIES.pop(library, None)
+    if launcher is not None:
+        launcher.close()
+
+
+def register_plugins(trt: Any, *, observe: Callable[[str, Plan], None] | None = None) -> None:
+    """Register a creator per operator in the library's plugin registry; a second call does nothing.
+
+    Args:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        observe: called with the operator and the launches at the largest sizes of every plugin that a build configures.
+    """
+    registry = trt.get_plugin_registry()
+    for spec in PLUGINS.values():
+        if registry.get_creator(spec.operator, spec.version, NAMESPACE) is None:
+            registry.register_creator(_creator_class(trt)(spec, observe), NAMESPACE)
+
+
+@functools.cache
+def _creator_class(trt: Any) -> type:
+    plugin_class = _plugin_class(trt)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        """Makes plugins of one operator from the attributes of an ONNX node or the fields of an engine."""
+
+        def __init__(self, spec: PluginSpec, observe: Callable[[str, Plan], None] | None) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.spec, self.observe = spec, observe
+            self.name, self.plugin_version, self.plugin_namespace = spec.operator, spec.version, NAMESPACE
+            kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32, str: trt.PluginFieldType.CHAR}
+            fields = [trt.PluginField(name, np.array([]), kinds[type_]) for name, type_ in field_types(spec).items()]
+            self.field_names = trt.PluginFieldCollection(fields)
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            """A plugin; raises ValueError for a field that is missing or of a version that no kernel reads."""
+            return plugin_class(self.spec, read_fields(self.spec, fields), self.observe)
+
+    return Creator
+
+
+def field_types(spec: PluginSpec) -> dict[str, type]:
+    """The fields of a plugin: the operator's attributes, and what injection adds."""
+    return {**spec.attributes, **FIELDS}
+
+
+def read_fields(spec: PluginSpec, fields: Iterable[Any]) -> dict[str, Any]:
+    """The values of a plugin's fields.
+
+    Raises:
+        ValueError: a field is missing, or the row format or its version is one that the kernels do not read.
+    """
+    types = field_types(spec)
+    values = {field.name: _field_value(field.data, types[field.name]) for field in fields if field.name in types}
+    missing = [name for name in types if name not in values]
+    if missing:
+        raise ValueError(f"{spec.operator} lacks {', '.join(missing)}; inject the graph with this version of foldkv")
+    if values["layout_version"] != spec.layout_version:
+        raise ValueError(
+            f"{spec.operator}: rows have layout version {values['layout_version']}; its kernels read {spec.layout_version}"
+        )
+    return values
+
+
+def _field_value(data: Any, type_: type) -> Any:
+    if type_ is str:  # the ONNX parser ends a string with a NUL
+        return bytes(np.asarray(data).tobytes()).rstrip(b"\0").decode()
+    return type_(np.asarray(data).reshape(-1)[0])
+
+
+@functools.cache
+def _plugin_class(trt: Any) -> type:
+    kinds = {
+        "float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16,
+        "int8": trt.DataType.INT8, "int32": trt.DataType.INT32, "int64": trt.DataType.INT64,
+    }  # fmt: skip
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        """One node of a network."""
+
+        def __init__(
+            self, spec: PluginSpec, values: Mapping[str, Any], observe: Callable[[str, Plan], None] | None
+        ) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.spec, self.values, self.observe = spec, dict(values), observe
+            self.plugin_name, self.plugin_version, self.plugin_namespace = spec.operator, spec.version, NAMESPACE
+            self.num_outputs = len(spec.outputs)
+            self.timing_cache_id = ""
+            self.steps: Plan | None = None
+
+        # --- core
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            copy = Plugin(self.spec, self.values, self.observe)
+            copy.steps = self.steps
+            return copy
+
+        # --- build
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [kinds[self._stored(tensor)] for tensor in self.spec.outputs]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            sizes: dict[str, Any] = {}
+            for tensor, shape in zip(self.spec.inputs, inputs, strict=True):
+                for axis, symbol in enumerate(tensor.stored_dims(self.values["rows"])):
+                    sizes.setdefault(str(symbol), shape[axis])
+            add = trt.DimensionOperation.SUM
+
+            def size(symbol: str | int) -> Any:
+                if symbol in self.values:
+                    return builder.constant(self.values[str(symbol)])
+                if symbol not in sizes and "+" in str(symbol):
+                    left, right = (part.strip() for part in str(symbol).split("+"))
+                    return builder.operation(add, sizes[left], sizes[right])
+                return sizes[str(symbol)]
+
+            shapes = []
+            for tensor in self.spec.outputs:
+                dims = tensor.stored_dims(self.values["rows"])
+                shape = trt.DimsExprs(len(dims))
+                for axis, symbol in enumerate(dims):
+                    shape[axis] = size(symbol)
+                shapes.append(shape)
+            return shapes
+
+        def supports_format_combination(self, position: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+            tensor = (*self.spec.inputs, *self.spec.outputs)[position]
+            desc = in_out[position].desc
+            return bool(desc.format == trt.TensorFormat.LINEAR and desc.type == kinds[self._stored(tensor)])
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            largest = self._plan([tuple(tensor.max) for tensor in inputs])
+            if self.observe is not None:
+                for steps in (largest, self._plan([tuple(tensor.min) for tensor in inputs])):
+                    self.observe(self.spec.operator, steps)
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return self._plan([tuple(tensor.max) for tensor in inputs]).workspace
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def get_aliased_input(self, output: int) -> int:
+            return self.spec.aliases.get(output, -1)
+
+        # --- run time
+
+        def get_fields_to_serialize(self) -> Any:
+            fields = []
+            for name, type_ in field_types(self.spec).items():
+                value = self.values[name]
+                if type_ is str:
+                    fields.append(trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR))
+                elif type_ is int:
+                    fields.append(trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32))
+                else:
+                    fields.append(trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32))
+            return trt.PluginFieldCollection(fields)
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            self.steps = self._plan([tuple(tensor.dims) for tensor in inputs])
+
+        def enqueue(
+            self, input_desc: Any, output_desc: Any, inputs: Sequence[int], outputs: Sequence[int], workspace: int,
+            stream: int,
+        ) -> None:  # fmt: skip
+            assert self.steps is not None
+            _launcher(self.values["library"]).launch(self.steps, inputs, outputs, workspace=workspace, stream=stream)
+
+        # --- shared
+
+        def _stored(self, tensor: TensorSpec) -> str:
+            if tensor.dtype != STATE:
+                return tensor.dtype
+            return str(self.values["dtype"]) if self.values["rows"] == DENSE else "int8"
+
+        def _plan(self, shapes: Sequence[Sequence[int]]) -> Plan:
+            values, spec = self.values, self.spec
+            attributes = {name: values[name] for name in spec.attributes}
+            return plan(
+                spec.operator, spec.dimensions(shapes, rows=values["rows"]) | attributes, attributes, sm=values["sm"],
+                dtype=values["dtype"], rows=values["rows"], rotary=values["rotary"],
+                layout_version=values["layout_version"],
+            )  # fmt: skip
+
+    return Plugin
+
+
+def _launcher(library: str) -> Launcher:
+    try:
+        return _LIBRARIES[library]
+    except KeyError:
+        raise RuntimeError(
+            f"the kernels of plugin library {library!r} are not loaded in this process; open the bundle with foldkv.runtime"
+        ) from None
