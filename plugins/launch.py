@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from foldkv.export.layouts import DENSE, LAYOUT_VERSION
+from foldkv.errors import InputError
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUT_VERSION, row_bytes
 from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")
 #: Keys per split. Fixed, so that a result depends neither on the batch nor on the capacity.
 SPARSE_SPAN, DENSE_SPAN = 128, 512
+#: Entries that one program scores: enough to be worth its query, few enough to fill a GPU at 64 thousand tokens.
+SCORE_SPAN = 256
 #: Chunks up to this length split their keys; longer ones have programs enough.
 SPLIT_CHUNK = 8
 
@@ -42,7 +46,7 @@ class Kernel:
 
     function: str
     arguments: tuple[tuple[str, str | None], ...]
-    constants: tuple[tuple[str, int | float], ...]
+    constants: tuple[tuple[str, int | float | str], ...]
     num_warps: int = 4
     num_stages: int = 2
 
@@ -120,7 +124,8 @@ def plan(
         ValueError: sizes, a row format or a layout version that the kernels cannot take.
     """
     spec = PLUGINS[operator]
-    call = _Call(spec, dict(sizes), dict(attributes), sm, dtype, rows, rotary, single, arithmetic)
+    values = {name: _float32(value) if isinstance(value, float) else value for name, value in attributes.items()}
+    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rotary, single, arithmetic)
     _check(call, layout_version)
     return _PLANS[operator](call)
 
@@ -165,8 +170,15 @@ class _Call:
             return _POINTER[tensor_dtype]
         return _POINTER[self.dtype] if self.rows == DENSE else _BYTES
 
+    @property
+    def row(self) -> dict[str, int | str]:
+        """How a row of the state is stored, as constants: ROW is in elements of the state's pointer."""
+        rotary = self.rotary if self.rows == FP8_DS_MLA else 0
+        size = self["D"] if self.rows == DENSE else row_bytes(self.rows, self["D"], rotary)
+        return {"ROW": size, "ROTARY": rotary, "FORMAT": self.rows}
+
     def launch(
-        self, function: str, grid: tuple[Any, Any, Any], constants: Mapping[str, int | float], *,
+        self, function: str, grid: tuple[Any, Any, Any], constants: Mapping[str, int | float | str], *,
         extras: tuple[str, ...] = ("S",), warps: int = 4, stages: int = 2,
     ) -> Launch:  # fmt: skip
         """The ordinary launch: every input, then sizes as int32, then every output."""
@@ -182,6 +194,12 @@ class _Call:
         return Launch(Kernel(function, tuple(types), tuple(constants.items()), warps, stages), grid, tuple(arguments))
 
 
+def _float32(value: float) -> float:
+    """What ONNX and TensorRT keep of an attribute, so that every way to a kernel gives it the same constants."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
 def _power(size: int, least: int = 1) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
@@ -193,6 +211,8 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(f"rows have layout version {layout_version}; its kernels read {spec.layout_version}")
     if spec.rows and call.rows not in spec.rows:
         wrong.append(f"rows in {call.rows}; its kernels read {', '.join(sorted(spec.rows))}")
+    elif call.rows != DENSE and spec.rows:
+        wrong += _packed(call)
     if "D" in sizes and sizes["D"] % 16:
         wrong.append(f"rows are {sizes['D']} wide, which 16 does not divide")
     if "P" in sizes and (sizes["P"] & (sizes["P"] - 1) or 2 * sizes["P"] > sizes["D"]):
@@ -210,8 +230,24 @@ def _check(call: _Call, layout_version: int) -> None:
         raise ValueError(f"{spec.operator}: {'; '.join(wrong)}. Build with --plugins off.")
 
 
+def _packed(call: _Call) -> list[str]:
+    """What is wrong with the sizes of packed rows."""
+    turned = 2 * call.sizes.get("P", call.rotary // 2)
+    if call.rows == FP8_DS_MLA and call.rotary != turned:
+        return [f"rows have {call.rotary} rotated channels and the frequencies of {turned}"]
+    try:
+        size = call.row["ROW"]
+    except InputError as error:
+        return [str(error)]
+    if call.sizes.get("ROW", size) != size:
+        return [f"rows of {call['ROW']} bytes; {call['D']} channels in {call.rows} take {size}"]
+    return []
+
+
 def _window_update(call: _Call) -> Plan:
-    constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"])}
+    row = call.row
+    constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"]), "ROW": row["ROW"], "BR": _power(row["ROW"])}
+    constants |= {name: row[name] for name in ("ROTARY", "FORMAT")}
     return Plan((call.launch("window.window_update", (call["W"] + call["S"], call["B"], 1), constants),))
 
 
@@ -221,18 +257,19 @@ def _compress(call: _Call) -> Plan:
     constants = {
         "RATIO": ratio, "SERIES": series, "D": width, "BD": _power(width), "HALF": call["P"],
         "EPS": call.attributes["eps"], "BM": min(8, _power(ratio * series)), "BC": _power(call["C"]), "BR": 4,
-    }  # fmt: skip
+    } | call.row  # fmt: skip
     grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)
     return Plan((call.launch("compress.compress", grid, constants, extras=("S", "E"), warps=4 if width <= 256 else 8),))
 
 
 def _index_scores(call: _Call) -> Plan:
-    block = 64
+    block = 64 if call.sm in (90, 100, 103) else 128
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
-        "RATIO": call.attributes["ratio"], "BN": block,
+        "RATIO": call.attributes["ratio"], "SPAN": SCORE_SPAN, "BN": block, "ROW": call.row["ROW"],
+        "FORMAT": call.rows,
     }  # fmt: skip
-    grid = (call.arithmetic.cdiv(call["E"], block), call["S"], call["B"])
+    grid = (call.arithmetic.cdiv(call["E"], SCORE_SPAN), call["S"], call["B"])
     return Plan((call.launch("index_scores.index_scores", grid, constants, extras=("S", "E"), warps=8),))
 
 
@@ -242,27 +279,49 @@ def _index_select(call: _Call) -> Plan:
     return Plan((call.launch("index_select.index_select", grid, constants, extras=("S", "E"), warps=16),))
 
 
-def _attention_tile(call: _Call) -> tuple[int, int, int, int]:
-    """Heads and keys of a tile, warps and stages: what fits each SM's shared memory without spilling."""
-    width = _power(call["D"])
-    if width < 256 or call["H"] <= 16:
-        return 16, 64 if width <= 512 and call.dtype != "float32" else 32, 4 if width < 256 else 8, 2
-    if call.sm in (90, 100, 103) and call["H"] >= 64:
-        return 64, 32, 8, 2
-    return 32, 32, 8, 2
+@dataclass(frozen=True)
+class _Tile:
+    """Heads and keys of an attention's tile, warps, stages, and whether the query is parked (see the kernel)."""
+
+    heads: int
+    keys: int
+    warps: int = 8
+    stages: int = 2
+    parked: bool = False
+
+
+def _attention_tile(call: _Call) -> _Tile:
+    """What fits each SM's shared memory and does not spill; see docs/kernels.md."""
+    width, packed = _power(call["D"]), call.rows != DENSE
+    stages = 1 if packed else 2  # a decoded tile cannot be loaded ahead, and its bytes would take shared memory
+    if width < 256:
+        return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
+    if call.sm in (90, 100, 103) and call["H"] >= 64 and width <= 512:
+        return _Tile(64, 32, stages=stages, parked=call.sm == 90 and (packed or call.dtype != "float32"))
+    if packed:
+        return _Tile(16, 32, stages=stages)
+    if call["H"] <= 16:
+        return _Tile(16, 64 if width <= 512 and call.dtype != "float32" else 32, stages=stages)
+    return _Tile(32, 32, stages=stages)
 
 
 def _attention(
     call: _Call, function: str, far: Any, extras: tuple[str, ...], constants: dict[str, int], span: int
 ) -> Plan:
-    heads, keys, warps, stages = _attention_tile(call)
-    split = not call.single and call["S"] <= SPLIT_CHUNK and call["W"] + far > span
-    splits = call.arithmetic.cdiv(call["W"] + far, span) if split else 1
+    of = _attention_tile(call)
+    places = -(-call["W"] // of.keys) * of.keys + far  # the window takes whole blocks
+    split = not call.single and call["S"] <= SPLIT_CHUNK and places > span
+    splits = call.arithmetic.cdiv(places, span) if split else 1
     shape = {"W": call["W"], "H": call["H"], "D": call["D"], "BD": _power(call["D"], 16), "HALF": call["P"]}
-    tile = {"SPAN": span if split else 0, "BH": heads, "BN": keys}
-    grid = (call["S"] * (-(-call["H"] // heads)), splits, call["B"])
+    tile = {"SPAN": span if split else 0, "BH": of.heads, "BN": of.keys, "PARKED": int(of.parked)}
+    grid = (call["S"] * (-(-call["H"] // of.heads)), splits, call["B"])
     main = call.launch(
-        f"attention.{function}", grid, constants | shape | tile, extras=extras, warps=warps, stages=stages
+        f"attention.{function}",
+        grid,
+        constants | shape | call.row | tile,
+        extras=extras,
+        warps=of.warps,
+        stages=of.stages,
     )
     types, arguments = list(main.kernel.arguments), list(main.arguments)
     if not split:

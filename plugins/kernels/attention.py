@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from foldkv.plugins.kernels.rotation import rotate
+from foldkv.plugins.kernels.rows import read_rows
 
 WINDOW = tl.constexpr(0)
 CHOSEN = tl.constexpr(1)
@@ -23,13 +24,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _attend(
     q, rows, entries, chosen, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
     FAR: tl.constexpr, K: tl.constexpr, RATIO: tl.constexpr, W: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, HALF: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr,
+    SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * ceil(H / BH), splits, B). SPAN 0: one split, final rows in ``out`` [B, S, H, D]; else
 
     ``out`` [B, S, H, splits, D] holds each span's normalized sum and ``lse`` [B, S, H, splits] its log2-sum-exp2.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BH - 1) // BH
+    # The window takes whole blocks, so that a block lies in one buffer: one base, and offsets of 32 bits.
+    NEAR: tl.constexpr = (W + BN - 1) // BN * BN
     s = tl.program_id(0) // HEAD_BLOCKS
     h = tl.program_id(0) % HEAD_BLOCKS * BH + tl.arange(0, BH)
     split = tl.program_id(1)
@@ -38,44 +42,52 @@ def _attend(
     at = start + s
     row = b * chunk + s
     d = tl.arange(0, BD)
-    kind: tl.constexpr = rows.dtype.element_ty
+    kind: tl.constexpr = rows.dtype.element_ty if FORMAT == "dense" else tl.bfloat16
     asked = (h < H)[:, None] & (d < D)[None, :]
-    query = tl.load(q + row * H * D + h[:, None] * D + d[None, :], mask=asked, other=0.0).to(kind)
+    query = tl.load(q + row * H * D + (h[:, None] * D + d[None, :]), mask=asked, other=0.0).to(kind)
+    splits = tl.num_programs(1) if SPAN > 0 else 1
+    target = out + (row * H * splits + split) * D
+    if PARKED:
+        # wgmma takes a query that was computed from registers, of which it then has too few, and one that was loaded
+        # from shared memory: the query goes through this program's own part of the output.
+        parked = target.to(tl.pointer_type(kind), bitcast=True) + ((h * splits * (2 * D))[:, None] + d[None, :])
+        tl.store(parked, query, mask=asked)
+        tl.debug_barrier()
+        query = tl.load(parked, mask=asked, other=0.0)
+        tl.debug_barrier()
 
     if FAR == CHOSEN:
-        total = W + K
+        total = NEAR + K
     elif FAR == CLOSED:
-        total = W + tl.minimum(tl.minimum((at + 1) // RATIO, (start + real) // RATIO), capacity)
+        total = NEAR + tl.minimum(tl.minimum((at + 1) // RATIO, (start + real) // RATIO), capacity)
     else:
-        total = W
+        total = NEAR
     low, high = 0, total
     if SPAN > 0:
         low = split * SPAN
         high = tl.minimum(total, low + SPAN)
-    rows_b = rows + b * (W + chunk) * D
-    entries_b = entries + b * capacity * D
+    rows_b = rows + b * (W + chunk) * ROW
+    entries_b = entries + b * capacity * ROW
     best = tl.full((BH,), float("-inf"), tl.float32)
     weight = tl.zeros((BH,), tl.float32)
     acc = tl.zeros((BH, BD), tl.float32)
     for n in range(low, high, BN):
         j = n + tl.arange(0, BN)
         token = at - W + 1 + j
-        near = j < W
-        slot = tl.where(token < start, (token + W) % W, W + token - start)
-        seen = near & (token >= 0) & (token < start + real) & (j < high)
-        if FAR == WINDOW:
-            place = rows_b + slot.to(tl.int64) * D
-        else:
-            far = (j >= W) & (j < high)
+        place = tl.where(token < start, (token + W) % W, W + token - start)
+        seen = (j < W) & (token >= 0) & (token < start + real)
+        base = rows_b
+        if FAR != WINDOW:
+            near = n < NEAR
+            index = j - NEAR
+            far = (j >= NEAR) & (j < high)
             if FAR == CHOSEN:
-                index = tl.load(chosen + row * K + j - W, mask=far, other=-1)
+                index = tl.load(chosen + row * K + index, mask=far, other=-1)
                 far = far & (index >= 0) & (index < capacity)
-            else:
-                index = j - W
-            seen = seen | far
-            place = tl.where(near, rows_b + slot.to(tl.int64) * D, entries_b + index.to(tl.int64) * D)
-        # Rows that were never written may hold anything: they are not read.
-        key = tl.load(place[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            seen = tl.where(near, seen, far)
+            place = tl.where(near, place, index)
+            base = tl.where(near, rows_b, entries_b)
+        key = read_rows(base, place, seen, D, BD, ROW, ROTARY, FORMAT)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * (LOG2_E / D**0.5)
         logits = tl.where(seen[None, :], logits, float("-inf"))
         top = tl.maximum(best, tl.max(logits, axis=1))
@@ -86,25 +98,23 @@ def _attend(
         acc = tl.dot(share.to(kind), key, acc * decay[:, None], input_precision="ieee")
         best = top
 
+    place_out = (h * splits * D)[:, None] + d[None, :]
     if SPAN > 0:
-        splits = tl.num_programs(1)
         some = weight > 0.0
-        place = (row * H + h) * splits + split
-        tl.store(lse + place, tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf")), mask=h < H)
-        tl.store(out + place[:, None] * D + d[None, :], acc / tl.where(some, weight, 1.0)[:, None], mask=asked)
+        log = tl.where(some, best + tl.log2(tl.where(some, weight, 1.0)), float("-inf"))
+        tl.store(lse + row * H * splits + h * splits + split, log, mask=h < H)
+        tl.store(target + place_out, acc * (1.0 / tl.where(some, weight, 1.0))[:, None], mask=asked)
     else:
         sink = tl.load(sinks + h, mask=h < H, other=0.0) * LOG2_E
         top = tl.maximum(best, sink)
         decay = tl.exp2(best - top)
-        acc = acc * (decay / (weight * decay + tl.exp2(sink - top)))[:, None]
-        target = out + row * H * D + h[:, None] * D
-        tl.store(target + d[None, :], acc, mask=asked)
+        tl.store(target + place_out, acc * (decay / (weight * decay + tl.exp2(sink - top)))[:, None], mask=asked)
         # The rotated channels are read back in pairs: cheaper than shuffling the whole tile.
         tl.debug_barrier()
         pair = tl.arange(0, HALF)
         angle = at.to(tl.float32) * tl.load(inv_freq + pair)
         cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
-        turning = target + (D - 2 * HALF + 2 * pair)[None, :]
+        turning = target + ((h * D)[:, None] + (D - 2 * HALF + 2 * pair)[None, :])
         even = tl.load(turning, mask=(h < H)[:, None], other=0.0)
         odd = tl.load(turning + 1, mask=(h < H)[:, None], other=0.0)
         tl.debug_barrier()
@@ -115,13 +125,14 @@ def _attend(
 @triton.jit
 def window_attention(
     q, rows, sinks, inv_freq, positions, num_tokens, chunk, out, lse,
-    W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, SPAN: tl.constexpr,
-    BH: tl.constexpr, BN: tl.constexpr,
+    W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr,
+    ROTARY: tl.constexpr, FORMAT: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    PARKED: tl.constexpr,
 ):  # fmt: skip
-    """q [B, S, H, D] float32, rows [B, W + S, D] state type; see ``_attend`` for grid and outputs."""
+    """q [B, S, H, D] float32, rows [B, W + S, ROW] state type; see ``_attend`` for grid and outputs."""
     _attend(
         q, rows, rows, positions, sinks, inv_freq, positions, num_tokens, chunk, 0, out, lse,
-        WINDOW, 0, 1, W, H, D, BD, HALF, SPAN, BH, BN,
+        WINDOW, 0, 1, W, H, D, BD, HALF, ROW, ROTARY, FORMAT, SPAN, BH, BN, PARKED,
     )  # fmt: skip
 
 
@@ -129,12 +140,13 @@ def window_attention(
 def sparse_attention(
     q, rows, entries, chosen, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
     K: tl.constexpr, W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``window_attention``, and entries [B, E, D] of which chosen [B, S, K] int32 are read (-1: none)."""
+    """As ``window_attention``, and entries [B, E, ROW] of which chosen [B, S, K] int32 are read (-1: none)."""
     _attend(
         q, rows, entries, chosen, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
-        CHOSEN, K, 1, W, H, D, BD, HALF, SPAN, BH, BN,
+        CHOSEN, K, 1, W, H, D, BD, HALF, ROW, ROTARY, FORMAT, SPAN, BH, BN, PARKED,
     )  # fmt: skip
 
 
@@ -142,12 +154,13 @@ def sparse_attention(
 def dense_attention(
     q, rows, entries, sinks, inv_freq, positions, num_tokens, active_context, chunk, capacity, out, lse,
     RATIO: tl.constexpr, W: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``window_attention``, and every entry [B, E, D] that has closed before or with the query."""
+    """As ``window_attention``, and every entry [B, E, ROW] that has closed before or with the query."""
     _attend(
         q, rows, entries, positions, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
-        CLOSED, 0, RATIO, W, H, D, BD, HALF, SPAN, BH, BN,
+        CLOSED, 0, RATIO, W, H, D, BD, HALF, ROW, ROTARY, FORMAT, SPAN, BH, BN, PARKED,
     )  # fmt: skip
 
 

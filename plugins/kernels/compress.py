@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from foldkv.plugins.kernels.rotation import rotate
+from foldkv.plugins.kernels.rows import write_row
 
 
 @triton.jit
 def _close(
     entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
     RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    EPS: tl.constexpr, BM: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """The nth window that can close in this chunk, if it does; softmax per channel, taken BM tokens at a time."""
     SPAN: tl.constexpr = RATIO * SERIES
@@ -53,8 +54,7 @@ def _close(
         merged = merged * tl.rsqrt(tl.sum(merged * merged, axis=0) / D + EPS)
         merged = merged * tl.load(norm + d, mask=d < D, other=0.0)
         turned = rotate(merged, entry * RATIO, inv_freq, D, BD, HALF)
-        target = entries_out + (b * capacity + entry) * D + d
-        tl.store(target, turned.to(entries_out.dtype.element_ty), mask=d < D)
+        write_row(entries_out + (b * capacity + entry) * ROW, turned, D, BD, ROW, ROTARY, FORMAT)
 
 
 @triton.jit
@@ -62,9 +62,10 @@ def compress(
     entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, chunk, capacity,
     entries_out, carry_kv_out, carry_gate_out,
     RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
+    ROTARY: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """entries [B, E, D] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
+    """entries [B, E, ROW] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
 
     Grid (max(1, ceil(S / RATIO) - 1), B); SERIES is 2 with overlap, R = RATIO * SERIES, C = D * SERIES.
     """
@@ -76,7 +77,7 @@ def compress(
     for nth in range(first, end):
         _close(
             entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
-            RATIO, SERIES, D, BD, HALF, EPS, BM,
+            RATIO, SERIES, D, BD, HALF, EPS, BM, ROW, ROTARY, FORMAT,
         )  # fmt: skip
     if program == 0:
         tl.debug_barrier()  # the carries were read by other threads of this program

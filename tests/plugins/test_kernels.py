@@ -14,16 +14,18 @@ import torch
 from interpreter import DTYPES, run
 from torch import Tensor
 
+from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
 from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.registry import operators
+from foldkv.export.operators.rows import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins.launch import SPARSE_SPAN, plan
 from foldkv.plugins.spec import BODIES, PLUGINS
 
 # Relative half unit in the last place.
-ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 STATES = list(ROUNDING)
 WINDOW, WIDTH, HEADS = 16, 32, 4
 
@@ -232,14 +234,18 @@ def test_index_scores(dtype: str, heads: int, width: int, start: list[int], chun
         entries[b, (first + chunk) // 4 :] = torch.nan
     tail = [ints(*start), torch.tensor([max(start) + chunk])]
     [found] = run("FoldkvIndexScores", [q, weights, entries, *tail], dtype=dtype, ratio=4)
+    check_scores(found, q, weights, entries, tail, dtype)
+
+
+def check_scores(found: Tensor, q: Tensor, weights: Tensor, entries: Tensor, tail: list[Tensor], dtype: str) -> None:
+    """A query is two numbers of the state's type; what the second leaves out is its rounding."""
     expected = index_scores(*wide([q, weights, entries]), *tail, 4)
-    # A query is two numbers of the state's type; what the second leaves out is its rounding.
-    unit = ROUNDING["float32"] * (width + heads) + (0 if dtype == "float32" else ROUNDING[dtype] ** 2)
+    unit = ROUNDING["float32"] * sum(q.shape[2:]) + (0 if dtype == "float32" else ROUNDING[dtype] ** 2)
     reach = torch.einsum("bshd,bed->bshe", q.abs().double(), entries.double().nan_to_num().abs())
     bound = (reach * weights.abs()[..., None]).sum(2) * 2 * unit
-    for b, first in enumerate(start):
-        for s in range(chunk):
-            seen = slice(0, min((first + s + 1) // 4, 200))
+    for b, first in enumerate(tail[0].tolist()):
+        for s in range(q.shape[1]):
+            seen = slice(0, min((first + s + 1) // 4, entries.shape[1]))
             assert ((found[b, s, seen].double() - expected[b, s, seen]).abs() <= bound[b, s, seen]).all()
 
 
@@ -271,6 +277,165 @@ def test_index_select_over_a_million_tokens() -> None:
     scores = torch.randn(1, 1, 262_144).round(decimals=2)
     [found] = run("FoldkvIndexSelect", [scores, ints(1_048_575)], ratio=4, topk=1024)
     assert sets(found) == sets(index_select(scores, ints(1_048_575), 4, 1024))
+
+
+def packed(rows: Tensor, format_: str, rotary: int = 0) -> tuple[Tensor, Tensor]:
+    """Bytes of rows [..., D], and the float32 values they stand for. Rows of NaN become bytes that no format can read
+
+    as anything but NaN or infinity, and values of NaN.
+    """
+    unwritten = rows.isnan().any(-1, keepdim=True)
+    data = pack(rows.nan_to_num(), format_, rotary)
+    values = unpack(data, format_, rows.shape[-1], rotary)
+    return data.masked_fill(unwritten, -1), values.masked_fill(unwritten, torch.nan)
+
+
+def uneven(*shape: int) -> Tensor:
+    """Values of every magnitude: zeros of both signs, some below the floor of a scale, and some halfway between codes."""
+    values = torch.randn(*shape) * 10.0 ** torch.randint(-7, 6, shape)
+    values = torch.where(torch.rand(shape) < 0.3, (values * 16).round() / 16, values)
+    return torch.where(torch.rand(shape) < 0.1, torch.randn(shape).sign() * 0.0, values)
+
+
+@pytest.mark.parametrize(("start", "real", "chunk"), CHUNKS)
+@pytest.mark.parametrize(("width", "rotary"), [(32, 8), (48, 16), (160, 32), (512, 64)])
+def test_window_update_packs_bit_for_bit(
+    width: int, rotary: int, start: list[int], real: list[int], chunk: int
+) -> None:
+    torch.manual_seed(0)
+    window, _ = packed(ring_and_chunk(start, [0] * len(start), 0, width, torch.float32), FP8_DS_MLA, rotary)
+    kv = uneven(len(start), chunk, width)
+    tail = [ints(*start), ints(*real)]
+    found = run("FoldkvWindowUpdate", [window, kv, *tail], dtype="bfloat16", rows=FP8_DS_MLA, rotary=rotary, D=width)
+    expected = window_update(window, pack(kv, FP8_DS_MLA, rotary), *tail)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("format_", "half_step", "smallest"), [(FP8_DS_MLA, 2.0**-4, 2.0**-9 / 448), (INDEX_FP8, 2.0**-4, 2.0**-9 / 448),
+                                           (INDEX_FP4, 2.0**-2, 0.5 / 6)]
+)  # fmt: skip
+@pytest.mark.parametrize(("ratio", "series"), [(4, 2), (16, 1)])
+@pytest.mark.parametrize(("start", "real", "chunk"), [([3, 7, 0], [1, 1, 1], 1), ([1, 30], [40, 37], 41)])
+def test_compress_packs_the_row_that_it_computes(
+    format_: str, half_step: float, smallest: float, ratio: int, series: int, start: list[int], real: list[int],
+    chunk: int,
+) -> None:  # fmt: skip
+    inputs = compress_inputs(start, real, chunk, ratio, series, "float32")
+    rotary = 2 * len(inputs[7])
+    held, values = packed(inputs[0], format_, rotary)
+    attributes = {"ratio": ratio, "eps": 1e-6}
+    found = run(
+        "FoldkvCompress", [held, *inputs[1:]], dtype="bfloat16", rows=format_, rotary=rotary, D=WIDTH, **attributes
+    )
+    dense = run("FoldkvCompress", inputs, dtype="float32", **attributes)
+    closed = torch.zeros(held.shape[:2], dtype=torch.bool)
+    for b, (first, count) in enumerate(zip(start, real, strict=True)):
+        closed[b, first // ratio : (first + count) // ratio] = True
+    assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rotary), held))
+    for one, other in zip(found[1:], dense[1:], strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    # And against the definition: half a step of a code, or of the smallest code of a scale below 2 * largest / 448.
+    expected = compress(values.double(), *wide(inputs[1:7]), *inputs[7:], **attributes)[0][closed]
+    slack = math.sqrt(2 * WIDTH) * float(inputs[6].max()) * 64 * ROUNDING["float32"]
+    bound = half_step * expected.abs() + smallest * expected.abs().amax(-1, keepdim=True) + 2 * slack
+    assert ((unpack(found[0], format_, WIDTH, rotary)[closed].double() - expected).abs() <= bound).all()
+
+
+PACKED_CASES = [*CHUNKS, ([1999, 100], [1, 1], 1)]
+
+
+def packed_attention(
+    operator: str, start: list[int], real: list[int], chunk: int, heads: int, width: int, **options: Any
+) -> tuple[Tensor, Tensor, float, list[Tensor]]:
+    """What an attention of packed rows gives, what the definition gives of their values, the bound, and the inputs."""
+    q, dense, tail = attention_inputs(start, real, chunk, "float32", heads, width)
+    rotary, ratio = 2 * len(tail[1]), 4 if operator == "FoldkvSparseAttention" else 8
+    rows, values = packed(dense, FP8_DS_MLA, rotary)
+    entries = torch.randn(len(start), 512, width)
+    for b, first in enumerate(start):
+        entries[b, (first + real[b]) // ratio :] = torch.nan
+    written, read = packed(entries, FP8_DS_MLA, rotary)
+    chosen = chosen_of(start, real, chunk, 40, ratio)
+    context = torch.tensor([max(s + r for s, r in zip(start, real, strict=True))])
+    kept = {"dtype": "bfloat16", "rows": FP8_DS_MLA, "rotary": rotary} | options
+    first, exact = [q, rows], wide([q, values])
+    ends = [*wide(tail[:1]), *tail[1:]]
+    if operator == "FoldkvWindowAttention":
+        inputs, expected = [*first, *tail], window_attention(*exact, *ends)
+        read = values
+    elif operator == "FoldkvSparseAttention":
+        inputs, expected = [*first, written, chosen, *tail], sparse_attention(*exact, *wide([read]), chosen, *ends)
+    else:
+        inputs, kept["ratio"] = [*first, written, *tail, context], ratio
+        expected = dense_attention(*exact, *wide([read]), *ends, context, ratio)
+    [found] = run(operator, inputs, **kept)
+    return found, expected, attention_bound(q, [values, read], "bfloat16"), inputs
+
+
+ATTENTIONS = ["FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention"]
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("operator", ATTENTIONS)
+@pytest.mark.parametrize(("start", "real", "chunk"), PACKED_CASES)
+def test_attention_of_packed_rows(operator: str, start: list[int], real: list[int], chunk: int, single: bool) -> None:
+    found, expected, bound, _ = packed_attention(operator, start, real, chunk, HEADS, WIDTH, single=single)
+    compare(found, expected, real, bound)
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("operator", ATTENTIONS[1:])
+def test_attention_of_packed_rows_at_the_width_of_the_released_models(operator: str, sm: int) -> None:
+    found, expected, bound, _ = packed_attention(operator, [700], [1], 1, 64, 512, sm=sm)
+    compare(found, expected, [1], bound)
+
+
+@pytest.mark.parametrize("operator", ATTENTIONS)
+def test_attention_of_packed_rows_does_not_depend_on_the_places_in_a_batch(operator: str) -> None:
+    order = [2, 0, 1]
+    found, _, _, inputs = packed_attention(operator, [1999, 5, 0], [1, 1, 1], 1, HEADS, WIDTH)
+    batched = [value[order] if value.shape[0] == 3 else value for value in inputs]
+    options = {"ratio": 8} if operator == "FoldkvDenseAttention" else {}
+    [moved] = run(operator, batched, dtype="bfloat16", rows=FP8_DS_MLA, rotary=2 * (WIDTH // 8), **options)
+    assert torch.equal(moved, found[order])
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("format_", [INDEX_FP8, INDEX_FP4])
+@pytest.mark.parametrize(("heads", "width"), [(8, 32), (64, 128)])
+@pytest.mark.parametrize(("start", "chunk"), [([0, 3], 2), ([1300, 41], 1)])
+def test_index_scores_of_packed_rows(
+    format_: str, heads: int, width: int, start: list[int], chunk: int, sm: int
+) -> None:
+    torch.manual_seed(3)
+    q, weights = torch.randn(len(start), chunk, heads, width), torch.randn(len(start), chunk, heads)
+    dense = torch.randn(len(start), 400, width) * 10.0 ** torch.randint(-3, 3, (len(start), 400, 1))
+    for b, first in enumerate(start):
+        dense[b, (first + chunk) // 4 :] = torch.nan
+    rows, values = packed(dense, format_)
+    tail = [ints(*start), torch.tensor([max(start) + chunk])]
+    [found] = run("FoldkvIndexScores", [q, weights, rows, *tail], dtype="bfloat16", rows=format_, sm=sm, ratio=4)
+    check_scores(found, q, weights, values, tail, "bfloat16")
+
+
+def test_rows_of_another_size_format_or_version_are_refused() -> None:
+    sizes = {"B": 1, "S": 1, "H": 4, "D": 512, "W": 16, "P": 32, "ROW": 584}
+    given: dict[str, Any] = {"sm": 80, "dtype": "bfloat16", "rows": FP8_DS_MLA, "rotary": 64}
+    assert plan("FoldkvWindowAttention", sizes, {}, **given).launches
+    with pytest.raises(ValueError, match="rows of 592 bytes; 512 channels in fp8_ds_mla take 584"):
+        plan("FoldkvWindowAttention", sizes | {"ROW": 592}, {}, **given)
+    with pytest.raises(ValueError, match="rows have 32 rotated channels and the frequencies of 64"):
+        plan("FoldkvWindowAttention", sizes, {}, **given | {"rotary": 32})
+    with pytest.raises(ValueError, match="rows in nvfp4; its kernels read dense, fp8_ds_mla"):
+        plan("FoldkvWindowAttention", sizes, {}, **given | {"rows": "nvfp4"})
+    with pytest.raises(ValueError, match="layout version 2; its kernels read 1"):
+        plan("FoldkvWindowAttention", sizes, {}, **given | {"layout_version": 2})
+    with pytest.raises(ValueError, match="cannot be stored as index_fp4"):
+        plan(
+            "FoldkvIndexScores", {"H": 4, "D": 48, "B": 1, "S": 1, "E": 9}, {"ratio": 4}, **given | {"rows": INDEX_FP4}
+        )
 
 
 def test_sizes_that_the_kernels_cannot_take_are_refused() -> None:

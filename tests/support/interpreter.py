@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from foldkv.export.layouts import DENSE
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.spec import PLUGINS, STATE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "int32": torch.int32, "int64": torch.int64}  # fmt: skip
+          "int32": torch.int32, "int64": torch.int64, "int8": torch.int8}  # fmt: skip
 
 
 _NUMPY = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float16: np.dtype(np.float16), tl.float32: np.dtype(np.float32)}
@@ -67,19 +68,22 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 
 def run(
     operator: str, inputs: Sequence[Tensor], *, sm: int = 80, dtype: str = "float32", single: bool = False,
-    **attributes: Any,
+    rows: str = DENSE, rotary: int = 0, **attributes: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The operator's outputs; inputs are not changed. Outputs are filled with NaN (or -7) before."""
     spec = PLUGINS[operator]
     inputs = [value.clone().contiguous() for value in inputs]
-    sizes = spec.dimensions([tuple(value.shape) for value in inputs]) | attributes
+    sizes = spec.dimensions([tuple(value.shape) for value in inputs], rows=rows) | attributes
     outputs = []
     for index, tensor in enumerate(spec.outputs):
         if index in spec.aliases:
             outputs.append(inputs[spec.aliases[index]])
             continue
-        shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.dims]
-        kind = DTYPES[dtype if tensor.dtype == STATE else tensor.dtype]
+        shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(rows)]
+        state = dtype if rows == DENSE else "int8"
+        kind = DTYPES[state if tensor.dtype == STATE else tensor.dtype]
         outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
-    launch(plan(operator, sizes, attributes, sm=sm, dtype=dtype, single=single), inputs, outputs)
+    launch(
+        plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary, single=single), inputs, outputs
+    )
     return outputs
