@@ -406,12 +406,21 @@ def doctor_command(as_json: bool) -> None:
 
 
 @main.command("targets")
+@click.option(
+    "--coverage",
+    type=_folder,
+    metavar="CHECKPOINT",
+    help="Show instead which operators of this checkpoint, or bare config.json, have a plugin.",
+)
 @_json
-def targets_command(as_json: bool) -> None:
+def targets_command(coverage: Path | None, as_json: bool) -> None:
     """The targets that bundles can be built for, and by which backend."""
     from foldkv.optimize.targets import load_targets
 
     targets = load_targets()
+    if coverage is not None:
+        _print_coverage(coverage, sorted({t.sm for t in targets.values() if t.sm}), as_json)
+        return
     if as_json:
         click.echo(json.dumps([target.to_dict() for target in targets.values()], indent=2))
         return
@@ -420,3 +429,24 @@ def targets_command(as_json: bool) -> None:
         memory = f"{t.memory_gib} GiB" if t.memory_gib else ""
         rows.append([t.name, str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)])
     _table(rows, numbers=(1, 2, 3))
+
+
+def _print_coverage(checkpoint: Path, sms: list[int], as_json: bool) -> None:
+    from foldkv.export.spec import ModelSpec
+    from foldkv.plugins.coverage import coverage
+    from foldkv.plugins.spec import BODIES
+
+    found = coverage(ModelSpec.from_file(checkpoint), sms)
+    if as_json:
+        click.echo(json.dumps({"plugins": [row.to_dict() for row in found], "bodies": BODIES}, indent=2))
+        return
+    rows = [["operator", "state", "rows", "type", *(f"sm{sm}" for sm in sms)]]
+    reasons: dict[str, int] = {}
+    for row in found:
+        marks = ["yes" if not gap else f"no ({reasons.setdefault(gap, len(reasons) + 1)})" for gap in row.gaps.values()]
+        rows.append([row.operator, row.group, row.rows, row.dtype, *marks])
+    _table(rows)
+    for reason, number in reasons.items():
+        click.echo(f"({number}) {reason}")
+    for operator, why in BODIES.items():
+        click.echo(f"{operator} {why}.")

@@ -17,7 +17,9 @@ _PACKAGES = (
     ("onnxscript", "export"),
     ("jinja2", "validate"),
     ("tensorrt-rtx", "engines for sm80, 86, 89, 120, 121"),
-    ("tensorrt", "engines for sm90, 100, 103 (not supported by this version)"),
+    ("tensorrt", "engines for sm90, 100, 103; builds on a GPU"),
+    ("triton", "kernels of the plugins"),
+    ("cuda-bindings", "running engines"),
 )
 
 
@@ -30,13 +32,14 @@ def examine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found = None
         packages.append({"package": name, "version": found, "for": purpose})
-    from foldkv.runtime.bundle import cuda_devices
+    from foldkv.plugins.cuda import device_capability, device_count
 
     return {
         "python": platform.python_version(),
         "processors": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cuda_devices": cuda_devices(),
+        "cuda_devices": device_count(),
+        "compute_capability": device_capability(),
         "packages": packages,
         "can": {
             "generate": _all(packages, "onnxruntime", "tokenizers"),
@@ -44,6 +47,7 @@ def examine() -> dict[str, Any]:
             "validate": _all(packages, "torch", "transformers", "jinja2", "onnxruntime"),
             "build cpu": _all(packages, "onnxruntime"),
             "build GPU engines": _all(packages, "tensorrt-rtx"),
+            "build with plugins": _all(packages, "tensorrt-rtx", "triton"),
         },
     }
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,7 @@ def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
         "profile": manifest["profile"],
         "precision": spec.precision,
         "layout": spec.layout,
+        "shapes": asdict(spec.shapes),
         "inputs": {
             "graph": {"manifest_sha256": sha256_file(job.graph / "manifest.json")},
             "checkpoint": manifest["inputs"]["checkpoint"],

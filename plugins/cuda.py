@@ -49,15 +49,27 @@ def cuda_driver() -> Any:
     return driver
 
 
-def device_capability() -> int | None:
-    """Compute capability of the first GPU (90 for 9.0), or None without a driver or a GPU."""
+def _driver_library() -> Any:
+    """libcuda.so.1, initialized, or None: to look for a GPU without any package."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
+    return None if library.cuInit(0) else library
+
+
+def device_count() -> int:
+    """The number of NVIDIA GPUs that the driver offers; 0 without a driver."""
+    library, count = _driver_library(), ctypes.c_int(0)
+    return 0 if library is None or library.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
+def device_capability() -> int | None:
+    """Compute capability of the first GPU (90 for 9.0), or None without one."""
+    library, device = _driver_library(), ctypes.c_int()
+    if library is None or library.cuDeviceGet(ctypes.byref(device), 0):
         return None
+    major, minor = ctypes.c_int(), ctypes.c_int()
     for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
         if library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None

@@ -6,7 +6,6 @@ version. Knows which backend a bundle needs and says what is missing for it.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,14 @@ from typing import Any
 
 from foldkv.artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
 from foldkv.errors import ArtifactError, MissingDependencyError, listing
+from foldkv.plugins.cuda import device_capability
 from foldkv.runtime.plugins import plugin_findings
 from foldkv.runtime.state import StateSpec
 
 KIND = "foldkv.bundle"
 ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"
+#: Backend of an engine to the module that runs it, which is also the name of its distribution.
+ENGINE_MODULES = {TENSORRT_RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 BACKENDS = (ONNXRUNTIME, TENSORRT_RTX, TENSORRT)
 PRECISIONS = ("float32", "bfloat16", "float16")
 TOKENIZER = "tokenizer.json"
@@ -69,6 +71,11 @@ class Bundle:
     engine: Path
     tokenizer: Path | None
 
+    def largest(self, size: str) -> int | None:
+        """The largest "batch", "chunk" or "context" that an engine was built for; None for a graph, which takes any."""
+        shapes = self.manifest.get("shapes") if self.backend in ENGINE_MODULES else None
+        return int(shapes[size][2]) if shapes else None
+
     @property
     def digest(self) -> str:
         """The sha256 of the manifest's content, and so of every file it names."""
@@ -106,30 +113,23 @@ def require_backend(bundle: Bundle) -> None:
         if not _installed("onnxruntime"):
             missing.append("the package onnxruntime: pip install onnxruntime")
     else:
-        if not _installed("tensorrt_rtx"):
-            missing.append("the package tensorrt_rtx: pip install tensorrt-rtx")
+        module = ENGINE_MODULES[bundle.backend]
+        if not _installed(module):
+            missing.append(
+                f"the package {module}: pip install {module}=={bundle.manifest['tool_versions'][bundle.backend]}"
+            )
         if not _installed("cuda.bindings"):
-            missing.append("the package cuda.bindings: pip install cuda-python")
-        if not cuda_devices():
+            missing.append("the package cuda.bindings: pip install 'foldkv[gpu]'")
+        wanted, found = bundle.manifest["target"].get("sm"), device_capability()
+        if found is None:
             missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
-        missing.append("an executor for TensorRT-RTX engines: this version of foldkv builds them, it does not run them")
+        elif found != wanted:
+            missing.append(f"a GPU of compute capability {wanted / 10:.1f}; the one here has {found / 10:.1f}")
     if missing:
         title = f"the bundle {bundle.folder} for {bundle.target} needs the backend {bundle.backend}, which is not usable here"
         raise MissingDependencyError(
             listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
         )
-
-
-def cuda_devices() -> int:
-    """The number of NVIDIA GPUs that the driver offers; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _installed(module: str) -> bool:

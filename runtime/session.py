@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from foldkv.errors import CapacityError, FoldkvError, InputError
 from foldkv.runtime.backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
-from foldkv.runtime.bundle import Bundle, load_bundle, require_backend
+from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
 from foldkv.runtime.sampling import GREEDY, Sampler, Sampling
-from foldkv.runtime.state import StateBuffers
+from foldkv.runtime.state import Buffers, StateBuffers
 
 Logits = Literal["last", "all"]
 
@@ -71,7 +71,8 @@ class Session:
 
         Args:
             bundle: the folder of one target, as ``foldkv build`` wrote it.
-            context: tokens to plan for, at most the model's ``max_position_embeddings``, which is the default.
+            context: tokens to plan for, at most the model's ``max_position_embeddings`` and what an engine was built
+                for, which is the default.
             batch: number of sequences.
             threads: of one operator; the default is the processors this process may use.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
@@ -89,12 +90,12 @@ class Session:
         longest = self.bundle.model.max_position_embeddings
         if context is not None and context > longest:
             raise InputError(f"context is {context}; the model in {bundle} takes {longest} tokens at most.")
-        self.context: int = longest if context is None else context
+        self.context: int = min(longest, self.bundle.largest("context") or longest) if context is None else context
         self.batch: int = batch
-        self.chunk: int = min(chunk, self.context)
+        self.chunk: int = min(chunk, self.context, self.bundle.largest("chunk") or chunk)
         self.vocab_size: int = self.bundle.model.vocab_size
-        self._buffers = StateBuffers(self.bundle.state, self.context, batch)
-        self._executor: Executor | None = OnnxRuntimeExecutor(self.bundle, self._buffers, batch=batch, threads=threads)
+        self._buffers, executor = _open(self.bundle, self.context, batch, threads)
+        self._executor: Executor | None = executor
         self._positions: IntArray = np.zeros(batch, np.int64)
         self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
         self._lock = threading.Lock()
@@ -409,6 +410,17 @@ class Session:
                 elif count and start + count == lengths[slot]:
                     results[slot][0] = chunk_logits[slot, 0]
         return results
+
+
+def _open(bundle: Bundle, context: int, batch: int, threads: int | None) -> tuple[Buffers, Executor]:
+    """The state and the executor of a bundle's backend."""
+    if bundle.backend == ONNXRUNTIME:
+        buffers = StateBuffers(bundle.state, context, batch)
+        return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads)
+    from foldkv.runtime.engine import EngineExecutor
+
+    engine = EngineExecutor(bundle, context=context, batch=batch)
+    return engine.buffers, engine
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,23 @@ def plan_bytes(state: StateSpec, context: int, batch: int = 1) -> dict[str, int]
     return plan
 
 
+class Buffers(Protocol):
+    """What a session needs of the memory that holds its state."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+
+    def clear(self, slot: int, tokens: int) -> None:
+        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
+
+    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
+
+    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
+        """Write what :meth:`copy_used` gave back, into the same buffers."""
+
+
 class StateBuffers:
     """The allocated state: one contiguous array per tensor, at the same address for its whole life."""
 
@@ -173,7 +190,7 @@ class StateBuffers:
     def clear(self, slot: int, tokens: int) -> None:
         """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
         for tensor in self.spec.tensors:
-            self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = _fill_value(tensor)
+            self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = fill_value(tensor)
 
     def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
         """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
@@ -191,7 +208,8 @@ class StateBuffers:
             self.arrays[tensor.name][:, : copy.shape[1]] = copy
 
 
-def _fill_value(tensor: StateTensor) -> Any:
+def fill_value(tensor: StateTensor) -> Any:
+    """The first value of a tensor's rows, as its storage holds it."""
     if tensor.dtype == "bfloat16":
         # numpy has no bfloat16: the upper half of the float32 pattern is the value rounded towards zero.
         return np.float32(tensor.fill).view(np.uint32) >> np.uint32(16)
@@ -203,4 +221,4 @@ def _filled(tensor: StateTensor, shape: tuple[int, int, int]) -> npt.NDArray[Any
     if tensor.fill == 0:
         # zeros() takes untouched pages from the system: capacity that is never used costs no memory.
         return np.zeros(shape, storage)
-    return np.full(shape, _fill_value(tensor), storage)
+    return np.full(shape, fill_value(tensor), storage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import signal
 import struct
@@ -16,6 +17,8 @@ import pytest
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import BuildError, InputError, MissingDependencyError
+from foldkv.export.plan import plan_memory
+from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.engine import build_plan
@@ -23,11 +26,16 @@ from foldkv.optimize.passes.lower import lowered_graph
 from foldkv.optimize.plan import check_plan, read_plan_header
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import load_targets
+from foldkv.plugins.inject import inject
+from foldkv.plugins.spec import PLUGINS
+from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.state import StateSpec, plan_bytes
 
 SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "bfloat16", False)
 OTHERS: dict[str, Any] = {
     "graph_sha256": "h", "weights_sha256": "x", "target": {"name": "a100", "sm": 86}, "backend": "tensorrt",
-    "backend_version": "1.8", "precision": "float16", "plugins": True, "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99,
+    "backend_version": "1.8", "precision": "float16", "plugins": True, "kernel_compiler": "triton 4", "layout": "fp8",
+    "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99,
 }  # fmt: skip
 
 
@@ -75,15 +83,93 @@ def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, t
     assert not any("norm" in name or "sink" in name or "compressor" in name or "hc_" in name for name in low)
 
 
+SMALL = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))
+
+
 @pytest.fixture(scope="module")
 def engines(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("engines")
-    small = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))
-    report = build_bundles(tiny_graph, out, ["a100", "h200"], shapes=small)
+    report = build_bundles(tiny_graph, out, ["a100", "h200"], shapes=SMALL)
     results = {result.target: result for result in report.results}
-    assert results["h200"].status == "failed" and "TensorRT 11" in results["h200"].reason
+    assert results["h200"].status == "failed"
+    reason = results["h200"].reason
+    assert "TensorRT 11" in reason and "pip install 'foldkv[tensorrt]'" in reason and "capability 9.0" in reason
+    assert "foldkv build GRAPH --target h200 -o OUT" in reason
     assert results["a100"].status == "built" and report.exit_code == 3
     return out
+
+
+@pytest.fixture(scope="module")
+def plugin_engines(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A bundle with plugins per cache layout."""
+    folders = {}
+    for layout in ("dense", "fp8+fp4"):
+        out = tmp_path_factory.mktemp("plugin-engines")
+        report = build_bundles(tiny_graph, out, ["l40s"], plugins=True, layout=layout, shapes=SMALL)
+        assert [result.reason for result in report.results] == [""]
+        folders[layout] = out / "l40s"
+    return folders
+
+
+@pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])
+def test_a_real_engine_with_plugins_is_built_without_a_gpu(
+    plugin_engines: dict[str, Path], tiny_graph: Path, layout: str
+) -> None:
+    folder = plugin_engines[layout]
+    manifest = read_manifest(folder, kind="foldkv.bundle")
+    verify_files(folder, manifest)
+    counts = read_manifest(tiny_graph, kind="foldkv.graph")["operators"]
+    assert {row["name"]: row["nodes"] for row in manifest["plugins"]} == {name: counts[name] for name in PLUGINS}
+    assert manifest["engine"]["plugin_layers"] == sum(counts[name] for name in PLUGINS) == 17
+    assert manifest["layout"] == layout
+    plan = (folder / "engine.plan").read_bytes()
+    assert check_plan(plan, sm=89)["sm"] == [89] and b"FoldkvSparseAttention" in plan
+    for row in manifest["kernels"]["files"]:
+        cubin = (folder / row["file"]).read_bytes()
+        assert cubin[:4] == b"\x7fELF" and row["sm"] == 89
+        assert hashlib.sha256(cubin).hexdigest() == row["sha256"] == manifest["files"][row["file"]]["sha256"]
+    listed = {name for row in manifest["plugins"] for name in row["kernels"]}
+    assert listed == {row["name"] for row in manifest["kernels"]["files"]}
+    assert load_bundle(folder).manifest["kernels"]["library"].encode() in plan
+
+
+def test_packed_rows_take_what_the_planner_says(plugin_engines: dict[str, Path], tiny_graph: Path) -> None:
+    manifest = read_manifest(plugin_engines["fp8+fp4"], kind="foldkv.bundle")
+    planned = plan_memory(ModelSpec.from_file(tiny_graph / "config.json"), context=1000, batch=3, layout="fp8+fp4")
+    assert plan_bytes(StateSpec.from_manifest(manifest["state"]), 1000, 3) == planned.groups
+    assert {row["dtype"] for row in manifest["state"] if row["group"] == "window"} == {"int8"}
+
+
+def test_a_graph_injected_by_hand_gives_the_same_bundle(
+    plugin_engines: dict[str, Path], tiny_graph: Path, tmp_path: Path
+) -> None:
+    inject(tiny_graph, tmp_path / "injected", target="l40s", sm=89, dtype="bfloat16")
+    [result] = build_bundles(tmp_path / "injected", tmp_path / "out", ["l40s"], shapes=SMALL).results
+    one, other = (read_manifest(f, kind="foldkv.bundle") for f in (result.folder, plugin_engines["dense"]))
+    for key in ("plugins", "kernels", "state", "layout"):
+        assert one[key] == other[key]
+
+
+def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs plugins"):
+        build_bundles(tiny_graph, tmp_path, ["a100"], layout="fp8")
+    with pytest.raises(InputError, match="expected one of dense"):
+        build_bundles(tiny_graph, tmp_path, ["a100"], plugins=True, layout="fp7")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
+    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
+    with pytest.raises(BuildError, match=r"is packed, but .* is no plugin"):
+        lowered_graph(tiny_graph, tmp_path, state, "bfloat16", layout="fp8", rotary=16)
+
+
+def test_a_network_without_the_injected_plugins_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
+    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
+    state, _ = lowered_graph(tiny_graph, tmp_path, state, "bfloat16")
+    with pytest.raises(BuildError, match="0 plugin layers; 17 nodes were injected"):
+        build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=80, state=state, shapes=SMALL, plugins=17)
+    assert not (tmp_path / "plan").exists()
 
 
 def test_a_real_engine_is_built_without_a_gpu(engines: Path) -> None:
@@ -97,9 +183,8 @@ def test_a_real_engine_is_built_without_a_gpu(engines: Path) -> None:
 
 
 def test_a_build_is_skipped_until_something_changes(engines: Path, tiny_graph: Path) -> None:
-    small = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))
     before = (engines / "a100" / "manifest.json").stat().st_mtime_ns
-    report = build_bundles(tiny_graph, engines, ["a100"], shapes=small)
+    report = build_bundles(tiny_graph, engines, ["a100"], shapes=SMALL)
     assert [result.status for result in report.results] == ["unchanged"]
     assert (engines / "a100" / "manifest.json").stat().st_mtime_ns == before
 

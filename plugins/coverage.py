@@ -1,0 +1,63 @@
+"""Which operators of a model have a plugin: by row format, type of dense rows and compute capability, with reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foldkv.errors import InputError
+from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
+from foldkv.export.spec import ModelSpec
+from foldkv.plugins.launch import kernels
+from foldkv.plugins.model import OperatorCall, operator_calls
+from foldkv.plugins.spec import PLUGINS
+
+DTYPES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One operator on one kind of rows: the state group, the format, the type of dense rows
+    ("" if packed), and per compute capability why there is no plugin ("" where there is one)."""
+
+    operator: str
+    group: str
+    rows: str
+    dtype: str
+    gaps: dict[int, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+
+def coverage(spec: ModelSpec, sms: Sequence[int]) -> list[CoverageRow]:
+    """The coverage of a model's operators for compute capabilities; asks the same rules as injection."""
+    rows: dict[tuple[str, str, str, str], CoverageRow] = {}
+    for call in operator_calls(spec):
+        formats = dict.fromkeys(layout.format_of(call.group) or DENSE for layout in LAYOUTS.values())
+        if not PLUGINS[call.operator].rows:
+            formats = {DENSE: None}
+        for format_ in formats:
+            for dtype in DTYPES if format_ == DENSE and PLUGINS[call.operator].rows else ("",):
+                gaps = {sm: _gap(call, spec, sm, dtype or DTYPES[0], format_) for sm in sms}
+                key = (call.operator, call.group, format_, dtype)
+                if key in rows:  # another kind of layer has it too
+                    gaps = {sm: rows[key].gaps[sm] or gap for sm, gap in gaps.items()}
+                rows[key] = CoverageRow(*key, gaps)
+    return list(rows.values())
+
+
+def _gap(call: OperatorCall, spec: ModelSpec, sm: int, dtype: str, format_: str) -> str:
+    reasons = PLUGINS[call.operator].refusals(sm=sm, dtype=dtype, rows=format_)
+    if reasons:
+        return "; ".join(reasons)
+    sizes = dict(call.sizes)
+    try:
+        if format_ != DENSE:
+            sizes["ROW"] = row_bytes(format_, sizes["D"], spec.rope_dim)
+        kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, rows=format_, rotary=spec.rope_dim)
+    except (ValueError, InputError) as error:
+        return str(error)
+    return ""

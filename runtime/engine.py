@@ -1,0 +1,230 @@
+"""Run a bundle's TensorRT or TensorRT-RTX engine: state on the GPU, updated in place; neither torch nor Triton.
+
+The engine's plugins launch the kernels that the bundle carries. ``past.X`` and ``present.X`` are one buffer, as the
+plugins' aliases want it. Small inputs and the logits go through buffers that are made once per shape.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
+from foldkv.plugins.cuda import check, cuda_driver
+from foldkv.plugins.tensorrt import provide_kernels, register_plugins
+from foldkv.runtime.backend import FloatArray, IntArray
+from foldkv.runtime.bundle import ENGINE_MODULES, Bundle
+from foldkv.runtime.plugins import bundle_kernels
+from foldkv.runtime.state import STATE_TYPES, StateSpec, StateTensor, fill_value, plan_bytes
+
+
+class DeviceBuffers:
+    """The state in GPU memory: one contiguous buffer per tensor, at the same address for its whole life."""
+
+    def __init__(self, driver: Any, spec: StateSpec, context: int, batch: int) -> None:
+        """Allocate and fill.
+
+        Raises:
+            InputError: the GPU cannot hold the state.
+        """
+        self._driver, self.spec, self._context, self._batch = driver, spec, context, batch
+        self.addresses: dict[str, int] = {}
+        for tensor in spec.tensors:
+            status, address = driver.cuMemAlloc(tensor.bytes(context, batch))
+            if int(status) != 0:
+                self.close()
+                need = sum(plan_bytes(spec, context, batch).values())
+                raise InputError(
+                    f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
+                    "which the GPU cannot give. Choose a smaller context or batch."
+                )
+            self.addresses[tensor.name] = int(address)
+            self._fill(tensor, 0, batch * tensor.capacity(context))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return sum(tensor.bytes(self._context, self._batch) for tensor in self.spec.tensors)
+
+    def clear(self, slot: int, tokens: int) -> None:
+        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
+        for tensor in self.spec.tensors:
+            self._fill(tensor, slot * tensor.capacity(self._context), tensor.used_rows(tokens))
+
+    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
+        copies = []
+        for tensor in self.spec.tensors:
+            storage = STATE_TYPES[tensor.dtype].storage
+            copy = np.empty((self._batch, tensor.used_rows(max(tokens)), tensor.width), storage)
+            for slot in range(self._batch):
+                address = self._row(tensor, slot * tensor.capacity(self._context))
+                check(self._driver, self._driver.cuMemcpyDtoH(copy[slot].ctypes.data, address, copy[slot].nbytes))
+            copy.flags.writeable = False
+            copies.append(copy)
+        return tuple(copies)
+
+    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
+        """Write what :meth:`copy_used` gave back, into the same buffers."""
+        for tensor, copy in zip(self.spec.tensors, copies, strict=True):
+            for slot in range(self._batch):
+                address = self._row(tensor, slot * tensor.capacity(self._context))
+                check(self._driver, self._driver.cuMemcpyHtoD(address, copy[slot].ctypes.data, copy[slot].nbytes))
+
+    def close(self) -> None:
+        """Free the memory."""
+        for address in self.addresses.values():
+            check(self._driver, self._driver.cuMemFree(address))
+        self.addresses = {}
+
+    def _row(self, tensor: StateTensor, row: int) -> int:
+        return self.addresses[tensor.name] + row * tensor.width * STATE_TYPES[tensor.dtype].item_bytes
+
+    def _fill(self, tensor: StateTensor, row: int, rows: int) -> None:
+        item = STATE_TYPES[tensor.dtype].item_bytes
+        pattern = np.array(fill_value(tensor), STATE_TYPES[tensor.dtype].storage).view(f"uint{8 * item}")
+        fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
+        if rows:
+            check(self._driver, fill(self._row(tensor, row), int(pattern), rows * tensor.width))
+
+
+class EngineExecutor:
+    """Runs a bundle's engine on the first GPU; see :class:`foldkv.runtime.backend.Executor`."""
+
+    def __init__(self, bundle: Bundle, *, context: int, batch: int) -> None:
+        """Load kernels and engine, allocate the state.
+
+        Raises:
+            ArtifactError: the engine cannot be deserialised, or is not the one that the manifest describes.
+            InputError: context or batch lie outside of what the engine was built for, or the state does not fit.
+            MissingDependencyError: the library is of another version than the engine.
+        """
+        _check_shapes(bundle, context, batch)
+        self._bundle, self._batch = bundle, batch
+        self._driver = driver = cuda_driver()
+        self._device = check(driver, driver.cuDeviceGet(0))
+        check(driver, driver.cuCtxSetCurrent(check(driver, driver.cuDevicePrimaryCtxRetain(self._device))))
+        trt = _library(bundle)
+        table = bundle.manifest.get("kernels")
+        if table is not None:
+            provide_kernels(table["library"], bundle_kernels(bundle.folder, bundle.manifest), driver=driver)
+            register_plugins(trt)
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(bundle.engine.read_bytes())
+        if self._engine is None:
+            raise ArtifactError(
+                f"{bundle.engine} cannot be deserialised here; the library printed why. Build it again."
+            )
+        self._execution = self._engine.create_execution_context()
+        self._stream = int(check(driver, driver.cuStreamCreate(0)))
+        self._on_host = {
+            name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
+        }
+        self.buffers = DeviceBuffers(driver, bundle.state, context, batch)
+        self._small: dict[str, tuple[int, int]] = {}  # name to device address and bytes
+        for tensor in bundle.state.tensors:
+            shape = (batch, tensor.capacity(context), tensor.width)
+            self._set_shape(tensor.input, shape)
+            for name in (tensor.input, tensor.output):
+                self._execution.set_tensor_address(name, self.buffers.addresses[tensor.name])
+
+    def run(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        *,
+        trim: bool = False,
+    ) -> FloatArray:
+        """See :meth:`foldkv.runtime.backend.Executor.run`; ``trim`` means nothing here.
+
+        Raises:
+            FoldkvError: the engine failed; the state may be half updated.
+        """
+        names = self._bundle.io
+        arrays = {
+            names.input_ids: np.ascontiguousarray(input_ids, np.int64),
+            names.positions: np.ascontiguousarray(positions, np.int32),
+            names.num_tokens: np.ascontiguousarray(num_tokens, np.int32),
+            names.active_context: np.array([active_context], np.int64),
+            names.logit_indices: np.ascontiguousarray(logit_indices, np.int64),
+        }
+        for name, array in arrays.items():
+            if name in self._on_host:
+                self._execution.set_tensor_address(name, array.ctypes.data)
+            else:
+                self._set_shape(name, array.shape)
+                address = self._space(name, array.nbytes)
+                copied = self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream)
+                check(self._driver, copied)
+        logits = np.empty((self._batch, logit_indices.shape[1], self._bundle.model.vocab_size), np.float32)
+        address = self._space(names.logits, logits.nbytes)
+        if not self._execution.execute_async_v3(self._stream):
+            raise FoldkvError(
+                f"the engine {self._bundle.engine} failed on a chunk of {input_ids.shape[1]} tokens; the library printed "
+                "why. Reset the session or restore a snapshot."
+            )
+        check(self._driver, self._driver.cuMemcpyDtoHAsync(logits.ctypes.data, address, logits.nbytes, self._stream))
+        check(self._driver, self._driver.cuStreamSynchronize(self._stream))
+        return logits
+
+    def close(self) -> None:
+        """Free engine, state and stream. The kernels stay loaded for other sessions of the process."""
+        if self._stream:
+            check(self._driver, self._driver.cuStreamSynchronize(self._stream))
+            self._execution = self._engine = self._runtime = None
+            self.buffers.close()
+            for address, _ in self._small.values():
+                check(self._driver, self._driver.cuMemFree(address))
+            check(self._driver, self._driver.cuStreamDestroy(self._stream))
+            check(self._driver, self._driver.cuDevicePrimaryCtxRelease(self._device))
+            self._small, self._stream = {}, 0
+
+    def _set_shape(self, name: str, shape: Sequence[int]) -> None:
+        if not self._execution.set_input_shape(name, tuple(shape)):
+            raise InputError(
+                f"the engine {self._bundle.engine} was not built for the shape {tuple(shape)} of {name!r}; "
+                f"its sizes are {self._bundle.manifest.get('shapes')}."
+            )
+
+    def _space(self, name: str, size: int) -> int:
+        """A device buffer of at least that many bytes, bound to a tensor."""
+        address, held = self._small.get(name, (0, 0))
+        if held < size:
+            if address:
+                check(self._driver, self._driver.cuStreamSynchronize(self._stream))
+                check(self._driver, self._driver.cuMemFree(address))
+            address = int(check(self._driver, self._driver.cuMemAlloc(size)))
+            self._small[name] = (address, size)
+        self._execution.set_tensor_address(name, address)
+        return address
+
+
+def _library(bundle: Bundle) -> Any:
+    module = ENGINE_MODULES[bundle.backend]
+    wanted, found = bundle.manifest["tool_versions"].get(bundle.backend), importlib.metadata.version(module)
+    if wanted != found:
+        raise MissingDependencyError(
+            f"the engine in {bundle.folder} was built by {bundle.backend} {wanted}; installed is {found}. "
+            f"Run `pip install {module}=={wanted}`, or build the bundle again."
+        )
+    return importlib.import_module(module)
+
+
+def _check_shapes(bundle: Bundle, context: int, batch: int) -> None:
+    shapes = bundle.manifest.get("shapes") or {}
+    for name, value in (("context", context), ("batch", batch)):
+        low, _, high = shapes.get(name, (1, 1, value))
+        if not low <= value <= high:
+            raise InputError(
+                f"{name} is {value}; the engine in {bundle.folder} was built for {low} to {high}. "
+                f"Choose one of these, or build it with other shapes."
+            )

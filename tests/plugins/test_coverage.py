@@ -1,0 +1,63 @@
+"""The coverage table says what injection does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from foldkv.artifact import read_manifest
+from foldkv.cli import main
+from foldkv.export.layouts import LAYOUTS
+from foldkv.export.spec import ModelSpec
+from foldkv.optimize.targets import load_targets
+from foldkv.plugins.coverage import coverage
+from foldkv.plugins.inject import inject_nodes
+from foldkv.plugins.spec import BODIES, PLUGINS
+
+DATA = Path(__file__).parents[1] / "data"
+SMS = sorted({target.sm for target in load_targets().values() if target.sm})
+
+
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_the_released_models_have_every_plugin_on_every_target_and_layout(name: str) -> None:
+    rows = coverage(ModelSpec.from_file(DATA / f"deepseek-v4-{name}.json"), SMS)
+    assert {row.operator for row in rows} == set(PLUGINS) - ({"FoldkvWindowAttention"} if name == "pro" else set())
+    for row in rows:
+        assert set(row.gaps) == set(SMS)
+        assert all(bool(gap) == (row.rows == "nvfp4") for gap in row.gaps.values()), row
+
+
+def test_the_table_agrees_with_injection(tiny_graph: Path) -> None:
+    spec = ModelSpec.from_file(tiny_graph / "config.json")
+    state = read_manifest(tiny_graph, kind="foldkv.graph")["state"]
+    table = {(row.operator, row.rows): row.gaps for row in coverage(spec, [80]) if row.dtype in ("", "bfloat16")}
+    for layout in ("dense", "fp8", "fp8+fp4"):
+        model = onnx.load(tiny_graph / "model.onnx", load_external_data=False)
+        injection = inject_nodes(
+            model, state, rotary=spec.rope_dim, target="a100", sm=80, dtype="bfloat16", layout=layout
+        )
+        for given in injection.given:
+            assert all(table[given.plugin.operator, rows] == {80: ""} for rows in given.rows)
+    assert {rows for _, rows in table} == {f for layout in LAYOUTS.values() for f in (layout.rows, layout.index_rows)}
+
+
+def test_sizes_that_no_kernel_takes_are_a_gap(tiny_graph: Path) -> None:
+    spec = ModelSpec.from_file(tiny_graph / "config.json")
+    odd = dataclasses.replace(spec, head_dim=72, rope_dim=24)
+    gaps = {row.operator: row.gaps[80] for row in coverage(odd, [80]) if row.rows == "dense"}
+    assert "72 wide, which 16 does not divide" in gaps["FoldkvSparseAttention"]
+    assert gaps["FoldkvIndexSelect"] == ""
+
+
+def test_the_command_prints_the_table_and_the_reasons(tiny_graph: Path) -> None:
+    result = CliRunner().invoke(main, ["targets", "--coverage", str(DATA / "deepseek-v4-flash.json")])
+    assert result.exit_code == 0
+    assert "sm121" in result.output and "(1) does not read rows in nvfp4" in result.output
+    assert all(why in result.output for why in BODIES.values())
+    facts = json.loads(CliRunner().invoke(main, ["targets", "--coverage", str(tiny_graph), "--json"]).stdout)
+    assert facts["bodies"] == BODIES and len(facts["plugins"]) > 20
