@@ -23,7 +23,8 @@ profile = "hf"
 
 [build]
 targets = ["cpu", "a100"]
-plugins = "off"
+plugins = "off"                    # "on": compressed-KV operators of GPU targets go to plugins
+layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"
 jobs = 2                           # optional
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size

@@ -28,7 +28,7 @@ def build(request: dict[str, Any]) -> None:
     trt = importlib.import_module(request["module"])
     messages: list[tuple[str, str]] = []
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -150,7 +150,7 @@ class EngineExecutor:
             FoldkvError: the engine failed; the state may be half updated.
         """
         names = self._bundle.io
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             names.input_ids: np.ascontiguousarray(input_ids, np.int64),
             names.positions: np.ascontiguousarray(positions, np.int32),
             names.num_tokens: np.ascontiguousarray(num_tokens, np.int32),
