@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,11 @@ _TENSOR_MEMORY = 512  # columns
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A compiled kernel and its resources. ``shared`` is in bytes, ``stack`` in bytes per thread (spills)."""
+    """A compiled kernel and its resources.
+
+    ``shared`` is in bytes, ``stack`` and ``spills`` in bytes per thread. A stack without spills is an array: the range
+    reduction of sine and cosine has one.
+    """
 
     kernel: Kernel
     sm: int
@@ -45,12 +48,13 @@ class CompiledKernel:
     shared: int
     registers: int
     stack: int
+    spills: int
     tensor_memory: int
     threads: int
 
     def facts(self) -> dict[str, Any]:
         """What a launcher needs to know, and the resources, as JSON values."""
-        fields = ("entry", "shared", "registers", "stack", "tensor_memory", "threads")
+        fields = ("entry", "shared", "registers", "stack", "spills", "tensor_memory", "threads")
         return {
             "name": self.kernel.name, "sm": self.sm, "sha256": hashlib.sha256(self.cubin).hexdigest(),
             "bytes": len(self.cubin), **{name: getattr(self, name) for name in fields},
@@ -69,6 +73,18 @@ def triton_version() -> str:
         raise MissingDependencyError(
             "Triton is not installed; plugins are compiled with it. Run `pip install 'foldkv[plugins]'` (no GPU is needed)."
         ) from None
+
+
+def compiler_identity() -> str:
+    """Triton's version and a digest of the kernels' sources: together with a kernel and its target, what decides a cubin.
+
+    Raises:
+        MissingDependencyError: Triton is not installed.
+    """
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(source.read_bytes())
+    return f"triton {triton_version()}, kernels {digest.hexdigest()[:16]}"
 
 
 def compile_kernels(
@@ -102,9 +118,9 @@ def compile_kernels(
             found[index] = kept
     if missing:
         spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            min(len(missing), jobs or len(os.sched_getaffinity(0))), spawn, max_tasks_per_child=32
-        ) as pool:
+        # No limit of tasks per child: with one, Python 3.11's pool can wait for ever (python/cpython issue 115634).
+        workers = min(len(missing), jobs or len(os.sched_getaffinity(0)))
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
             futures = {pool.submit(_compile, *wanted[index]): index for index in missing}
             for future in concurrent.futures.as_completed(futures):
                 kernel, sm = wanted[futures[future]]
@@ -150,13 +166,15 @@ def _compile(kernel: Kernel, sm: int) -> CompiledKernel:
     """Compile one kernel; runs in a child process."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # smaller, and no path of this machine in it
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory(prefix="foldkv-triton-") as scratch:
         os.environ["TRITON_CACHE_DIR"] = scratch
-        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints whole listings when ptxas refuses one
-            return _compile_here(kernel, sm)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):  # also what Triton prints when ptxas refuses a listing
+            return _compile_here(kernel, sm, log)
 
 
-def _compile_here(kernel: Kernel, sm: int) -> CompiledKernel:
+def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -185,7 +203,7 @@ def _compile_here(kernel: Kernel, sm: int) -> CompiledKernel:
     except Exception as error:  # noqa: BLE001 - Triton's errors share no base, and must be picklable here
         raise BuildError(f"kernel {kernel.name} does not compile for sm{sm}: {str(error)[-400:]}") from None
     meta = built.metadata
-    registers, stack = _resources(built.asm["cubin"])
+    registers, stack, spills = _resources(log.getvalue())
     wrong = []
     if meta.shared > SHARED_LIMITS[sm]:
         wrong.append(f"{meta.shared} B of shared memory, sm{sm} has {SHARED_LIMITS[sm]}")
@@ -198,24 +216,18 @@ def _compile_here(kernel: Kernel, sm: int) -> CompiledKernel:
     if wrong:
         raise BuildError(f"kernel {kernel.name} cannot run on sm{sm}: {'; '.join(wrong)}.")
     return CompiledKernel(
-        kernel, sm, meta.name, built.asm["ptx"], built.asm["cubin"], meta.shared, registers, stack, meta.tmem_size,
-        meta.num_warps * 32,
+        kernel, sm, meta.name, built.asm["ptx"], built.asm["cubin"], meta.shared, registers, stack, spills,
+        meta.tmem_size, meta.num_warps * 32,
     )  # fmt: skip
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and stack bytes per thread, read off the cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        shown = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+def _resources(log: str) -> tuple[int, int, int]:
+    """Registers, stack bytes and spilled bytes per thread, from what ptxas says of a kernel."""
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
     if found is None:
-        raise BuildError(f"cuobjdump shows no resources: {shown[:200]!r}")
-    return int(found[1]), int(found[2])
+        raise BuildError(f"ptxas tells no resources: {log[-200:]!r}")
+    stack, spills, registers = map(int, found.groups())
+    return registers, stack, spills
 
 
 def ptx_parameters(ptx: str) -> list[str]:
@@ -230,7 +242,7 @@ def kernel_table(compiled: Sequence[CompiledKernel]) -> list[dict[str, Any]]:
     """Resources per kernel and compute capability, for people and for checks."""
     return [
         {"function": row.kernel.function, "constants": dict(row.kernel.constants), "warps": row.kernel.num_warps}
-        | {key: value for key, value in asdict(row).items() if key in ("sm", "shared", "registers", "stack", "tensor_memory")}
+        | {key: value for key, value in asdict(row).items() if key in ("sm", "shared", "registers", "stack", "spills", "tensor_memory")}
         | {"cubin_bytes": len(row.cubin), "ptx_bytes": len(row.ptx)}
         for row in compiled
     ]  # fmt: skip

@@ -171,11 +171,20 @@ class _Call:
         return _POINTER[self.dtype] if self.rows == DENSE else _BYTES
 
     @property
+    def turned(self) -> int:
+        """Channels that a packed row keeps apart because RoPE turned them."""
+        return self.rotary if self.rows == FP8_DS_MLA else 0
+
+    @property
+    def row_size(self) -> int:
+        """Elements of the state's pointer in a row: channels, or bytes."""
+        width: int = self["D"]
+        return width if self.rows == DENSE else row_bytes(self.rows, width, self.turned)
+
+    @property
     def row(self) -> dict[str, int | str]:
-        """How a row of the state is stored, as constants: ROW is in elements of the state's pointer."""
-        rotary = self.rotary if self.rows == FP8_DS_MLA else 0
-        size = self["D"] if self.rows == DENSE else row_bytes(self.rows, self["D"], rotary)
-        return {"ROW": size, "ROTARY": rotary, "FORMAT": self.rows}
+        """How a row of the state is stored, as constants."""
+        return {"ROW": self.row_size, "ROTARY": self.turned, "FORMAT": self.rows}
 
     def launch(
         self, function: str, grid: tuple[Any, Any, Any], constants: Mapping[str, int | float | str], *,
@@ -236,7 +245,7 @@ def _packed(call: _Call) -> list[str]:
     if call.rows == FP8_DS_MLA and call.rotary != turned:
         return [f"rows have {call.rotary} rotated channels and the frequencies of {turned}"]
     try:
-        size = call.row["ROW"]
+        size = call.row_size
     except InputError as error:
         return [str(error)]
     if call.sizes.get("ROW", size) != size:
@@ -245,10 +254,10 @@ def _packed(call: _Call) -> list[str]:
 
 
 def _window_update(call: _Call) -> Plan:
-    row = call.row
-    constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"]), "ROW": row["ROW"], "BR": _power(row["ROW"])}
-    constants |= {name: row[name] for name in ("ROTARY", "FORMAT")}
-    return Plan((call.launch("window.window_update", (call["W"] + call["S"], call["B"], 1), constants),))
+    size = call.row_size
+    constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"]), "ROW": size, "BR": _power(size)}
+    grid = (call["W"] + call["S"], call["B"], 1)
+    return Plan((call.launch("window.window_update", grid, constants | {"ROTARY": call.turned, "FORMAT": call.rows}),))
 
 
 def _compress(call: _Call) -> Plan:
@@ -266,7 +275,7 @@ def _index_scores(call: _Call) -> Plan:
     block = 64 if call.sm in (90, 100, 103) else 128
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
-        "RATIO": call.attributes["ratio"], "SPAN": SCORE_SPAN, "BN": block, "ROW": call.row["ROW"],
+        "RATIO": call.attributes["ratio"], "SPAN": SCORE_SPAN, "BN": block, "ROW": call.row_size,
         "FORMAT": call.rows,
     }  # fmt: skip
     grid = (call.arithmetic.cdiv(call["E"], SCORE_SPAN), call["S"], call["B"])
@@ -296,12 +305,15 @@ def _attention_tile(call: _Call) -> _Tile:
     stages = 1 if packed else 2  # a decoded tile cannot be loaded ahead, and its bytes would take shared memory
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
-    if call.sm in (90, 100, 103) and call["H"] >= 64 and width <= 512:
-        return _Tile(64, 32, stages=stages, parked=call.sm == 90 and (packed or call.dtype != "float32"))
-    if packed:
-        return _Tile(16, 32, stages=stages)
+    if call.sm == 90 and call["H"] >= 64 and width <= 512:
+        return _Tile(64, 16 if packed else 32, stages=stages, parked=packed or call.dtype != "float32")
+    if call.sm in (100, 103) and call["H"] >= 64 and width <= 512:
+        return _Tile(64, 32, stages=stages)
     if call["H"] <= 16:
-        return _Tile(16, 64 if width <= 512 and call.dtype != "float32" else 32, stages=stages)
+        large = width > 512 or packed or call.dtype == "float32"
+        return _Tile(16, 32 if large else 64, stages=stages)
+    if packed:  # every program decodes the keys it reads: 32 heads share that, and 16 warps have the registers for it
+        return _Tile(32 if width <= 512 else 16, 32, 16, stages)
     return _Tile(32, 32, stages=stages)
 
 

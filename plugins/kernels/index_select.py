@@ -46,15 +46,18 @@ def index_select(scores, positions, chunk, capacity, chosen, K: tl.constexpr, RA
             digit = tl.sum(tl.where(here, bins, 0), axis=0)
             wanted -= tl.sum(tl.where(here, above, 0), axis=0)
             prefix = (prefix << 8) | digit.to(tl.uint32)
-        taken = tl.zeros((), tl.int32)
+        larger = tl.zeros((), tl.int32)
         equal = tl.zeros((), tl.int32)
         for low in range(0, visible, BN):
             inside = low + n < visible
             key = _key(tl.load(base + low + n, mask=inside, other=0.0))
-            same = (inside & (key == prefix)).to(tl.int32)
-            rank = equal + tl.cumsum(same, axis=0)
-            take = (inside & (key > prefix)).to(tl.int32) + same * (rank <= wanted).to(tl.int32)
-            place = taken + tl.cumsum(take, axis=0) - 1
-            tl.store(chosen + row * K + place, low + n, mask=take > 0)
-            taken += tl.sum(take, axis=0)
-            equal += tl.sum(same, axis=0)
+            over, same = inside & (key > prefix), inside & (key == prefix)
+            # One scan counts both, in halves of a word: a block has fewer than 2^15 entries.
+            both = over.to(tl.int32) + (same.to(tl.int32) << 16)
+            until = tl.cumsum(both, axis=0)
+            ties = equal + (until >> 16)
+            place = larger + (until & 0xFFFF) + tl.minimum(ties, wanted) - 1
+            tl.store(chosen + row * K + place, low + n, mask=over | (same & (ties <= wanted)))
+            sums = tl.sum(both, axis=0)
+            larger += sums & 0xFFFF
+            equal += sums >> 16

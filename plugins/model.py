@@ -1,0 +1,71 @@
+"""Every kernel that a model's engines can launch, from its configuration alone: no graph, no GPU, no Triton."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from foldkv.export.layouts import LAYOUTS
+from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
+from foldkv.plugins.launch import Kernel, kernels
+
+
+class OperatorCall(NamedTuple):
+    """An operator as a model calls it: its static sizes, its attributes and the state group whose rows it touches."""
+
+    operator: str
+    group: str
+    sizes: dict[str, int]
+    attributes: dict[str, Any]
+
+
+def operator_calls(spec: ModelSpec) -> list[OperatorCall]:
+    """The calls of compressed-KV operators in the model's layers, each once."""
+    width, half = spec.head_dim, spec.rope_dim // 2
+    attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
+    calls = [OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {})]
+    for kind, ratio in dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True)):
+        attributes = {"ratio": ratio}
+        if kind == SLIDING:
+            calls.append(OperatorCall("FoldkvWindowAttention", "window", attended, {}))
+        elif kind == HCA:
+            calls += [
+                _compress(spec, "entries", ratio, 1, width),
+                OperatorCall("FoldkvDenseAttention", "entries", attended, attributes),
+            ]
+        elif kind == CSA:
+            scored = {"H": spec.index_heads, "D": spec.index_head_dim}
+            selected = {"ratio": ratio, "topk": spec.index_topk}
+            calls += [
+                _compress(spec, "entries", ratio, 2, width),
+                _compress(spec, "index_entries", ratio, 2, spec.index_head_dim),
+                OperatorCall("FoldkvIndexScores", "index_entries", scored, attributes),
+                OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
+                OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
+            ]
+    return calls
+
+
+def _compress(spec: ModelSpec, group: str, ratio: int, series: int, width: int) -> OperatorCall:
+    sizes = {"R": ratio * series, "C": width * series, "T": ratio, "D": width, "P": spec.rope_dim // 2}
+    return OperatorCall("FoldkvCompress", group, sizes, {"ratio": ratio, "eps": spec.rms_norm_eps})
+
+
+def model_kernels(spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: str = "dense") -> list[Kernel]:
+    """The kernels of a model, each once, in the order of its layers.
+
+    Args:
+        spec: of the model.
+        sm: compute capability.
+        dtype: type of dense rows of the state.
+        layout: name of the cache layout, see export/layouts.py.
+
+    Raises:
+        ValueError: sizes or row formats that the kernels cannot take.
+    """
+    found: dict[Kernel, None] = {}
+    for operator, group, sizes, attributes in operator_calls(spec):
+        rows = LAYOUTS[layout].format_of(group) or "dense"
+        found |= dict.fromkeys(
+            kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=spec.rope_dim)
+        )
+    return list(found)

@@ -1,0 +1,149 @@
+"""Kernels of the released models compiled for every GPU: what they take is within its limits and as documented."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from foldkv.errors import BuildError
+from foldkv.export.spec import ModelSpec
+from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, ptx_parameters, triton_version
+from foldkv.plugins.launch import Kernel, kernels
+from foldkv.plugins.model import model_kernels, operator_calls
+from foldkv.plugins.spec import PLUGINS
+
+ROOT = Path(__file__).parents[2]
+DENSE_SMS, PACKED_SMS = (80, 86, 89, 90, 100, 120), (80, 90, 120)
+WINDOW_UPDATE = kernels("FoldkvWindowUpdate", {"W": 16, "D": 32}, {}, sm=80, dtype="bfloat16")[0]
+
+
+def load_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "benchmarks" / "kernel_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table = load_table()
+
+
+def wanted() -> Iterator[tuple[Kernel, int]]:
+    for layout, sms in (("dense", DENSE_SMS), ("fp8", PACKED_SMS), ("fp8+fp4", PACKED_SMS)):
+        for name in ("flash", "pro"):
+            spec = ModelSpec.from_file(ROOT / "tests" / "data" / f"deepseek-v4-{name}.json")
+            for sm in sms:
+                for kernel in model_kernels(spec, sm=sm, layout=layout):
+                    yield kernel, sm
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Kernel, int], CompiledKernel]:
+    pairs = list(dict.fromkeys(wanted()))
+    rows = compile_kernels(pairs, cache=tmp_path_factory.mktemp("cache"))
+    return dict(zip(pairs, rows, strict=True))
+
+
+Compiled = dict[tuple[Kernel, int], CompiledKernel]
+
+
+def is_hot(kernel: Kernel) -> bool:
+    """Scores, and the attentions of a decoding step: those with a span."""
+    name = kernel.function.split(".")[0]
+    return name == "index_scores" or (name == "attention" and dict(kernel.constants).get("SPAN", 0) > 0)
+
+
+@pytest.mark.slow
+def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> None:
+    for (kernel, sm), row in compiled.items():
+        assert row.shared <= SHARED_LIMITS[sm] and row.tensor_memory <= 512, kernel
+        assert row.threads == 32 * kernel.num_warps
+        assert row.registers * row.threads <= 65_536, "a block's registers are those of its multiprocessor at most"
+        assert row.spills <= (0 if is_hot(kernel) else 16), (kernel, sm)
+    assert {sm for (kernel, sm) in compiled if is_hot(kernel)} == set(DENSE_SMS)
+
+
+@pytest.mark.slow
+def test_the_page_of_kernels_is_current(compiled: Compiled) -> None:
+    text = table.PAGE.read_text(encoding="utf-8")
+    assert f"Triton {triton_version()};" in text
+    assert f"triton=={triton_version()}" in (ROOT / "constraints.txt").read_text().splitlines()
+    shown: dict[tuple[str, str, str], str] = {}
+    for section in text.split("\n## ")[1:]:
+        title, _, head, _, *lines = section.splitlines()
+        columns = [column.strip() for column in head.split("|")[2:-1]]
+        for line in lines:
+            if line:
+                name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+                shown |= {(title, name, column): cell for column, cell in zip(columns, cells, strict=True)}
+    checked = 0
+    for model, layout, new in table.sections():
+        for sm, found in new.items():
+            for kernel in found:
+                if (kernel, sm) in compiled:
+                    figures = f"{table.cell(compiled[kernel, sm])} ({table.tile(kernel)})"
+                    assert shown[f"{model}, layout {layout}", table.label(kernel), f"sm{sm}"] == figures, (
+                        "write it anew"
+                    )
+                    checked += 1
+    assert checked == len(compiled)
+
+
+@pytest.mark.slow
+def test_parameters_of_the_ptx_are_the_arguments_in_order(compiled: Compiled) -> None:
+    for (kernel, _), row in compiled.items():
+        declared = ["u64" if type_.startswith("*") else "u32" for _, type_ in kernel.arguments if type_]
+        assert ptx_parameters(row.ptx) == [*declared, "u64", "u64"], "and two pointers to scratch memory that none uses"
+
+
+@pytest.mark.slow
+def test_no_path_of_this_machine_is_in_the_ptx(compiled: Compiled) -> None:
+    for row in compiled.values():
+        assert not re.search(r"\.file|\.loc\b|(/[\w.-]+){3}", row.ptx)
+        assert str(ROOT).encode() not in row.cubin
+
+
+def test_the_calls_of_a_model_are_of_known_operators_and_complete() -> None:
+    spec = ModelSpec.from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
+    calls = operator_calls(spec)
+    assert {call.operator for call in calls} == set(PLUGINS)
+    assert len({(call.operator, call.group, str(call.attributes)) for call in calls}) == len(calls)
+
+
+def test_a_kernel_with_too_much_shared_memory_is_refused(tmp_path: Path) -> None:
+    sizes = {"W": 128, "H": 64, "D": 512, "P": 32, "K": 512}
+    kernel = kernels("FoldkvSparseAttention", sizes, {}, sm=80, dtype="bfloat16")[0]
+    constants = tuple((name, 64 if name in ("BH", "BN") else value) for name, value in kernel.constants)
+    with pytest.raises(BuildError, match=r"cannot run on sm86: \d+ B of shared memory, sm86 has 101376"):
+        compile_kernels([(replace(kernel, constants=constants), 86)], cache=tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_what_does_not_compile_is_an_error_and_the_next_compiles(tmp_path: Path) -> None:
+    constants = dict(WINDOW_UPDATE.constants)
+    odd = replace(WINDOW_UPDATE, constants=tuple((constants | {"BD": 24}).items()))
+    with pytest.raises(BuildError, match="does not compile for sm80"):
+        compile_kernels([(odd, 80)], cache=tmp_path)
+    other = replace(WINDOW_UPDATE, constants=WINDOW_UPDATE.constants[::-1])
+    with pytest.raises(BuildError, match="its launch declares"):
+        compile_kernels([(other, 80)], cache=tmp_path)
+    assert compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path)[0].cubin
+
+
+def test_results_are_kept_and_a_damaged_file_is_made_again(tmp_path: Path) -> None:
+    lines: list[str] = []
+    [first] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
+    [kept] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
+    assert kept == first and len(lines) == 1
+    [file] = tmp_path.rglob("*.json")
+    for damage in ("", "[]", '{"ptx": 1}', file.read_text()[:-200]):
+        file.write_text(damage)
+        [again] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
+        assert again == first
+    assert len(lines) == 5
