@@ -171,7 +171,10 @@ def _build_target(job: _Job, folder: Path, progress: Callable[[str], None]) -> T
                 content = build(job, work, lambda line: progress(f"{target.name}: {line}"))
                 content["build"]["seconds"] = round(time.monotonic() - start, 3)
                 write_manifest(work, kind=KIND, content=_common(job, spec) | content)
-        progress(f"{target.name}: built in {time.monotonic() - start:.1f} s")
+        layers = content["engine"].get("plugin_layers")
+        progress(
+            f"{target.name}: built in {time.monotonic() - start:.1f} s{f' with {layers} plugin layers' if layers else ''}"
+        )
         return done("built")
     except FoldkvError as error:
         progress(f"{target.name}: failed: {error}")

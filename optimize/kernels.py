@@ -39,7 +39,8 @@ def bundle_kernels(injection: Injection, work: Path, *, progress: Callable[[str]
         MissingDependencyError: Triton is not installed.
     """
     kernels = list(dict.fromkeys(kernel for given in injection.given for kernel in given.kernels))
-    compiled = compile_kernels([(kernel, injection.sm) for kernel in kernels], progress=progress)
+    progress(f"compiling {len(kernels)} kernels for sm{injection.sm}")
+    compiled = compile_kernels([(kernel, injection.sm) for kernel in kernels])
     (work / KERNELS).mkdir()
     files = []
     for one in compiled:

@@ -106,11 +106,22 @@ def _field_value(data: Any, type_: type) -> Any:
     return type_(np.asarray(data).reshape(-1)[0])
 
 
+def _field_array(value: Any) -> Any:
+    if isinstance(value, str):
+        return np.frombuffer(value.encode() + b"\0", np.int8)  # as the ONNX parser gives it, and never empty
+    return np.array([value], np.float32 if isinstance(value, float) else np.int32)
+
+
 @functools.cache
 def _plugin_class(trt: Any) -> type:
     kinds = {
         "float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16,
         "int8": trt.DataType.INT8, "int32": trt.DataType.INT32, "int64": trt.DataType.INT64,
+    }  # fmt: skip
+
+    kinds_of_fields = {
+        np.dtype(np.int8): trt.PluginFieldType.CHAR, np.dtype(np.int32): trt.PluginFieldType.INT32,
+        np.dtype(np.float32): trt.PluginFieldType.FLOAT32,
     }  # fmt: skip
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):  # type: ignore[misc]
@@ -189,15 +200,11 @@ def _plugin_class(trt: Any) -> type:
         # --- run time
 
         def get_fields_to_serialize(self) -> Any:
-            fields = []
-            for name, type_ in field_types(self.spec).items():
-                value = self.values[name]
-                if type_ is str:
-                    fields.append(trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR))
-                elif type_ is int:
-                    fields.append(trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32))
-                else:
-                    fields.append(trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32))
+            # A PluginField points at its data and does not own it: the arrays must outlive this call.
+            self._field_data = {name: _field_array(self.values[name]) for name in field_types(self.spec)}
+            fields = [
+                trt.PluginField(name, data, kinds_of_fields[data.dtype]) for name, data in self._field_data.items()
+            ]
             return trt.PluginFieldCollection(fields)
 
         def attach_to_context(self, context: Any) -> Any:
