@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +236,3 @@ def ptx_parameters(ptx: str) -> list[str]:
     if entry is None:
         raise BuildError("the PTX has no entry point")
     return re.findall(r"\.param\s+\.([us]\d+)", entry[1])
-
-
-def kernel_table(compiled: Sequence[CompiledKernel]) -> list[dict[str, Any]]:
-    """Resources per kernel and compute capability, for people and for checks."""
-    return [
-        {"function": row.kernel.function, "constants": dict(row.kernel.constants), "warps": row.kernel.num_warps}
-        | {key: value for key, value in asdict(row).items() if key in ("sm", "shared", "registers", "stack", "spills", "tensor_memory")}
-        | {"cubin_bytes": len(row.cubin), "ptx_bytes": len(row.ptx)}
-        for row in compiled
-    ]  # fmt: skip
