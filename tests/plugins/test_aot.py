@@ -242,6 +242,7 @@ def compiled_kernel(said: Answers, case: Case, sm: int, cache: Path) -> Kernel:
     kernel = kernel_of(case, sm)
     [compiled] = compile_kernels([(kernel, sm)], cache=cache)
     assert aot.drop_hidden_parameters(compiled.ptx, len(compiled_types(kernel))).encode() == said.code
+    assert (said.entry, said.block[0], said.shared) == (compiled.entry, compiled.threads, compiled.shared)
     return kernel
 
 

@@ -1,0 +1,145 @@
+"""The engine's executor, whole, over stand-ins for the GPU and for TensorRT; and that the real libraries have what it uses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import HostDriver, library
+
+from foldkv.artifact import write_manifest
+from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.runtime import bundle as bundle_module
+from foldkv.runtime import engine as engine_module
+from foldkv.runtime.engine import DeviceBuffers
+from foldkv.runtime.session import Session
+from foldkv.runtime.state import StateBuffers, StateSpec, StateTensor
+
+PROMPTS = [[84, 104, 101, *range(40, 90)], [65, 66, 67]]
+
+
+def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version: str = "1.0") -> Path:
+    """A bundle that says it holds an engine; the plan names the model that computes it."""
+    content = json.loads((source / "manifest.json").read_text())
+    rest = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "files")}
+    (folder / "engine.plan").write_text(plan or str((source / "model.onnx").resolve()))
+    rest |= {
+        "backend": "tensorrt-rtx", "target": {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
+        "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "kernels": None,
+        "shapes": {"batch": [1, 1, 4], "chunk": [1, 1, 16], "context": [64, 256, 1024]},
+    }  # fmt: skip
+    write_manifest(folder, kind="foldkv.bundle", content=rest)
+    return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
+    driver = HostDriver()
+    monkeypatch.setattr(engine_module, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(engine_module, "_library", lambda bundle: library())
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: 80)
+    return driver
+
+
+def test_a_session_over_an_engine_decodes_as_one_over_a_graph(
+    tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
+) -> None:
+    folder = make_bundle(tiny_bundle, tmp_path)
+    with Session(folder, context=256, batch=2) as ours, Session(tiny_bundle, context=256, batch=2, chunk=16) as theirs:
+        assert ours.chunk == 16  # what the engine was built for
+        assert ours.state_bytes == theirs.state_bytes
+        np.testing.assert_allclose(ours.prefill(PROMPTS), theirs.prefill(PROMPTS), atol=1e-4)
+        snapshot = ours.snapshot()
+        first = [ours.decode([65, 66]) for _ in range(5)]
+        np.testing.assert_allclose(first[-1], [theirs.decode([65, 66]) for _ in range(5)][-1], atol=1e-4)
+        ours.restore(snapshot)
+        for one in first:
+            np.testing.assert_array_equal(ours.decode([65, 66]), one)
+        ours.reset([1])
+        theirs.reset([1])
+        np.testing.assert_allclose(ours.forward([[], [70, 71]])[1], theirs.forward([[], [70, 71]])[1], atol=1e-4)
+        assert ours.generate(PROMPTS, max_new_tokens=8) == theirs.generate(PROMPTS, max_new_tokens=8)
+    assert gpu.blocks == {}, "every byte is given back"
+
+
+def test_the_default_context_is_what_the_engine_was_built_for(
+    tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
+) -> None:
+    folder = make_bundle(tiny_bundle, tmp_path)
+    with Session(folder) as session:
+        assert session.context == 1024
+    for sizes in ({"context": 2048}, {"context": 32}, {"context": 256, "batch": 5}):
+        with pytest.raises(InputError, match="was built for"):
+            Session(folder, **sizes)
+    assert gpu.blocks == {}
+
+
+def test_state_that_the_gpu_cannot_hold_is_refused_and_given_back(
+    tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
+) -> None:
+    gpu.limit = 100_000
+    with pytest.raises(InputError, match=r"needs \d+ bytes .* which the GPU cannot give"):
+        Session(make_bundle(tiny_bundle, tmp_path), context=1024)
+    assert gpu.blocks == {}
+
+
+def test_an_engine_that_cannot_be_opened_is_an_error(tiny_bundle: Path, tmp_path: Path, gpu: HostDriver) -> None:
+    with pytest.raises(ArtifactError, match="cannot be deserialised"):
+        Session(make_bundle(tiny_bundle, tmp_path, plan="no engine"), context=256)
+
+
+def test_another_gpu_or_another_version_is_told(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(tiny_bundle, tmp_path)
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: 90)
+    with pytest.raises(MissingDependencyError, match=r"a GPU of compute capability 8\.0; the one here has 9\.0"):
+        Session(folder, context=256)
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: 80)
+    monkeypatch.setattr(engine_module, "cuda_driver", HostDriver)
+    with pytest.raises(MissingDependencyError, match=r"was built by tensorrt-rtx 1\.0; installed is 1\.7"):
+        Session(folder, context=256)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_device_buffers_hold_what_host_buffers_hold(dtype: str) -> None:
+    fill = 0 if dtype == "int8" else -1.5
+    spec = StateSpec(
+        (
+            StateTensor("0.window", 0, "window", "past.0", "present.0", 8, None, 6, dtype, fill),
+            StateTensor("0.entries", 0, "entries", "past.1", "present.1", None, 4, 6, dtype, fill),
+        )
+    )
+    driver = HostDriver()
+    ours, theirs = DeviceBuffers(driver, spec, 64, 3), StateBuffers(spec, 64, 3)
+    assert ours.bytes == theirs.bytes == sum(block.numel() for block in driver.blocks.values())
+    rng = np.random.default_rng(0)
+    written = [rng.integers(0, 100, copy.shape).astype(copy.dtype) for copy in theirs.copy_used([40, 40, 40])]
+    for buffers in (ours, theirs):
+        buffers.put_used(written)
+        buffers.clear(1, 9)
+    for one, other in zip(ours.copy_used([64, 64, 64]), theirs.copy_used([64, 64, 64]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    ours.close()
+    assert driver.blocks == {}
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt_lean_bindings"])
+def test_the_libraries_have_what_the_executor_uses(module: str) -> None:
+    trt: Any = pytest.importorskip(module)
+    for name, members in {
+        "Runtime": ["deserialize_cuda_engine"],
+        "ICudaEngine": ["create_execution_context", "get_tensor_location"],
+        "IExecutionContext": ["set_input_shape", "set_tensor_address", "execute_async_v3"],
+        "Logger": ["WARNING"],
+        "TensorLocation": ["HOST"],
+    }.items():
+        assert all(hasattr(getattr(trt, name), member) for member in members), name
+    driver = importlib.import_module("cuda.bindings.driver")
+    calls = [name for name in vars(HostDriver) if name.startswith("cu")]
+    assert calls and all(hasattr(driver, name) for name in calls)
