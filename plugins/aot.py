@@ -10,8 +10,9 @@ axes are passed (tokens of a chunk, entries of a cache), and a profile whose axe
 Kernels compute offsets over the batch in 64 bits themselves.
 
 One launch per node, no workspace: attention does not split its keys over programs. Whether TensorRT asks the driver for
-more than 48 KiB of shared memory on a kernel's behalf is unknown, since it has no documented way to: kernels that need
-more are refused unless :func:`register_plugins` is told otherwise. No engine with these plugins was run yet.
+more than 48 KiB of shared memory on a kernel's behalf is unknown, since it has no documented way to: this form has tiles
+that need no more, and a kernel that does is refused. ``foldkv build`` uses the other form, plugins/tensorrt.py: this one
+is for builds of one's own. No engine with these plugins was run yet.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ def register_plugins(
         trt: the module ``tensorrt``, version 11 (not ``tensorrt_rtx``, which has no such plugins).
         sm: compute capability of the engines to build. A process builds for one: TensorRT keeps the plugins.
         cache: folder of compiled kernels, see :func:`compile_kernels`.
-        shared_limit: most bytes of shared memory of a kernel. Raise it only for a TensorRT that was seen to launch such
-            kernels; whether any does is unknown.
+        shared_limit: most bytes of shared memory of a kernel.
 
     Raises:
         BuildError: no kernels for ``sm``, plugins for another target, or the other form of the plugins, are registered.

@@ -273,13 +273,16 @@ def _compress(call: _Call) -> Plan:
 
 def _index_scores(call: _Call) -> Plan:
     block = 64 if call.sm in (90, 100, 103) else 128
+    if call.single:  # as for attention; half the query's bytes are its rounding
+        block = 32
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
         "RATIO": call.attributes["ratio"], "SPAN": SCORE_SPAN, "BN": block, "ROW": call.row_size,
         "FORMAT": call.rows,
     }  # fmt: skip
     grid = (call.arithmetic.cdiv(call["E"], SCORE_SPAN), call["S"], call["B"])
-    return Plan((call.launch("index_scores.index_scores", grid, constants, extras=("S", "E"), warps=8),))
+    stages = 1 if call.single else 2
+    return Plan((call.launch("index_scores.index_scores", grid, constants, extras=("S", "E"), warps=8, stages=stages),))
 
 
 def _index_select(call: _Call) -> Plan:
@@ -303,6 +306,8 @@ def _attention_tile(call: _Call) -> _Tile:
     """What fits each SM's shared memory and does not spill; see docs/kernels.md."""
     width, packed = _power(call["D"]), call.rows != DENSE
     stages = 1 if packed else 2  # a decoded tile cannot be loaded ahead, and its bytes would take shared memory
+    if call.single and width >= 256:  # TensorRT has no documented way to more shared memory than every kernel may use
+        return _Tile(16, 16, 4, 1)
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
     if call.sm == 90 and call["H"] >= 64 and width <= 512:

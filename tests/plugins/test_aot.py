@@ -23,11 +23,13 @@ from operator_cases import FORMS, ROTARY, Case, make_case
 from tensorrt_plugin import Answers, Input, build, tensorrt_stand_in
 
 from foldkv.errors import BuildError, MissingDependencyError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS
 from foldkv.export.operators.registry import operators
+from foldkv.export.spec import ModelSpec
 from foldkv.plugins import aot
 from foldkv.plugins.compile import compile_kernels, ptx_parameters
 from foldkv.plugins.launch import DYNAMIC, Kernel, Plan, plan
+from foldkv.plugins.model import operator_calls
 from foldkv.plugins.spec import PLUGINS, STATE
 
 SMS = (80, 90)
@@ -403,3 +405,21 @@ def test_hidden_parameters_are_dropped_only_if_unused() -> None:
         aot.drop_hidden_parameters(PTX.replace("[add_param_0]", "[add_param_3+4]"), 2)
     with pytest.raises(BuildError, match="2 entry points"):
         aot.drop_hidden_parameters(PTX + PTX, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])
+def test_every_operator_of_the_released_models_has_a_kernel_that_needs_no_asking(cache: Path, layout: str) -> None:
+    """At their sizes, on the targets that only TensorRT 11 builds for."""
+    spec = ModelSpec.from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-pro.json")
+    wanted: dict[tuple[Kernel, int], None] = {}
+    for call in operator_calls(spec):
+        rows = LAYOUTS[layout].format_of(call.group) or DENSE
+        sizes = {**call.sizes, "B": 1, "S": 1, "E": 262_144}
+        options: dict[str, Any] = {"dtype": "bfloat16", "rows": rows, "rotary": spec.rope_dim, "single": True}
+        for sm in (90, 100):
+            [launch] = plan(call.operator, sizes, call.attributes, sm=sm, **options).launches
+            wanted[launch.kernel, sm] = None
+    for compiled in compile_kernels(list(wanted), cache=cache):
+        assert compiled.shared <= aot.SHARED_WITHOUT_ASKING, compiled.kernel.function
+        assert compiled.spills <= 8
