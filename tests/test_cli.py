@@ -74,3 +74,15 @@ def test_generate_with_a_seed_is_repeatable_and_stops(tiny_bundle: Path) -> None
     assert first != run("generate", tiny_bundle, "def f(", *options[:-1], 4).stdout
     stopped = run("generate", tiny_bundle, "def f(", *options, "--stop", first[5]).stdout
     assert first.startswith(stopped.rstrip("\n")) and len(stopped) < len(first)
+
+
+def test_packed_rows_need_plugins_and_a_known_layout(tiny_graph: Path, tmp_path: Path) -> None:
+    build = ["build", str(tiny_graph), "-o", str(tmp_path / "out"), "--target", "a100"]
+    for options, message in (
+        (["--layout", "fp8"], "Build with --plugins on"),
+        (["--layout", "fp9", "--plugins", "on"], "expected one of dense, fp8, fp8+fp4"),
+        (["--layout", "nvfp4+fp4", "--plugins", "on"], "does not read rows in nvfp4"),
+    ):
+        result = CliRunner().invoke(main, [*build, *options])
+        assert result.exit_code == 2 and message in result.output, result.output
+    assert not list(tmp_path.rglob("manifest.json"))
