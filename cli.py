@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -108,8 +109,11 @@ def main(verbose: bool) -> None:
 def export_command(checkpoint: Path, output: Path, profile: str) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
     from foldkv.export.graph import export_checkpoint
+    from foldkv.optimize.history import record_export
 
+    start = time.monotonic()
     path = export_checkpoint(checkpoint, output, profile=profile, progress=_progress())
+    record_export(path, time.monotonic() - start)
     click.echo(f"graph package: {path}")
 
 
@@ -165,10 +169,12 @@ def build_command(
 ) -> None:
     """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds."""
     from foldkv.optimize.build import build_bundles
+    from foldkv.optimize.history import record_builds
 
     report = build_bundles(
         graph, output, targets, plugins=plugins == "on", layout=layout, jobs=jobs, progress=_progress()
     )
+    record_builds(graph, report.results)
     for result in report.results:
         where = result.reason if result.status == "failed" else str(result.folder)
         click.echo(f"{result.target}: {result.status} ({result.seconds:.1f} s): {where}")
