@@ -103,7 +103,9 @@ def parameter_groups(spec: ModelSpec) -> dict[str, int]:
     projections = hidden * spec.q_lora_rank + spec.q_lora_rank * heads + hidden * spec.head_dim
     projections += heads * spec.o_lora_rank + spec.o_groups * spec.o_lora_rank * hidden + 3 * hidden * inner
     precise = hidden + spec.hc_mult * (spec.hc_mult * hidden + 1) + 1
-    precise += sum(_precise_of_layer(spec, kind, ratio) for kind, ratio in zip(spec.layer_types, spec.ratios, strict=True))
+    precise += sum(
+        _precise_of_layer(spec, kind, ratio) for kind, ratio in zip(spec.layer_types, spec.ratios, strict=True)
+    )
     precise += sum(0 if hashed else spec.num_experts for hashed in spec.hash_layers)
     return {
         "experts": spec.num_layers * spec.num_experts * 3 * hidden * inner,

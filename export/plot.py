@@ -5,7 +5,9 @@ V4-Flash, V4-Pro and V3.2 are always there to compare with; their configurations
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +27,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GREY = "#666666"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 520, 84, 150, 64, 56
 _LABEL_GAP = 16  # pixels between the names at the right edge
+_FONT = 'font-family="system-ui, sans-serif"'
 _GIB = 1 << 30
 
 
@@ -91,27 +94,29 @@ def write_plot(
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse a file whose suffix names no kind of picture.
+    """Refuse what can be seen to be no place for a picture, before work is done for it.
 
     Raises:
-        InputError: neither .html nor .svg.
+        InputError: a suffix that is neither .html nor .svg, or a folder that does not exist or cannot be written.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"a plot is written as {' or '.join(SUFFIXES)}; {path} ends in {path.suffix or 'nothing'!r}.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written. Give a file in a folder that exists and can be written.")
 
 
 def plot_svg(curves: Sequence[Curve], title: str, limits: Mapping[str, int]) -> str:
     """The curves on two logarithmic axes; each names itself at its end, and its points say their figures."""
     values = [bytes_ for curve in curves for _, bytes_ in curve.points] + list(limits.values())
     axes = _Axes(math.floor(math.log10(min(values) / _GIB)), math.ceil(math.log10(max(values) / _GIB)))
+    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'
+    note = "entries, index, window and carries; V3.2: 61 layers of 656 + 132 bytes per token"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
-        'font-family="system-ui, sans-serif" font-size="13" fill="#222222" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {_FONT} font-size="13" fill="#222222">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="28" font-size="17" font-weight="600">{escape(title)}</text>',
-        f'<text x="{_LEFT}" y="48" fill="#555555">entries, index, window and carries; V3.2: 61 layers of 656 + 132 bytes per '
-        "token</text>",
+        f'<text x="{_LEFT}" y="48" fill="#555555">{note}</text>',
         *_grid(axes),
         *_limit_lines(axes, limits),
     ]
@@ -166,11 +171,12 @@ def _limit_lines(axes: _Axes, limits: Mapping[str, int]) -> list[str]:
     levels = sorted(names, reverse=True)
     for bytes_, name_y in zip(levels, _spread([axes.y(level) for level in levels], gap=13), strict=True):
         y = axes.y(bytes_)
-        text = f"{', '.join(names[bytes_])}: {bytes_ / _GIB:g} GiB"
+        text = f"one {' or '.join(names[bytes_])}: {bytes_ / _GIB:g} GiB"
         parts.append(
             f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#999999" stroke-width="1.2" stroke-dasharray="2 4"/>'
         )
-        parts.append(f'<text x="{_LEFT + 6}" y="{name_y - 4:.1f}" font-size="11" fill="#555555">{escape(text)}</text>')
+        place = f'x="{_LEFT + 6}" y="{name_y - 4:.1f}" font-size="11" fill="#555555"'
+        parts.append(f'<text {place} stroke="#ffffff" stroke-width="3" paint-order="stroke">{escape(text)}</text>')
     return parts
 
 
@@ -195,7 +201,7 @@ def _spread(places: Sequence[float], *, gap: float = _LABEL_GAP) -> list[float]:
     """The places, moved apart where they are closer than ``gap``; their order stays."""
     moved = list(places)
     order = sorted(range(len(moved)), key=lambda index: places[index])
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     return moved
 
@@ -205,7 +211,7 @@ def _page(title: str, picture: str, curves: Sequence[Curve]) -> str:
     rows = []
     for context in CONTEXTS:
         cells = (dict(curve.points).get(context) for curve in curves)
-        figures = "".join(f"<td>{_figure(cell) if cell is not None else '–'}</td>" for cell in cells)
+        figures = "".join(f"<td>{_figure(cell) if cell is not None else ''}</td>" for cell in cells)
         rows.append(f"<tr><th>{_tokens(context)}</th>{figures}</tr>")
     # Inside HTML a picture needs no namespace, so that the page names no address at all.
     inline = picture.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)

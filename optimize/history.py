@@ -97,7 +97,7 @@ def _run(line: str) -> Run | None:
     try:
         row = json.loads(line)
         run = Run(**{name: row[name] for name in Run.__dataclass_fields__})
-        sound = min(run.weight_bytes, run.layers, run.seconds) > 0 and math.isfinite(run.seconds)
+        sound = all(math.isfinite(size) and size > 0 for size in (run.weight_bytes, run.layers, run.seconds))
     except (ValueError, KeyError, TypeError):
         return None
     return run if sound else None
@@ -114,8 +114,8 @@ def estimate(
     alike = [run for run in runs if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)]
     if not alike:
         return None
-    # Of equal sizes the latest count.
-    nearest = sorted(reversed(alike), key=lambda run: abs(math.log(run.weight_bytes / weight_bytes)))[:_NEAREST]
+    alike.reverse()  # of equal sizes the latest count
+    nearest = sorted(alike, key=lambda run: abs(math.log(run.weight_bytes / weight_bytes)))[:_NEAREST]
     by_layers = statistics.median(run.seconds * layers / run.layers for run in nearest)
     by_bytes = statistics.median(run.seconds * weight_bytes / run.weight_bytes for run in nearest)
     return Estimate(min(by_layers, by_bytes), max(by_layers, by_bytes), len(nearest))

@@ -292,6 +292,21 @@ row("pipeline: no checkpoint", pipeline(HEAD.replace("CHECKPOINT", "none")), 2, 
 
 row("plan: unknown layout", lambda w: ["plan", str(w.checkpoint), "--layout", "fp3"], 2, "fp3")
 row("plan: context of nothing", lambda w: ["plan", str(w.checkpoint), "--context", "-4"], 2, "no number of tokens")
+row("plan: unknown target", lambda w: ["plan", str(w.checkpoint), "--target", "h10"], 2, "did you mean 'h100'")
+row(
+    "plan: layout of no target",
+    lambda w: ["plan", str(w.checkpoint), "--target", "a10", "--layout", "bf16"],
+    2,
+    "dense",
+)
+row("plan: context too long", lambda w: ["plan", str(w.checkpoint), "--target", "a10", "--context", "2M"], 2, "1048576")
+row("plan: plot of no kind", lambda w: ["plan", str(w.checkpoint), "--plot", str(w.tmp / "plot.png")], 2, ".svg")
+row(
+    "plan: plot in no folder",
+    lambda w: ["plan", str(w.checkpoint), "--plot", f"{w.out}/no/p.svg"],
+    2,
+    "cannot be written",
+)
 row("plan: batch of nothing", lambda w: ["plan", str(w.checkpoint), "--batch", "0"], 2, "--batch")
 row("unknown command", lambda w: ["exprot"], 2, "exprot")
 
