@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import foldkv
 from foldkv.errors import EXIT_INTERNAL, FoldkvError, InputError
+
+if TYPE_CHECKING:
+    from foldkv.export.spec import ModelSpec
+    from foldkv.optimize.fit import TargetPlan
+    from foldkv.optimize.history import Estimate
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20}
 
@@ -108,8 +114,11 @@ def main(verbose: bool) -> None:
 def export_command(checkpoint: Path, output: Path, profile: str) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
     from foldkv.export.graph import export_checkpoint
+    from foldkv.optimize.history import record_export
 
+    start = time.monotonic()
     path = export_checkpoint(checkpoint, output, profile=profile, progress=_progress())
+    record_export(path, time.monotonic() - start)
     click.echo(f"graph package: {path}")
 
 
@@ -165,10 +174,12 @@ def build_command(
 ) -> None:
     """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds."""
     from foldkv.optimize.build import build_bundles
+    from foldkv.optimize.history import record_builds
 
     report = build_bundles(
         graph, output, targets, plugins=plugins == "on", layout=layout, jobs=jobs, progress=_progress()
     )
+    record_builds(graph, report.results)
     for result in report.results:
         where = result.reason if result.status == "failed" else str(result.folder)
         click.echo(f"{result.target}: {result.status} ({result.seconds:.1f} s): {where}")
@@ -326,18 +337,57 @@ def run_command(pipeline: Path, as_json: bool) -> None:
     "--context", type=_Tokens(), default="1M", show_default=True, help="Tokens per sequence, for example 64k or 1M."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
-@click.option("--layout", help="One row format; default: all that the model has.")
+@click.option("--layout", help="One row format; default: all that the model, or the target, has.")
+@click.option("--target", "targets", multiple=True, help="Will it fit this? Repeat it. See `foldkv targets`.")
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="With --target: tokens of a sequence that go through the model at once.",
+)
+@click.option(
+    "--plugins",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="With --target: engines with plugins, or with function bodies.",
+)
+@click.option(
+    "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
+)
 @_json
-def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None, as_json: bool) -> None:
+def plan_command(
+    checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int, plugins: str,
+    plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Memory of CHECKPOINT, a folder or a bare config.json: caches and weights.
 
     The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 and nvfp4 rows they are
     counted as released (experts in fp4, the rest in fp8).
+
+    With --target: caches, activations and weights on each target, in the formats that it keeps; how many GPUs that takes if
+    the weights are shared out and each GPU holds all caches; disk; and time, estimated from earlier runs on this machine, which
+    export, build and run record in history.jsonl of FOLDKV_CACHE, by default ~/.cache/foldkv.
     """
-    from foldkv.export.plan import PLANNED, parameter_count, plan_memory, weight_bytes
+    from foldkv.export.plot import check_plot_path
     from foldkv.export.spec import ModelSpec
 
     spec = ModelSpec.from_file(checkpoint)
+    if plot is not None:
+        check_plot_path(plot)
+    if targets:
+        _plan_targets(spec, targets, context, batch, layout, chunk, plugins == "on", as_json)
+    else:
+        _plan_layouts(spec, context, batch, layout, as_json)
+    if plot is not None:
+        _plot(plot, checkpoint, spec, batch, layout, targets)
+        click.echo(f"plot: {plot}", err=as_json)
+
+
+def _plan_layouts(spec: ModelSpec, context: int, batch: int, layout: str | None, as_json: bool) -> None:
+    from foldkv.export.plan import PLANNED, parameter_count, plan_memory, weight_bytes
+
     plans = []
     for name in [layout] if layout else PLANNED:
         try:
@@ -370,6 +420,113 @@ def plan_command(checkpoint: Path, context: int, batch: int, layout: str | None,
     click.echo(
         f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context."
     )
+
+
+def _plan_targets(
+    spec: ModelSpec, names: tuple[str, ...], context: int, batch: int, layout: str | None, chunk: int, plugins: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from foldkv.export.plan import parameter_count
+    from foldkv.optimize.fit import graph_bytes, plan_targets
+    from foldkv.optimize.formats import FORMATS, weight_bytes_in
+    from foldkv.optimize.history import EXPORT, estimate, read_runs
+    from foldkv.optimize.targets import resolve_targets
+
+    runs = read_runs()
+    plans = plan_targets(
+        spec,
+        resolve_targets(names),
+        layout=layout,
+        context=context,
+        batch=batch,
+        chunk=chunk,
+        plugins=plugins,
+        runs=runs,
+    )
+    export = estimate(runs, EXPORT, weight_bytes=weight_bytes_in(spec, "float32"), layers=spec.num_layers)
+    if as_json:
+        facts = {
+            "parameters": parameter_count(spec), "context": context, "batch": batch, "chunk": chunk,
+            "graph": graph_bytes(spec), "export_seconds": export.to_dict() if export else None,
+            "targets": [plan.to_dict() for plan in plans],
+        }  # fmt: skip
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}, chunks of {chunk}")
+    weights = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
+    formats = [f"{name}, {_size(size)}" for name, size in weights.items()]
+    rows = [["target", "memory", "rows", "caches", "activations", *formats]]
+    for plan in plans:
+        sizes = [_size(plan.capacity), plan.layout, _size(plan.memory.total), _size(plan.activation_bytes)]
+        rows.append([plan.target.name, *sizes, *(_verdict(plan, name) for name in weights)])
+    _table(rows, numbers=(1, 3, 4))
+    _print_disk_and_time(plans, graph_bytes(spec), export)
+    _print_assumptions(plans)
+
+
+def _verdict(plan: TargetPlan, format_: str) -> str:
+    """Whether the model fits with weights in a format; else by what one device is too small, and how many GPUs it takes."""
+    if format_ not in plan.weights:
+        return "not kept"
+    over, devices = plan.over(format_), plan.devices(format_)
+    if not over:
+        return "fits"
+    if plan.target.sm is None:
+        return f"{_size(over)} over"
+    if devices is None:  # caches and activations alone are too large, however many share the weights
+        return f"{_size(plan.replicated - plan.capacity)} over on every GPU"
+    return f"{_size(over)} over, {devices} GPUs"
+
+
+def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate | None) -> None:
+    click.echo()
+    rows = [["stage", "on disk", "time"], ["export", _size(graph), _estimated(export)]]
+    shown = {plan.target.name: plan for plan in plans}  # whatever its rows, a target's bundle weighs the same
+    rows += [[f"build {name}", _size(plan.bundle), _estimated(plan.build)] for name, plan in shown.items()]
+    _table(rows, numbers=(1,))
+    click.echo()
+
+
+def _print_assumptions(plans: list[TargetPlan]) -> None:
+    click.echo("`foldkv build` writes the widest format of a target; narrower ones are what its engines can keep.")
+    if any(plan.target.sm for plan in plans):
+        click.echo(
+            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations, nothing for the driver."
+        )
+    if any(plan.activations.largest == "experts" for plan in plans):
+        click.echo(
+            "Activations are estimates, largest where the experts' weights are gathered per token: a smaller --chunk lowers them."
+        )
+    else:
+        click.echo("Activations are estimates, largest in attention: they follow chunk and context.")
+
+
+def _estimated(found: Estimate | None) -> str:
+    if found is None:
+        return "no runs yet"
+    low, high = _duration(found.low), _duration(found.high)
+    span = high if low == high else f"{low} to {high}"
+    return f"{span} (estimate from {found.runs} run{'s' if found.runs > 1 else ''} on this machine)"
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _plot(
+    path: Path, checkpoint: Path, spec: ModelSpec, batch: int, layout: str | None, targets: tuple[str, ...]
+) -> None:
+    from foldkv.export.layouts import DENSE
+    from foldkv.export.plot import write_plot
+    from foldkv.optimize.targets import resolve_targets
+
+    limits = {t.name: t.memory_gib << 30 for t in resolve_targets(targets) if t.memory_gib} if targets else {}
+    name = checkpoint.resolve().parent.name if checkpoint.name == "config.json" else checkpoint.resolve().stem
+    rows = "bf16" if layout == DENSE else layout or "fp8+fp4"
+    write_plot(path, {name: spec}, batch=batch, layout=rows, limits=limits)
 
 
 @main.command("inspect")

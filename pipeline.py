@@ -17,6 +17,7 @@ from foldkv.artifact import read_manifest, sha256_file, sha256_json, verify_file
 from foldkv.config import PipelineConfig
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.optimize.build import BuildReport, TargetResult, build_bundles
+from foldkv.optimize.history import record_builds, record_export
 from foldkv.optimize.spec import Shapes
 from foldkv.optimize.targets import resolve_targets
 
@@ -103,9 +104,11 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
     ):
         progress(f"export: unchanged, {out}")
         return False
+    start = time.monotonic()
     export_checkpoint(
         Path(config.checkpoint), out, profile=config.export.profile, progress=lambda line: progress(f"export: {line}")
     )
+    record_export(out, time.monotonic() - start)
     return True
 
 
@@ -125,6 +128,7 @@ def _build(config: PipelineConfig, shapes: Shapes, result: PipelineResult, out: 
         jobs=config.build.jobs,
         progress=lambda line: progress(f"build: {line}"),
     )
+    record_builds(result.graph, report.results)
     result.bundles = report.results
     return any(bundle.status != "unchanged" for bundle in report.results)
 

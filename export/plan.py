@@ -1,4 +1,4 @@
-"""How much memory a model's caches take, from its config.json alone. Standard library only.
+"""How much memory a model takes, from its config.json alone: caches, weights, activations. Standard library only.
 
 Row formats are those that deployed engines use (export/layouts.py), and dense rows in float32 and bfloat16.
 V3.2 at the same context is the comparison that the V4 report makes: 61 layers of 656 + 132 bytes per token.
@@ -11,7 +11,7 @@ from typing import Any
 
 from foldkv.errors import InputError
 from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
-from foldkv.export.spec import CSA, SLIDING, ModelSpec
+from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
 from foldkv.export.state import StateTensor, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
@@ -84,28 +84,128 @@ def weight_bytes(spec: ModelSpec, layout: str) -> int:
     layouts, as released: 4.25 bits per weight of a routed expert (e2m1, one e8m0 scale per 32), bfloat16 embedding and
     head, 8 bits for the rest. Scales of 128 x 128 blocks and float32 vectors are below a thousandth and left out.
     """
-    total = parameter_count(spec)
+    groups = parameter_groups(spec)
     if layout in _DENSE_ITEMS:
-        return _DENSE_ITEMS[layout] * total
-    experts = spec.num_layers * spec.num_experts * 3 * spec.hidden_size * spec.moe_intermediate_size
-    ends = 2 * spec.vocab_size * spec.hidden_size
-    return experts * 17 // 32 + 2 * ends + (total - experts - ends)
+        return _DENSE_ITEMS[layout] * sum(groups.values())
+    return groups["experts"] * 17 // 32 + 2 * groups["ends"] + groups["projections"] + groups["precise"]
 
 
 def parameter_count(spec: ModelSpec) -> int:
     """Parameters of the decoder (without the draft head)."""
-    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
-    total = 2 * spec.vocab_size * hidden + hidden + spec.hc_mult * (spec.hc_mult * hidden + 1) + 1
-    mix = (2 + spec.hc_mult) * spec.hc_mult
-    for kind, ratio in zip(spec.layer_types, spec.ratios, strict=True):
-        total += hidden * spec.q_lora_rank + spec.q_lora_rank * (heads + 1) + hidden * spec.head_dim + spec.head_dim
-        total += heads * spec.o_lora_rank + spec.o_groups * spec.o_lora_rank * hidden + spec.num_heads + 2 * hidden
-        total += 2 * (mix * spec.hc_mult * hidden + mix + 3)
-        total += (spec.num_experts + 1) * 3 * hidden * spec.moe_intermediate_size + spec.num_experts * hidden
-        for width, present in ((spec.head_dim, kind != SLIDING), (spec.index_head_dim, kind == CSA)):
-            series = width * (2 if kind == CSA else 1)
-            total += (2 * hidden * series + ratio * series + width) if present else 0
-        if kind == CSA:
-            total += spec.q_lora_rank * spec.index_heads * spec.index_head_dim + hidden * spec.index_heads
-    total += sum(0 if hashed else spec.num_experts for hashed in spec.hash_layers)
+    return sum(parameter_groups(spec).values())
+
+
+def parameter_groups(spec: ModelSpec) -> dict[str, int]:
+    """Parameters by what a format may do to them: routed ``experts``; the attention's and shared experts' ``projections``;
+    the ``ends``, embedding and head; and what engines keep ``precise``, in float32 (optimize/passes/lower.py).
+    """
+    hidden, heads, inner = spec.hidden_size, spec.num_heads * spec.head_dim, spec.moe_intermediate_size
+    projections = hidden * spec.q_lora_rank + spec.q_lora_rank * heads + hidden * spec.head_dim
+    projections += heads * spec.o_lora_rank + spec.o_groups * spec.o_lora_rank * hidden + 3 * hidden * inner
+    precise = hidden + spec.hc_mult * (spec.hc_mult * hidden + 1) + 1
+    precise += sum(
+        _precise_of_layer(spec, kind, ratio) for kind, ratio in zip(spec.layer_types, spec.ratios, strict=True)
+    )
+    precise += sum(0 if hashed else spec.num_experts for hashed in spec.hash_layers)
+    return {
+        "experts": spec.num_layers * spec.num_experts * 3 * hidden * inner,
+        "projections": spec.num_layers * projections,
+        "ends": 2 * spec.vocab_size * hidden,
+        "precise": precise,
+    }
+
+
+def _precise_of_layer(spec: ModelSpec, kind: str, ratio: int) -> int:
+    hidden, mix = spec.hidden_size, (2 + spec.hc_mult) * spec.hc_mult
+    total = spec.q_lora_rank + spec.head_dim + spec.num_heads + 2 * hidden  # norms and sinks
+    total += 2 * (mix * spec.hc_mult * hidden + mix + 3) + spec.num_experts * hidden
+    for width, present in ((spec.head_dim, kind != SLIDING), (spec.index_head_dim, kind == CSA)):
+        series = width * (2 if kind == CSA else 1)
+        total += (2 * hidden * series + ratio * series + width) if present else 0
+    if kind == CSA:
+        total += spec.q_lora_rank * spec.index_heads * spec.index_head_dim + hidden * spec.index_heads
     return total
+
+
+def table_bytes(spec: ModelSpec) -> int:
+    """Bytes of the hash layers' tables from token id to experts, int64 in every format."""
+    return 8 * sum(spec.hash_layers) * spec.vocab_size * spec.experts_per_token
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of what lives in a layer at its three largest moments, beside the residual ``streams``."""
+
+    streams: int
+    experts: int
+    attention: int
+    mixing: int
+
+    @property
+    def largest(self) -> str:
+        """The name of the largest moment."""
+        moments = {"experts": self.experts, "attention": self.attention, "mixing": self.mixing}
+        return max(moments, key=moments.__getitem__)
+
+    def total(self, *, reuse: bool) -> int:
+        """Bytes to plan for. Engines lay their tensors over each other (``reuse``); ONNX Runtime's arena keeps the regions of
+        one moment, into which the larger tensors of another do not fit."""
+        moments = (self.experts, self.attention, self.mixing)
+        return self.streams + (max(moments) if reuse else sum(moments))
+
+
+def activations(
+    spec: ModelSpec, *, context: int, batch: int = 1, chunk: int = 256, plugins: bool = False, weight_item: int = 4
+) -> Activations:
+    """What a chunk needs besides weights and caches while it goes through a layer: an estimate from sizes.
+
+    With T = batch x chunk tokens, A = context / ratio active entries and float32 values:
+
+    * experts: the weights of every token's k experts are gathered, T k 3 I C values of ``weight_item`` bytes, since both
+      matrices are gathered before the first product;
+    * attention, the largest of
+      CSA's indexer: a product and its ReLU, T Hi A each, the scores T A and the entries B A Di; the entries twice while
+      they are turned;
+      CSA's attention: K chosen entries per token, gathered and masked, 2 T K D, three copies of the logits
+      T H (W + S + K) around the softmax, and the queries T H D twice;
+      HCA's attention: the entries twice, 2 B A D, the logits T H (W + S + A) and the queries likewise.
+      Plugins keep logits and products in registers: scores T A and queries are left;
+    * mixing: the residual streams after a block, two more times T N C.
+
+    ``benchmarks/activations.py`` compares this with what ONNX Runtime takes and with the regions that TensorRT-RTX plans.
+
+    Args:
+        spec: the model.
+        context: tokens per sequence that are in the caches.
+        batch: sequences.
+        chunk: tokens of a sequence that go through the model at once.
+        plugins: whether plugins compute what touches compressed KV, rather than function bodies.
+        weight_item: bytes of a gathered expert weight.
+    """
+    chunk = min(chunk, context)
+    tokens = batch * chunk
+    streams = 4 * tokens * spec.hc_mult * spec.hidden_size
+    experts = weight_item * tokens * spec.experts_per_token * 3 * spec.moe_intermediate_size * spec.hidden_size
+    kinds = dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True))
+    attention = max(
+        _attention_bytes(spec, kind, context // ratio if ratio else 0, batch, chunk, plugins) for kind, ratio in kinds
+    )
+    return Activations(streams, experts, attention, 2 * streams)
+
+
+def _attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, plugins: bool) -> int:
+    """Bytes at the largest moment of one attention layer with that many active entries."""
+    tokens = batch * chunk
+    queries = 2 * 4 * tokens * spec.num_heads * spec.head_dim
+    scores = 4 * tokens * active
+    if plugins:
+        return queries + (scores if kind == CSA else 0)
+    seen = spec.sliding_window + chunk + {SLIDING: 0, CSA: spec.index_topk, HCA: active}[kind]
+    attend = queries + 3 * 4 * tokens * spec.num_heads * seen
+    if kind == SLIDING:
+        return attend
+    if kind == HCA:
+        return attend + 2 * 4 * batch * active * spec.head_dim
+    entries, products = 4 * batch * active * spec.index_head_dim, 4 * tokens * spec.index_heads * active
+    chosen = 2 * 4 * tokens * spec.index_topk * spec.head_dim
+    return max(2 * entries, entries + 2 * products + scores, attend + chosen)

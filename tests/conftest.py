@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports Triton: tests run its kernels in the interpreter, on the CPU.
@@ -11,9 +12,19 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 
 from foldkv.export.graph import export_checkpoint
+from foldkv.optimize import history
 from foldkv.optimize.build import build_bundles
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs of tests are none to estimate by: they are recorded elsewhere than those of the machine's user."""
+    file = tmp_path_factory.mktemp("history") / "history.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history, "history_file", lambda: file)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -187,12 +187,31 @@ row(
 )
 row("build: no target", lambda w: ["build", str(w.graph), "-o", w.out], 2, "--target")
 row(
-    "build: plugins",
-    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "a100", "--plugins", "on"],
-    3,
-    "--plugins off",
+    "build: packed rows without plugins",
+    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "a100", "--layout", "fp8"],
+    2,
+    "--plugins on",
 )
 row("build: no jobs", lambda w: ["build", str(w.graph), "-o", w.out, "--target", "cpu", "--jobs", "0"], 2, "--jobs")
+row(
+    "build: no such layout",
+    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "a100", "--plugins", "on", "--layout", "fp7"],
+    2,
+    "expected one of dense, fp8, fp8+fp4",
+)
+row(
+    "build: a target of TensorRT 11",
+    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "h100"],
+    3,
+    "foldkv build GRAPH --target h100",
+)
+row(
+    "inject: rows that no kernel reads",
+    lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "a100", "--layout", "nvfp4+fp4"],
+    2,
+    "foldkv targets --coverage",
+)
+row("targets: coverage of nothing", lambda w: ["targets", "--coverage", "nowhere"], 2, "nowhere")
 row("inject: no GPU", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "cpu"], 2, "no GPU")
 row("inject: unknown target", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "rtx509"], 2, "rtx5090")
 
@@ -292,6 +311,21 @@ row("pipeline: no checkpoint", pipeline(HEAD.replace("CHECKPOINT", "none")), 2, 
 
 row("plan: unknown layout", lambda w: ["plan", str(w.checkpoint), "--layout", "fp3"], 2, "fp3")
 row("plan: context of nothing", lambda w: ["plan", str(w.checkpoint), "--context", "-4"], 2, "no number of tokens")
+row("plan: unknown target", lambda w: ["plan", str(w.checkpoint), "--target", "h10"], 2, "did you mean 'h100'")
+row(
+    "plan: layout of no target",
+    lambda w: ["plan", str(w.checkpoint), "--target", "a10", "--layout", "bf16"],
+    2,
+    "dense",
+)
+row("plan: context too long", lambda w: ["plan", str(w.checkpoint), "--target", "a10", "--context", "2M"], 2, "1048576")
+row("plan: plot of no kind", lambda w: ["plan", str(w.checkpoint), "--plot", str(w.tmp / "plot.png")], 2, ".svg")
+row(
+    "plan: plot in no folder",
+    lambda w: ["plan", str(w.checkpoint), "--plot", f"{w.out}/no/p.svg"],
+    2,
+    "cannot be written",
+)
 row("plan: batch of nothing", lambda w: ["plan", str(w.checkpoint), "--batch", "0"], 2, "--batch")
 row("unknown command", lambda w: ["exprot"], 2, "exprot")
 

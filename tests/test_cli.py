@@ -47,6 +47,66 @@ def test_plan_gives_the_published_shares(model: str, share: str) -> None:
         assert plans["fp8"]["weights"] == pytest.approx(148.66 * 2**30 - 3.6e9, rel=0.01)
 
 
+FLASH = DATA / "deepseek-v4-flash.json"
+
+
+def test_plan_with_targets_says_the_same_as_table_and_as_json() -> None:
+    question = (
+        "plan",
+        FLASH,
+        "--context",
+        "1M",
+        "--target",
+        "b200",
+        "--target",
+        "rtx4090",
+        "--chunk",
+        1,
+        "--layout",
+        "fp8",
+    )
+    facts = json.loads(run(*question, "--json").output)
+    b200, ada = facts["targets"]
+    assert (facts["context"], facts["chunk"], b200["target"], ada["sm"]) == (1 << 20, 1, "b200", 89)
+    assert list(b200["weights"]) == ["bf16", "fp8", "fp4"] and list(ada["weights"]) == ["bf16", "fp8"]
+    assert b200["fits"] == {"bf16": False, "fp8": False, "fp4": True} and b200["gpus"]["fp4"] == 1
+    total = b200["caches"]["total"] + b200["activations"]["total"] + b200["weights"]["bf16"]
+    assert b200["over"]["bf16"] == total - (180 << 30) and b200["activations"]["estimate"]
+    assert facts["export_seconds"] is None and b200["build_seconds"] is None
+
+    text = run(*question).output
+    line = next(line for line in text.splitlines() if line.startswith("rtx4090"))
+    over, gpus = ada["over"]["fp8"], ada["gpus"]["fp8"]
+    assert f"{over / 2**30:.2f} GiB over, {gpus} GPUs" in line and line.endswith("not kept")
+    assert text.count("no runs yet") == 3 and "estimates" in text and "share the weights" in text
+
+
+def test_plan_estimates_times_from_the_runs_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.setattr("foldkv.optimize.history.history_file", lambda: tmp_path / "history.jsonl")
+    assert "no runs yet" in run("plan", tiny_checkpoint, "--target", "cpu").output
+    run("export", tiny_checkpoint, "-o", tmp_path / "graph")
+    run("build", tmp_path / "graph", "-o", tmp_path, "--target", "cpu")
+    found = json.loads(run("plan", tiny_checkpoint, "--target", "cpu", "--json").output)
+    for estimate in (found["export_seconds"], found["targets"][0]["build_seconds"]):
+        assert estimate["estimate"] and estimate["runs"] == 1 and 0 < estimate["low"] <= estimate["high"] < 600
+    lines = run("plan", tiny_checkpoint, "--target", "cpu").output.splitlines()
+    assert sum("(estimate from 1 run on this machine)" in line for line in lines) == 2
+    far = run("plan", FLASH, "--target", "cpu").output  # layers and weights say different things
+    assert " to " in next(line for line in far.splitlines() if line.startswith("export"))
+
+
+@pytest.mark.parametrize("options", [(), ("--target", "h200", "--json")])
+def test_plan_draws_beside_its_answer(tmp_path: Path, tiny_checkpoint: Path, options: tuple[str, ...]) -> None:
+    path = tmp_path / "plot.html"
+    result = run("plan", tiny_checkpoint, "--plot", path, "--layout", "fp8", *options)
+    assert "tiny-v4" in path.read_text() and f"plot: {path}" in result.output
+    assert ("h200" in path.read_text()) == bool(options)
+    if options:
+        json.loads(result.stdout)
+
+
 def test_inspect_knows_every_kind_of_artifact(tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path) -> None:
     for path, kind in ((tiny_checkpoint, "checkpoint"), (tiny_graph, "foldkv.graph"), (tiny_bundle, "foldkv.bundle")):
         assert json.loads(run("inspect", path, "--json").output)["kind"] == kind

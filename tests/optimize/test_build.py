@@ -19,9 +19,10 @@ from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import BuildError, InputError, MissingDependencyError
 from foldkv.export.plan import plan_memory
 from foldkv.export.spec import ModelSpec
-from foldkv.export.state import StateTensor
+from foldkv.export.state import StateTensor, total_bytes
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.engine import build_plan
+from foldkv.optimize.fit import plan_target
 from foldkv.optimize.passes.lower import lowered_graph
 from foldkv.optimize.plan import check_plan, read_plan_header
 from foldkv.optimize.spec import BuildSpec, Shapes
@@ -109,6 +110,24 @@ def plugin_engines(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -
         assert [result.reason for result in report.results] == [""]
         folders[layout] = out / "l40s"
     return folders
+
+
+@pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])
+def test_an_engine_has_the_caches_and_the_weight_that_the_plan_says(
+    plugin_engines: dict[str, Path], tiny_checkpoint: Path, layout: str
+) -> None:
+    plan = plan_target(
+        ModelSpec.from_file(tiny_checkpoint), load_targets()["l40s"], context=5000, batch=3, layout=layout
+    )
+    manifest = read_manifest(plugin_engines[layout], kind="foldkv.bundle")
+    state = [StateTensor(**row) for row in manifest["state"]]
+    groups: dict[str, int] = {}
+    for tensor in state:
+        groups[tensor.group] = groups.get(tensor.group, 0) + tensor.bytes(5000, 3)
+    assert groups == plan.memory.groups and total_bytes(state, 5000, 3) == plan.memory.total
+    # An engine is mostly code at this size, and code differs between GPUs.
+    weight = sum(facts["bytes"] for facts in manifest["files"].values())
+    assert plan.bundle / 1.5 < weight < plan.bundle * 1.5
 
 
 @pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])

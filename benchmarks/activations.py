@@ -1,0 +1,122 @@
+"""What activations take, measured, beside the planner's estimate.
+
+ONNX Runtime: the peak of resident memory while one chunk runs, over what was resident after a chunk of one token, in a
+process of its own. TensorRT-RTX: the regions of device memory that an engine's plan lists for its largest shapes; the largest
+sum of one subgraph. No GPU is needed. `python benchmarks/activations.py`
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import foldkv
+from foldkv.export.graph import export_checkpoint
+from foldkv.export.plan import activations
+from foldkv.export.spec import ModelSpec
+from foldkv.optimize.build import PLAN, build_bundles
+from foldkv.optimize.spec import Shapes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "activations.json"
+#: (batch, chunk, context): where the experts, the indexer, or entries that are turned take most.
+POINTS = (
+    (1, 64, 1024), (1, 256, 1024), (2, 256, 1024), (1, 256, 16384), (4, 64, 16384), (1, 64, 65536), (1, 256, 65536),
+    (1, 256, 262144), (1, 1, 1 << 20),
+)  # fmt: skip
+_REGION = re.compile(rb"name=devmem_topdown_(\d+) size=(\d+) ")
+
+
+def chunk_bytes(bundle: Path, batch: int, chunk: int, context: int) -> int:
+    """Bytes that ONNX Runtime takes for one chunk at the end of a context. For a process that does nothing else."""
+    from foldkv.runtime.backend import OnnxRuntimeExecutor
+    from foldkv.runtime.bundle import load_bundle
+    from foldkv.runtime.state import StateBuffers
+
+    loaded = load_bundle(bundle)
+    buffers = StateBuffers(loaded.state, context, batch)
+    for array in buffers.arrays.values():
+        array += 0  # untouched pages would be counted to the chunk
+    executor = OnnxRuntimeExecutor(loaded, buffers, batch=batch, threads=1)
+
+    def run(length: int, start: int) -> None:
+        lengths, starts = np.full(batch, length), np.full(batch, start)
+        tokens, last = np.zeros((batch, length), np.int64), np.full((batch, 1), length - 1)
+        executor.run(tokens, starts, lengths, start + length, last, trim=start == 0)
+
+    run(1, 0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run(chunk, context - chunk)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def region_bytes(plan: bytes) -> int:
+    """The largest sum of regions of one subgraph in a TensorRT-RTX plan; each subgraph's list starts with number 0."""
+    sums: list[int] = []
+    for number, size in _REGION.findall(plan):
+        if number == b"0" or not sums:
+            sums.append(0)
+        sums[-1] += int(size)
+    return max(sums)
+
+
+def _point(measured: int, planned: int, **facts: Any) -> dict[str, Any]:
+    row = {**facts, "measured": measured, "planned": planned, "ratio": round(measured / planned, 3)}
+    click.echo(json.dumps(row))
+    return row
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=ROOT / "examples" / "tiny-v4", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@click.option("--measure", nargs=4, type=str, help="BUNDLE BATCH CHUNK CONTEXT: print what one chunk takes, and end.")
+def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> None:
+    """Measure and write the results as JSON."""
+    if measure:
+        click.echo(chunk_bytes(Path(measure[0]), *map(int, measure[1:])))
+        return
+    spec = ModelSpec.from_file(checkpoint)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        graph = export_checkpoint(checkpoint, work / "graph")
+        build_bundles(graph, work, ["cpu"])
+        for batch, chunk, context in POINTS:
+            words = [sys.executable, __file__, "--measure", str(work / "cpu"), *map(str, (batch, chunk, context))]
+            measured = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+            planned = activations(spec, context=context, batch=batch, chunk=chunk).total(reuse=False)
+            rows.append(_point(measured, planned, backend="onnxruntime", batch=batch, chunk=chunk, context=context))
+        largest = {name: sizes[2] for name, sizes in vars(Shapes()).items()}
+        for plugins in (False, True):
+            build_bundles(graph, work / f"{plugins}", ["a100"], plugins=plugins)
+            measured = region_bytes((work / f"{plugins}" / "a100" / PLAN).read_bytes())
+            planned = activations(spec, **largest, plugins=plugins, weight_item=2).total(reuse=True)
+            rows.append(_point(measured, planned, backend="tensorrt-rtx", plugins=plugins, **largest))
+    content = {
+        "what": "bytes of activations of a chunk: measured, and as `foldkv plan` estimates them",
+        "date": time.strftime("%Y-%m-%d"),
+        "model": "examples/tiny-v4",
+        "versions": {name: version(name) for name in ("onnxruntime", "tensorrt-rtx")} | {"foldkv": foldkv.__version__},
+        "rows": rows,
+    }
+    output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

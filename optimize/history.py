@@ -1,0 +1,121 @@
+"""How long exports and builds took on this machine, and what that says of another model. Standard library only.
+
+One JSON line per run in ``history.jsonl`` of FOLDKV_CACHE (or ~/.cache/foldkv), written as well as can be: a run never
+fails or waits for it. Estimates are marked as such wherever they are shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foldkv.artifact import MANIFEST
+
+if TYPE_CHECKING:
+    from foldkv.optimize.build import TargetResult
+
+EXPORT, BUILD = "export", "build"
+_FILE = "history.jsonl"
+_READ = 500  # the last runs are read: the machine and its tools change
+_NEAREST = 5  # and this many of the nearest sizes give an estimate
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage that was done: "export" or "build", the backend of a build, whether with plugins, the float32 weights in
+    bytes, the layers, and how long it took in seconds."""
+
+    stage: str
+    backend: str
+    plugins: bool
+    weight_bytes: int
+    layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, between ``low`` and ``high``: as if the time followed the layers alone, or the weights alone."""
+
+    low: float
+    high: float
+    runs: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, and that it is an estimate."""
+        return {"estimate": True, **asdict(self)}
+
+
+def history_file() -> Path:
+    """Where runs are recorded."""
+    return Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")) / _FILE
+
+
+def record_export(graph: Path, seconds: float) -> None:
+    """Record the export that made the package ``graph``."""
+    _record(graph, EXPORT, "", False, seconds)
+
+
+def record_builds(graph: Path, results: Iterable[TargetResult]) -> None:
+    """Record the bundles that were built from the package ``graph``; those unchanged or failed are left out."""
+    for result in results:
+        if result.status == "built":
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                bundle = json.loads((result.folder / MANIFEST).read_text())
+                _record(graph, BUILD, bundle["backend"], bool(bundle["plugins"]), result.seconds)
+
+
+def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float) -> None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((graph / MANIFEST).read_text())
+        weights = max(facts["bytes"] for facts in manifest["files"].values())  # the file of the weights
+        run = Run(stage, backend, plugins, weights, len(manifest["model"]["layer_types"]), round(seconds, 3))
+        path = history_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:  # one short write: lines of two processes do not mix
+            file.write(json.dumps({"when": int(time.time()), **asdict(run)}) + "\n")
+
+
+def read_runs() -> list[Run]:
+    """The recorded runs, oldest first; lines that are no run are left out."""
+    try:
+        lines = history_file().read_text(encoding="utf-8", errors="replace").splitlines()[-_READ:]
+    except OSError:
+        return []
+    return [run for run in map(_run, lines) if run is not None]
+
+
+def _run(line: str) -> Run | None:
+    try:
+        row = json.loads(line)
+        run = Run(**{name: row[name] for name in Run.__dataclass_fields__})
+        sound = all(math.isfinite(size) and size > 0 for size in (run.weight_bytes, run.layers, run.seconds))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return run if sound else None
+
+
+def estimate(
+    runs: list[Run], stage: str, *, weight_bytes: int, layers: int, backend: str = "", plugins: bool = False
+) -> Estimate | None:
+    """How long a stage may take, from the runs of that kind whose weights are nearest; None without such a run.
+
+    Part of the time goes with the layers (tracing, parsing) and part with the weights (reading, writing), and one run does not
+    tell which: the medians of both scalings bound the estimate.
+    """
+    alike = [run for run in runs if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)]
+    if not alike:
+        return None
+    alike.reverse()  # of equal sizes the latest count
+    nearest = sorted(alike, key=lambda run: abs(math.log(run.weight_bytes / weight_bytes)))[:_NEAREST]
+    by_layers = statistics.median(run.seconds * layers / run.layers for run in nearest)
+    by_bytes = statistics.median(run.seconds * weight_bytes / run.weight_bytes for run in nearest)
+    return Estimate(min(by_layers, by_bytes), max(by_layers, by_bytes), len(nearest))
