@@ -503,7 +503,7 @@ def _print_assumptions(plans: list[TargetPlan]) -> None:
 
 def _estimated(found: Estimate | None) -> str:
     if found is None:
-        return "no runs yet"
+        return "no comparable runs yet"
     low, high = _duration(found.low), _duration(found.high)
     span = high if low == high else f"{low} to {high}"
     return f"{span} (estimate from {found.runs} run{'s' if found.runs > 1 else ''} on this machine)"

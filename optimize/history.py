@@ -26,6 +26,7 @@ EXPORT, BUILD = "export", "build"
 _FILE = "history.jsonl"
 _READ = 500  # the last runs are read: the machine and its tools change
 _NEAREST = 5  # and this many of the nearest sizes give an estimate
+_COMPARABLE = 64  # weights that many times larger or smaller say nothing: the bounds would lie days apart
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,17 @@ def _run(line: str) -> Run | None:
 def estimate(
     runs: list[Run], stage: str, *, weight_bytes: int, layers: int, backend: str = "", plugins: bool = False
 ) -> Estimate | None:
-    """How long a stage may take, from the runs of that kind whose weights are nearest; None without such a run.
+    """How long a stage may take, from the runs of that kind whose weights are nearest; None without a comparable run.
 
     Part of the time goes with the layers (tracing, parsing) and part with the weights (reading, writing), and one run does not
     tell which: the medians of both scalings bound the estimate.
     """
-    alike = [run for run in runs if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)]
+    alike = [
+        run
+        for run in runs
+        if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)
+        and 1 / _COMPARABLE <= run.weight_bytes / weight_bytes <= _COMPARABLE
+    ]
     if not alike:
         return None
     alike.reverse()  # of equal sizes the latest count

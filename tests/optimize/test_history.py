@@ -48,10 +48,11 @@ def test_what_is_recorded_is_read_back_and_estimates_itself(tiny_graph: Path, ti
 
 
 def test_another_size_is_bounded_by_layers_and_by_bytes() -> None:
-    found = estimate([run(10.0)], EXPORT, weight_bytes=100 * MEGA, layers=8)
-    assert found and (found.low, found.high) == (20.0, 1000.0)
+    found = estimate([run(10.0)], EXPORT, weight_bytes=50 * MEGA, layers=8)
+    assert found and (found.low, found.high) == (20.0, 500.0)
     smaller = estimate([run(10.0)], EXPORT, weight_bytes=MEGA // 2, layers=4)
     assert smaller and (smaller.low, smaller.high) == (5.0, 10.0)
+    assert estimate([run(10.0)], EXPORT, weight_bytes=100 * MEGA, layers=8) is None
 
 
 def test_the_nearest_runs_count_and_one_slow_one_does_not() -> None:
