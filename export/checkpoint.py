@@ -2,31 +2,32 @@
 
 Three spellings of one checkpoint are read: the released names (``layers.0.attn.wq_a.weight``), the same
 as saved by transformers (``model.layers.0.attn.wq_a.weight``) and transformers' module names
-(``model.layers.0.self_attn.q_a_proj.weight``, experts stacked). Everything that is missing, unexpected or
-of a wrong shape is listed in one error, from the headers alone, before any weight is read.
+(``model.layers.0.self_attn.q_a_proj.weight``, experts stacked). A quantised weight (export/formats.py) has its scale
+beside it: ``layers.0.attn.wq_a.scale``, or ``…weight_scale_inv`` as transformers saves it. Everything that is missing,
+unexpected or of a wrong shape is listed in one error, from the headers alone, before any weight is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from foldkv.artifact import confined, sha256_file
 from foldkv.errors import ArtifactError, CheckpointError, listing
+from foldkv.export.formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
 from foldkv.export.model.decoder import Decoder, Layer
 from foldkv.export.model.rope import inverse_frequencies
+from foldkv.export.shards import Shard, Stored, read_shard
 from foldkv.export.spec import ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_READABLE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32}
+_READABLE = ("F32", "BF16", "F16", "I64", "I32")
 
 # transformers' module names to released names; applied in order to names that use them.
 _RENAMES = [
@@ -58,12 +59,15 @@ _RENAMES = [
         (r"\.o_a_proj\.", ".wo_a."),
         (r"\.o_b_proj\.", ".wo_b."),
         (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
-        (r"\.experts\.gate_up_proj$", ".experts.w13"),
-        (r"\.experts\.down_proj$", ".experts.w2"),
+        (r"\.experts\.gate_up_proj", ".experts.w13"),
+        (r"\.experts\.down_proj", ".experts.w2"),
+        (r"\.weight_scale_inv$", ".scale"),  # of one weight, and of stacked experts, as transformers writes them
+        (r"\.experts\.(w13|w2)_scale_inv$", r".experts.\1.scale"),
     )
 ]
 _IGNORED = re.compile(r"^mtp\.")  # the draft head is no part of the decoder
-_EXPERT = re.compile(r"^(layers\.\d+\.ffn\.experts)\.(\d+)\.(w[123])\.weight$")
+# Tensors that may be quantised: matrices of linear layers, and experts, alone or stacked.
+_MATRIX = re.compile(r"\.weight$|\.experts\.(w13|w2)$")
 
 
 def released_name(name: str) -> str:
@@ -72,6 +76,19 @@ def released_name(name: str) -> str:
     for pattern, target in _RENAMES:
         name = pattern.sub(target, name)
     return name
+
+
+def _block(config: dict[str, Any]) -> tuple[int, int]:
+    """The block of e4m3 weights that config.json names, or the usual one."""
+    quantisation = config.get("quantization_config")
+    block = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+    if block is None:
+        return FP8_BLOCK
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointError(
+            f"quantization_config.weight_block_size is {block!r}; expected two sizes, like [128, 128]."
+        )
+    return block[0], block[1]
 
 
 class Checkpoint:
@@ -89,6 +106,9 @@ class Checkpoint:
             )
         self.config = read_config(self.folder / "config.json")
         self.spec = ModelSpec.from_config(self.config, source=str(self.folder / "config.json"))
+        self.block = _block(self.config)
+        self._index: dict[str, str] | None = None
+        self.shards: list[Shard] = []
         self.files = self._weight_files()
         self.headers = self._read_headers()
 
@@ -104,6 +124,7 @@ class Checkpoint:
         table = read_config(index).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise CheckpointError(f"{index} has no 'weight_map' from tensor to file. Download the index again.")
+        self._index = table
         files, problems = [], []
         for name in sorted(set(table.values())):
             try:
@@ -120,28 +141,48 @@ class Checkpoint:
             )
         return files
 
-    def _read_headers(self) -> dict[str, tuple[str, Path, tuple[int, ...], str]]:
-        """Released name -> (name in the file, file, shape, safetensors dtype)."""
-        headers: dict[str, tuple[str, Path, tuple[int, ...], str]] = {}
+    def _read_headers(self) -> dict[str, Stored]:
+        """Released name -> where it is stored."""
+        headers: dict[str, Stored] = {}
         problems: list[str] = []
         for path in self.files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - not a dict
-                        part = file.get_slice(name)
-                        released = released_name(name)
-                        if released in headers:
-                            problems.append(
-                                f"tensor {released} is in {headers[released][1].name} and again in {path.name}"
-                            )
-                        headers[released] = (name, path, tuple(part.get_shape()), part.get_dtype())
-            except (SafetensorError, OSError) as error:
-                problems.append(f"{path.name} cannot be read: {error}")
+            shard, findings = read_shard(path)
+            self.shards.append(shard)
+            problems += findings
+            for name, stored in shard.tensors.items():
+                released = released_name(name)
+                if released in headers:
+                    problems.append(f"tensor {released} is in {headers[released].file.name} and again in {path.name}")
+                headers[released] = stored
         if problems:
             raise CheckpointError(
                 listing(f"{self.folder} has damaged weights", problems, "Download these files again.")
             )
+        self._compare_index()
         return headers
+
+    def _compare_index(self) -> None:
+        if self._index is None:
+            return
+        held = {name: shard.file.relative_to(self.folder).as_posix() for shard in self.shards for name in shard.tensors}
+        problems = [
+            f"tensor {name} should be in {file}; it is in {held[name]}"
+            if name in held
+            else f"tensor {name} is not in {file}"
+            for name, file in self._index.items()
+            if held.get(name) != file
+        ]
+        problems += [
+            f"tensor {name} in {file} is not in the index" for name, file in held.items() if name not in self._index
+        ]
+        if problems:
+            raise CheckpointError(
+                listing(
+                    f"{self.folder / INDEX} and the shards disagree",
+                    problems,
+                    "Download the index and these files again.",
+                )
+            )
 
     def digest(self) -> str:
         """sha256 over config.json and every weight file, by name."""
@@ -157,18 +198,18 @@ class Checkpoint:
             CheckpointError: missing, unexpected, wrongly shaped or unreadable tensors, all listed.
         """
         expected = self._expected()
-        problems = [
-            f"missing tensor {name} {list(shape)}" for name, shape in expected.items() if name not in self.headers
+        scales = {scale_name(name) for name in expected if self._quantised(name)}
+        problems = []
+        for name, shape in expected.items():
+            if name not in self.headers:
+                problems.append(f"missing tensor {name} {list(shape)}")
+            else:
+                problems += self._misfits(name, shape)
+        problems += [
+            f"unexpected tensor {name} {list(stored.shape)} in {stored.file.name}"
+            for name, stored in self.headers.items()
+            if name not in expected and name not in scales and not _IGNORED.match(name)
         ]
-        for name, (_, path, shape, dtype) in self.headers.items():
-            if _IGNORED.match(name):
-                continue
-            if name not in expected:
-                problems.append(f"unexpected tensor {name} {list(shape)} in {path.name}")
-            elif shape != expected[name]:
-                problems.append(f"tensor {name} has shape {list(shape)}; expected {list(expected[name])}")
-            elif dtype not in _READABLE:
-                problems.append(f"tensor {name} has dtype {dtype}; expected one of {', '.join(_READABLE)}")
         if problems:
             raise CheckpointError(
                 listing(
@@ -178,9 +219,51 @@ class Checkpoint:
                 )
             )
 
+    def format(self, name: str) -> Format | None:
+        """The format of a weight matrix; None for tensors that are no weight matrix, and for unknown dtypes."""
+        return format_of(self.headers[name].dtype, self.block) if _MATRIX.search(name) else None
+
+    def _quantised(self, name: str) -> bool:
+        return name in self.headers and (found := self.format(name)) is not None and found.name != PLAIN
+
+    def _misfits(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """What keeps a tensor, with its scale, from being a value of that shape."""
+        stored = self.headers[name]
+        found = self.format(name)
+        if found is None or found.name == PLAIN:
+            problems = (
+                []
+                if stored.shape == shape
+                else [f"tensor {name} has shape {list(stored.shape)}; expected {list(shape)}"]
+            )
+            if stored.dtype not in _READABLE:
+                problems.append(f"tensor {name} has dtype {stored.dtype}; expected one of {', '.join(_READABLE)}")
+            return problems
+        problems = []
+        wanted = found.stored_shape(shape)
+        if stored.shape != wanted:
+            problems.append(
+                f"tensor {name} has shape {list(stored.shape)}; expected {list(wanted)} for {found.name} ({stored.dtype})"
+            )
+        scale = self.headers.get(scale_name(name))
+        if scale is None:
+            return [
+                *problems,
+                f"tensor {name} has dtype {stored.dtype} but no scale; missing tensor {scale_name(name)} {list(found.scale_shape(shape))}",
+            ]
+        if scale.shape != found.scale_shape(shape):
+            problems.append(
+                f"scale {scale_name(name)} has shape {list(scale.shape)}; expected {list(found.scale_shape(shape))}: "
+                f"one per {found.block[0]} x {found.block[1]} of {list(shape)}"
+            )
+        if scale.dtype not in SCALE_DTYPES:
+            problems.append(
+                f"scale {scale_name(name)} has dtype {scale.dtype}; expected one of {', '.join(SCALE_DTYPES)}"
+            )
+        return problems
+
     def _expected(self) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            needed = {name: tuple(value.shape) for name, value in Decoder(self.spec).state_dict().items()}
+        needed = parameter_shapes(self.spec)
         stacked = {name for name in needed if name.endswith((".experts.w13", ".experts.w2"))}
         if stacked & self.headers.keys():
             return needed
@@ -198,33 +281,68 @@ class Checkpoint:
                 }
         return needed
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Released name and value of every tensor of the decoder, file by file."""
-        for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    released = released_name(name)
-                    if not _IGNORED.match(released):
-                        yield released, file.get_tensor(name)
+    def value(self, name: str) -> Tensor:
+        """A tensor of the decoder by its released name: dequantised to float32 if it is quantised, else as stored.
+
+        Raises:
+            CheckpointError: it cannot be read, or its scale is NaN, infinite or not above zero.
+        """
+        stored = self.headers[name].read()
+        found = self.format(name)
+        if found is None or found.name == PLAIN:
+            return stored
+        scale = self.headers[scale_name(name)].read()
+        values = scale_values(scale)
+        if not bool((values.isfinite() & (values > 0)).all()):
+            raise CheckpointError(f"scale {scale_name(name)} holds NaN, infinite or non-positive values")
+        return dequantised(stored, scale, found)
+
+
+def scale_name(name: str) -> str:
+    """The released name of the scale of a weight."""
+    return f"{name.removesuffix('.weight')}.scale"
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the decoder by its released name, experts stacked per layer."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in Decoder(spec).state_dict().items()}
 
 
 def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
     """The model with its weights in float32, ready to run or to trace.
 
+    Quantised weights are dequantised one tensor at a time, experts straight into their stack: beside the model itself
+    there is never more than one tensor in memory.
+
     Raises:
-        CheckpointError: the tensors do not fit the config (see :meth:`Checkpoint.check`), or a value is NaN
+        CheckpointError: the tensors do not fit the config (see :meth:`Checkpoint.check`), or a value or a scale is NaN
             or infinite.
     """
     checkpoint.check()
     with torch.device("meta"):
         model = Decoder(checkpoint.spec)
-    values = _stacked(checkpoint)
-    problems = [f"tensor {name} holds NaN or infinite values" for name, value in values.items() if not _finite(value)]
-    table = [f"tensor {name} names experts outside 0..{checkpoint.spec.num_experts - 1}"
-             for name, value in values.items() if name.endswith("tid2eid") and _outside(value, checkpoint.spec.num_experts)]  # fmt: skip
-    if problems or table:
+    problems: list[str] = []
+    values: dict[str, Tensor] = {}
+    for name, shape in parameter_shapes(checkpoint.spec).items():
+        parts = expert_parts(name, checkpoint)
+        target = torch.empty(shape) if parts else None
+        for part, place in (parts or {name: ()}).items():
+            try:
+                value = checkpoint.value(part)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
+            problems += _unusable(part, value, checkpoint.spec.num_experts)
+            if target is None:
+                values[name] = value
+            else:
+                target[place] = value
+                values[name] = target
+    if problems:
         raise CheckpointError(
-            listing(f"{checkpoint.folder} has unusable weights", problems + table, "Download the weights again.")
+            listing(f"{checkpoint.folder} has unusable weights", problems, "Download the weights again.")
         )
     model.load_state_dict(values, assign=True)
     # Frequencies are no part of a checkpoint, and the model was made without storage.
@@ -234,29 +352,26 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
     return model.eval().requires_grad_(False)
 
 
-def _finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(value.isfinite().all())
+def expert_parts(name: str, checkpoint: Checkpoint) -> dict[str, tuple[int | slice, ...]]:
+    """The tensors of single experts that a stacked one is made of, with their places in it; none if it is stored stacked."""
+    prefix, _, kind = name.rpartition(".")
+    if not prefix.endswith(".experts") or name in checkpoint.headers:
+        return {}
+    inner = checkpoint.spec.moe_intermediate_size
+    rows = {"w1": slice(0, inner), "w3": slice(inner, 2 * inner)} if kind == "w13" else {"w2": slice(None)}
+    return {
+        f"{prefix}.{expert}.{part}.weight": (expert, place)
+        for expert in range(checkpoint.spec.num_experts)
+        for part, place in rows.items()
+    }
 
 
-def _outside(value: Tensor, count: int) -> bool:
-    return bool((value < 0).any() or (value >= count).any())
-
-
-def _stacked(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    values: dict[str, Tensor] = {}
-    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
-    for name, value in checkpoint.tensors():
-        value = value.to(torch.int64) if not value.is_floating_point() else value.to(torch.float32)
-        match = _EXPERT.match(name)
-        if match:
-            experts.setdefault(match[1], {})[int(match[2]), match[3]] = value
-        else:
-            values[name] = value
-    for prefix, parts in experts.items():
-        count = checkpoint.spec.num_experts
-        values[f"{prefix}.w13"] = torch.stack([torch.cat((parts[e, "w1"], parts[e, "w3"])) for e in range(count)])
-        values[f"{prefix}.w2"] = torch.stack([parts[e, "w2"] for e in range(count)])
-    return values
+def _unusable(name: str, value: Tensor, experts: int) -> list[str]:
+    if value.is_floating_point():
+        return [] if bool(value.isfinite().all()) else [f"tensor {name} holds NaN or infinite values"]
+    if name.endswith("tid2eid") and bool((value < 0).any() or (value >= experts).any()):
+        return [f"tensor {name} names experts outside 0..{experts - 1}"]
+    return []
 
 
 def model_facts(spec: ModelSpec) -> dict[str, Any]:

@@ -121,10 +121,10 @@ row("tensors: one missing", tensors(lambda t: t.pop("norm.weight")), 2, "norm.we
 row("tensors: one unexpected", tensors(lambda t: t.update(surplus=torch.zeros(3))), 2, "surplus")
 row("tensors: wrong shape", tensors(lambda t: t.update({"norm.weight": torch.zeros(2, 64)})), 2, "norm.weight")
 row(
-    "tensors: quantised",
+    "tensors: quantised without a scale",
     tensors(lambda t: t.update({"head.weight": t["head.weight"].to(torch.float8_e4m3fn)})),
     2,
-    "head.weight has dtype F8_E4M3",
+    "head.weight has dtype F8_E4M3 but no scale",
 )
 row("index: not JSON", index("{"), 2, "index.json")
 row("index: names a missing shard", index({"weight_map": {"norm.weight": "none.safetensors"}}), 2, "none.safetensors")

@@ -54,7 +54,8 @@ class TransformersRunner:
             raise CheckpointError(
                 listing(f"transformers does not load {checkpoint} whole", problems, "Check the checkpoint.")
             )
-        self.model: Any = model.eval().requires_grad_(False)
+        # What transformers dequantises stays bfloat16, which holds e4m3 and e2m1 times a power of two exactly.
+        self.model: Any = model.float().eval().requires_grad_(False)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """One pass over all tokens, without a cache."""

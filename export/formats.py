@@ -1,0 +1,97 @@
+"""Formats of released weights and their values: e4m3 in blocks, packed e2m1 in groups, e8m0 scales.
+
+========  =====================  ==============================================  ==========================
+format    dtype in safetensors   weight [R, C] is stored as                      scale
+========  =====================  ==============================================  ==========================
+plain     F32, BF16, F16         [R, C]                                          none
+fp8       F8_E4M3                [R, C], one byte each                           [ceil(R / 128), ceil(C / 128)]
+fp4       I8, U8                 [R, C / 2], e2m1, the lower half of a byte first  [R, C / 32]
+========  =====================  ==============================================  ==========================
+
+A scale is one byte of exponent (e8m0: ``2 ** (byte - 127)``, 255 is NaN), written as F8_E8M0 or as U8, or a float32.
+A value is element times scale; both are exact in float32, so is their product wherever it neither over- nor underflows.
+Blocks at the edge are partial: block ``i`` of rows begins at row ``128 i`` whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
+PLAIN_DTYPES = ("F32", "BF16", "F16")
+SCALE_DTYPES = ("F8_E8M0", "U8", "F32")
+#: Block of an e4m3 weight where config.json names none, and the channels of an e2m1 weight that share a scale.
+FP8_BLOCK = (128, 128)
+FP4_GROUP = 32
+#: The sixteen values of e2m1, by code.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_BY_DTYPE = dict.fromkeys(PLAIN_DTYPES, PLAIN) | {"F8_E4M3": FP8, "I8": FP4, "U8": FP4}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights of one dtype are stored; ``block`` is (rows, channels) that share a scale."""
+
+    name: str
+    block: tuple[int, int] = (1, 1)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a weight [..., R, C]."""
+        return (*shape[:-1], -(-shape[-1] // 2)) if self.name == FP4 else shape
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scale of a weight [..., R, C]."""
+        return (*shape[:-2], -(-shape[-2] // self.block[0]), -(-shape[-1] // self.block[1]))
+
+
+def format_of(dtype: str, block: tuple[int, int] = FP8_BLOCK) -> Format | None:
+    """The format of a weight matrix with that dtype in safetensors, or None if there is none.
+
+    Args:
+        dtype: as safetensors writes it.
+        block: of e4m3 weights, from config.json.
+    """
+    name = _BY_DTYPE.get(dtype)
+    return None if name is None else Format(name, {FP8: block, FP4: (1, FP4_GROUP)}.get(name, (1, 1)))
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """Scales as float32: exponents (e8m0, or the same as uint8) or float32 as they are. NaN stays NaN."""
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.to(torch.float32)
+
+
+def dequantised(weight: Tensor, scale: Tensor, format_: Format) -> Tensor:
+    """The values of a quantised weight, float32 [..., R, C].
+
+    Args:
+        weight: as stored: e4m3 [..., R, C], or bytes [..., R, C / 2].
+        scale: as stored, of the shape that the format gives.
+        format_: of the weight, not plain.
+    """
+    values = unpacked(weight) if format_.name == FP4 else weight.to(torch.float32)
+    factors = scale_values(scale)
+    for axis, size in ((-2, format_.block[0]), (-1, format_.block[1])):
+        if size > 1:
+            factors = factors.repeat_interleave(size, dim=axis).narrow(axis, 0, values.shape[axis])
+    return values.mul_(factors)
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """Two e2m1 values per byte, the lower half first: bytes [..., N] -> float32 [..., 2 N]."""
+    return byte_pairs()[packed.contiguous().view(torch.uint8).to(torch.int32)].flatten(-2)
+
+
+def byte_pairs() -> Tensor:
+    """The two e2m1 values of every byte: float32 [256, 2]."""
+    table = torch.tensor(E2M1)
+    return torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=-1)
+
+
+def byte_values(dtype: torch.dtype) -> Tensor:
+    """The value of every byte in an eight-bit format: float32 [256]."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
