@@ -21,8 +21,10 @@ from torch import Tensor
 from foldkv.artifact import confined, sha256_file
 from foldkv.errors import ArtifactError, CheckpointError, listing
 from foldkv.export.model.decoder import Decoder, Layer
+from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
-from foldkv.export.spec import ModelSpec, read_config
+from foldkv.export.profiles import HF, SERVED
+from foldkv.export.spec import CSA, ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -208,7 +210,7 @@ class Checkpoint:
                         yield released, file.get_tensor(name)
 
 
-def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
+def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decoder:
     """The model with its weights in float32, ready to run or to trace.
 
     Raises:
@@ -217,7 +219,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
     """
     checkpoint.check()
     with torch.device("meta"):
-        model = Decoder(checkpoint.spec)
+        model = Decoder(checkpoint.spec, profile)
     values = _stacked(checkpoint)
     problems = [f"tensor {name} holds NaN or infinite values" for name, value in values.items() if not _finite(value)]
     table = [f"tensor {name} names experts outside 0..{checkpoint.spec.num_experts - 1}"
@@ -227,10 +229,12 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
             listing(f"{checkpoint.folder} has unusable weights", problems + table, "Download the weights again.")
         )
     model.load_state_dict(values, assign=True)
-    # Frequencies are no part of a checkpoint, and the model was made without storage.
+    # Frequencies and rotations are no part of a checkpoint, and the model was made without storage.
     for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
         assert isinstance(block, Layer)
         block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
+        if kind == CSA and profile == SERVED:
+            block.attn.indexer.hadamard = hadamard_matrix(checkpoint.spec.index_head_dim)
     return model.eval().requires_grad_(False)
 
 
