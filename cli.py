@@ -110,7 +110,12 @@ def main(verbose: bool) -> None:
 @main.command("export")
 @click.argument("checkpoint", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the graph package.")
-@click.option("--profile", default="hf", show_default=True, help="Numerics: hf computes what transformers computes.")
+@click.option(
+    "--profile",
+    default="hf",
+    show_default=True,
+    help="Numerics: hf is what transformers computes, served what deployed systems compute.",
+)
 def export_command(checkpoint: Path, output: Path, profile: str) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
     from foldkv.export.graph import export_checkpoint

@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 class ExportConfig(_Strict):
     """The export stage."""
 
-    profile: Literal["hf"] = "hf"
+    profile: Literal["hf", "served"] = "hf"
 
 
 class ShapesConfig(_Strict):

@@ -21,9 +21,11 @@ from foldkv.artifact import confined, sha256_file
 from foldkv.errors import ArtifactError, CheckpointError, listing
 from foldkv.export.formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
 from foldkv.export.model.decoder import Decoder, Layer
+from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
+from foldkv.export.profiles import HF, SERVED
 from foldkv.export.shards import Shard, Stored, read_shard
-from foldkv.export.spec import ModelSpec, read_config
+from foldkv.export.spec import CSA, ModelSpec, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -309,7 +311,7 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in Decoder(spec).state_dict().items()}
 
 
-def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
+def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decoder:
     """The model with its weights in float32, ready to run or to trace.
 
     Quantised weights are dequantised one tensor at a time, experts straight into their stack: beside the model itself
@@ -321,7 +323,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
     """
     checkpoint.check()
     with torch.device("meta"):
-        model = Decoder(checkpoint.spec)
+        model = Decoder(checkpoint.spec, profile)
     problems: list[str] = []
     values: dict[str, Tensor] = {}
     for name, shape in parameter_shapes(checkpoint.spec).items():
@@ -345,10 +347,12 @@ def decoder_from_checkpoint(checkpoint: Checkpoint) -> Decoder:
             listing(f"{checkpoint.folder} has unusable weights", problems, "Download the weights again.")
         )
     model.load_state_dict(values, assign=True)
-    # Frequencies are no part of a checkpoint, and the model was made without storage.
+    # Frequencies and rotations are no part of a checkpoint, and the model was made without storage.
     for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
         assert isinstance(block, Layer)
         block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
+        if kind == CSA and profile == SERVED:
+            block.attn.indexer.hadamard = hadamard_matrix(checkpoint.spec.index_head_dim)
     return model.eval().requires_grad_(False)
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from foldkv.errors import FoldkvError
-from foldkv.export.model.decoder import TAP, Decoder, new_state
+from foldkv.export.model.decoder import CHOSEN, TAP, Decoder, new_state
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
+from foldkv.export.profiles import SERVED
+from foldkv.export.spec import CSA, HCA, SLIDING
 from foldkv.export.state import state_tensors
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
@@ -78,6 +80,10 @@ def onnx_from_decoder(decoder: Decoder) -> ir.Model:
         value.name = name
     for layer, value in enumerate(taps):
         value.name = TAP.format(layer=layer)
+    sparse = (layer for layer, kind in enumerate(decoder.spec.layer_types) if kind == CSA)
+    for node in model.graph:
+        if node.op_type == "FoldkvIndexSelect":
+            node.outputs[0].name = CHOSEN.format(layer=next(sparse))
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
         value.name = name.removeprefix("decoder.")
@@ -201,14 +207,17 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 
 def expected_counts(decoder: Decoder) -> dict[str, int]:
     """How many nodes of each operator a decoder must give, from its layer kinds alone."""
-    from foldkv.export.spec import CSA, HCA, SLIDING
-
     kinds = Counter(decoder.spec.layer_types)
+    served = decoder.profile == SERVED
     counts = {
-        "FoldkvCompress": 2 * kinds[CSA] + kinds[HCA],
+        "FoldkvCompress": 0 if served else 2 * kinds[CSA] + kinds[HCA],
+        "FoldkvCompressFp4": kinds[CSA] if served else 0,
+        "FoldkvCompressFp8": kinds[CSA] + kinds[HCA] if served else 0,
         "FoldkvDenseAttention": kinds[HCA],
         "FoldkvIndexScores": kinds[CSA],
         "FoldkvIndexSelect": kinds[CSA],
+        "FoldkvQuantizeFp4": kinds[CSA] if served else 0,
+        "FoldkvQuantizeFp8": decoder.spec.num_layers if served else 0,
         "FoldkvRope": 2 * decoder.spec.num_layers + kinds[CSA],
         "FoldkvRoutedExperts": decoder.spec.num_layers,
         "FoldkvSinkhorn": 2 * decoder.spec.num_layers,

@@ -10,8 +10,10 @@ from foldkv.export.model.indexer import Indexer
 from foldkv.export.model.norm import RMSNorm, rms_normalize, split_last
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
+from foldkv.export.operators.quantize import quantize_fp8
 from foldkv.export.operators.rope import rope
 from foldkv.export.operators.window import window_update
+from foldkv.export.profiles import HF, SERVED
 from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
 
 
@@ -20,8 +22,9 @@ class Attention(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, profile: str = HF) -> None:
         super().__init__()
+        self.served, self.rotary = profile == SERVED, spec.rope_dim
         self.kind, self.ratio = spec.layer_types[layer], spec.ratios[layer]
         self.heads, self.width, self.groups = spec.num_heads, spec.head_dim, spec.o_groups
         self.o_rank, self.eps = spec.o_lora_rank, spec.rms_norm_eps
@@ -37,10 +40,11 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(spec.num_heads))
         if self.kind != SLIDING:
             self.compressor = Compressor(
-                spec.hidden_size, spec.head_dim, self.ratio, overlap=self.kind == CSA, eps=spec.rms_norm_eps
-            )
+                spec.hidden_size, spec.head_dim, self.ratio, overlap=self.kind == CSA, eps=spec.rms_norm_eps,
+                profile=profile, rotary=spec.rope_dim,
+            )  # fmt: skip
         if self.kind == CSA:
-            self.indexer = Indexer(spec, self.ratio)
+            self.indexer = Indexer(spec, self.ratio, profile)
         self.register_buffer("inv_freq", inverse_frequencies(spec, self.kind), persistent=False)
 
     def forward(
@@ -57,6 +61,8 @@ class Attention(nn.Module):
         q = rms_normalize(split_last(self.wq_b(latent), self.heads, self.width), self.eps)
         q = rope(q, tokens, self.inv_freq, 0)
         kv = rope(self.kv_norm(self.wkv(x)).unsqueeze(2), tokens, self.inv_freq, 0).squeeze(2)
+        if self.served:
+            kv = quantize_fp8(kv, self.rotary)
         rows, window = window_update(state[0], kv, positions, num_tokens)
         common = (self.attn_sink, self.inv_freq, positions, num_tokens)
         after = [window]

@@ -6,14 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from foldkv.export.model.norm import RMSNorm
-from foldkv.export.operators.compress import compress
+from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
+from foldkv.export.profiles import HF, SERVED
 
 
 class Compressor(nn.Module):
-    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA)."""
+    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA).
 
-    def __init__(self, hidden: int, width: int, ratio: int, *, overlap: bool, eps: float) -> None:
+    In the profile ``served`` entries are quantised before they are written: ``rotary`` is the number of rotated channels.
+    """
+
+    def __init__(
+        self, hidden: int, width: int, ratio: int, *, overlap: bool, eps: float, profile: str = HF, rotary: int = 0
+    ) -> None:
         super().__init__()
+        self.served, self.rotary = profile == SERVED, rotary
         series = width * (2 if overlap else 1)
         self.wkv = nn.Linear(hidden, series, bias=False)
         self.wgate = nn.Linear(hidden, series, bias=False)
@@ -22,12 +29,21 @@ class Compressor(nn.Module):
         self.ratio = ratio
 
     def forward(
-        self, x: Tensor, state: list[Tensor], inv_freq: Tensor, positions: Tensor, num_tokens: Tensor
+        self,
+        x: Tensor,
+        state: list[Tensor],
+        inv_freq: Tensor,
+        positions: Tensor,
+        num_tokens: Tensor,
+        hadamard: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [B, S, C]; state = entries, carry_kv, carry_gate (see operators/compress.py) -> the state after the chunk."""
-        return list(
-            compress(
-                *state, self.wkv(x), self.wgate(x), self.ape, self.norm.weight, inv_freq, positions, num_tokens,
-                self.ratio, self.norm.eps,
-            )
-        )  # fmt: skip
+        """x [B, S, C]; state = entries, carry_kv, carry_gate (see operators/compress.py) -> the state after the chunk.
+
+        hadamard [D, D] is the rotation of an indexer's entries in the profile ``served``.
+        """
+        chunk = (self.wkv(x), self.wgate(x), self.ape, self.norm.weight, inv_freq, positions, num_tokens)
+        if not self.served:
+            return list(compress(*state, *chunk, self.ratio, self.norm.eps))
+        if hadamard is None:
+            return list(compress_fp8(*state, *chunk, self.rotary, self.ratio, self.norm.eps))
+        return list(compress_fp4(*state, *chunk, hadamard, self.ratio, self.norm.eps))

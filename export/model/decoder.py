@@ -12,22 +12,24 @@ from foldkv.export.model.attention import Attention
 from foldkv.export.model.hyper_connections import collapse, collapse_last, expand
 from foldkv.export.model.moe import MixtureOfExperts
 from foldkv.export.model.norm import RMSNorm
+from foldkv.export.profiles import HF
 from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor, state_tensors
 
-TAP = "tap.layers.{layer}.hidden"
+#: Names of values inside the graph: the residual streams after a layer, and the entries that its indexer chose.
+TAP, CHOSEN = "tap.layers.{layer}.hidden", "tap.layers.{layer}.chosen"
 
 
 class Layer(nn.Module):
     """Attention and experts, each between a collapse and an expansion of the residual streams."""
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, profile: str = HF) -> None:
         super().__init__()
         self.spec = spec
         streams = spec.hc_mult
         self.attn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.attn = Attention(spec, layer)
+        self.attn = Attention(spec, layer, profile)
         self.ffn = MixtureOfExperts(spec, layer)
         rows, width = (2 + streams) * streams, streams * spec.hidden_size
         self.hc_attn_fn = nn.Parameter(torch.empty(rows, width))
@@ -56,13 +58,16 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A whole model; parameters have the released checkpoints' names, experts are stacked per layer."""
+    """A whole model; parameters have the released checkpoints' names, experts are stacked per layer.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    ``profile`` is the computation that it follows, see export/profiles.py.
+    """
+
+    def __init__(self, spec: ModelSpec, profile: str = HF) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.profile = spec, profile
         self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(Layer(spec, layer) for layer in range(spec.num_layers))
+        self.layers = nn.ModuleList(Layer(spec, layer, profile) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.hc_head_fn = nn.Parameter(torch.empty(spec.hc_mult, spec.hc_mult * spec.hidden_size))

@@ -9,11 +9,12 @@ by the chunk (see window.py); rows and entries that were never written may hold 
 from __future__ import annotations
 
 import torch
-from onnxscript import FLOAT, INT32, INT64, script
+from onnxscript import FLOAT, INT8, INT32, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
 from foldkv.export.operators.index import FoldkvActiveRows, FoldkvVisibleEntries, active_entries, visible_entries
+from foldkv.export.operators.quantize import FoldkvUnpackFp8
 from foldkv.export.operators.registry import OPSET, operator
 from foldkv.export.operators.rope import FoldkvRope
 from foldkv.export.operators.rope import _eager as rope
@@ -170,17 +171,14 @@ def FoldkvWindowAttention(  # type: ignore[no-untyped-def]
 
 
 @script(OPSET, default_opset=op)
-def FoldkvSparseAttention(  # type: ignore[no-untyped-def]
-    q: FLOAT, rows: FLOAT, entries: FLOAT, chosen: INT32, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
+def FoldkvAttendPicked(  # type: ignore[no-untyped-def]
+    q: FLOAT, rows: FLOAT, gathered: FLOAT, some: INT64, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
     num_tokens: INT32,
 ):  # fmt: skip
+    # gathered [B, S, K, D] float32: anything where not `some`.
     keys, seen = FoldkvWindowKeys(q, rows, positions, num_tokens)
     scaled = FoldkvScale(q)
     near = FoldkvSharedLogits(scaled, keys, seen)
-    index = op.Cast(chosen, to=7)
-    some = index >= 0
-    safe = op.Max(index, op.Constant(value_int=0))
-    gathered = op.Cast(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1), to=1)
     picked = op.Where(op.Unsqueeze(some, [3]), gathered, 0.0)
     far = op.Where(op.Unsqueeze(some, [2]), op.MatMul(scaled, op.Transpose(picked, perm=[0, 1, 3, 2])),
                    op.Constant(value_float=float("-inf")))  # fmt: skip
@@ -188,6 +186,31 @@ def FoldkvSparseAttention(  # type: ignore[no-untyped-def]
     cut = op.Shape(near, start=3, end=4)
     out = FoldkvSharedSum(op.Slice(weights, [0], cut, [3]), keys) + op.MatMul(op.Slice(weights, cut, [-1], [3]), picked)
     return FoldkvRope(out, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
+
+
+@script(OPSET, default_opset=op)
+def FoldkvSparseAttention(  # type: ignore[no-untyped-def]
+    q: FLOAT, rows: FLOAT, entries: FLOAT, chosen: INT32, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
+    num_tokens: INT32,
+):  # fmt: skip
+    index = op.Cast(chosen, to=7)
+    some = index >= 0
+    safe = op.Max(index, op.Constant(value_int=0))
+    gathered = op.Cast(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1), to=1)
+    return FoldkvAttendPicked(q, rows, gathered, some, sinks, inv_freq, positions, num_tokens)
+
+
+@script(OPSET, default_opset=op)
+def FoldkvSparseAttentionFp8(  # type: ignore[no-untyped-def]
+    q: FLOAT, rows: FLOAT, entries: INT8, chosen: INT32, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
+    num_tokens: INT32, width: int, rotary: int,
+):  # fmt: skip
+    # Packed entries: those that were chosen are gathered as bytes and decoded, no other.
+    index = op.Cast(chosen, to=7)
+    some = index >= 0
+    safe = op.Max(index, op.Constant(value_int=0))
+    gathered = FoldkvUnpackFp8(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1), width, rotary)
+    return FoldkvAttendPicked(q, rows, gathered, some, sinks, inv_freq, positions, num_tokens)
 
 
 @script(OPSET, default_opset=op)

@@ -61,7 +61,7 @@ def operator(
 
 def operators() -> dict[str, Operator]:
     """All operators by ONNX name. Importing the operator modules is what registers them."""
-    from foldkv.export.operators import attention, compress, experts, index, rope, sinkhorn, window  # noqa: F401
+    from foldkv.export.operators import attention, compress, experts, index, quantize, rope, sinkhorn, window  # noqa: F401
 
     return dict(_OPERATORS)
 

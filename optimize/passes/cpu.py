@@ -141,16 +141,18 @@ class _Sizes:
             return self._values.get(key) if key is not None else None
         value: ir.Value | None = None
         if isinstance(key, int):
-            value = ir.Value(name=f"size_{key}", const_value=ir.tensor(np.array([key]), name=f"size_{key}"))
+            value = ir.Value(name=f"size_of_{key}", const_value=ir.tensor(np.array([key]), name=f"size_of_{key}"))
             value.shape, value.dtype = ir.Shape([1]), ir.DataType.INT64
             self._graph.register_initializer(value)
         elif key in self._inputs:
             source, axis = self._inputs[key]
-            value = self._first(ir.node("Shape", [source], attributes={"start": axis, "end": axis + 1}), f"size_{key}")
+            value = self._first(
+                ir.node("Shape", [source], attributes={"start": axis, "end": axis + 1}), f"size_of_{key}"
+            )
         elif match := _SUM.fullmatch(key):
             terms = [self.of(ir.SymbolicDim(match[1])), self.of(int(match[2]))]
             if None not in terms:
-                value = _named(added := ir.node("Add", terms), f"size_{match[1]}_{match[2]}", 1)
+                value = _named(added := ir.node("Add", terms), f"size_of_{match[1]}_{match[2]}", 1)
                 producer = terms[0].producer() if terms[0] is not None else None
                 assert producer is not None
                 self._graph.insert_after(producer, added)

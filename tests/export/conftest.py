@@ -64,6 +64,12 @@ def make_reference() -> Callable[..., DeepseekV4ForCausalLM]:
     return random_reference
 
 
+@pytest.fixture(scope="session")
+def make_reference_once() -> Callable[..., DeepseekV4ForCausalLM]:
+    """As :func:`make_reference`, for fixtures that live longer than a test."""
+    return random_reference
+
+
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def reference_checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

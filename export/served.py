@@ -1,0 +1,188 @@
+"""The profile ``served`` once more, for a whole prompt at once: what deployed systems compute, in plain PyTorch.
+
+Written from what the released inference code and the row formats say, apart from the operators: RoPE is a product of
+complex numbers, the Hadamard rotation a butterfly, a quantised value the nearest code of a list, and every query looks at
+every key through a mask. It shares with the exported model what the profiles do not change: the weights, the experts and
+the hyper-connections. float32; of equal index scores the lowest entry is chosen.
+
+Where the released code rounds intermediate results to bfloat16 (index scores, query norms, the rotation), this does not:
+engines disagree on those, and keep them in float32 where they can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foldkv.export.model.attention import Attention
+from foldkv.export.model.compressor import Compressor
+from foldkv.export.model.decoder import Decoder, Layer
+from foldkv.export.model.hyper_connections import collapse, collapse_last, expand
+from foldkv.export.model.indexer import Indexer
+from foldkv.export.model.norm import split_last
+from foldkv.export.spec import CSA, SLIDING, ModelSpec
+
+_LEAST = 1e-4  # smaller largest magnitudes of a tile count as this
+#: Magnitudes of the codes in order, so that the code of a magnitude is its place.
+E4M3 = torch.tensor(
+    [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1],
+    dtype=torch.float64,
+)
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+
+
+@dataclass
+class OracleRun:
+    """What one prompt gives.
+
+    Attributes:
+        logits: [n, V] float32.
+        streams: residual streams [n, N, C] after every layer.
+        caches: by ``{layer}.{group}``: quantised rows of every position ("window") and of every entry.
+        chosen: by CSA layer, [n, entries] bool: the entries that each query attends to.
+    """
+
+    logits: Tensor
+    streams: list[Tensor] = field(default_factory=list)
+    caches: dict[str, Tensor] = field(default_factory=dict)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+
+
+def served_forward(decoder: Decoder, tokens: Tensor) -> OracleRun:
+    """Run a prompt through the served model.
+
+    Args:
+        decoder: holds the weights; its own profile does not matter.
+        tokens: [n] int64.
+    """
+    run = OracleRun(torch.empty(0))
+    spec = decoder.spec
+    streams = decoder.embed(tokens)[:, None].expand(-1, spec.hc_mult, -1)
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Layer)
+        x, post, comb = collapse(streams[None], layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale, spec)
+        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run)
+        streams = expand(streams[None], out[None], post, comb)[0]
+        x, post, comb = collapse(streams[None], layer.hc_ffn_fn, layer.hc_ffn_base, layer.hc_ffn_scale, spec)
+        streams = expand(streams[None], layer.ffn(layer.ffn_norm(x), tokens[None]), post, comb)[0]
+        run.streams.append(streams)
+    last = collapse_last(streams[None], decoder.hc_head_fn, decoder.hc_head_base, decoder.hc_head_scale, spec)
+    run.logits = functional.linear(decoder.norm(last)[0], decoder.head.weight)
+    return run
+
+
+def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """positions [n] -> [n, rope/2] complex64: angles, cosines and sines are float32, up to the longest context."""
+    return torch.polar(torch.ones(len(positions), len(inv_freq)), torch.outer(positions.float(), inv_freq))
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x [n, ..., D], turn [n, rope/2] complex -> the last channels, in neighbouring pairs, turned."""
+    width = 2 * turn.shape[-1]
+    pairs = torch.view_as_complex(x[..., -width:].reshape(*x.shape[:-1], -1, 2).contiguous())
+    turned = torch.view_as_real(pairs * turn.reshape(len(turn), *[1] * (x.dim() - 2), -1)).flatten(-2)
+    return torch.cat((x[..., :-width], turned), dim=-1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x [..., D], D a power of two -> its Walsh-Hadamard transform over ``sqrt(D)``."""
+    width, half = x.shape[-1], 1
+    while half < width:
+        low, high = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
+        x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        half *= 2
+    scaled: Tensor = x * width**-0.5
+    return scaled
+
+
+def quantize(x: Tensor, tile: int, codes: Tensor) -> Tensor:
+    """x [..., D] float32 -> the nearest codes times a power of two per tile, ties to the even code.
+
+    The power is the smallest that brings the tile into the codes' range.
+    """
+    tiles = functional.pad(x, (0, -x.shape[-1] % tile)).double()
+    tiles = split_last(tiles, -1, tile)
+    largest = tiles.abs().amax(-1, keepdim=True).clamp(min=torch.tensor(_LEAST).double())
+    scale = torch.exp2(torch.ceil(torch.log2(largest / codes[-1])))
+    magnitude = tiles.abs() / scale
+    above = torch.searchsorted(codes, magnitude).clamp(1, len(codes) - 1)
+    to_lower, to_upper = magnitude - codes[above - 1], codes[above] - magnitude
+    upper = (to_upper < to_lower) | ((to_upper == to_lower) & (above % 2 == 0))
+    near = codes[torch.where(upper, above, above - 1)] * scale
+    return torch.copysign(near, tiles).flatten(-2)[..., : x.shape[-1]].float()
+
+
+def quantize_row(x: Tensor, rotary: int) -> Tensor:
+    """x [..., D] -> what a ``fp8_ds_mla`` row holds: e4m3 in tiles of 64, the rotated channels in bfloat16."""
+    return torch.cat((quantize(x[..., :-rotary], 64, E4M3), x[..., -rotary:].bfloat16().float()), dim=-1)
+
+
+def quantize_index(x: Tensor) -> Tensor:
+    """x [..., D], turned -> what the indexer computes with: Hadamard, then e2m1 in tiles of 32."""
+    return quantize(hadamard(x), 32, E2M1)
+
+
+def _attention(attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: OracleRun) -> Tensor:
+    """x [n, C] normed -> [n, C]."""
+    count, kind, ratio = len(x), spec.layer_types[layer], spec.ratios[layer]
+    turn = rotation(torch.arange(count), attn.inv_freq)
+    latent = attn.q_norm(attn.wq_a(x))
+    q = split_last(attn.wq_b(latent), spec.num_heads, spec.head_dim)
+    q = rotate(q * torch.rsqrt(q.square().mean(-1, keepdim=True) + spec.rms_norm_eps), turn)
+    keys = quantize_row(rotate(attn.kv_norm(attn.wkv(x)), turn), spec.rope_dim)
+    run.caches[f"{layer}.window"] = keys
+    age = torch.arange(count)[:, None] - torch.arange(count)
+    seen = (age >= 0) & (age < spec.sliding_window)
+    if kind != SLIDING:
+        turned = rotate(*_compressed(attn.compressor, x, attn.inv_freq, overlap=kind == CSA))
+        entries = quantize_row(turned, spec.rope_dim)
+        run.caches[f"{layer}.entries"] = entries
+        visible = torch.arange(len(entries)) < ((torch.arange(count) + 1) // ratio)[:, None]
+        if kind == CSA:
+            visible = _chosen(attn.indexer, x, latent, visible, turn, attn.inv_freq, layer, run)
+            run.chosen[layer] = visible
+        keys, seen = torch.cat((keys, entries)), torch.cat((seen, visible), dim=1)
+    logits = torch.einsum("nhd,kd->nhk", q, keys) * spec.head_dim**-0.5
+    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    sink = attn.attn_sink[:, None].expand(count, -1, 1)
+    weights = torch.cat((logits, sink), dim=-1).softmax(-1)[..., :-1]
+    out = rotate(torch.einsum("nhk,kd->nhd", weights, keys), turn.conj())
+    grouped = split_last(out.flatten(1), spec.o_groups, -1)
+    low = torch.einsum("ngi,goi->ngo", grouped, attn.wo_a.weight.reshape(spec.o_groups, spec.o_lora_rank, -1))
+    projected: Tensor = attn.wo_b(low.flatten(1))
+    return projected
+
+
+def _compressed(compressor: Compressor, x: Tensor, inv_freq: Tensor, *, overlap: bool) -> tuple[Tensor, Tensor]:
+    """Normed entries [n // ratio, D] of x [n, C], and the rotation of each: that of its window's first token."""
+    ratio, width = compressor.ratio, compressor.norm.weight.shape[0]
+    kv, gate = compressor.wkv(x), compressor.wgate(x)
+    entries = []
+    for first in range(0, len(x) - ratio + 1, ratio):
+        own = slice(first, first + ratio)
+        values, scores = kv[own, -width:], (gate[own] + compressor.ape)[:, -width:]
+        if overlap and first:
+            before = slice(first - ratio, first)
+            values = torch.cat((kv[before, :width], values))
+            scores = torch.cat(((gate[before] + compressor.ape)[:, :width], scores))
+        entries.append((scores.softmax(dim=0) * values).sum(dim=0))
+    merged = torch.stack(entries) if entries else kv.new_zeros(0, width)
+    return compressor.norm(merged), rotation(torch.arange(len(entries)) * ratio, inv_freq)
+
+
+def _chosen(
+    indexer: Indexer, x: Tensor, latent: Tensor, visible: Tensor, turn: Tensor, inv_freq: Tensor, layer: int,
+    run: OracleRun,
+) -> Tensor:  # fmt: skip
+    """visible [n, E] -> the best of them for every query, [n, E] bool."""
+    keys = quantize_index(rotate(*_compressed(indexer.compressor, x, inv_freq, overlap=True)))
+    run.caches[f"{layer}.index_entries"] = keys
+    q = quantize_index(rotate(split_last(indexer.wq_b(latent), indexer.heads, indexer.width), turn))
+    weights = indexer.weights_proj(x) * (indexer.width**-0.5 * indexer.heads**-0.5)
+    scores = torch.einsum("nh,nhe->ne", weights, torch.einsum("nhd,ed->nhe", q, keys).relu())
+    order = scores.masked_fill(~visible, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    best = order[:, : indexer.topk]
+    return torch.zeros_like(visible).scatter(1, best, torch.ones_like(best, dtype=torch.bool)) & visible
