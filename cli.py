@@ -105,11 +105,22 @@ def main(verbose: bool) -> None:
 @click.argument("checkpoint", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the graph package.")
 @click.option("--profile", default="hf", show_default=True, help="Numerics: hf computes what transformers computes.")
-def export_command(checkpoint: Path, output: Path, profile: str) -> None:
-    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "reference", "repack"]),
+    default="float32",
+    show_default=True,
+    help="Write weights in float32, use the checkpoint's files in place, or copy them as they are stored.",
+)
+def export_command(checkpoint: Path, output: Path, profile: str, weights: str) -> None:
+    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
+
+    With float32 every operator is a node, which build gives to plugins. With reference and repack quantised weights stay as they
+    are and every kind of layer is one function; reference copies no weight and needs the checkpoint's file system.
+    """
     from foldkv.export.graph import export_checkpoint
 
-    path = export_checkpoint(checkpoint, output, profile=profile, progress=_progress())
+    path = export_checkpoint(checkpoint, output, profile=profile, weights=weights, progress=_progress())
     click.echo(f"graph package: {path}")
 
 
