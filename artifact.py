@@ -118,17 +118,39 @@ def _put_in_place(staging: Path, destination: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def write_manifest(folder: Path, *, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path,
+    *,
+    kind: str,
+    content: dict[str, Any],
+    known: dict[str, str] | None = None,
+    heads: dict[str, int] | None = None,
+) -> dict[str, Any]:
     """Hash every file of ``folder`` and write its manifest; returns the manifest.
 
-    ``content`` is stored beside ``schema_version``, ``kind`` and ``files``.
+    Args:
+        folder: of the artifact.
+        kind: of the artifact.
+        content: stored beside ``schema_version``, ``kind`` and ``files``.
+        known: sha256 of files that were hashed as they were written.
+        heads: files too large to hash that belong to someone else, a checkpoint's shards: listed under ``linked`` with
+            their size and the sha256 of so many bytes at their start.
     """
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    known, heads = known or {}, heads or {}
+    files, linked = {}, {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name == MANIFEST:
+            continue
+        if name in heads:
+            linked[name] = {
+                "head_sha256": _sha256_head(path, heads[name]), "head_bytes": heads[name], "bytes": path.stat().st_size
+            }  # fmt: skip
+        else:
+            files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
     manifest = {"schema_version": SCHEMA_VERSION, "kind": kind, "files": files, **content}
+    if linked:
+        manifest["linked"] = linked
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return manifest
 
@@ -158,6 +180,7 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
             "Make the artifact again with this version."
         )
     _check_files(Path(folder), manifest.get("files"))
+    _check_files(Path(folder), manifest.get("linked", {}))
     return manifest
 
 
@@ -180,7 +203,7 @@ def _check_files(folder: Path, files: Any) -> None:
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare the sha256 of every file with the manifest.
+    """Compare the sha256 of every file with the manifest, of linked files that of their start.
 
     Raises:
         ArtifactError: a file's content is not what the manifest was written for.
@@ -192,6 +215,17 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{folder / name} has sha256 {found[:16]}...; the manifest says {str(facts.get('sha256'))[:16]}... "
                 "The file was changed after it was made: make the artifact again."
             )
+    for name, facts in manifest.get("linked", {}).items():
+        size = facts.get("head_bytes")
+        if type(size) is not int or _sha256_head(confined(folder, name), size) != facts.get("head_sha256"):
+            raise ArtifactError(
+                f"{folder / name} is not the file that the artifact was made with. Make the artifact again."
+            )
+
+
+def _sha256_head(path: Path, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
 
 
 def confined(folder: Path, name: str) -> Path:

@@ -116,13 +116,24 @@ def main(verbose: bool) -> None:
     show_default=True,
     help="Numerics: hf is what transformers computes, served what deployed systems compute.",
 )
-def export_command(checkpoint: Path, output: Path, profile: str) -> None:
-    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state."""
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "reference", "repack"]),
+    default="float32",
+    show_default=True,
+    help="Write weights in float32, use the checkpoint's files in place, or copy them as they are stored.",
+)
+def export_command(checkpoint: Path, output: Path, profile: str, weights: str) -> None:
+    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
+
+    With float32 every operator is a node, which build gives to plugins. With reference and repack quantised weights stay as they
+    are and every kind of layer is one function; reference copies no weight and needs the checkpoint's file system.
+    """
     from foldkv.export.graph import export_checkpoint
     from foldkv.optimize.history import record_export
 
     start = time.monotonic()
-    path = export_checkpoint(checkpoint, output, profile=profile, progress=_progress())
+    path = export_checkpoint(checkpoint, output, profile=profile, weights=weights, progress=_progress())
     record_export(path, time.monotonic() - start)
     click.echo(f"graph package: {path}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkv.artifact import confined, sha256_file
+from foldkv.artifact import confined, sha256_file, sha256_json
 from foldkv.errors import ArtifactError, CheckpointError, listing
 from foldkv.export.formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
 from foldkv.export.model.decoder import Decoder, Layer
@@ -67,6 +67,7 @@ _RENAMES = [
         (r"\.experts\.(w13|w2)_scale_inv$", r".experts.\1.scale"),
     )
 ]
+_RELEASED_EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.(weight|scale)$")
 _IGNORED = re.compile(r"^mtp\.")  # the draft head is no part of the decoder
 # Tensors that may be quantised: matrices of linear layers, and experts, alone or stacked.
 _MATRIX = re.compile(r"\.weight$|\.experts\.(w13|w2)$")
@@ -75,6 +76,8 @@ _MATRIX = re.compile(r"\.weight$|\.experts\.(w13|w2)$")
 def released_name(name: str) -> str:
     """A tensor's name in the released spelling; released names are returned unchanged."""
     name = name.removeprefix("model.")
+    if _RELEASED_EXPERT.match(name):  # nearly all names of a large checkpoint
+        return name
     for pattern, target in _RENAMES:
         name = pattern.sub(target, name)
     return name
@@ -192,6 +195,11 @@ class Checkpoint:
         for path in [self.folder / "config.json", *self.files]:
             total.update(f"{path.name}:{sha256_file(path)}\n".encode())
         return total.hexdigest()
+
+    def identity(self) -> str:
+        """sha256 over config.json, and name, size and header of every weight file: what can be told without reading weights."""
+        rows = [[shard.file.name, shard.bytes, shard.header_sha256] for shard in self.shards]
+        return sha256_json([sha256_file(self.folder / "config.json"), rows])
 
     def check(self) -> None:
         """Compare the tensor table with what the model needs.

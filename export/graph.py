@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,17 @@ import foldkv
 from foldkv.artifact import staged, write_manifest
 from foldkv.errors import InputError
 from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
+from foldkv.export.layers import layer_counts, layered_model, operators_of
 from foldkv.export.operators.registry import ONNX_OPSET
 from foldkv.export.profiles import HF, check_profile
+from foldkv.export.repack import repack
 from foldkv.export.state import state_tensors
 from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
+from foldkv.export.weights import FOLDER, referenced, repacked
 
 KIND = "foldkv.graph"
 MODEL, WEIGHTS, TOKENIZER, CONFIG = "model.onnx", "weights.bin", "tokenizer.json", "config.json"
+WEIGHT_MODES = ("float32", "reference", "repack")
 # Tensors below this stay inside model.onnx, where a person who opens the graph can read them.
 _INLINE_BYTES = 1024
 
@@ -37,7 +43,12 @@ def tool_versions() -> dict[str, str]:
 
 
 def export_checkpoint(
-    checkpoint: Path, out: Path, *, profile: str = HF, progress: Callable[[str], None] = lambda _: None
+    checkpoint: Path,
+    out: Path,
+    *,
+    profile: str = HF,
+    weights: str = "float32",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Export a checkpoint folder to a graph package and return its path.
 
@@ -45,45 +56,115 @@ def export_checkpoint(
         checkpoint: folder with config.json and safetensors in any of the three spellings.
         out: folder of the package; an older package there is replaced once the new one is whole.
         profile: which numerics: "hf" computes what transformers computes, "served" what deployed systems compute.
+        weights: "float32" writes every weight in float32 and every operator as a node, which plugins can be given to.
+            "reference" and "repack" keep weights as they are stored and write one function per kind of layer:
+            "reference" links the checkpoint's files into the package and copies nothing; "repack" copies what the
+            graph reads into the package, and goes on where an earlier attempt was interrupted.
         progress: called with one line per step.
 
     Raises:
-        CheckpointError: the checkpoint cannot be exported; every finding is listed.
-        InputError: ``out`` cannot be written, lies in the checkpoint, the profile is unknown, or
-            the model has no such profile.
+        CheckpointError: the checkpoint cannot be exported so; every finding is listed.
+        InputError: ``out`` cannot be written or is the checkpoint, the profile or ``weights`` is unknown, or the model, or
+            the way to write weights, has no such profile.
     """
+    if weights not in WEIGHT_MODES:
+        raise InputError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHT_MODES)}.")
     source = Checkpoint(checkpoint)
     check_profile(profile, source.spec)
-    if (
-        Path(out).resolve().is_relative_to(Path(checkpoint).resolve())
-        and Path(out).resolve() == Path(checkpoint).resolve()
-    ):
+    if profile != HF and weights != "float32":
+        raise InputError(f"profile {profile} is exported with weights in float32; {weights} has the profile {HF} only.")
+    if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
     progress(f"reading {len(source.headers)} tensors from {source.folder}")
+    write = _write_float32 if weights == "float32" else _write_stored
+    write(source, Path(out), profile, weights, progress)
+    return Path(out)
+
+
+def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, progress: Callable[[str], None]) -> None:
     decoder = decoder_from_checkpoint(source, profile)
-    with staged(Path(out), kind=KIND) as folder:
+    with staged(out, kind=KIND) as folder:
         progress(f"tracing {source.spec.num_layers} layers")
         model = onnx_from_decoder(decoder)
         progress("writing the graph and its weights")
         ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES)
         onnx.checker.check_model(str(folder / MODEL), full_check=False)
-        (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
-        tokenizer = source.folder / TOKENIZER
-        if tokenizer.is_file():
-            (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        write_manifest(
-            folder,
-            kind=KIND,
-            content={
-                "foldkv_version": foldkv.__version__,
-                "tool_versions": tool_versions(),
-                "profile": profile,
-                "inputs": {"checkpoint": {"path": str(source.folder), "sha256": source.digest()}},
-                "spec": graph_spec(profile),
-                "model": model_facts(source.spec),
-                "io": {name: name for name in (*INPUTS, LOGITS)},
-                "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
-                "operators": operator_counts(model),
-            },
+        _copy_texts(source, folder)
+        content = _content(source, profile, weights) | {"operators": operator_counts(model)}
+        content["inputs"]["checkpoint"]["sha256"] = source.digest()
+        write_manifest(folder, kind=KIND, content=content)
+
+
+def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, progress: Callable[[str], None]) -> None:
+    """Write a package whose weights stay as they are stored. None is read but by copying."""
+    source.check()
+    placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
+    content = _content(source, profile, weights)
+    identity = source.identity()
+    content["inputs"]["checkpoint"] |= {"sha256": identity, "of": "headers"}
+    work = out.absolute().with_name(f"{out.name}.foldkv-repack")
+    with staged(out, kind=KIND) as folder:
+        progress(f"tracing the kinds of {source.spec.num_layers} layers")
+        model = layered_model(source.spec, placed)
+        ir.save(model, folder / MODEL)
+        content |= {"operators": operators_of(model), "layers": layer_counts(model)}
+        del model
+        size = (folder / MODEL).stat().st_size
+        progress(
+            f"graph: {size / 2**10:.0f} KiB, {sum(content['layers'].values())} layers of {len(content['layers'])} kinds"
         )
-    return Path(out)
+        _copy_texts(source, folder)
+        known: dict[str, str] = {}
+        heads: dict[str, int] = {}
+        if weights == "reference":
+            heads = link_files(source, folder)
+        else:
+            known = repack(copies, work, identity=identity, progress=progress)
+            (work / FOLDER).rename(folder / FOLDER)
+            shutil.rmtree(work)
+        write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
+
+
+def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
+    """Hard links to the checkpoint's files: no byte is copied, and a copy of the package is whole.
+
+    ONNX Runtime takes no location outside of a graph's folder, neither by ``..`` nor by a symbolic link. Returns how many bytes
+    at the start of each file, its header, tell it from others.
+
+    Raises:
+        InputError: the file system, or its rules, do not allow links.
+    """
+    heads: dict[str, int] = {}
+    for shard in source.shards:
+        name = f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(shard.file.resolve(), folder / name)
+        except OSError as error:
+            raise InputError(
+                f"{shard.file} cannot be linked into {folder.parent}: {error.strerror}. Choose an output folder on the "
+                "checkpoint's file system, or export with --weights repack."
+            ) from None
+        heads[name] = shard.header_bytes
+    return heads
+
+
+def _copy_texts(source: Checkpoint, folder: Path) -> None:
+    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
+    tokenizer = source.folder / TOKENIZER
+    if tokenizer.is_file():
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+
+
+def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
+    return {
+        "foldkv_version": foldkv.__version__,
+        "tool_versions": tool_versions(),
+        "profile": profile,
+        "weights": weights,
+        "inputs": {"checkpoint": {"path": str(source.folder)}},
+        "spec": graph_spec(profile),
+        "model": model_facts(source.spec),
+        "io": {name: name for name in (*INPUTS, LOGITS)},
+        "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
+    }

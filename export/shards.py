@@ -68,11 +68,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its size in bytes, the sha256 of its header, and its tensors by name."""
+    """One file: its size in bytes, the sha256 and the size of its header, and its tensors by name."""
 
     file: Path
     bytes: int
     header_sha256: str
+    header_bytes: int
     tensors: dict[str, Stored]
 
 
@@ -88,12 +89,12 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(_MAX_HEADER, size - 8):
-                return Shard(file, size, "", {}), [
+                return Shard(file, size, "", 0, {}), [
                     f"{file.name} cannot be read: {size} bytes hold no safetensors header"
                 ]
             text = handle.read(length)
     except OSError as error:
-        return Shard(file, 0, "", {}), [f"{file.name} cannot be read: {error.strerror}"]
+        return Shard(file, 0, "", 0, {}), [f"{file.name} cannot be read: {error.strerror}"]
     digest = hashlib.sha256(start + text).hexdigest()
     repeated: list[str] = []
 
@@ -107,9 +108,9 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
     try:
         header = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError):
-        return Shard(file, size, digest, {}), [f"{file.name} cannot be read: its header is not JSON"]
+        return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is not JSON"]
     if not isinstance(header, dict):
-        return Shard(file, size, digest, {}), [f"{file.name} cannot be read: its header is no JSON object"]
+        return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is no JSON object"]
     problems = [f"{file.name} names tensor {name} twice" for name in repeated]
     tensors: dict[str, Stored] = {}
     for name, facts in header.items():
@@ -122,7 +123,7 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
             tensors[name] = stored
     if not problems:
         problems = _gaps(file, list(tensors.values()), 8 + length, size)
-    return Shard(file, size, digest, tensors), problems
+    return Shard(file, size, digest, 8 + length, tensors), problems
 
 
 def _stored(name: str, facts: Any, file: Path, start: int) -> Stored | str:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from foldkv.errors import FoldkvError
 from foldkv.export.model.decoder import CHOSEN, TAP, Decoder, new_state
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
-from foldkv.export.profiles import SERVED
-from foldkv.export.spec import CSA, HCA, SLIDING
+from foldkv.export.profiles import HF, SERVED
+from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
 from foldkv.export.state import state_tensors
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
@@ -58,7 +58,7 @@ def onnx_from_decoder(decoder: Decoder) -> ir.Model:
     """
     tensors = state_tensors(decoder.spec)
     arguments, shapes = _example(decoder)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Flat(decoder),
             arguments,
@@ -87,9 +87,9 @@ def onnx_from_decoder(decoder: Decoder) -> ir.Model:
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
         value.name = name.removeprefix("decoder.")
-    _name_dimensions(model, decoder)
-    _tidy(model)
-    _add_functions(model)
+    name_dimensions(model, decoder.spec)
+    tidy(model)
+    add_functions(model)
     _check_operators(model, decoder)
     return model
 
@@ -114,9 +114,9 @@ def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
     return arguments, ({0: batch, 1: chunk}, {0: batch}, {0: batch}, None, {0: batch, 1: kept}, state_shapes)
 
 
-def _name_dimensions(model: ir.Model, decoder: Decoder) -> None:
+def name_dimensions(model: ir.Model, spec: ModelSpec) -> None:
     """Names of dynamic sizes as a reader expects them, whatever torch called them."""
-    tensors = state_tensors(decoder.spec)
+    tensors = state_tensors(spec)
     values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
     for tensor in tensors:
         rows = f"entries_{tensor.ratio}" if tensor.ratio else tensor.rows
@@ -128,12 +128,12 @@ def _name_dimensions(model: ir.Model, decoder: Decoder) -> None:
         ("num_tokens", ["batch"]),
         ("active_context", [1]),
         ("logit_indices", ["batch", "kept"]),
-        (LOGITS, ["batch", "kept", decoder.spec.vocab_size]),
+        (LOGITS, ["batch", "kept", spec.vocab_size]),
     ):
         values[name].shape = ir.Shape(shape)
 
 
-def _tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Remove what tracing leaves behind: debug metadata, unused nodes and constants, repeated constants."""
     from onnx_ir.passes.common import (
         CommonSubexpressionEliminationPass,
@@ -166,7 +166,7 @@ def _reads_no_weight(node: ir.Node) -> bool | None:
     return False if any(value is not None and value.is_initializer() for value in node.inputs) else None
 
 
-def _add_functions(model: ir.Model) -> None:
+def add_functions(model: ir.Model) -> None:
     """Attach the body of every operator that the graph uses, and of the helpers that these call."""
     known = {}
     for operator in operators().values():
@@ -206,9 +206,14 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 
 
 def expected_counts(decoder: Decoder) -> dict[str, int]:
-    """How many nodes of each operator a decoder must give, from its layer kinds alone."""
-    kinds = Counter(decoder.spec.layer_types)
-    served = decoder.profile == SERVED
+    """How many nodes of each operator a decoder must give."""
+    return expected_operators(decoder.spec, decoder.profile)
+
+
+def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
+    """How many nodes of each operator a model must give, from its layer kinds alone."""
+    kinds = Counter(spec.layer_types)
+    served = profile == SERVED
     counts = {
         "FoldkvCompress": 0 if served else 2 * kinds[CSA] + kinds[HCA],
         "FoldkvCompressFp4": kinds[CSA] if served else 0,
@@ -217,13 +222,13 @@ def expected_counts(decoder: Decoder) -> dict[str, int]:
         "FoldkvIndexScores": kinds[CSA],
         "FoldkvIndexSelect": kinds[CSA],
         "FoldkvQuantizeFp4": kinds[CSA] if served else 0,
-        "FoldkvQuantizeFp8": decoder.spec.num_layers if served else 0,
-        "FoldkvRope": 2 * decoder.spec.num_layers + kinds[CSA],
-        "FoldkvRoutedExperts": decoder.spec.num_layers,
-        "FoldkvSinkhorn": 2 * decoder.spec.num_layers,
+        "FoldkvQuantizeFp8": spec.num_layers if served else 0,
+        "FoldkvRope": 2 * spec.num_layers + kinds[CSA],
+        "FoldkvRoutedExperts": spec.num_layers,
+        "FoldkvSinkhorn": 2 * spec.num_layers,
         "FoldkvSparseAttention": kinds[CSA],
         "FoldkvWindowAttention": kinds[SLIDING],
-        "FoldkvWindowUpdate": decoder.spec.num_layers,
+        "FoldkvWindowUpdate": spec.num_layers,
     }
     return {name: count for name, count in counts.items() if count}
 
@@ -237,7 +242,7 @@ def _check_operators(model: ir.Model, decoder: Decoder) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch's exporter talks of its own progress and of other projects' deprecations."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -103,11 +103,12 @@ def validate(
     loaded = load_bundle(Path(bundle))
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
     checkpoint = Checkpoint(reference)
-    expected = manifest["inputs"]["checkpoint"]["sha256"]
-    if checkpoint.digest() != expected:
+    made = manifest["inputs"]["checkpoint"]
+    expected, found = made["sha256"], checkpoint.identity() if made.get("of") == "headers" else checkpoint.digest()
+    if found != expected:
         raise InputError(
             f"{bundle} was made from another checkpoint than {reference} (sha256 {expected[:12]}... against "
-            f"{checkpoint.digest()[:12]}...). Validate against the checkpoint that was exported."
+            f"{found[:12]}...). Validate against the checkpoint that was exported."
         )
     tokenizer = Tokenizer.from_bundle(loaded)
     with staged(Path(report), kind=KIND) as folder:

@@ -59,8 +59,11 @@ def to_fp4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
     return (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8), scale
 
 
-def small_checkpoint(source: Path, out: Path, form: str = "instruct", *, shards: int = 3) -> Path:
-    """Write a checkpoint's weights in the released format: "instruct" has e2m1 experts, "base" is e4m3 throughout."""
+def small_checkpoint(source: Path, out: Path, form: str = "instruct", *, shards: int | None = None) -> Path:
+    """Write a checkpoint's weights in the released format: "instruct" has e2m1 experts, "base" is e4m3 throughout.
+
+    There is a shard per layer and one for the rest, or as many of about equal length as asked for.
+    """
     checkpoint = Checkpoint(source)
     tensors: dict[str, Tensor] = {}
     for name in parameter_shapes(checkpoint.spec):
@@ -71,10 +74,16 @@ def small_checkpoint(source: Path, out: Path, form: str = "instruct", *, shards:
             tensors |= _unstacked(name, checkpoint.value(name), form)
     out.mkdir(parents=True)
     names = list(tensors)
+    if shards is None:
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(name.split(".")[1] if name.startswith("layers.") else "", []).append(name)
+        parts = list(groups.values())
+    else:
+        parts = [names[i * len(names) // shards : (i + 1) * len(names) // shards] for i in range(shards)]
     table: dict[str, str] = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part_names = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+    for number, part_names in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
         save_file({name: tensors[name].contiguous() for name in part_names}, out / file)
         table |= dict.fromkeys(part_names, file)
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
