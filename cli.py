@@ -182,7 +182,10 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     help="Give the compressed-KV operators of GPU targets to plugins, or use function bodies.",
 )
 @click.option(
-    "--layout", default="dense", show_default=True, help="How engines keep cache rows: dense, fp8 or fp8+fp4."
+    "--layout",
+    default="dense",
+    show_default=True,
+    help="How cache rows are kept: dense; with plugins fp8 or fp8+fp4; on the cpu fp8+fp4 for the profile served.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
 def build_command(

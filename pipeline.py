@@ -54,7 +54,7 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
 
     # What can be known to be wrong is refused before the first stage starts.
     resolve_targets(config.build.targets)
-    resolve_gates(config.validation.gates)
+    resolve_gates(config.validation.gates, config.export.profile)
     if config.validation.text is not None:
         load_text(Path(config.validation.text))
     if config.validation.enabled and config.validation.target not in config.build.targets:

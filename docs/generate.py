@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from foldkv.cli import main
-from foldkv.validation.gates import DEFAULT_GATES
+from foldkv.validation.gates import PROFILE_GATES
 
 CLI = Path(__file__).parent / "cli.md"
 
@@ -19,12 +19,12 @@ checkpoint = "DeepSeek-V4-Flash"   # paths are relative to this file
 output = "out"                     # out/graph, out/bundles/<target>, out/report
 
 [export]
-profile = "hf"
+profile = "hf"                     # "served": what deployed systems compute
 
 [build]
 targets = ["cpu", "a100"]
 plugins = "off"                    # "on": compressed-KV operators of GPU targets go to plugins
-layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"
+layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph on the cpu
 jobs = 2                           # optional
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size
@@ -63,8 +63,10 @@ def reference() -> str:
         inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## foldkv {name}\n\n```\n{command.get_help(inner)}\n```\n")
     parts.append(PIPELINE)
-    rows = [f"| `{g.name}` | `{g.metric}` {g.comparison} {g.threshold:g} | {g.reason} |" for g in DEFAULT_GATES]
-    parts.append("## The gates of `validate`\n\n| gate | default | why |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+    parts.append("## The gates of `validate`\n")
+    for profile, gates in PROFILE_GATES.items():
+        rows = [f"| `{g.name}` | `{g.metric}` {g.comparison} {g.threshold:g} | {g.reason} |" for g in gates]
+        parts.append(f"Profile `{profile}`:\n\n| gate | default | why |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 

@@ -22,8 +22,10 @@ from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, Fo
 from foldkv.export.graph import KIND as GRAPH_KIND
 from foldkv.export.graph import MODEL, TOKENIZER
 from foldkv.export.layouts import DENSE, LAYOUTS
+from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
 from foldkv.optimize.kernels import Bundled
+from foldkv.optimize.passes.pack import PACKED, check_layout, pack_state
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
 
@@ -75,7 +77,8 @@ def build_bundles(
         graph: a graph package, verified by hash before it is used.
         plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. A graph
             that was injected is built with plugins, for its target and for the cpu.
-        layout: name of the cache layout of GPU targets, other than "dense" only with plugins; the cpu target keeps dense rows.
+        layout: name of the cache layout: of GPU targets other than "dense" only with plugins, of the cpu target only for a
+            graph of the profile "served". With plugins, the cpu target of another graph keeps dense rows.
         shapes: sizes that engines are built for.
         jobs: builds at once; the default is what memory and processors allow.
         progress: called with one line per step.
@@ -99,11 +102,17 @@ def build_bundles(
                 "Give the graph that export wrote."
             )
     if layout != DENSE and not plugins:
-        raise InputError(f"layout {layout} needs plugins, which alone read packed rows. Build with --plugins on.")
+        gpus = [target.name for target in chosen if target.sm is not None]
+        if gpus:
+            raise InputError(
+                f"layout {layout} needs plugins on {', '.join(gpus)}, which alone read packed rows there. Build with --plugins on."
+            )
+        check_layout(layout, manifest["profile"])
 
     def one(target: Target) -> TargetResult:
         gpu = target.sm is not None
-        job = _Job(Path(graph), manifest, target, shapes, plugins and gpu, layout if gpu else DENSE)
+        packs = gpu or (layout in PACKED and manifest["profile"] == SERVED)
+        job = _Job(Path(graph), manifest, target, shapes, plugins and gpu, layout if packs else DENSE)
         return _build_target(job, Path(out) / target.name, progress)
 
     with ThreadPoolExecutor(jobs or _parallel_builds(manifest)) as pool:
@@ -246,9 +255,16 @@ def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[s
     import onnxruntime
 
     from foldkv.optimize.passes.cpu import cpu_graph
+    from foldkv.plugins.inject import rotary_channels
 
     progress("optimizing the graph")
-    nodes = cpu_graph(job.graph, work)
+    state = [StateTensor(**row) for row in job.manifest["state"]]
+
+    def pack(model: Any) -> None:
+        if job.layout != DENSE:
+            state[:] = pack_state(model, state, job.layout, rotary_channels(job.graph))
+
+    nodes = cpu_graph(job.graph, work, prepare=pack)
     _copy(job.graph, work, (TOKENIZER,))
     progress("loading it in ONNX Runtime")
     try:
@@ -256,12 +272,15 @@ def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[s
     except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own that share no base
         raise BuildError(f"ONNX Runtime cannot load the graph: {str(error)[:400]}") from None
     names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
-    state = job.manifest["state"]
-    missing = [row[end] for row in state for end in ("input", "output") if row[end] not in names]
+    missing = [name for tensor in state for name in (tensor.input, tensor.output) if name not in names]
     if missing:
         raise BuildError(f"the graph lacks the state tensors {', '.join(missing[:5])}. Export it again.")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"state": state, "engine": {"file": MODEL, "nodes": nodes}, "build": {"peak_rss_bytes": peak}}
+    return {
+        "state": [tensor.to_dict() for tensor in state],
+        "engine": {"file": MODEL, "nodes": nodes},
+        "build": {"peak_rss_bytes": peak},
+    }
 
 
 def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -174,7 +174,10 @@ def inject_nodes(
     for node in nodes:
         candidates = [plugin for plugin in plugins if plugin.operator == node.op_type]
         if not candidates:
-            refused[node.op_type][BODIES.get(node.op_type, "no plugin for this operator")] += 1
+            reason = BODIES.get(node.op_type, "no plugin for this operator")
+            refused[node.op_type][reason] += 1
+            if layout != DENSE and any(name in groups for name in node.input):
+                packed.append(f"{node.op_type} ({node.name}): {reason}")
             continue
         rows = _row_format(node, LAYOUTS[layout], groups)
         tried = [(plugin.refusals(sm=sm, dtype=dtype, rows=rows), plugin) for plugin in candidates]

@@ -42,3 +42,19 @@ def tiny_bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     report = build_bundles(tiny_graph, tmp_path_factory.mktemp("tiny-bundles"), ["cpu"])
     assert report.exit_code == 0
     return report.results[0].folder
+
+
+@pytest.fixture(scope="session")
+def served_graph(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("served") / "graph", profile="served")
+
+
+@pytest.fixture(scope="session")
+def served_bundles(served_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bundles of the served graph for the cpu, by layout."""
+    folder, bundles = tmp_path_factory.mktemp("served-bundles"), {}
+    for layout in ("dense", "fp8+fp4"):
+        report = build_bundles(served_graph, folder / layout, ["cpu"], layout=layout)
+        assert report.exit_code == 0
+        bundles[layout] = report.results[0].folder
+    return bundles

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from foldkv.errors import InputError, nearest
+from foldkv.export.profiles import HF, SERVED
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,38 @@ DEFAULT_GATES = (
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases."),
 )  # fmt: skip
 
+#: ``served`` rounds rows and index to few bits on purpose. Two questions have gates of their own: does the bundle compute
+#: the profile (against its oracle), and what does the profile cost (against transformers).
+SERVED_GATES = (
+    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means that memory was read which was never written, or an overflow."),
+    Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile up to values on the border of two codes, which either side may round: that gives 1e-11 to 3e-8 nats, and the whole profile against none 1e-4 and more."),
+    Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Chunk edges inside a compression window are where deployed engines have lost digits; sums in another order move borders of codes as above."),
+    Gate("layers", "layer_error_max", "<=", 1e-3, "Of the residual streams against the oracle's, the median token's largest difference over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look."),
+    Gate("kl-mean", "kl_mean", "<=", 5e-3, "What fp8 rows and an fp4 index cost: 1e-4 to 5e-4 nats on the model of this repository; ten times as much is damage, not rounding."),
+    Gate("top1", "top1_agreement", ">=", 0.97, "Rounding changes the likeliest token where two are nearly as likely: 0.3 to 1.6 % of the time on the model of this repository."),
+    Gate("perplexity", "perplexity_ratio", "<=", 1.01, "Quantised rows change the mean loss by less than 0.1 % on the model of this repository; 1 % would be seen in use."),
+    Gate("topk-overlap", "topk_overlap", ">=", 0.85, "Of the entries that the reference's indexer chooses, the share that the subject chooses too: 92 % on the model of this repository in the worst layer. An fp4 index swaps entries near the last place; a wrong rotation or row swaps most."),
+    Gate("mass-recalled", "mass_recalled", ">=", 0.9, "The reference's attention on its entries that falls on those chosen too, in the worst layer: 94 % on the model of this repository, more than the share of the entries, since those that are swapped weigh little."),
+    Gate("retrieval", "retrieval_loss", "<=", 0.03, "Exact values at a distance are what quantised rows put at risk; three points are what the default number of cases can tell from none."),
+    Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases."),
+)  # fmt: skip
+PROFILE_GATES = {HF: DEFAULT_GATES, SERVED: SERVED_GATES}
 
-def resolve_gates(overrides: Mapping[str, float]) -> list[Gate]:
-    """The default gates with some thresholds replaced.
+
+def resolve_gates(overrides: Mapping[str, float], profile: str = HF) -> list[Gate]:
+    """The default gates of a profile with some thresholds replaced.
 
     Raises:
         InputError: an unknown gate, with the nearest known one.
     """
-    names = [gate.name for gate in DEFAULT_GATES]
+    gates = PROFILE_GATES[profile]
+    names = [gate.name for gate in gates]
     for name, value in overrides.items():
         if name not in names:
             raise InputError(f"unknown gate {name!r}{nearest(name, names)}. Gates are {', '.join(names)}.")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise InputError(f"gate {name} has threshold {value!r}; expected a number.")
-    return [replace(gate, threshold=float(overrides.get(gate.name, gate.threshold))) for gate in DEFAULT_GATES]
+    return [replace(gate, threshold=float(overrides.get(gate.name, gate.threshold))) for gate in gates]
 
 
 def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:

@@ -1,4 +1,6 @@
-"""Where two models part: the residual streams after every layer, of the bundle's graph and of the reference."""
+"""Where two models part: the residual streams after every layer, of the bundle's graph and of the reference.
+
+What is compared are values inside the graph that it names for this purpose (docs/artifacts.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import onnx
 import onnxruntime
 
 from foldkv.errors import ArtifactError
-from foldkv.export.model.decoder import TAP
+from foldkv.export.model.decoder import CHOSEN, TAP
 from foldkv.runtime.bundle import Bundle
 from foldkv.runtime.state import StateBuffers
 
@@ -26,7 +28,7 @@ DIVERGED = 1e-3
 
 @dataclass(frozen=True)
 class LayerFigure:
-    """Largest difference of the streams after a layer, over the reference's root mean square there."""
+    """Difference of the streams after a layer, over the reference's root mean square there."""
 
     layer: int
     kind: str
@@ -41,13 +43,27 @@ class LayerFigure:
 def subject_streams(bundle: Bundle, tokens: Sequence[int]) -> list[Streams]:
     """Streams [n, N, C] after every layer, from one prefill of an empty state.
 
-    The taps are values inside the exported graph; here they are made outputs of a copy in memory.
+    Raises:
+        ArtifactError: the graph was made without taps.
+    """
+    return _tapped(bundle, tokens, [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)])
+
+
+def subject_chosen(bundle: Bundle, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, npt.NDArray[np.integer]]:
+    """Entries [n, places] int32 (-1: none) that each query attends to in these layers, from one prefill.
 
     Raises:
         ArtifactError: the graph was made without taps.
     """
+    values = _tapped(bundle, tokens, [CHOSEN.format(layer=layer) for layer in layers])
+    return dict(zip(layers, values, strict=True))
+
+
+def _tapped(bundle: Bundle, tokens: Sequence[int], names: list[str]) -> list[Any]:
+    """Values inside the graph, which here become outputs of a copy in memory."""
+    if not names:
+        return []
     model = onnx.load(bundle.engine, load_external_data=False)
-    names = [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)]
     inside = {name for node in model.graph.node for name in node.output}
     if missing := [name for name in names if name not in inside]:
         raise ArtifactError(f"{bundle.engine} has no value {missing[0]!r} to compare layers by. Export it again.")
@@ -72,12 +88,19 @@ def subject_streams(bundle: Bundle, tokens: Sequence[int]) -> list[Streams]:
     return [value[0] for value in session.run(names, {k: v for k, v in feeds.items() if k in known})]
 
 
-def compare_layers(expected: Sequence[Streams], actual: Sequence[Streams], kinds: Sequence[str]) -> list[LayerFigure]:
-    """One figure per layer. A difference that is not finite is infinite."""
+def compare_layers(
+    expected: Sequence[Streams], actual: Sequence[Streams], kinds: Sequence[str], *, typical: bool = False
+) -> list[LayerFigure]:
+    """One figure per layer: of the largest difference, or of the median token's largest. What is not finite is infinite.
+
+    ``typical`` is for computations that round to few bits, where a single token may rightly fall on either side.
+    """
     figures = []
     for layer, (want, have, kind) in enumerate(zip(expected, actual, kinds, strict=True)):
         scale = math.sqrt(float(np.mean(np.square(want, dtype=np.float64)))) or 1.0
-        difference = float(np.max(np.abs(have - want))) / scale
+        largest = np.abs(have - want).max(axis=tuple(range(1, want.ndim)))
+        difference = float(np.median(largest) if typical else largest.max()) / scale
+        difference = difference if np.isfinite(have).all() else math.inf
         figures.append(LayerFigure(layer, kind, difference if math.isfinite(difference) else math.inf))
     return figures
 

@@ -28,6 +28,7 @@ def report_json(result: ValidationResult) -> dict[str, Any]:
         "metrics": result.metrics,
         "retrieval": result.retrieval,
         "layers": [vars(figure) for figure in result.layers],
+        "selection": [vars(figure) for figure in result.selection],
         "first_divergence": first_divergence(result.layers),
         "by_position": result.by_position,
         "worst_cases": result.worst,

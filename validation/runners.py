@@ -12,6 +12,7 @@ import numpy.typing as npt
 from foldkv.errors import CheckpointError, MissingDependencyError, listing
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.runtime.session import Session
+from foldkv.validation.selection import Selection
 
 Logits = npt.NDArray[np.float32]
 
@@ -83,6 +84,59 @@ class TransformersRunner:
             for hook in hooks:
                 hook.remove()
         return streams
+
+    def selections(self, tokens: Sequence[int]) -> dict[int, Selection]:
+        """What every indexer chose, by layer, from one pass over all tokens."""
+        import torch
+
+        chosen: dict[int, Any] = {}
+        weights: dict[int, Any] = {}
+        hooks = []
+        for index, layer in enumerate(self.model.model.layers):
+            indexer = getattr(layer.self_attn.compressor, "indexer", None)
+            if indexer is None:
+                continue
+            hooks.append(indexer.register_forward_hook(lambda _, __, out, i=index: chosen.update({i: out[0]})))
+            hooks.append(
+                layer.self_attn.register_forward_hook(lambda _, __, out, i=index: weights.update({i: out[1][0]}))
+            )
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        count = len(tokens)
+        # Without a cache the keys are the tokens, then the entries.
+        return {i: Selection(chosen[i].numpy(), weights[i][:, :, count:].float().numpy()) for i in chosen}
+
+
+class OracleRunner:
+    """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute, whatever it costs."""
+
+    name = "foldkv's oracle of the profile served, float32"
+
+    def __init__(self, checkpoint: Path) -> None:
+        from foldkv.export.checkpoint import decoder_from_checkpoint
+
+        self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint))
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """One pass over all tokens, without a cache."""
+        result: Logits = self._run(tokens).logits.numpy()
+        return result
+
+    def streams(self, tokens: Sequence[int]) -> list[Logits]:
+        """The residual streams [n, N, C] after every layer, from one pass over all tokens."""
+        return [streams.numpy() for streams in self._run(tokens).streams]
+
+    def _run(self, tokens: Sequence[int]) -> Any:
+        import torch
+
+        from foldkv.export.served import served_forward
+
+        with torch.no_grad():
+            return served_forward(self._decoder, torch.tensor(list(tokens)))
 
 
 class SessionRunner:

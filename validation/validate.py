@@ -15,16 +15,19 @@ import numpy as np
 
 import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, write_manifest
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint
+from foldkv.export.profiles import PROFILES, SERVED
+from foldkv.export.spec import CSA
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.cases import RetrievalCase, load_text, retrieval_cases, text_windows
 from foldkv.validation.gates import Verdict, judge, resolve_gates
-from foldkv.validation.layers import LayerFigure, compare_layers, subject_streams
+from foldkv.validation.layers import LayerFigure, compare_layers, subject_chosen, subject_streams
 from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from foldkv.validation.report import write_report
-from foldkv.validation.runners import Runner, SessionRunner, TransformersRunner
+from foldkv.validation.runners import OracleRunner, Runner, SessionRunner, TransformersRunner
+from foldkv.validation.selection import SelectionFigure, compare_selections
 
 KIND = "foldkv.report"
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
@@ -56,6 +59,7 @@ class ValidationResult:
     by_position: list[dict[str, float]]
     worst: list[dict[str, Any]]
     layers: list[LayerFigure] = field(default_factory=list)
+    selection: list[SelectionFigure] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,12 +99,15 @@ def validate(
     Raises:
         InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer, a
             text that cannot be read.
-        ArtifactError: the bundle is damaged.
+        ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
         MissingDependencyError: the bundle's device or transformers is not here.
     """
-    chosen, plan, words = resolve_gates(gates or {}), plan or Plan(), load_text(text)
+    plan, words = plan or Plan(), load_text(text)
     loaded = load_bundle(Path(bundle))
+    if loaded.profile not in PROFILES:
+        raise ArtifactError(f"{bundle} has the profile {loaded.profile!r}; this version knows {', '.join(PROFILES)}.")
+    chosen = resolve_gates(gates or {}, loaded.profile)
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
     checkpoint = Checkpoint(reference)
     made = manifest["inputs"]["checkpoint"]
@@ -115,7 +122,8 @@ def validate(
         progress("loading the subject and the reference")
         subject = SessionRunner(Path(bundle), context=plan.longest())
         torch_reference = TransformersRunner(reference)
-        result = _measure(subject, torch_reference, tokenizer, plan, words, progress)
+        oracle = OracleRunner(reference) if loaded.profile == SERVED else None
+        result = _measure(subject, torch_reference, oracle, checkpoint, tokenizer, plan, words, progress)
         result.verdicts = judge(chosen, result.metrics)
         result.provenance = _provenance(
             Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference
@@ -135,26 +143,42 @@ def validate(
 
 
 def _measure(
-    subject: SessionRunner, reference: TransformersRunner, tokenizer: Tokenizer, plan: Plan, text: str,
-    progress: Callable[[str], None],
+    subject: SessionRunner, reference: TransformersRunner, oracle: OracleRunner | None, checkpoint: Checkpoint,
+    tokenizer: Tokenizer, plan: Plan, text: str, progress: Callable[[str], None],
 ) -> ValidationResult:  # fmt: skip
     texts = text_windows(tokenizer.encode(text), plan.text_tokens, plan.texts, seed=plan.seed)
     figures: list[TokenFigures] = []
     worst: list[dict[str, Any]] = []
     not_finite, chunk_error = 0, 0.0
+    chunked: list[TokenFigures] = []
+    against_oracle: list[TokenFigures] = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}")
         expected, actual = reference.logits(tokens), subject.logits(tokens)
         not_finite += int((~np.isfinite(actual)).sum())
         pieces = subject.logits_in(tokens, _odd_sizes(len(tokens)))
         chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
-        part = compare_logits(expected[:-1], actual[:-1], np.array(tokens[1:]))
+        targets = np.array(tokens[1:])
+        chunked.append(compare_logits(actual[:-1], pieces[:-1], targets))
+        if oracle is not None:
+            against_oracle.append(compare_logits(oracle.logits(tokens)[:-1], actual[:-1], targets))
+        part = compare_logits(expected[:-1], actual[:-1], targets)
         figures.append(part)
         at = int(np.argmax(part.kl))
         worst.append(_worst_case(tokenizer, tokens, at, part, expected, actual))
     progress(f"layer by layer, {len(texts[0])} tokens")
     kinds = subject.session.bundle.manifest["model"]["layer_types"]
-    layers = compare_layers(reference.streams(texts[0]), subject_streams(subject.session.bundle, texts[0]), kinds)
+    streams = (oracle or reference).streams(texts[0])
+    layers = compare_layers(
+        streams, subject_streams(subject.session.bundle, texts[0]), kinds, typical=oracle is not None
+    )
+    progress("entries that the indexers choose")
+    ratios = {layer: checkpoint.spec.ratios[layer] for layer, kind in enumerate(kinds) if kind == CSA}
+    selection = compare_selections(
+        [reference.selections(tokens) for tokens in texts],
+        [subject_chosen(subject.session.bundle, tokens, list(ratios)) for tokens in texts],
+        ratios,
+    )
     total = concatenate(figures)
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     solved = np.zeros((2, len(cases)), bool)
@@ -166,18 +190,27 @@ def _measure(
     metrics = summary(total) | {
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
+        "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
+        "topk_overlap": min((figure.overlap for figure in selection), default=1.0),
+        "mass_recalled": min((figure.mass_recalled for figure in selection), default=1.0),
         "layer_error_max": max(figure.error for figure in layers),
         "retrieval_reference": float(solved[0].mean()),
         "retrieval_subject": float(solved[1].mean()),
         "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
         "retrieval_p": mcnemar(solved[0], solved[1]),
     }
+    if oracle is not None:
+        parity = concatenate(against_oracle)
+        metrics["oracle_kl_mean"] = float(parity.kl.mean())
+        metrics["oracle_kl_max"] = float(parity.kl.max())
+        metrics["oracle_logit_error_p50"] = float(np.median(parity.logit_error))
     return ValidationResult(
         metrics=metrics,
         verdicts=[],
         retrieval=_by_distance(cases, solved),
         by_position=_by_position(figures),
         layers=layers,
+        selection=selection,
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
     )
 
@@ -257,6 +290,10 @@ def _provenance(
         "bundle_manifest_sha256": sha256_file(bundle / "manifest.json"),
         "checkpoint_sha256": manifest["inputs"]["checkpoint"]["sha256"],
         "profile": manifest["profile"],
+        "layout": manifest["layout"],
+        "state_bytes": subject.session.state_bytes,
+        "state_context": subject.session.context,
+        "layers_against": "transformers" if manifest["profile"] != SERVED else OracleRunner.name,
         "precision": manifest["precision"],
         "window": manifest["model"]["sliding_window"],
         "target": manifest["target"]["name"],

@@ -8,12 +8,19 @@ one node per half step. Results differ from the function bodies by float32 round
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, InlinePass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
@@ -21,13 +28,18 @@ from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normaliza
 from foldkv.export.graph import MODEL, WEIGHTS
 from foldkv.export.operators.registry import DOMAIN
 
+_TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number, as torch.export writes the rows of window and chunk together.
 _SUM = re.compile(r"(\w+) \+ (\d+)")
 
 
-def cpu_graph(graph: Path, out: Path) -> dict[str, int]:
-    """Write the graph of the package ``graph`` to ``out`` as ONNX Runtime runs it best; returns node counts."""
+def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = lambda _: None) -> dict[str, int]:
+    """Write the graph of the package ``graph`` to ``out`` as ONNX Runtime runs it best; returns node counts.
+
+    ``prepare`` may change the model before its operators are inlined.
+    """
     model = ir.load(graph / MODEL)
+    prepare(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     InlinePass()(model)
     inlined = len(model.graph)
@@ -36,8 +48,15 @@ def cpu_graph(graph: Path, out: Path) -> dict[str, int]:
     fuse_rms_normalization(model)
     rewrite(model, pattern_rewrite_rules=[_PlainRmsNorm.rule()])
     _simplify(model)
+    _share_constants(model)
     ir.save(model, out / MODEL, external_data=WEIGHTS)
     return {"inlined": inlined, "optimized": len(model.graph)}
+
+
+def _share_constants(model: ir.Model) -> None:
+    # Tables that bodies bring along are the same in every layer. Weights are larger and not looked at.
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    DeduplicateInitializersPass(size_limit=_TABLE)(model)
 
 
 def _simplify(model: ir.Model) -> None:

@@ -165,6 +165,49 @@ def test_damage_fails_the_gate_that_guards_against_it(
     assert "gates fail" in (tmp_path / "report" / "report.html").read_text()
 
 
+def one_sided_hadamard(model: onnx.ModelProto) -> None:
+    """Keys of the indexer are quantised without the rotation that its queries have."""
+    for node in nodes(model, "FoldkvCompressFp4"):
+        name = f"{node.input[10]}_lost"
+        if all(tensor.name != name for tensor in model.graph.initializer):
+            model.graph.initializer.append(numpy_helper.from_array(np.eye(32, dtype=np.float32), name))
+        node.input[10] = name
+
+
+def rows_not_quantised(model: onnx.ModelProto) -> None:
+    for node in nodes(model, "FoldkvQuantizeFp8"):
+        node.op_type, node.domain = "Identity", ""
+        del node.attribute[:]
+
+
+def test_served_bundles_compute_their_profile_and_the_report_says_what_it_costs(
+    served_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    results = {name: run(bundle, tiny_checkpoint, tmp_path / name) for name, bundle in served_bundles.items()}
+    assert all(result.passed for result in results.values())
+    dense, packed = (results[name].metrics for name in ("dense", "fp8+fp4"))
+    assert dense == packed, "packed rows have the values of quantised ones, to the bit"
+    assert dense["kl_mean"] > 1e-6 and 0.5 < dense["topk_overlap"] < 1
+    content = json.loads((tmp_path / "fp8+fp4" / "report.json").read_text())
+    schema = Path(__file__).parents[2] / "validation" / "schema" / "report.schema.json"
+    jsonschema.validate(content, json.loads(schema.read_text()))
+    assert content["provenance"]["layout"] == "fp8+fp4" and [row["layer"] for row in content["selection"]] == [1, 3]
+    assert "attention recalled" in (tmp_path / "fp8+fp4" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("damage", "gates", "layer"),
+    [(one_sided_hadamard, {"oracle", "topk-overlap"}, 1), (rows_not_quantised, {"oracle", "layers"}, 0)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damage_to_the_served_profile_fails_its_gates(
+    served_graph: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str], layer: int
+) -> None:
+    result = run(damaged_bundle(served_graph, tmp_path / "bundle", damage), tiny_checkpoint, tmp_path / "report")
+    assert gates <= {verdict.gate.name for verdict in result.verdicts if not verdict.passed}
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["first_divergence"] == layer
+
+
 def test_a_bundle_of_another_checkpoint_is_refused_and_the_old_report_stays(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,185 @@
+"""Packed state for the graph of the profile ``served``: cache rows as bytes, in standard ONNX operators.
+
+A served graph quantises a row before it writes it, so that keeping the row's bytes instead changes no value: what
+quantised now packs, and what reads now decodes. Decoded are only the window with the chunk, the entries that were chosen,
+and the active rows of what a step looks at as a whole (the index, and the entries of HCA). Nodes that touch packed rows
+carry ``rows``, ``rotary`` and ``layout_version`` as injected ones do (plugins/spec.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from foldkv.errors import InputError
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
+from foldkv.export.operators.attention import FoldkvSparseAttentionFp8
+from foldkv.export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
+from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
+from foldkv.export.operators.registry import DOMAIN
+from foldkv.export.profiles import SERVED
+from foldkv.export.state import StateTensor
+
+#: The layouts of packed rows that a served graph computes the values of.
+PACKED = tuple(name for name, layout in LAYOUTS.items() if (layout.rows, layout.index_rows) == (FP8_DS_MLA, INDEX_FP4))
+_ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")
+_BODIES = (
+    FoldkvCompressPackedFp8, FoldkvCompressPackedFp4, FoldkvSparseAttentionFp8, FoldkvPackFp8, FoldkvUnpackFp8, FoldkvUnpackFp4,
+)  # fmt: skip
+
+
+def check_layout(layout: str, profile: str) -> None:
+    """Check that a graph of that profile can keep its state so without plugins.
+
+    Raises:
+        InputError: it cannot; the message says what can.
+    """
+    if layout != DENSE and (profile != SERVED or layout not in PACKED):
+        raise InputError(
+            f"layout {layout} cannot be read without plugins from a graph of the profile {profile}: function bodies keep "
+            f"dense rows, or {', '.join(PACKED)} in a graph of the profile {SERVED}, whose rows have those values. "
+            "Export with --profile served, or build with --plugins on for a GPU."
+        )
+
+
+def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> list[StateTensor]:
+    """Let a served graph keep its rows packed, in place; returns its state tensors.
+
+    Args:
+        model: as ``foldkv export --profile served`` wrote it.
+        state: its state tensors, in order.
+        layout: name of a layout in :data:`PACKED`.
+        rotary: channels of a main row that RoPE turns.
+    """
+    packed = [_packed(tensor, layout, rotary) for tensor in state]
+    values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    widths: dict[str, int] = {}
+    for old, new in zip(state, packed, strict=True):
+        if old == new:
+            continue
+        widths[LAYOUTS[layout].format_of(old.group) or DENSE] = old.width
+        for name in (old.input, old.output):
+            value = values[name]
+            value.dtype = ir.DataType.INT8
+            if value.shape is not None:
+                value.shape = ir.Shape([*value.shape.dims[:-1], new.width])
+    _Packer(model, widths, rotary).run()
+    for function in _BODIES:
+        _attach(model, function)
+    return packed
+
+
+def _packed(tensor: StateTensor, layout: str, rotary: int) -> StateTensor:
+    format_ = LAYOUTS[layout].format_of(tensor.group)
+    if format_ is None:
+        return tensor
+    return replace(tensor, dtype="int8", width=row_bytes(format_, tensor.width, rotary))
+
+
+class _Packer:
+    """Changes the nodes of one graph."""
+
+    def __init__(self, model: ir.Model, widths: dict[str, int], rotary: int) -> None:
+        self._graph, self._widths, self._rotary = model.graph, widths, rotary
+        self._constants: dict[str, ir.Value] = {}
+
+    def run(self) -> None:
+        """Every operator that touches rows; values between operators have no declared type that would have to change."""
+        for node in list(self._graph):
+            if node.domain != DOMAIN:
+                continue
+            if node.op_type == "FoldkvWindowUpdate":
+                self._window(node)
+            elif node.op_type == "FoldkvCompressFp8":
+                self._rename(node, "FoldkvCompressPackedFp8", FP8_DS_MLA)
+            elif node.op_type == "FoldkvCompressFp4":
+                self._rename(node, "FoldkvCompressPackedFp4", INDEX_FP4)
+            elif node.op_type == "FoldkvIndexScores":
+                self._read_active(node, 2, 4, INDEX_FP4)
+            elif node.op_type in _ATTENTIONS:
+                self._attention(node)
+
+    def _window(self, node: ir.Node) -> None:
+        quantize = node.inputs[1].producer() if node.inputs[1] is not None else None
+        assert quantize is not None and quantize.op_type == "FoldkvQuantizeFp8"
+        self._rename(quantize, "FoldkvPackFp8", FP8_DS_MLA)
+        self._mark(node, FP8_DS_MLA)
+        for value in (*quantize.outputs, *node.outputs):
+            _forget(value)
+
+    def _attention(self, node: ir.Node) -> None:
+        self._read(node, 1, FP8_DS_MLA)
+        if node.op_type == "FoldkvDenseAttention":
+            self._read_active(node, 2, 7, FP8_DS_MLA)
+        elif node.op_type == "FoldkvSparseAttention":
+            node.attributes["width"] = ir.AttrInt64("width", self._widths[FP8_DS_MLA])
+            self._rename(node, "FoldkvSparseAttentionFp8", FP8_DS_MLA)
+
+    def _rename(self, node: ir.Node, op_type: str, format_: str) -> None:
+        node.op_type = op_type
+        for value in node.outputs:
+            _forget(value)
+        self._mark(node, format_)
+
+    def _mark(self, node: ir.Node, format_: str) -> None:
+        node.attributes["rows"] = ir.AttrString("rows", format_)
+        node.attributes["rotary"] = ir.AttrInt64("rotary", self._rotary)
+        node.attributes["layout_version"] = ir.AttrInt64("layout_version", LAYOUT_VERSION)
+
+    def _read(self, node: ir.Node, index: int, format_: str) -> None:
+        """Let a node read decoded rows instead."""
+        rows = node.inputs[index]
+        assert rows is not None
+        attributes: dict[str, Any] = {"width": self._widths[format_]}
+        if format_ == FP8_DS_MLA:
+            attributes["rotary"] = self._rotary
+        decode = ir.node(
+            "FoldkvUnpackFp8" if format_ == FP8_DS_MLA else "FoldkvUnpackFp4", [rows], attributes=attributes, domain=DOMAIN,
+            name=f"{node.name}_unpack_{index}",
+        )  # fmt: skip
+        self._insert(node, decode, ir.DataType.FLOAT)
+        node.replace_input_with(index, decode.outputs[0])
+
+    def _read_active(self, node: ir.Node, index: int, context: int, format_: str) -> None:
+        """Let a node read the decoded rows of that many tokens, at least one row."""
+        ratio = self._constant(f"packed_ratio_{node.attributes['ratio'].value}", node.attributes["ratio"].value)
+        count = self._insert(node, ir.node("Div", [node.inputs[context], ratio]), ir.DataType.INT64, f"count_{index}")
+        one, zero = self._constant("packed_one", 1), self._constant("packed_zero", 0)
+        end = self._insert(node, ir.node("Max", [count, one]), ir.DataType.INT64, f"end_{index}")
+        cut = ir.node("Slice", [node.inputs[index], zero, end, one])
+        node.replace_input_with(index, self._insert(node, cut, ir.DataType.INT8, f"active_{index}"))
+        self._read(node, index, format_)
+
+    def _insert(self, before: ir.Node, node: ir.Node, dtype: ir.DataType, suffix: str = "") -> ir.Value:
+        node.name = node.name or f"{before.name}_{suffix}"
+        value = node.outputs[0]
+        value.name, value.dtype = f"{node.name}_out", dtype
+        self._graph.insert_before(before, node)
+        return value
+
+    def _constant(self, name: str, number: int) -> ir.Value:
+        if name not in self._constants:
+            value = ir.Value(name=name, const_value=ir.tensor(np.array([number]), name=name))
+            value.shape, value.dtype = ir.Shape([1]), ir.DataType.INT64
+            self._graph.register_initializer(value)
+            self._constants[name] = value
+        return self._constants[name]
+
+
+def _forget(value: ir.Value) -> None:
+    """Packed rows have another type and width than was declared; graph outputs are declared anew by the caller."""
+    if not value.is_graph_output():
+        value.dtype, value.shape = None, None
+
+
+def _attach(model: ir.Model, function: Any) -> None:
+    """Add the body of an operator and of the helpers that it calls."""
+    identifier = (DOMAIN, function.name, "")
+    if identifier not in model.functions:
+        model.functions[identifier] = ir.serde.deserialize_function(function.to_function_proto())
+        for called in function.function_ir.get_called_functions().values():
+            _attach(model, called)
