@@ -189,4 +189,8 @@ BODIES: dict[str, str] = {
     "FoldkvRope": "stays a function body: TensorRT fuses it with the projection before it",
     "FoldkvSinkhorn": "stays a function body: it reads no compressed KV",
     "FoldkvRoutedExperts": "stays a function body: it reads no compressed KV",
+    "FoldkvQuantizeFp8": "stays a function body: rounding before a row is written, in graphs of the profile served",
+    "FoldkvQuantizeFp4": "stays a function body: rounding of the indexer's queries, in graphs of the profile served",
+    "FoldkvCompressFp8": "stays a function body: no kernel yet for the profile served",
+    "FoldkvCompressFp4": "stays a function body: no kernel yet for the profile served",
 }
