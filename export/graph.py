@@ -125,6 +125,19 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
         write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
 
 
+def check_flat(graph: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a package whose layers are functions, for what works on the operators' nodes.
+
+    Raises:
+        InputError: it was exported with weights as they are stored.
+    """
+    if manifest.get("weights", "float32") != "float32":
+        raise InputError(
+            f"{graph} was exported with --weights {manifest['weights']}: its layers are functions, which engines and plugins "
+            "are not made from yet. Export it with --weights float32."
+        )
+
+
 def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
     """Hard links to the checkpoint's files: no byte is copied, and a copy of the package is whole.
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -132,12 +131,6 @@ def layered_model(spec: ModelSpec, weights: Weights) -> ir.Model:
     model.graph.name, model.producer_name = "decoder", "foldkv"
     model.opset_imports[DOMAIN] = 1
     _check(model, spec)
-    return model
-
-
-def flat(model: ir.Model) -> ir.Model:
-    """The model with its layers inlined, in place: every operator is a node of the graph, as plugins are given to."""
-    InlinePass(criteria=lambda function: function.name.startswith(PREFIX))(model)
     return model
 
 

@@ -20,7 +20,7 @@ import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
 from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.graph import MODEL, TOKENIZER
+from foldkv.export.graph import MODEL, TOKENIZER, check_flat
 from foldkv.export.layouts import DENSE, LAYOUTS
 from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
@@ -140,8 +140,11 @@ class _Job:
         """The values that decide the bundle.
 
         Raises:
+            InputError: an engine of a graph whose layers are functions.
             MissingDependencyError: the backend, or the compiler of the plugins' kernels, cannot be used here.
         """
+        if self.target.sm is not None:
+            check_flat(self.graph, self.manifest)
         version = _backend_version(self.target)
         compiler = ""
         if self.plugins:

@@ -20,7 +20,7 @@ import onnx
 import foldkv
 from foldkv.artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import InputError, listing
-from foldkv.export.graph import CONFIG, KIND, MODEL
+from foldkv.export.graph import CONFIG, KIND, MODEL, check_flat
 from foldkv.export.layouts import DENSE, LAYOUTS, CacheLayout, row_bytes
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.spec import ModelSpec
@@ -108,6 +108,7 @@ def inject(
     """
     manifest = read_manifest(graph, kind=KIND)
     verify_files(graph, manifest)
+    check_flat(graph, manifest)
     if "injection" in manifest:
         raise InputError(
             f"{graph} was injected for {manifest['injection']['target']} already. Give the graph that export wrote."

@@ -20,6 +20,8 @@ from foldkv.export.graph import KIND, WEIGHT_MODES, export_checkpoint, link_file
 from foldkv.export.repack import repack
 from foldkv.export.state import state_tensors
 from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.optimize.build import build_bundles
+from foldkv.plugins.inject import inject
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -77,6 +79,15 @@ def test_in_place_repacked_and_float32_weights_give_the_same_logits(
         np.testing.assert_array_equal(
             logits(shutil.copytree(graph, tmp_path / mode), checkpoint), logits(graph, checkpoint)
         )
+
+
+def test_engines_and_plugins_are_not_made_from_layers_that_are_functions(
+    graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="Export it with --weights float32"):
+        inject(graphs["reference"], tmp_path / "out", target="a100", sm=80, dtype="bfloat16")
+    [result] = build_bundles(graphs["repack"], tmp_path, ["a100"]).results
+    assert result.status == "failed" and result.exit_code == 2 and "--weights float32" in result.reason
 
 
 def test_a_linked_file_that_was_replaced_is_found(graphs: dict[str, Path], tmp_path: Path) -> None:
