@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Test files run at once; each process makes the small model's artifacts for itself and takes up to 2 GiB.
+JOBS ?= 2
 LINKS := __init__.py __main__.py artifact.py cli.py config.py doctor.py errors.py inspection.py pipeline.py py.typed \
 	export optimize plugins runtime validation
 
@@ -13,7 +15,7 @@ demo: $(STAMP)
 	@$(BIN)/foldkv run examples/demo.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15
 
 check: lint typing test
 
