@@ -62,7 +62,13 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
     tiny_graph: Path, tmp_path: Path, layout: str, index_rows: str
 ) -> None:
     injection = inject(tiny_graph, tmp_path / "out", **A100, layout=layout)
-    assert {row.operator for row in injection.rows if row.injected < row.nodes} == set(BODIES)
+    refused = {row.operator for row in injection.rows if row.injected < row.nodes}
+    assert (
+        refused
+        == {row.operator for row in injection.rows} & set(BODIES)
+        == {"FoldkvRope", "FoldkvSinkhorn", "FoldkvRoutedExperts"}
+    )
+    assert {row.operator for row in injection.rows} - refused == set(PLUGINS)
     main = "dense" if layout == "dense" else "fp8_ds_mla"
     expected = {name: {main} for name in PLUGINS} | {
         "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows}, "FoldkvIndexSelect": {"dense"},
