@@ -46,6 +46,17 @@ LAYOUTS = {
 }
 
 
+def cache_layout(name: str) -> CacheLayout:
+    """The layout of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in LAYOUTS:
+        raise InputError(f"layout {name!r} is not known; expected one of {', '.join(LAYOUTS)}.")
+    return LAYOUTS[name]
+
+
 def row_bytes(format_: str, width: int, rotary: int, item: int = 2) -> int:
     """Bytes of one row.
 

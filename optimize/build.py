@@ -21,7 +21,7 @@ from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, wr
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
 from foldkv.export.graph import KIND as GRAPH_KIND
 from foldkv.export.graph import MODEL, TOKENIZER, check_flat
-from foldkv.export.layouts import DENSE, LAYOUTS
+from foldkv.export.layouts import DENSE, cache_layout
 from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
 from foldkv.optimize.kernels import Bundled
@@ -88,8 +88,7 @@ def build_bundles(
         InputError: unknown targets or layout, a layout without plugins, or ``out`` cannot be written.
     """
     chosen = resolve_targets(targets)
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}.")
+    cache_layout(layout)
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     verify_files(graph, manifest)
     shapes = shapes or Shapes()

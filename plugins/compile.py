@@ -81,10 +81,14 @@ def compiler_identity() -> str:
     Raises:
         MissingDependencyError: Triton is not installed.
     """
+    return f"triton {triton_version()}, kernels {_sources_digest()[:16]}"
+
+
+def _sources_digest() -> str:
     digest = hashlib.sha256()
     for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
         digest.update(source.read_bytes())
-    return f"triton {triton_version()}, kernels {digest.hexdigest()[:16]}"
+    return digest.hexdigest()
 
 
 def compile_kernels(
@@ -106,12 +110,13 @@ def compile_kernels(
         BuildError: a kernel does not compile, or would not run on its target: too much shared memory, scratch memory.
         MissingDependencyError: Triton is not installed.
     """
-    version = triton_version()
+    version, sources = triton_version(), _sources_digest()
     folder = (cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "kernels"
+    files = [folder / f"{_cache_key(kernel, sm, version, sources)}.json" for kernel, sm in wanted]
     found: dict[int, CompiledKernel] = {}
     missing = []
     for index, (kernel, sm) in enumerate(wanted):
-        kept = _read_cached(folder / f"{_cache_key(kernel, sm, version)}.json", kernel, sm)
+        kept = _read_cached(files[index], kernel, sm)
         if kept is None:
             missing.append(index)
         else:
@@ -130,16 +135,13 @@ def compile_kernels(
                     raise BuildError(f"kernel {kernel.name} for sm{sm}: the compiler ended its process.") from None
                 progress(f"kernel {kernel.name} for sm{sm}: {compiled.registers} registers, {compiled.shared} B shared")
                 found[futures[future]] = compiled
-                _write_cached(folder / f"{_cache_key(kernel, sm, version)}.json", compiled)
+                _write_cached(files[futures[future]], compiled)
     return [found[index] for index in range(len(wanted))]
 
 
-def _cache_key(kernel: Kernel, sm: int, version: str) -> str:
-    sources = sorted((Path(__file__).parent / "kernels").glob("*.py"))
-    digest = hashlib.sha256(json.dumps([kernel.name, sm, version, PTX_VERSIONS[sm]]).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:32]
+def _cache_key(kernel: Kernel, sm: int, version: str, sources: str) -> str:
+    fields = [kernel.name, sm, version, PTX_VERSIONS[sm], sources]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
 
 def _read_cached(path: Path, kernel: Kernel, sm: int) -> CompiledKernel | None:

@@ -21,7 +21,7 @@ import foldkv
 from foldkv.artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import InputError, listing
 from foldkv.export.graph import CONFIG, KIND, MODEL, check_flat
-from foldkv.export.layouts import DENSE, LAYOUTS, CacheLayout, row_bytes
+from foldkv.export.layouts import DENSE, CacheLayout, cache_layout, row_bytes
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.launch import Kernel, kernels
@@ -159,8 +159,7 @@ def inject_nodes(
         state: the manifest's rows on state tensors.
         rotary: channels of a row that RoPE turns.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}.")
+    formats = cache_layout(layout)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     if not nodes:
         raise InputError(f"the graph has no node of the domain {DOMAIN!r}; give a graph that `foldkv export` wrote.")
@@ -180,7 +179,7 @@ def inject_nodes(
             if layout != DENSE and any(name in groups for name in node.input):
                 packed.append(f"{node.op_type} ({node.name}): {reason}")
             continue
-        rows = _row_format(node, LAYOUTS[layout], groups)
+        rows = _row_format(node, formats, groups)
         tried = [(plugin.refusals(sm=sm, dtype=dtype, rows=rows), plugin) for plugin in candidates]
         reasons, plugin = min(tried, key=lambda pair: len(pair[0]))
         launched: list[Kernel] = []

@@ -121,11 +121,9 @@ def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, St
                     raise BuildError(f"{name} is packed, but {node.op_type} ({node.name}) touches it and is no plugin.")
         # `rows`, the ring with the chunk behind it, is kept like the ring.
         for node, _ in values[tensor.input].uses():
-            for value, declared in (
-                zip(node.outputs, PLUGINS[node.op_type].outputs, strict=True)
-                if (NAMESPACE_ATTRIBUTE in node.attributes)
-                else ()
-            ):
+            if NAMESPACE_ATTRIBUTE not in node.attributes:
+                continue
+            for value, declared in zip(node.outputs, PLUGINS[node.op_type].outputs, strict=True):
                 if declared.dtype == STATE:
                     _retype(value, new)
     return changed
