@@ -2,7 +2,7 @@
 
 Operators are inlined, so that what layers compute alike (which row holds which token, the angles) is
 computed once; sizes are read off the inputs; norms become one node; Sinkhorn's loop is unrolled into
-one node per half step. Results differ from the function bodies by float32 rounding only.
+one node per half step; caches are read in blocks (blocks.py). Results differ from the function bodies by float32 rounding only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx_ir.passes.common import (
     DeduplicateInitializersPass,
     InlinePass,
     LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
     RemoveUnusedNodesPass,
 )
 from onnxscript.optimizer import fold_constants
@@ -27,6 +28,7 @@ from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normaliza
 
 from foldkv.export.graph import MODEL, WEIGHTS
 from foldkv.export.operators.registry import DOMAIN
+from foldkv.optimize.passes.blocks import read_in_blocks
 
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number, as torch.export writes the rows of window and chunk together.
@@ -40,6 +42,7 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
     """
     model = ir.load(graph / MODEL)
     prepare(model)
+    read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     InlinePass()(model)
     inlined = len(model.graph)
@@ -56,6 +59,7 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
 def _share_constants(model: ir.Model) -> None:
     # Tables that bodies bring along are the same in every layer. Weights are larger and not looked at.
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
     DeduplicateInitializersPass(size_limit=_TABLE)(model)
 
 

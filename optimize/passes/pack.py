@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from foldkv.errors import InputError
@@ -23,6 +22,7 @@ from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, Fol
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
+from foldkv.optimize.passes.blocks import attach
 
 #: The layouts of packed rows that a served graph computes the values of.
 PACKED = tuple(name for name, layout in LAYOUTS.items() if (layout.rows, layout.index_rows) == (FP8_DS_MLA, INDEX_FP4))
@@ -69,7 +69,7 @@ def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotar
                 value.shape = ir.Shape([*value.shape.dims[:-1], new.width])
     _Packer(model, widths, rotary).run()
     for function in _BODIES:
-        _attach(model, function)
+        attach(model, function)
     return packed
 
 
@@ -85,7 +85,6 @@ class _Packer:
 
     def __init__(self, model: ir.Model, widths: dict[str, int], rotary: int) -> None:
         self._graph, self._widths, self._rotary = model.graph, widths, rotary
-        self._constants: dict[str, ir.Value] = {}
 
     def run(self) -> None:
         """Every operator that touches rows; values between operators have no declared type that would have to change."""
@@ -99,7 +98,7 @@ class _Packer:
             elif node.op_type == "FoldkvCompressFp4":
                 self._rename(node, "FoldkvCompressPackedFp4", INDEX_FP4)
             elif node.op_type == "FoldkvIndexScores":
-                self._read_active(node, 2, 4, INDEX_FP4)
+                self._read_blocks(node, INDEX_FP4)
             elif node.op_type in _ATTENTIONS:
                 self._attention(node)
 
@@ -114,7 +113,7 @@ class _Packer:
     def _attention(self, node: ir.Node) -> None:
         self._read(node, 1, FP8_DS_MLA)
         if node.op_type == "FoldkvDenseAttention":
-            self._read_active(node, 2, 7, FP8_DS_MLA)
+            self._read_blocks(node, FP8_DS_MLA)
         elif node.op_type == "FoldkvSparseAttention":
             node.attributes["width"] = ir.AttrInt64("width", self._widths[FP8_DS_MLA])
             self._rename(node, "FoldkvSparseAttentionFp8", FP8_DS_MLA)
@@ -144,42 +143,18 @@ class _Packer:
         self._insert(node, decode, ir.DataType.FLOAT)
         node.replace_input_with(index, decode.outputs[0])
 
-    def _read_active(self, node: ir.Node, index: int, context: int, format_: str) -> None:
-        """Let a node read the decoded rows of that many tokens, at least one row."""
-        ratio = self._constant(f"packed_ratio_{node.attributes['ratio'].value}", node.attributes["ratio"].value)
-        count = self._insert(node, ir.node("Div", [node.inputs[context], ratio]), ir.DataType.INT64, f"count_{index}")
-        one, zero = self._constant("packed_one", 1), self._constant("packed_zero", 0)
-        end = self._insert(node, ir.node("Max", [count, one]), ir.DataType.INT64, f"end_{index}")
-        cut = ir.node("Slice", [node.inputs[index], zero, end, one])
-        node.replace_input_with(index, self._insert(node, cut, ir.DataType.INT8, f"active_{index}"))
-        self._read(node, index, format_)
+    def _read_blocks(self, node: ir.Node, format_: str) -> None:
+        """Let a node that reads in blocks (optimize/passes/blocks.py) know what it reads."""
+        self._mark(node, format_)
+        node.attributes["width"] = ir.AttrInt64("width", self._widths[format_])
 
-    def _insert(self, before: ir.Node, node: ir.Node, dtype: ir.DataType, suffix: str = "") -> ir.Value:
-        node.name = node.name or f"{before.name}_{suffix}"
+    def _insert(self, before: ir.Node, node: ir.Node, dtype: ir.DataType) -> None:
         value = node.outputs[0]
         value.name, value.dtype = f"{node.name}_out", dtype
         self._graph.insert_before(before, node)
-        return value
-
-    def _constant(self, name: str, number: int) -> ir.Value:
-        if name not in self._constants:
-            value = ir.Value(name=name, const_value=ir.tensor(np.array([number]), name=name))
-            value.shape, value.dtype = ir.Shape([1]), ir.DataType.INT64
-            self._graph.register_initializer(value)
-            self._constants[name] = value
-        return self._constants[name]
 
 
 def _forget(value: ir.Value) -> None:
     """Packed rows have another type and width than was declared; graph outputs are declared anew by the caller."""
     if not value.is_graph_output():
         value.dtype, value.shape = None, None
-
-
-def _attach(model: ir.Model, function: Any) -> None:
-    """Add the body of an operator and of the helpers that it calls."""
-    identifier = (DOMAIN, function.name, "")
-    if identifier not in model.functions:
-        model.functions[identifier] = ir.serde.deserialize_function(function.to_function_proto())
-        for called in function.function_ir.get_called_functions().values():
-            _attach(model, called)

@@ -76,10 +76,10 @@ def test_nodes_that_touch_packed_rows_say_so_as_injected_ones_do(served_graph: P
     marked = {node.op_type: node.attributes for node in model.graph if "rows" in node.attributes}
     assert set(marked) == {
         "FoldkvPackFp8", "FoldkvWindowUpdate", "FoldkvCompressPackedFp8", "FoldkvCompressPackedFp4",
-        "FoldkvSparseAttentionFp8",
+        "FoldkvSparseAttentionFp8", "FoldkvDenseAttention", "FoldkvIndexScores",
     }  # fmt: skip
     for name, attributes in marked.items():
-        rows = "index_fp4" if name.endswith("Fp4") else "fp8_ds_mla"
+        rows = "index_fp4" if name.endswith("Fp4") or "Index" in name else "fp8_ds_mla"
         assert attributes["rows"].value == rows and attributes["rotary"].value == 16
         assert attributes["layout_version"].value == LAYOUT_VERSION
 

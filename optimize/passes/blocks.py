@@ -1,0 +1,232 @@
+"""What reads a compressed cache as a whole reads it block by block, so that a step's memory does not grow with the context.
+
+The indexer's scores of every entry, [batch, chunk, heads, entries], are gigabytes at a million tokens; so are the logits
+of HCA. Only the k best so far, or the softmax's running maximum, sum and accumulator, need be kept from one block to the
+next (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"). A block fits in the processor's cache, which
+also makes one decode step faster: a cache is read once and never copied.
+
+Chosen are the same entries as without blocks, ties included: what was chosen before comes first, and TopK takes the first.
+Attention differs by the order of float32 sums. Packed rows are decoded block by block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import FLOAT, INT32, INT64, script
+from onnxscript import opset20 as op
+
+from foldkv.errors import FoldkvError
+from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4
+from foldkv.export.operators.attention import (
+    FoldkvQueryPositions,
+    FoldkvScale,
+    FoldkvSharedLogits,
+    FoldkvSharedSum,
+    FoldkvWindowKeys,
+)
+from foldkv.export.operators.index import FoldkvVisibleEntries
+from foldkv.export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
+from foldkv.export.operators.registry import DOMAIN, OPSET
+from foldkv.export.operators.rope import FoldkvRope
+
+#: Elements of a block of scores and of a block of rows, each: 1 MiB in float32.
+ROOM = 1 << 20
+_SELECT, _DENSE, _ROWS = "FoldkvIndexSelectBlocks", "FoldkvDenseAttentionBlocks", "FoldkvBlockRows"
+
+
+@script(OPSET, default_opset=op)
+def FoldkvBlockRows(rows: FLOAT):  # type: ignore[no-untyped-def]
+    # Dense rows as float32; in a graph with packed rows the decoder stands in its place.
+    return op.Cast(rows, to=1)
+
+
+@script(OPSET, default_opset=op)
+def FoldkvBlockLength(q: FLOAT, room: int, least: int):  # type: ignore[no-untyped-def]
+    # Rows of a block: as many as there is room for scores of all queries and heads, and for the rows themselves.
+    sizes = op.Shape(q)
+    scores = op.ReduceProd(sizes[0:3])
+    width = sizes[3:4]
+    length = op.Unsqueeze(op.Constant(value_int=1) * room, [0]) / op.Max(scores, width)
+    return op.Max(length, op.Unsqueeze(op.Constant(value_int=1) * least, [0]))
+
+
+@script(OPSET, default_opset=op)
+def FoldkvActiveCount(entries: FLOAT, active_context: INT64, ratio: int):  # type: ignore[no-untyped-def]
+    return op.Min(active_context / ratio, op.Shape(entries, start=1, end=2))
+
+
+@script(OPSET, default_opset=op)
+def FoldkvBlockScores(flat: FLOAT, heads: FLOAT, keys: FLOAT):  # type: ignore[no-untyped-def]
+    # flat [B, S Hi, D], heads [B, S, 1, Hi], keys [B, N, D] -> [B, S, N]
+    dots = op.Relu(op.MatMul(flat, op.Transpose(keys, perm=[0, 2, 1])))
+    sizes = op.Concat(op.Shape(heads, start=0, end=2), op.Shape(heads, start=3, end=4), [-1], axis=0)
+    return op.Squeeze(op.MatMul(heads, op.Reshape(dots, sizes)), [2])
+
+
+@script(OPSET, default_opset=op)
+def FoldkvKeepBest(best: FLOAT, chosen: INT64, scores: FLOAT, start: INT64, k: INT64):  # type: ignore[no-untyped-def]
+    # What was chosen before comes first, so that of equal scores the lowest index stays.
+    kept, place = op.TopK(op.Concat(best, scores, axis=-1), k, axis=-1)
+    old = op.GatherElements(chosen, op.Min(place, k - 1), axis=-1)
+    return kept, op.Where(place < k, old, place - k + start)
+
+
+@script(OPSET, default_opset=op)
+def FoldkvIndexSelectBlocks(  # type: ignore[no-untyped-def]
+    q: FLOAT, weights: FLOAT, index_entries: FLOAT, positions: INT32, active_context: INT64, ratio: int, topk: int, room: int,
+    least: int,
+):  # fmt: skip
+    k = op.Unsqueeze(op.Constant(value_int=1) * topk, [0])
+    active = FoldkvActiveCount(index_entries, active_context, ratio)
+    visible = op.Min(op.Unsqueeze(FoldkvVisibleEntries(q, positions, ratio), [2]), active)
+    flat = op.Reshape(q, op.Concat(op.Shape(q, start=0, end=1), [-1], op.Shape(q, start=3, end=4), axis=0))
+    heads = op.Unsqueeze(weights, [2])
+    block = FoldkvBlockLength(q, room, least)
+    places = op.Concat(op.Shape(q, start=0, end=2), k, axis=0)
+    best = op.Expand(op.Constant(value_float=float("-inf")), places)
+    chosen = op.Expand(op.Constant(value_int=-1), places)
+    # First what every query may choose, which needs no mask and is nearly all of a long context.
+    whole = op.Reshape(op.ReduceMin(visible), [1])
+    for i in range(op.Squeeze((whole + block - 1) / block)):
+        start = i * block
+        keys = FoldkvBlockRows(op.Slice(index_entries, start, op.Min(start + block, whole), [1]))
+        best, chosen = FoldkvKeepBest(best, chosen, FoldkvBlockScores(flat, heads, keys), start, k)
+    for j in range(op.Squeeze((active - whole + block - 1) / block)):
+        first = whole + j * block
+        last = op.Min(first + block, active)
+        some = FoldkvBlockRows(op.Slice(index_entries, first, last, [1]))
+        nth = op.Reshape(op.Range(op.Squeeze(first), op.Squeeze(last), op.Constant(value_int=1)), [1, 1, -1])
+        scores = op.Where(nth < visible, FoldkvBlockScores(flat, heads, some), op.Constant(value_float=float("-inf")))
+        best, chosen = FoldkvKeepBest(best, chosen, scores, first, k)
+    return op.Cast(op.Where(chosen < visible, chosen, op.Constant(value_int=-1)), to=6)
+
+
+@script(OPSET, default_opset=op)
+def FoldkvBlockLogits(scaled: FLOAT, rows: FLOAT):  # type: ignore[no-untyped-def]
+    # scaled [B, S, H, D], rows [B, N, D] -> [B, S, H, N]
+    flat = op.Reshape(
+        scaled, op.Concat(op.Shape(scaled, start=0, end=1), [-1], op.Shape(scaled, start=3, end=4), axis=0)
+    )
+    dots = op.MatMul(flat, op.Transpose(rows, perm=[0, 2, 1]))
+    return op.Reshape(dots, op.Concat(op.Shape(scaled, start=0, end=3), [-1], axis=0))
+
+
+@script(OPSET, default_opset=op)
+def FoldkvAbsorb(top: FLOAT, total: FLOAT, sum: FLOAT, logits: FLOAT, rows: FLOAT):  # type: ignore[no-untyped-def]
+    # One step of the softmax: running maximum and denominator [B, S, H, 1], numerator [B, S, H, D].
+    higher = op.Max(top, op.ReduceMax(logits, [-1], keepdims=1))
+    parts = op.Exp(logits - higher)
+    shrink = op.Exp(top - higher)
+    return (
+        higher,
+        total * shrink + op.ReduceSum(parts, [-1], keepdims=1),
+        sum * shrink + FoldkvSharedSum(parts, rows),
+    )
+
+
+@script(OPSET, default_opset=op)
+def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
+    q: FLOAT, rows: FLOAT, entries: FLOAT, sinks: FLOAT, inv_freq: FLOAT, positions: INT32, num_tokens: INT32,
+    active_context: INT64, ratio: int, room: int, least: int,
+):  # fmt: skip
+    keys, seen = FoldkvWindowKeys(q, rows, positions, num_tokens)
+    scaled = FoldkvScale(q)
+    near = FoldkvSharedLogits(scaled, keys, seen)
+    sink = op.Reshape(sinks, [1, 1, -1, 1])
+    # The sink is finite, so that the maximum is, whatever is masked.
+    top = op.Max(op.ReduceMax(near, [-1], keepdims=1), sink)
+    parts = op.Exp(near - top)
+    total = op.ReduceSum(parts, [-1], keepdims=1) + op.Exp(sink - top)
+    sum = FoldkvSharedSum(parts, keys)
+    active = FoldkvActiveCount(entries, active_context, ratio)
+    closed = op.Unsqueeze((op.Cast(positions, to=7) + op.Cast(num_tokens, to=7)) / ratio, [1])
+    limit = op.Min(op.Min(FoldkvVisibleEntries(q, positions, ratio), closed), active)
+    block = FoldkvBlockLength(q, room, least)
+    # First what every query sees, which is written and needs neither a mask nor a guard against what memory holds.
+    whole = op.Reshape(op.ReduceMin(limit), [1])
+    limit = op.Unsqueeze(limit, [2, 3])
+    for i in range(op.Squeeze((whole + block - 1) / block)):
+        start = i * block
+        part = FoldkvBlockRows(op.Slice(entries, start, op.Min(start + block, whole), [1]))
+        top, total, sum = FoldkvAbsorb(top, total, sum, FoldkvBlockLogits(scaled, part), part)
+    for j in range(op.Squeeze((active - whole + block - 1) / block)):
+        first = whole + j * block
+        last = op.Min(first + block, active)
+        nth = op.Range(op.Squeeze(first), op.Squeeze(last), op.Constant(value_int=1))
+        written = op.Unsqueeze(op.Unsqueeze(nth, [0]) < closed, [2])
+        some = op.Where(written, FoldkvBlockRows(op.Slice(entries, first, last, [1])), 0.0)
+        logits = FoldkvSharedLogits(scaled, some, op.Reshape(nth, [1, 1, 1, -1]) < limit)
+        top, total, sum = FoldkvAbsorb(top, total, sum, logits, some)
+    return FoldkvRope(sum / total, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
+
+
+def read_in_blocks(model: ir.Model, *, room: int = ROOM) -> int:
+    """Give nodes that read whole caches their form in blocks, in place; returns how many.
+
+    A node whose rows are packed says so by its attribute ``rows`` (optimize/passes/pack.py), with ``width`` and ``rotary``.
+
+    Args:
+        model: with the operators' nodes.
+        room: elements of a block of scores, and of a block of rows.
+
+    Raises:
+        FoldkvError: scores go to something else than one selection, which would be an internal fault.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == "FoldkvIndexScores":
+            users = [user for user, _ in node.outputs[0].uses()]
+            if [user.op_type for user in users] != ["FoldkvIndexSelect"]:
+                raise FoldkvError(f"the scores of {node.name} are used by {users}. Report this as a fault of foldkv.")
+            topk = users[0].attributes["topk"].value
+            # Fewer rows than are chosen would be compared with them over and over.
+            attributes = {"topk": topk, "least": max(128, 4 * topk)}
+            _replace(model, users[0], node, _SELECT, FoldkvIndexSelectBlocks, attributes | {"room": room})
+            model.graph.remove(node, safe=True)
+            count += 1
+        elif node.domain == DOMAIN and node.op_type == "FoldkvDenseAttention":
+            _replace(model, node, node, _DENSE, FoldkvDenseAttentionBlocks, {"least": 128, "room": room})
+            count += 1
+    return count
+
+
+def _replace(
+    model: ir.Model, old: ir.Node, reader: ir.Node, name: str, function: Any, attributes: dict[str, int]
+) -> None:
+    """Put a node in the place of ``old`` that takes what ``reader`` takes."""
+    attributes = {"ratio": reader.attributes["ratio"].value} | attributes
+    new = ir.node(name, reader.inputs, attributes=attributes, domain=DOMAIN, name=f"{old.name}_blocks")
+    value, out = new.outputs[0], old.outputs[0]
+    value.name, value.dtype, value.shape = out.name, out.dtype, out.shape
+    model.graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(out, value)
+    model.graph.remove(old, safe=True)
+    if (DOMAIN, name, "") not in model.functions:
+        attach(model, function)
+        _decode(model, name, reader.attributes)
+
+
+def _decode(model: ir.Model, name: str, given: Any) -> None:
+    """Let the function ``name`` decode packed rows, if ``given`` says that they are."""
+    if "rows" not in given:
+        return
+    decoder, names = {
+        FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),
+        INDEX_FP4: (FoldkvUnpackFp4, ("width",)),
+    }[given["rows"].value]
+    attach(model, decoder)
+    for node in ir.traversal.RecursiveGraphIterator(model.functions[DOMAIN, name, ""].graph):
+        if node.op_type == _ROWS:
+            node.op_type = decoder.name
+            node.attributes.update({key: ir.AttrInt64(key, given[key].value) for key in names})
+
+
+def attach(model: ir.Model, function: Any) -> None:
+    """Add the body of an operator and of the helpers that it calls."""
+    identifier = (DOMAIN, function.name, "")
+    if identifier not in model.functions:
+        model.functions[identifier] = ir.serde.deserialize_function(function.to_function_proto())
+        for called in function.function_ir.get_called_functions().values():
+            attach(model, called)
