@@ -27,6 +27,14 @@ class Runner(Protocol):
         ...
 
 
+class TailRunner(Protocol):
+    """Something that reads a long stream in chunks and gives logits at its end."""
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        """[n] tokens and a tail of [m] from an empty state -> [m, V] float32, after each token of the tail."""
+        ...
+
+
 class TransformersRunner:
     """The reference: transformers' DeepseekV4ForCausalLM, eager, float32.
 
@@ -65,6 +73,19 @@ class TransformersRunner:
         with torch.no_grad():
             out = self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
         result: Logits = out.float().numpy()
+        return result
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int], *, chunk: int = 256) -> Logits:
+        """The tokens in chunks through transformers' own cache, then the tail in one."""
+        import torch
+        from transformers.cache_utils import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        with torch.no_grad():
+            for at in range(0, len(tokens), chunk):
+                part = torch.tensor([list(tokens[at : at + chunk])])
+                self.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+            result: Logits = self.model(input_ids=torch.tensor([list(tail)]), past_key_values=cache).logits[0].numpy()
         return result
 
     def streams(self, tokens: Sequence[int]) -> list[Logits]:
@@ -159,3 +180,9 @@ class SessionRunner:
             parts.append(self.session.forward([list(tokens[start : start + size])], logits="all")[0])
             start += size
         return np.concatenate(parts)
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        """The tokens in chunks, of which only the state is kept, then the tail."""
+        self.session.reset()
+        self.session.prefill([list(tokens)])
+        return self.session.forward([list(tail)], logits="all")[0]

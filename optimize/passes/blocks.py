@@ -33,7 +33,8 @@ from foldkv.export.operators.rope import FoldkvRope
 
 #: Elements of a block of scores and of a block of rows, each: 1 MiB in float32.
 ROOM = 1 << 20
-_SELECT, _DENSE, _ROWS = "FoldkvIndexSelectBlocks", "FoldkvDenseAttentionBlocks", "FoldkvBlockRows"
+_LEAST = 128  # rows of a block, however many queries there are
+_ROWS = "FoldkvBlockRows"
 
 
 @script(OPSET, default_opset=op)
@@ -163,7 +164,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
 
 
 def read_in_blocks(model: ir.Model, *, room: int = ROOM) -> int:
-    """Give nodes that read whole caches their form in blocks, in place; returns how many.
+    """Give nodes that read whole caches their form in blocks, in place, also in functions of layers; returns how many.
 
     A node whose rows are packed says so by its attribute ``rows`` (optimize/passes/pack.py), with ``width`` and ``rotary``.
 
@@ -175,37 +176,43 @@ def read_in_blocks(model: ir.Model, *, room: int = ROOM) -> int:
         FoldkvError: scores go to something else than one selection, which would be an internal fault.
     """
     count = 0
-    for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == "FoldkvIndexScores":
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for node in [node for graph in graphs for node in graph if node.domain == DOMAIN]:
+        if node.op_type == "FoldkvIndexScores":
             users = [user for user, _ in node.outputs[0].uses()]
             if [user.op_type for user in users] != ["FoldkvIndexSelect"]:
                 raise FoldkvError(f"the scores of {node.name} are used by {users}. Report this as a fault of foldkv.")
             topk = users[0].attributes["topk"].value
             # Fewer rows than are chosen would be compared with them over and over.
-            attributes = {"topk": topk, "least": max(128, 4 * topk)}
-            _replace(model, users[0], node, _SELECT, FoldkvIndexSelectBlocks, attributes | {"room": room})
-            model.graph.remove(node, safe=True)
-            count += 1
-        elif node.domain == DOMAIN and node.op_type == "FoldkvDenseAttention":
-            _replace(model, node, node, _DENSE, FoldkvDenseAttentionBlocks, {"least": 128, "room": room})
-            count += 1
+            attributes = {"topk": topk, "least": max(_LEAST, 4 * topk), "room": room}
+            _replace(model, users[0], node, FoldkvIndexSelectBlocks, attributes)
+            _graph(node).remove(node, safe=True)
+        elif node.op_type == "FoldkvDenseAttention":
+            _replace(model, node, node, FoldkvDenseAttentionBlocks, {"least": _LEAST, "room": room})
+        else:
+            continue
+        count += 1
     return count
 
 
-def _replace(
-    model: ir.Model, old: ir.Node, reader: ir.Node, name: str, function: Any, attributes: dict[str, int]
-) -> None:
+def _replace(model: ir.Model, old: ir.Node, reader: ir.Node, function: Any, attributes: dict[str, int]) -> None:
     """Put a node in the place of ``old`` that takes what ``reader`` takes."""
     attributes = {"ratio": reader.attributes["ratio"].value} | attributes
-    new = ir.node(name, reader.inputs, attributes=attributes, domain=DOMAIN, name=f"{old.name}_blocks")
-    value, out = new.outputs[0], old.outputs[0]
+    new = ir.node(function.name, reader.inputs, attributes=attributes, domain=DOMAIN, name=f"{old.name}_blocks")
+    value, out, graph = new.outputs[0], old.outputs[0], _graph(old)
     value.name, value.dtype, value.shape = out.name, out.dtype, out.shape
-    model.graph.insert_before(old, new)
-    ir.convenience.replace_all_uses_with(out, value)
-    model.graph.remove(old, safe=True)
-    if (DOMAIN, name, "") not in model.functions:
+    graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(out, value, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    if (DOMAIN, function.name, "") not in model.functions:
         attach(model, function)
-        _decode(model, name, reader.attributes)
+        _decode(model, function.name, reader.attributes)
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
 
 
 def _decode(model: ir.Model, name: str, given: Any) -> None:

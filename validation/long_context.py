@@ -1,0 +1,153 @@
+"""Values planted at chosen depths of a long stream, and asked for at its end.
+
+The stream is that of cases.py: ``<letter><digit><digit>;`` records. A planted key occurs once; all other records repeat the
+other keys. The questions are records too, one after another, each with its true value, so that one sequence of tokens
+holds the stream and every question, and subject and reference read the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from foldkv.errors import InputError
+from foldkv.runtime.tokenizer import Tokenizer
+from foldkv.validation.cases import KEYS, RECORD_BYTES
+from foldkv.validation.metrics import compare_logits
+
+if TYPE_CHECKING:
+    from foldkv.validation.runners import Logits, TailRunner
+
+#: Shares of the stream that lie before a planted value.
+DEPTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+#: Values planted at each depth; with 7 depths 28 of 52 keys, so that 24 are left for everything else.
+PER_DEPTH = 4
+#: Tokens of the longest stream that the reference is asked to read: it grows with the square of the length.
+REFERENCE_CONTEXT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A value, and the share of the stream that lies before it."""
+
+    depth: float
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The text before the questions, and the questions in the order in which they are asked."""
+
+    text: str
+    questions: tuple[Planted, ...]
+
+    @property
+    def tail(self) -> str:
+        """All questions with their answers."""
+        return "".join(f"{planted.key}{planted.value};" for planted in self.questions)
+
+
+@dataclass(frozen=True)
+class DepthFigure:
+    """How many of the values at one depth were answered exactly; ``reference`` is None where it was not run."""
+
+    context: int
+    depth: float
+    cases: int
+    subject: int
+    reference: int | None
+
+
+def planted_stream(
+    context: int, *, depths: Sequence[float] = DEPTHS, per_depth: int = PER_DEPTH, seed: int = 0
+) -> Stream:
+    """A stream that is as long as possible so that it and its questions fill ``context`` tokens of one byte each.
+
+    Raises:
+        InputError: too short for what is planted, or too many values for the keys there are.
+    """
+    count = len(depths) * per_depth
+    if count > len(KEYS) - 2:
+        raise InputError(f"{count} values were to be planted; there are {len(KEYS)} keys, of which two must be left.")
+    records = context // RECORD_BYTES - count
+    if records < 4 * count:
+        raise InputError(
+            f"a context of {context} tokens is too short to plant {count} values; give at least {5 * count * RECORD_BYTES}."
+        )
+    rng = random.Random(f"{seed}:{context}")
+    keys = rng.sample(KEYS, len(KEYS))
+    planted, others = keys[:count], keys[count:]
+    values = {key: f"{rng.randrange(100):02d}" for key in KEYS}
+    stream = [rng.choice(others) for _ in range(records)]
+    questions, taken = [], set[int]()
+    for number, key in enumerate(planted):
+        depth = depths[number // per_depth]
+        place = min(int(depth * records), records - 1)
+        step = 1 if place < records // 2 else -1
+        while place in taken:
+            place += step
+        taken.add(place)
+        stream[place] = key
+        questions.append(Planted(depth, key, values[key]))
+    rng.shuffle(questions)
+    return Stream("".join(f"{key}{values[key]};" for key in stream), tuple(questions))
+
+
+def answered(stream: Stream, tail: Sequence[int], logits: Logits) -> list[bool]:
+    """For each question whether the likeliest tokens were its value.
+
+    Args:
+        stream: the questions.
+        tail: their tokens, [n], one for each byte of ``stream.tail``.
+        logits: [n, V] after each token of the tail.
+    """
+    best = logits.argmax(axis=-1)
+    size = RECORD_BYTES
+    # After the key comes the first digit, after it the second.
+    return [
+        bool(np.isfinite(logits[at : at + 2]).all()) and best[at : at + 2].tolist() == list(tail[at + 1 : at + 3])
+        for at in range(0, len(stream.questions) * size, size)
+    ]
+
+
+def measure_depths(
+    subject: TailRunner, reference: TailRunner | None, tokenizer: Tokenizer, context: int, *, seed: int = 0
+) -> tuple[list[DepthFigure], dict[str, Any]]:
+    """Ask the subject, and the reference if there is one, for what a stream of ``context`` tokens holds.
+
+    Returns:
+        One figure for each depth, and the context's totals: ``context``, ``cases``, ``subject``, ``reference`` (answered;
+        None without a reference) and ``kl_mean`` of the tail's tokens in nats (None without).
+
+    Raises:
+        InputError: the tokenizer does not give one token per byte, or the context is too short.
+    """
+    stream = planted_stream(context, seed=seed)
+    tokens, tail = tokenizer.encode(stream.text), tokenizer.encode(stream.tail)
+    if len(tail) != len(stream.tail) or len(tokens) != len(stream.text):
+        raise InputError(
+            "long contexts are measured on streams of single bytes, and this tokenizer joins bytes to tokens. "
+            "Validate without --context."
+        )
+    mine = subject.tail_logits(tokens, tail)
+    theirs = reference.tail_logits(tokens, tail) if reference is not None else None
+    right = answered(stream, tail, mine)
+    expected = answered(stream, tail, theirs) if theirs is not None else None
+    figures = []
+    for depth in dict.fromkeys(sorted(planted.depth for planted in stream.questions)):
+        at = [number for number, planted in enumerate(stream.questions) if planted.depth == depth]
+        known = sum(expected[number] for number in at) if expected is not None else None
+        figures.append(DepthFigure(context, depth, len(at), sum(right[number] for number in at), known))
+    kl = None
+    if theirs is not None:
+        kl = float(compare_logits(theirs[:-1], mine[:-1], np.array(tail[1:])).kl.mean())
+    total = {
+        "context": context, "cases": len(right), "subject": sum(right),
+        "reference": sum(expected) if expected is not None else None, "kl_mean": kl,
+    }  # fmt: skip
+    return figures, total
