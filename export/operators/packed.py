@@ -6,8 +6,8 @@ a negative index from the end of the table, so that byte 255, which int8 reads a
 FP4 types neither in TensorRT nor, FP4, in ONNX Runtime; it takes int8 in both.
 
 The routed experts of a layer are the rows of one tensor ``codes [E, bytes]``, each holding w1, w2 and w3, with their
-exponents as the rows of ``scales [E, bytes]``; ``slots [E]`` says in which row an expert lies. Tokens are taken one at a
-time: no more than the chosen experts of one token are read and decoded at once, whatever E is.
+exponents as the rows of ``scales [E, bytes]``; ``slots [E]`` says in which row an expert lies. Bytes of experts that no
+token of a chunk chose are not read, and no more than a band of one matrix is decoded at once, whatever E is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from foldkv.export.formats import FP4, byte_pairs, byte_values, scale_values
+from foldkv.export.operators.grouped import CONSTANTS, grouped_experts
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
@@ -96,8 +97,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
     -> y [T, C]; attribute ``limit``. The sizes of a model's experts are part of the body.
 
-    Experts are taken one after the other, each once with all of its tokens, and their matrices in bands of rows that a
-    processor's cache holds. The two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd:
+    Experts are taken as operators/grouped.py says, and their matrices in bands of rows that a processor's cache holds. The two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd:
     so an element is one look-up, and the input's channels are parted once instead of the weights being woven together.
 
     Args:
@@ -107,51 +107,21 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     halves = 2 if format_ == FP4 else 1
     elements = _elements(format_).reshape(256, halves)
     constants = {f"elements_{half}": np.tile(elements[:, half], (_LANES, 1)) for half in range(halves)}
-    constants |= {
-        "powers": np.tile(_exponent_table(), (_LANES, 1)), "axes": np.array([0, 1]), "row": np.array([1]),
-        "first": np.array([0]), "second": np.array([1]), "flat": np.array([-1]), "zero": np.array(0),
+    constants |= CONSTANTS | {
+        "powers": np.tile(_exponent_table(), (_LANES, 1)), "axes": np.array([0, 1]),
     } | {f"half_{half}": np.array(half) for half in range(halves)}  # fmt: skip
     bands = {part: _Bands(part, matrices[part], halves, constants) for part in PARTS}
-    body = f"""
-        limit = Constant <value_float: float = @limit> ()
-        low = Neg (limit)
-        always = Constant <value = bool {{1}}> ()
-        listed = Reshape (chosen, flat)
-        wanted = Unique <sorted = 1> (listed)
-        sizes = Shape (wanted)
-        count = Squeeze (sizes, first)
-        shape = Shape (x)
-        none = ConstantOfShape (shape)
-        y = Loop (count, always, none) <body = one_expert (int64 number, bool go, float[T, C] before)
-            => (bool more, float[T, C] after) {{
-            more = Identity (go)
-            expert = Gather <axis = 0> (wanted, number)
+    head = "limit = Constant <value_float: float = @limit> () low = Neg (limit)"
+    body = head + grouped_experts(
+        f"""
             slot = Gather <axis = 0> (slots, expert)
             place = Unsqueeze (slot, first)
-            is_mine = Equal (chosen, expert)
-            mine = NonZero (is_mine)
-            at = Transpose <perm = [1, 0]> (mine)
-            share = GatherND (weights, at)
-            tokens = Gather <axis = 0> (mine, zero)
-            input = Gather <axis = 0> (x, tokens)
-            columns = Transpose <perm = [1, 0]> (input)
             {bands["w1"].parted("columns", "x")}
             {bands["w1"].loop("gate", "x")}
             {bands["w3"].loop("up", "x")}
-            clamped = Min (gate, limit)
-            sigmoid = Sigmoid (clamped)
-            silu = Mul (clamped, sigmoid)
-            top = Min (up, limit)
-            bounded = Max (top, low)
-            hidden = Mul (silu, bounded)
-            {bands["w2"].parted("hidden", "h")}
-            {bands["w2"].loop("down", "h")}
-            weighted = Mul (down, share)
-            rows = Transpose <perm = [1, 0]> (weighted)
-            target = Unsqueeze (tokens, second)
-            after = ScatterND <reduction = "add"> (before, target, rows)
-        }}>
-    """
+        """,
+        bands["w2"].parted("hidden", "h") + bands["w2"].loop("down", "h"),
+    )
     inputs = ["x", "chosen", "weights", "codes", "scales", "slots"]
     return _function(EXPERTS[format_], inputs, ["y"], ["limit"], body, constants)
 
@@ -241,7 +211,7 @@ def _function(
     name: str, inputs: list[str], outputs: list[str], attributes: list[str], body: str,
     constants: dict[str, np.ndarray] | None = None,
 ) -> onnx.FunctionProto:  # fmt: skip
-    """A function of the domain foldkv from the text of its body; ``constants`` are values that it names."""
+    """A function of the domain foldkv from the text of its body, float attributes; ``constants`` are values that it names."""
     given = f" <{', '.join(attributes)}>" if attributes else ""
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]>'
     function = onnx.parser.parse_function(
