@@ -97,8 +97,9 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
     -> y [T, C]; attribute ``limit``. The sizes of a model's experts are part of the body.
 
-    Experts are taken as operators/grouped.py says, and their matrices in bands of rows that a processor's cache holds. The two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd:
-    so an element is one look-up, and the input's channels are parted once instead of the weights being woven together.
+    Experts are taken as operators/grouped.py says, and their matrices in bands of rows that a processor's cache holds. The
+    two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd: so an element is one look-up,
+    and the input's channels are parted once instead of the weights being woven together.
 
     Args:
         format_: "fp4" or "fp8".
