@@ -117,9 +117,11 @@ def _released(name: str, value: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def released_dtype(name: str, form: str) -> str:
-    """The dtype in which the released checkpoints keep a tensor."""
+    """The dtype in which the released checkpoints keep a tensor, or that of the form "plain", which quantises none."""
     if name.endswith("tid2eid"):
         return "I64"
+    if form == "plain" and (_EXPERT.search(name) or _FP8.search(name)):
+        return "BF16"
     if _EXPERT.search(name):
         return "I8" if form == "instruct" else "F8_E4M3"
     if _FP8.search(name):
@@ -150,7 +152,10 @@ def sparse_checkpoint(config: Path, out: Path, form: str = "instruct") -> Path:
 
 
 def random_checkpoint(config: dict[str, Any], out: Path, form: str = "instruct", seed: int = 0) -> Path:
-    """A checkpoint in the released format with random weights of trained size: one shard per layer and one for the rest."""
+    """A checkpoint with random weights of trained size: one shard per layer and one for the rest.
+
+    Forms are those of :func:`small_checkpoint`, and "plain", which is bfloat16 and float32.
+    """
     spec = ModelSpec.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     table: dict[str, str] = {}
@@ -166,7 +171,9 @@ def random_checkpoint(config: dict[str, Any], out: Path, form: str = "instruct",
         save_file(tensors, out / file)
         table |= dict.fromkeys(tensors, file)
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISATION, "expert_dtype": "fp4"}))
+    quantised = {} if form == "plain" else {"quantization_config": QUANTISATION}
+    quantised |= {"expert_dtype": "fp4"} if form == "instruct" else {}
+    (out / "config.json").write_text(json.dumps(config | quantised))
     return out
 
 
