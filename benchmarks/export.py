@@ -63,7 +63,7 @@ def main(configs: tuple[Path, ...], output: Path, form: str) -> None:
         "form": form,
         "not_measured": [
             "real weights: none can be had here; headers, names, dtypes and shapes are the released ones",
-            "mobius-onnx: not installed",
+            "mobius-onnx: see benchmarks/export_peers.py",
             "an idle machine: wall seconds include waiting for a processor; cpu_seconds do not",
         ],
         "rows": rows,

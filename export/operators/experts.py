@@ -2,15 +2,21 @@
 
 Only the weights of chosen experts are read: the cost follows ``tokens * experts_per_token``, not the
 number of experts. Gate and up projections are stacked as ``w13`` (transformers `gate_up_proj`).
+The body gathers every token's weights at once, which every runtime can; :func:`grouped_body` is one for ONNX Runtime in
+which a chunk's tokens share them.
 """
 
 from __future__ import annotations
 
+import numpy as np
+import onnx
 import torch
 from onnxscript import FLOAT, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
+from foldkv.export.operators.grouped import CONSTANTS, grouped_experts
+from foldkv.export.operators.packed import _function
 from foldkv.export.operators.registry import OPSET, operator
 
 
@@ -45,3 +51,52 @@ routed_experts = operator(
     attributes=("limit",),
     outputs=("y",),
 )
+
+
+def grouped_body() -> onnx.FunctionProto:
+    """FoldkvRoutedExperts with the same inputs for ONNX Runtime, float32.
+
+    A chunk of T tokens gathers no more than the experts that it chose, one after the other, instead of T * K copies. A single
+    token shares nothing: its experts are gathered at once, as the other body does, which starts fewer nodes.
+    """
+    grouped = grouped_experts(
+        """
+            w13_one = Gather <axis = 0> (w13, expert)
+            both = MatMul (w13_one, columns)
+            gate, up = Split <axis = 0, num_outputs = 2> (both)
+        """,
+        """
+            w2_one = Gather <axis = 0> (w2, expert)
+            down = MatMul (w2_one, hidden)
+        """,
+        name="y_grouped",
+    )
+    body = f"""
+        limit = Constant <value_float: float = @limit> ()
+        low = Neg (limit)
+        tokens_of_x = Shape <start = 0, end = 1> (x)
+        number_of_tokens = Squeeze (tokens_of_x, first)
+        is_single = Equal (number_of_tokens, one)
+        y = If (is_single) <
+            then_branch = single () => (float[T, C] y_single) {{
+                column = Transpose <perm = [1, 0]> (x)
+                own = Squeeze (chosen, first)
+                own_w13 = Gather <axis = 0> (w13, own)
+                own_both = MatMul (own_w13, column)
+                own_gate, own_up = Split <axis = 1, num_outputs = 2> (own_both)
+                own_clamped = Min (own_gate, limit)
+                own_sigmoid = Sigmoid (own_clamped)
+                own_silu = Mul (own_clamped, own_sigmoid)
+                own_top = Min (own_up, limit)
+                own_bounded = Max (own_top, low)
+                own_hidden = Mul (own_silu, own_bounded)
+                own_w2 = Gather <axis = 0> (w2, own)
+                own_down = MatMul (own_w2, own_hidden)
+                own_rows = Squeeze (own_down, third)
+                y_single = MatMul (weights, own_rows)
+            }},
+            else_branch = several () => (float[T, C] y_grouped) {{ {grouped} }}
+        >
+    """
+    constants = CONSTANTS | {"one": np.array(1), "third": np.array([2])}
+    return _function("FoldkvRoutedExperts", ["x", "chosen", "weights", "w13", "w2"], ["y"], ["limit"], body, constants)

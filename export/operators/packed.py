@@ -6,12 +6,13 @@ a negative index from the end of the table, so that byte 255, which int8 reads a
 FP4 types neither in TensorRT nor, FP4, in ONNX Runtime; it takes int8 in both.
 
 The routed experts of a layer are the rows of one tensor ``codes [E, bytes]``, each holding w1, w2 and w3, with their
-exponents as the rows of ``scales [E, bytes]``; ``slots [E]`` says in which row an expert lies. Tokens are taken one at a
-time: no more than the chosen experts of one token are read and decoded at once, whatever E is.
+exponents as the rows of ``scales [E, bytes]``; ``slots [E]`` says in which row an expert lies. Bytes of experts that no
+token of a chunk chose are not read, and no more than a band of one matrix is decoded at once, whatever E is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,16 @@ import onnx
 from onnx import helper, numpy_helper
 
 from foldkv.export.formats import FP4, byte_pairs, byte_values, scale_values
+from foldkv.export.operators.grouped import CONSTANTS, grouped_experts
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
 EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}
 PARTS = ("w1", "w2", "w3")
+# Bytes of codes that are decoded at once: with their indices and values, 12 and 17 times as much, they stay in the cache.
+_BAND = 1 << 18
+# Rows of the tables that are looked up: GatherElements gives each to a processor.
+_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -91,72 +97,103 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
     -> y [T, C]; attribute ``limit``. The sizes of a model's experts are part of the body.
 
+    Experts are taken as operators/grouped.py says, and their matrices in bands of rows that a processor's cache holds. The
+    two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd: so an element is one look-up,
+    and the input's channels are parted once instead of the weights being woven together.
+
     Args:
         format_: "fp4" or "fp8".
         matrices: where w1, w2 and w3 lie in a row.
     """
-    constants = {"table": _exponent_table(), "elements": _elements(format_), "axis": np.array([1])}
-    decode = "".join(_decoding(part, matrices[part], format_, constants) for part in PARTS)
-    body = f"""
-        limit = Constant <value_float: float = @limit> ()
-        low = Neg (limit)
-        first = Constant <value_ints = [0]> ()
-        second = Constant <value_ints = [1]> ()
-        last = Constant <value_ints = [2]> ()
-        sizes = Shape <start = 0, end = 1> (x)
-        count = Squeeze (sizes, first)
-        always = Constant <value = bool {{1}}> ()
-        y = Loop (count, always) <body = one_token (int64 token, bool go) => (bool more, float[C] row) {{
-            more = Identity (go)
-            input = Gather <axis = 0> (x, token)
-            experts = Gather <axis = 0> (chosen, token)
-            shares = Gather <axis = 0> (weights, token)
-            places = Gather <axis = 0> (slots, experts)
-            code = Gather <axis = 0> (codes, places)
-            scale = Gather <axis = 0> (scales, places)
-            {decode}
-            column = Unsqueeze (input, second)
-            gate = MatMul (w1, column)
-            up = MatMul (w3, column)
-            clamped = Min (gate, limit)
-            sigmoid = Sigmoid (clamped)
-            silu = Mul (clamped, sigmoid)
-            top = Min (up, limit)
-            bounded = Max (top, low)
-            hidden = Mul (silu, bounded)
-            down = MatMul (w2, hidden)
-            flat = Squeeze (down, last)
-            share = Unsqueeze (shares, second)
-            weighted = Mul (flat, share)
-            row = ReduceSum <keepdims = 0> (weighted, first)
-        }}>
-    """
+    halves = 2 if format_ == FP4 else 1
+    elements = _elements(format_).reshape(256, halves)
+    constants = {f"elements_{half}": np.tile(elements[:, half], (_LANES, 1)) for half in range(halves)}
+    constants |= CONSTANTS | {
+        "powers": np.tile(_exponent_table(), (_LANES, 1)), "axes": np.array([0, 1]),
+    } | {f"half_{half}": np.array(half) for half in range(halves)}  # fmt: skip
+    bands = {part: _Bands(part, matrices[part], halves, constants) for part in PARTS}
+    head = "limit = Constant <value_float: float = @limit> () low = Neg (limit)"
+    body = head + grouped_experts(
+        f"""
+            slot = Gather <axis = 0> (slots, expert)
+            place = Unsqueeze (slot, first)
+            {bands["w1"].parted("columns", "x")}
+            {bands["w1"].loop("gate", "x")}
+            {bands["w3"].loop("up", "x")}
+        """,
+        bands["w2"].parted("hidden", "h") + bands["w2"].loop("down", "h"),
+    )
     inputs = ["x", "chosen", "weights", "codes", "scales", "slots"]
     return _function(EXPERTS[format_], inputs, ["y"], ["limit"], body, constants)
 
 
-def _decoding(part: str, matrix: Matrix, format_: str, constants: dict[str, np.ndarray]) -> str:
-    """Statements that decode one weight of the chosen experts to ``part`` [K, R, C]."""
-    (rows, columns), (r, c) = matrix.shape, matrix.grid
-    length = rows * columns // (2 if format_ == FP4 else 1)
-    constants |= {
-        f"{part}_from": np.array([matrix.codes]), f"{part}_to": np.array([matrix.codes + length]),
-        f"{part}_scale_from": np.array([matrix.scales]), f"{part}_scale_to": np.array([matrix.scales + r * c]),
-        f"{part}_tiles": np.array([-1, r, rows // r, c, columns // c]), f"{part}_grid": np.array([-1, r, 1, c, 1]),
-        f"{part}_shape": np.array([-1, rows, columns]),
-    }  # fmt: skip
-    return f"""
-            {part}_bytes = Slice (code, {part}_from, {part}_to, axis)
-            {part}_index = Cast <to = 6> ({part}_bytes)
-            {part}_looked = Gather <axis = 0> (elements, {part}_index)
-            {part}_tiled = Reshape ({part}_looked, {part}_tiles)
-            {part}_powers = Slice (scale, {part}_scale_from, {part}_scale_to, axis)
-            {part}_power = Cast <to = 6> ({part}_powers)
-            {part}_factors = Gather <axis = 0> (table, {part}_power)
-            {part}_factor = Reshape ({part}_factors, {part}_grid)
-            {part}_scaled = Mul ({part}_tiled, {part}_factor)
-            {part} = Reshape ({part}_scaled, {part}_shape)
-    """
+class _Bands:
+    """Statements that multiply one weight with columns, a band of rows at a time; their constants are added to a table."""
+
+    def __init__(self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray]) -> None:
+        (rows, columns), (r, c) = matrix.shape, matrix.grid
+        self.part, self.halves = part, halves
+        width = columns // halves  # bytes of a row
+        blocks = max(n for n in range(1, r + 1) if r % n == 0 and (n == 1 or n * (rows // r) * width <= _BAND))
+        code, scale = blocks * (rows // r) * width, blocks * c
+        constants |= {
+            f"{part}_count": np.array(r // blocks), f"{part}_pairs": np.array([width, halves, -1]),
+            f"{part}_code": np.array([matrix.codes]), f"{part}_code_step": np.array([code]),
+            f"{part}_code_size": np.array([1, code]), f"{part}_code_lanes": np.array([math.gcd(code, _LANES), -1]),
+            f"{part}_scale": np.array([matrix.scales]), f"{part}_scale_step": np.array([scale]),
+            f"{part}_scale_size": np.array([1, scale]), f"{part}_scale_lanes": np.array([math.gcd(scale, _LANES), -1]),
+            f"{part}_tiles": np.array([blocks, rows // r, c, width // c]), f"{part}_grid": np.array([blocks, 1, c, 1]),
+            f"{part}_band": np.array([-1, width]), f"{part}_rows": np.array([rows, -1]),
+        }  # fmt: skip
+
+    def parted(self, source: str, name: str) -> str:
+        """``source`` [columns, n] as one value for each element of a byte: ``name_0``, ``name_1`` [columns / 2, n]."""
+        return f"{name}_pairs = Reshape ({source}, {self.part}_pairs)\n" + "\n".join(
+            f"{name}_{half} = Gather <axis = 1> ({name}_pairs, half_{half})" for half in range(self.halves)
+        )
+
+    def loop(self, out: str, given: str) -> str:
+        """The product with the columns ``given_0``, ``given_1``: ``out`` [rows, n]."""
+        p = self.part
+        products = "".join(
+            f"""
+                {p}_looked_{half} = GatherElements <axis = 1> (elements_{half}, {p}_code_index)
+                {p}_tiled_{half} = Reshape ({p}_looked_{half}, {p}_tiles)
+                {p}_scaled_{half} = Mul ({p}_tiled_{half}, {p}_factors)
+                {p}_values_{half} = Reshape ({p}_scaled_{half}, {p}_band)
+                {p}_product_{half} = MatMul ({p}_values_{half}, {given}_{half})
+            """
+            for half in range(self.halves)
+        )
+        total = "Add" if self.halves == 2 else "Identity"
+        terms = ", ".join(f"{p}_product_{half}" for half in range(self.halves))
+        return f"""
+            {p}_bands = Loop ({p}_count, always) <body = {p}_one_band (int64 {p}_at, bool {p}_go)
+                => (bool {p}_more, float[R, N] {p}_sum) {{
+                {p}_more = Identity ({p}_go)
+                {self._index("code")}
+                {self._index("scale")}
+                {p}_power = GatherElements <axis = 1> (powers, {p}_scale_index)
+                {p}_factors = Reshape ({p}_power, {p}_grid)
+                {products}
+                {p}_sum = {total} ({terms})
+            }}>
+            {out} = Reshape ({p}_bands, {p}_rows)
+        """
+
+    def _index(self, kind: str) -> str:
+        # Through uint8: without negative indices the look-up has no branch to guess.
+        name = f"{self.part}_{kind}"
+        return f"""
+                {name}_far = Mul ({self.part}_at, {name}_step)
+                {name}_from = Add ({name}_far, {name})
+                {name}_start = Concat <axis = 0> (place, {name}_from)
+                {name}_end = Add ({name}_start, {name}_size)
+                {name}_signed = Slice ({kind}s, {name}_start, {name}_end, axes)
+                {name}_bytes = Cast <to = 2> ({name}_signed)
+                {name}_number = Cast <to = 6> ({name}_bytes)
+                {name}_index = Reshape ({name}_number, {name}_lanes)
+        """
 
 
 def _exponent_table() -> np.ndarray:
@@ -175,7 +212,7 @@ def _function(
     name: str, inputs: list[str], outputs: list[str], attributes: list[str], body: str,
     constants: dict[str, np.ndarray] | None = None,
 ) -> onnx.FunctionProto:  # fmt: skip
-    """A function of the domain foldkv from the text of its body; ``constants`` are values that it names."""
+    """A function of the domain foldkv from the text of its body, float attributes; ``constants`` are values that it names."""
     given = f" <{', '.join(attributes)}>" if attributes else ""
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]>'
     function = onnx.parser.parse_function(

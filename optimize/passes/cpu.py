@@ -27,6 +27,7 @@ from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
 from foldkv.export.graph import MODEL, WEIGHTS
+from foldkv.export.operators.experts import grouped_body
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.optimize.passes.blocks import read_in_blocks
 
@@ -44,6 +45,7 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
     prepare(model)
     read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
+    _group_experts(model)
     InlinePass()(model)
     inlined = len(model.graph)
     _simplify(model)
@@ -54,6 +56,13 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
     _share_constants(model)
     ir.save(model, out / MODEL, external_data=WEIGHTS)
     return {"inlined": inlined, "optimized": len(model.graph)}
+
+
+def _group_experts(model: ir.Model) -> None:
+    """Let the tokens of a chunk share the dense weights of their experts; packed ones are shared by their own body."""
+    body = ir.serde.deserialize_function(grouped_body())
+    if body.identifier() in model.functions:
+        model.functions[body.identifier()] = body
 
 
 def _share_constants(model: ir.Model) -> None:

@@ -182,15 +182,3 @@ def test_full_size_weights_are_planned_in_place_from_their_headers(model: str, t
     assert offset == stored.offset
     assert sum(path.stat().st_blocks for path in folder.glob("*.safetensors")) * 512 < 64 << 20
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == spec.num_layers
-
-
-def test_what_a_token_reads_and_decodes_does_not_depend_on_the_number_of_experts() -> None:
-    from foldkv.export.operators.packed import Matrix, routed_experts
-
-    matrices = {part: Matrix(i * 1024, i * 64, (32, 64) if part != "w2" else (64, 32), (32, 2)) for i, part in enumerate(
-        ("w1", "w3", "w2"))}  # fmt: skip
-    body = routed_experts("fp4", matrices)
-    loop = next(node for node in body.node if node.op_type == "Loop").attribute[0].g
-    # The stacks meet nothing but a Gather of the chosen rows; no other node sees a size that grows with them.
-    for stack in ("codes", "scales", "slots"):
-        assert [node.op_type for node in (*body.node, *loop.node) if stack in node.input] == ["Gather"]

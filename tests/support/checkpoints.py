@@ -7,6 +7,7 @@ shapes and an index; the files have their full length and take no room. ``... sm
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -116,9 +117,11 @@ def _released(name: str, value: Tensor, form: str) -> dict[str, Tensor]:
 
 
 def released_dtype(name: str, form: str) -> str:
-    """The dtype in which the released checkpoints keep a tensor."""
+    """The dtype in which the released checkpoints keep a tensor, or that of the form "plain", which quantises none."""
     if name.endswith("tid2eid"):
         return "I64"
+    if form == "plain" and (_EXPERT.search(name) or _FP8.search(name)):
+        return "BF16"
     if _EXPERT.search(name):
         return "I8" if form == "instruct" else "F8_E4M3"
     if _FP8.search(name):
@@ -146,6 +149,50 @@ def sparse_checkpoint(config: Path, out: Path, form: str = "instruct") -> Path:
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     (out / "config.json").write_text(text)
     return out
+
+
+def random_checkpoint(config: dict[str, Any], out: Path, form: str = "instruct", seed: int = 0) -> Path:
+    """A checkpoint with random weights of trained size: one shard per layer and one for the rest.
+
+    Forms are those of :func:`small_checkpoint`, and "plain", which is bfloat16 and float32.
+    """
+    spec = ModelSpec.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    table: dict[str, str] = {}
+    out.mkdir(parents=True)
+    rows = list(_table(spec, form))
+    layers = [re.match(r"layers\.(\d+)\.", name) for name, _, _ in rows]
+    for number, layer in enumerate(dict.fromkeys(match[1] if match else "" for match in layers), start=1):
+        tensors: dict[str, Tensor] = {}
+        for (name, dtype, shape), match in zip(rows, layers, strict=True):
+            if (match[1] if match else "") == layer:
+                tensors[name] = _random(name, dtype, shape, spec, generator)
+        file = f"model-{number:05}.safetensors"
+        save_file(tensors, out / file)
+        table |= dict.fromkeys(tensors, file)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    quantised = {} if form == "plain" else {"quantization_config": QUANTISATION}
+    quantised |= {"expert_dtype": "fp4"} if form == "instruct" else {}
+    (out / "config.json").write_text(json.dumps(config | quantised))
+    return out
+
+
+def _random(name: str, dtype: str, shape: tuple[int, ...], spec: ModelSpec, generator: torch.Generator) -> Tensor:
+    if dtype == "I64":
+        tokens = torch.rand(shape[0], spec.num_experts, generator=generator)
+        return tokens.topk(shape[1], dim=1).indices
+    if dtype == "I8":
+        return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+    if dtype == "F8_E8M0":  # codes have a spread of about 3 (e2m1) or 1 (e4m3): fan-in of the hidden size for all
+        power = -round(math.log2(spec.hidden_size) / 2) - (
+            2 if _EXPERT.search(name.replace(".scale", ".weight")) else 0
+        )
+        return torch.full(shape, 127 + power, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    value = torch.randn(shape, generator=generator)
+    if dtype == "F8_E4M3":
+        return value.to(torch.float8_e4m3fn)
+    value = 1 + 0.1 * value if "norm" in name else value * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+    return value.to(torch.float32 if dtype == "F32" else torch.bfloat16)
 
 
 def _table(spec: ModelSpec, form: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -1,0 +1,59 @@
+"""The chosen experts one after the other, each once with all of its tokens: what both forms of the weights share.
+
+Work and memory follow the experts that a chunk chooses and, for each, its tokens: a long chunk reads no weight twice, and no
+more than one expert's weights are at hand at once. It needs operators whose sizes depend on values (Unique, NonZero), which
+ONNX Runtime has; the body of FoldkvRoutedExperts, which TensorRT reads too, does without (operators/experts.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: Values that the statements name.
+CONSTANTS = {
+    "first": np.array([0]), "second": np.array([1]), "flat": np.array([-1]), "zero": np.array(0),
+}  # fmt: skip
+
+
+def grouped_experts(gate_and_up: str, down: str, name: str = "y") -> str:
+    """Statements from x [T, C], chosen [T, K], weights [T, K] and the scalars ``limit`` and ``low`` = -limit to y [T, C].
+
+    Args:
+        gate_and_up: statements from ``columns`` [C, n], an expert's tokens, to ``gate`` and ``up`` [I, n], which may name
+            ``expert``, its number as a scalar.
+        down: statements from ``hidden`` [I, n] to ``down`` [C, n].
+        name: of the result.
+    """
+    return f"""
+        always = Constant <value = bool {{1}}> ()
+        listed = Reshape (chosen, flat)
+        wanted = Unique <sorted = 1> (listed)
+        sizes = Shape (wanted)
+        count = Squeeze (sizes, first)
+        shape = Shape (x)
+        none = ConstantOfShape (shape)
+        {name} = Loop (count, always, none) <body = one_expert (int64 number, bool go, float[T, C] before)
+            => (bool more, float[T, C] after) {{
+            more = Identity (go)
+            expert = Gather <axis = 0> (wanted, number)
+            is_mine = Equal (chosen, expert)
+            mine = NonZero (is_mine)
+            at = Transpose <perm = [1, 0]> (mine)
+            share = GatherND (weights, at)
+            tokens = Gather <axis = 0> (mine, zero)
+            input = Gather <axis = 0> (x, tokens)
+            columns = Transpose <perm = [1, 0]> (input)
+            {gate_and_up}
+            clamped = Min (gate, limit)
+            sigmoid = Sigmoid (clamped)
+            silu = Mul (clamped, sigmoid)
+            top = Min (up, limit)
+            bounded = Max (top, low)
+            hidden = Mul (silu, bounded)
+            {down}
+            weighted = Mul (down, share)
+            rows = Transpose <perm = [1, 0]> (weighted)
+            target = Unsqueeze (tokens, second)
+            after = ScatterND <reduction = "add"> (before, target, rows)
+        }}>
+    """
