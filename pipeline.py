@@ -95,7 +95,7 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
     from foldkv.export.graph import KIND, export_checkpoint
 
     old = _current(out, KIND)
-    if old is not None and _is_export_of(config, out, old):
+    if old is not None and is_export_of(config, out, old):
         progress(f"export: unchanged, {out}")
         return False
     start = time.monotonic()
@@ -110,7 +110,7 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
     return True
 
 
-def _is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) -> bool:
+def is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) -> bool:
     """Whether a graph package is what these settings would export again."""
     from foldkv.export.checkpoint import Checkpoint
     from foldkv.export.graph import graph_spec, same_files, tool_versions
