@@ -126,8 +126,8 @@ def main(verbose: bool) -> None:
 def export_command(checkpoint: Path, output: Path, profile: str, weights: str) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
 
-    With float32 every operator is a node, which build gives to plugins. With reference and repack quantised weights stay as they
-    are and every kind of layer is one function; reference copies no weight and needs the checkpoint's file system.
+    With reference and repack quantised weights stay as they are, in engines too where the GPU's keep them, and every kind of
+    layer is one function; reference copies no weight and needs the checkpoint's file system. Bundles and plugins are made of all.
     """
     from foldkv.export.graph import export_checkpoint
     from foldkv.optimize.history import record_export
@@ -507,7 +507,10 @@ def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate |
 
 
 def _print_assumptions(plans: list[TargetPlan]) -> None:
-    click.echo("`foldkv build` writes the widest format of a target; narrower ones are what its engines can keep.")
+    click.echo(
+        "`foldkv build` writes the widest format of a target from `export --weights float32`, and the checkpoint's own from "
+        "`--weights reference` or `repack`."
+    )
     if any(plan.target.sm for plan in plans):
         click.echo(
             "Over: what one device lacks. GPUs share the weights; each holds all caches and activations, nothing for the driver."

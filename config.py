@@ -20,6 +20,7 @@ class ExportConfig(_Strict):
     """The export stage."""
 
     profile: Literal["hf", "served"] = "hf"
+    weights: Literal["float32", "reference", "repack"] = "float32"
 
 
 class ShapesConfig(_Strict):

@@ -11,7 +11,7 @@ from foldkv.errors import InputError
 
 _SHOWN = (
     "foldkv_version", "profile", "precision", "backend", "target", "tool_versions", "inputs", "operators", "plugins", "engine",
-    "build", "cache_key", "model", "passed",
+    "build", "cache_key", "model", "weights", "layers", "passed",
 )  # fmt: skip
 
 

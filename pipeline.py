@@ -92,24 +92,36 @@ def _current(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
-    from foldkv.export.checkpoint import Checkpoint
-    from foldkv.export.graph import KIND, export_checkpoint, graph_spec, tool_versions
+    from foldkv.export.graph import KIND, export_checkpoint
 
     old = _current(out, KIND)
-    if old is not None and (
-        old["foldkv_version"] == foldkv.__version__
-        and old["spec"] == graph_spec(config.export.profile)
-        and old["tool_versions"] == tool_versions()
-        and old["inputs"]["checkpoint"]["sha256"] == Checkpoint(Path(config.checkpoint)).digest()
-    ):
+    if old is not None and is_export_of(config, out, old):
         progress(f"export: unchanged, {out}")
         return False
     start = time.monotonic()
     export_checkpoint(
-        Path(config.checkpoint), out, profile=config.export.profile, progress=lambda line: progress(f"export: {line}")
+        Path(config.checkpoint),
+        out,
+        profile=config.export.profile,
+        weights=config.export.weights,
+        progress=lambda line: progress(f"export: {line}"),
     )
     record_export(out, time.monotonic() - start)
     return True
+
+
+def is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a graph package is what these settings would export again."""
+    from foldkv.export.checkpoint import Checkpoint
+    from foldkv.export.graph import graph_spec, same_files, tool_versions
+
+    settings = (manifest["foldkv_version"], manifest["spec"], manifest["tool_versions"], manifest["weights"])
+    if settings != (foldkv.__version__, graph_spec(config.export.profile), tool_versions(), config.export.weights):
+        return False
+    checkpoint = Checkpoint(Path(config.checkpoint))
+    # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
+    expected = checkpoint.digest() if config.export.weights == "float32" else checkpoint.identity()
+    return bool(manifest["inputs"]["checkpoint"]["sha256"] == expected) and same_files(graph, manifest, checkpoint)
 
 
 def _shapes(config: PipelineConfig) -> Shapes:

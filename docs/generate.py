@@ -20,6 +20,7 @@ output = "out"                     # out/graph, out/bundles/<target>, out/report
 
 [export]
 profile = "hf"                     # "served": what deployed systems compute
+weights = "float32"                # "reference": the checkpoint's files in place, "repack": copied as they are stored
 
 [build]
 targets = ["cpu", "a100"]

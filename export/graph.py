@@ -14,10 +14,10 @@ import onnx
 import onnx_ir as ir
 
 import foldkv
-from foldkv.artifact import staged, write_manifest
-from foldkv.errors import InputError
+from foldkv.artifact import read_manifest, staged, write_manifest
+from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
-from foldkv.export.layers import layer_counts, layered_model, operators_of
+from foldkv.export.layers import PREFIX, flat, layer_counts, layered_model, operators_of
 from foldkv.export.operators.registry import ONNX_OPSET
 from foldkv.export.profiles import HF, check_profile
 from foldkv.export.repack import repack
@@ -34,7 +34,7 @@ _INLINE_BYTES = 1024
 
 def graph_spec(profile: str) -> dict[str, Any]:
     """Everything besides the checkpoint and the tool versions that changes an exported graph."""
-    return {"profile": profile, "dtype": "float32", "opset": ONNX_OPSET, "inline_bytes": _INLINE_BYTES, "recipe": 3}
+    return {"profile": profile, "dtype": "float32", "opset": ONNX_OPSET, "inline_bytes": _INLINE_BYTES, "recipe": 4}
 
 
 def tool_versions() -> dict[str, str]:
@@ -56,7 +56,7 @@ def export_checkpoint(
         checkpoint: folder with config.json and safetensors in any of the three spellings.
         out: folder of the package; an older package there is replaced once the new one is whole.
         profile: which numerics: "hf" computes what transformers computes, "served" what deployed systems compute.
-        weights: "float32" writes every weight in float32 and every operator as a node, which plugins can be given to.
+        weights: "float32" writes every weight in float32 and every operator as a node.
             "reference" and "repack" keep weights as they are stored and write one function per kind of layer:
             "reference" links the checkpoint's files into the package and copies nothing; "repack" copies what the
             graph reads into the package, and goes on where an earlier attempt was interrupted.
@@ -125,17 +125,25 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
         write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
 
 
-def check_flat(graph: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a package whose layers are functions, for what works on the operators' nodes.
+def flat_model(graph: Path) -> onnx.ModelProto:
+    """The graph of a package with every operator as a node, its weights still outside: none is read.
 
     Raises:
-        InputError: it was exported with weights as they are stored.
+        ArtifactError: the package is damaged, or the graph names a file of weights that its manifest does not.
     """
-    if manifest.get("weights", "float32") != "float32":
-        raise InputError(
-            f"{graph} was exported with --weights {manifest['weights']}: its layers are functions, which engines and plugins "
-            "are not made from yet. Export it with --weights float32."
-        )
+    manifest = read_manifest(graph, kind=KIND)
+    model = onnx.load(Path(graph) / MODEL, load_external_data=False)
+    listed = manifest["files"].keys() | manifest.get("linked", {}).keys()
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in listed:
+                raise ArtifactError(
+                    f"{Path(graph) / MODEL}: weight {tensor.name} lies in {entry.value!r}, which the manifest does not list; "
+                    "it is refused. Export the checkpoint again."
+                )
+    if any(function.name.startswith(PREFIX) for function in model.functions):
+        model = ir.to_proto(flat(ir.from_proto(model)))
+    return model
 
 
 def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
@@ -150,16 +158,31 @@ def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
     heads: dict[str, int] = {}
     for shard in source.shards:
         name = f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(shard.file.resolve(), folder / name)
-        except OSError as error:
-            raise InputError(
-                f"{shard.file} cannot be linked into {folder.parent}: {error.strerror}. Choose an output folder on the "
-                "checkpoint's file system, or export with --weights repack."
-            ) from None
+        link_file(
+            shard.file.resolve(), folder / name,
+            advice="Choose an output folder on the checkpoint's file system, or export with --weights repack.",
+        )  # fmt: skip
         heads[name] = shard.header_bytes
     return heads
+
+
+def same_files(graph: Path, manifest: dict[str, Any], source: Checkpoint) -> bool:
+    """Whether the files that a package links are the checkpoint's own still, and not ones that it had before."""
+    shards = {f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}": shard.file for shard in source.shards}
+    return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.get("linked", {}))
+
+
+def link_file(source: Path, link: Path, *, advice: str) -> None:
+    """A hard link to a file, in folders that are made for it.
+
+    Raises:
+        InputError: the file system, or its rules, do not allow it; the message ends with ``advice``.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, link)
+    except OSError as error:
+        raise InputError(f"{source} cannot be linked to {link.parent}: {error.strerror}. {advice}") from None
 
 
 def _copy_texts(source: Checkpoint, folder: Path) -> None:

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 from torch.nn import functional
 
 from foldkv.errors import FoldkvError
-from foldkv.export.model.decoder import TAP, Layer
+from foldkv.export.model.decoder import CHOSEN, TAP, Layer
 from foldkv.export.model.hyper_connections import collapse_last
 from foldkv.export.model.norm import RMSNorm
 from foldkv.export.model.rope import inverse_frequencies
-from foldkv.export.operators import packed
+from foldkv.export.operators import packed, packed_words
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, translation_table
 from foldkv.export.spec import CSA, HCA, ModelSpec
 from foldkv.export.state import state_tensors
@@ -150,6 +151,24 @@ def operators_of(model: ir.Model) -> dict[str, int]:
                 if node.domain == DOMAIN:
                     total[node.op_type] += count
     return dict(sorted(total.items()))
+
+
+def flat(model: ir.Model) -> ir.Model:
+    """The graph in which every operator is a node, made in place: the layers' functions are inlined, once per layer.
+
+    Weights stay where they are, and none is read. Values that tools ask for have the names of a graph that was traced whole.
+    """
+    sparse = []
+    for node in model.graph:
+        function = model.functions.get(node.op_identifier())
+        if node.op_type.startswith(PREFIX) and function is not None:
+            sparse += [node.name] * sum(inner.op_type == "FoldkvIndexSelect" for inner in function)
+    InlinePass(criteria=lambda function: function.name.startswith(PREFIX))(model)
+    selects = [node for node in model.graph if node.op_type == "FoldkvIndexSelect"]
+    if sparse:
+        for node, name in zip(selects, sparse, strict=True):
+            node.outputs[0].name = CHOSEN.format(layer=(name or "").removeprefix("layers."))
+    return model
 
 
 def _kind(spec: ModelSpec, layer: int, weights: Weights) -> tuple[Kind, dict[str, Source]]:
@@ -365,9 +384,11 @@ def _use_packed(model: ir.Model, name: str, source: Packed) -> None:
         given.append(ir.Value(name=f"{name}.{part}", type=ir.TensorType(dtype), shape=ir.Shape(shape)))
         graph.inputs.append(given[-1])
     limit = node.attributes["limit"]
+    # The body knows where the matrices lie; so must whoever gives the node another body, as engines do.
+    geometry = [ir.AttrInt64s(key, values) for key, values in packed_words.geometry(dict(source.matrices)).items()]
     new = ir.Node(
-        DOMAIN, packed.EXPERTS[source.format], [*node.inputs[:3], *given], [ir.AttrFloat32("limit", limit.value)],
-        name=node.name,
+        DOMAIN, packed.EXPERTS[source.format], [*node.inputs[:3], *given],
+        [ir.AttrFloat32("limit", limit.value), *geometry], name=node.name,
     )  # fmt: skip
     old = node.outputs[0]
     graph.insert_before(node, new)

@@ -20,7 +20,7 @@ import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
 from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.graph import MODEL, TOKENIZER, check_flat
+from foldkv.export.graph import MODEL, TOKENIZER, flat_model
 from foldkv.export.layouts import DENSE, cache_layout
 from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
@@ -119,7 +119,8 @@ def build_bundles(
 
 
 def _parallel_builds(manifest: dict[str, Any]) -> int:
-    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in manifest["files"].values()))
+    files = [*manifest["files"].values(), *manifest.get("linked", {}).values()]
+    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in files))
     memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
@@ -139,11 +140,8 @@ class _Job:
         """The values that decide the bundle.
 
         Raises:
-            InputError: an engine of a graph whose layers are functions.
             MissingDependencyError: the backend, or the compiler of the plugins' kernels, cannot be used here.
         """
-        if self.target.sm is not None:
-            check_flat(self.graph, self.manifest)
         version = _backend_version(self.target)
         compiler = ""
         if self.plugins:
@@ -202,8 +200,9 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 
 def _other_files_digest(manifest: dict[str, Any]) -> str:
-    names = sorted(name for name in manifest["files"] if name != MODEL)
-    return hashlib.sha256("".join(f"{n}:{manifest['files'][n]['sha256']}\n" for n in names).encode()).hexdigest()
+    known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
+    known |= {name: f"{facts['head_sha256']}:{facts['bytes']}" for name, facts in manifest.get("linked", {}).items()}
+    return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 
 def _backend_version(target: Target) -> str:
@@ -299,8 +298,8 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
     scratch = work.with_name(f"{work.name}-graph")
     scratch.mkdir()
     try:
-        state, precision = lowered_graph(
-            job.graph, scratch, state, target.precision, injected=injected, layout=job.layout,
+        state, precision, weights = lowered_graph(
+            job.graph, scratch, state, target.precision, sm=target.sm, injected=injected, layout=job.layout,
             rotary=rotary_channels(job.graph),
         )  # fmt: skip
         result = build_plan(
@@ -319,6 +318,7 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
             "file": PLAN, "header": result["header"], "layers": result["layers"], "plugin_layers": result["plugin_layers"],
         },
         "precision_islands": precision,
+        "weights": weights,
         "plugins": bundled.plugins,
         "kernels": bundled.kernels,
         "build": {"peak_rss_bytes": result["peak_rss_bytes"]},
@@ -327,14 +327,12 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
 
 def _inject(job: _Job, work: Path, progress: Callable[[str], None]) -> tuple[Any, Bundled]:
     """The injected model, and the kernels that it launches, compiled into the bundle."""
-    import onnx
-
     from foldkv.optimize.kernels import bundle_kernels
     from foldkv.plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
 
     target = job.target
     assert target.sm is not None
-    model = onnx.load(job.graph / MODEL, load_external_data=False)
+    model = flat_model(job.graph)
     strip_injection(model)  # one that `foldkv inject` wrote is decided again by the same rules
     injection = inject_nodes(
         model, job.manifest["state"], rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,

@@ -38,7 +38,8 @@ class TargetPlan:
         layout: of cache rows, as ``build`` names it.
         memory: the caches.
         activations: of a chunk, at their largest moments.
-        weights: by format that the target keeps, from wide to narrow. ``foldkv build`` writes the first.
+        weights: by format that the target keeps, from wide to narrow. ``foldkv build`` writes the first from a package with
+            weights in float32, the format of the checkpoint from one with weights as stored.
         bundle: what the bundle takes on disk, in the first format.
         build: how long a build may take here, or None without a run to tell from.
     """
@@ -118,7 +119,7 @@ def plan_target(
     if gap:
         raise InputError(f"{target.name}: layout {layout} {gap}.")
     rows = _DENSE_ROWS[target.precision] if layout == DENSE else layout
-    weights = {name: weight_bytes_in(spec, name) for name in kept_formats(target.sm)}
+    weights = {name: weight_bytes_in(spec, name, target.sm) for name in kept_formats(target.sm)}
     written = next(iter(weights.values()))
     code = (_ENGINE_WITH_PLUGINS if plugins else _ENGINE) if gpu else _CPU_GRAPH
     return TargetPlan(
@@ -126,7 +127,7 @@ def plan_target(
         capacity=target.memory_gib << 30 if target.memory_gib else _machine_memory(),
         layout=layout,
         memory=plan_memory(spec, context=context, batch=batch, layout=rows),
-        # Narrower weights are widened before their product: what is gathered has two bytes in every format.
+        # Of a package with weights in float32. Where they are as stored, one token's experts are gathered at a time.
         activations=activations(
             spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4
         ),

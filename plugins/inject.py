@@ -20,12 +20,12 @@ import onnx
 import foldkv
 from foldkv.artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import InputError, listing
-from foldkv.export.graph import CONFIG, KIND, MODEL, check_flat
+from foldkv.export.graph import CONFIG, KIND, MODEL, flat_model, link_file
 from foldkv.export.layouts import DENSE, CacheLayout, cache_layout, row_bytes
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.launch import Kernel, kernels
-from foldkv.plugins.spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec
+from foldkv.plugins.spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
@@ -91,6 +91,8 @@ def inject(
 ) -> Injection:
     """Write a copy of a graph package whose nodes carry the plugins that the target has.
 
+    Layers that are functions are made flat. Files of a checkpoint that the package links are linked again, not copied.
+
     Args:
         graph: a graph package, verified by hash; it is not changed.
         out: folder of the new graph package; an older one there is replaced.
@@ -104,18 +106,18 @@ def inject(
     Raises:
         ArtifactError: the graph package is damaged.
         InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes, it was
-            injected before, the layout is not known, or ``out`` cannot be written.
+            injected before, the layout is not known, ``out`` cannot be written, or files that the package links cannot be
+            linked there.
     """
     manifest = read_manifest(graph, kind=KIND)
     verify_files(graph, manifest)
-    check_flat(graph, manifest)
     if "injection" in manifest:
         raise InputError(
             f"{graph} was injected for {manifest['injection']['target']} already. Give the graph that export wrote."
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
-    model = onnx.load(Path(graph) / MODEL, load_external_data=False)
+    model = flat_model(graph)
     injection = inject_nodes(
         model, manifest["state"], rotary=rotary_channels(graph), target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
@@ -127,12 +129,21 @@ def inject(
             if name != MODEL:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(graph) / name, folder / name)
+        heads: dict[str, int] = {}
+        for name, facts in manifest.get("linked", {}).items():
+            link_file(
+                (Path(graph) / name).resolve(), folder / name,
+                advice=f"Choose an output folder on the file system of {graph}, or let build inject: `foldkv build --plugins on`.",
+            )  # fmt: skip
+            heads[name] = facts["head_bytes"]
         onnx.save(model, folder / MODEL)
-        content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
+        made_anew = ("files", "kind", "schema_version", "linked", "layers")
+        content = {key: value for key, value in manifest.items() if key not in made_anew}
         content["foldkv_version"] = foldkv.__version__
         content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
         content["injection"] = injection.facts()
-        write_manifest(folder, kind=KIND, content=content)
+        known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
+        write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
     return injection
 
 
@@ -174,7 +185,7 @@ def inject_nodes(
     for node in nodes:
         candidates = [plugin for plugin in plugins if plugin.operator == node.op_type]
         if not candidates:
-            reason = BODIES.get(node.op_type, "no plugin for this operator")
+            reason = (BODIES | WEIGHT_BODIES).get(node.op_type, "no plugin for this operator")
             refused[node.op_type][reason] += 1
             if layout != DENSE and any(name in groups for name in node.input):
                 packed.append(f"{node.op_type} ({node.name}): {reason}")

@@ -194,3 +194,11 @@ BODIES: dict[str, str] = {
     "FoldkvCompressFp8": "stays a function body: no kernel yet for the profile served",
     "FoldkvCompressFp4": "stays a function body: no kernel yet for the profile served",
 }
+#: Operators of graphs with weights as stored (export/operators/packed.py), and why each stays a function body.
+WEIGHT_BODIES: dict[str, str] = {
+    "FoldkvRoutedExpertsFp4": "stays a function body: it reads no compressed KV",
+    "FoldkvRoutedExpertsFp8": "stays a function body: it reads no compressed KV",
+    "FoldkvExponents": "stays a function body: it decodes weights",
+    "FoldkvBlockScale": "stays a function body: it decodes weights",
+    "FoldkvPartialBlockScale": "stays a function body: it decodes weights",
+}

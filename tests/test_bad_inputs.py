@@ -296,6 +296,7 @@ row("pipeline: newer version", pipeline(HEAD.replace("1", "2", 1)), 2, "version 
 row("pipeline: unknown key", pipeline(HEAD + 'chekpoint = "x"\n'), 2, "did you mean 'checkpoint'")
 row("pipeline: unknown key in a table", pipeline(HEAD + '[build]\ntarget = ["cpu"]\n'), 2, "did you mean 'targets'")
 row("pipeline: a number for a text", pipeline(HEAD.replace('"out"', "7")), 2, "output is 7")
+row("pipeline: unknown weights", pipeline(HEAD + '[export]\nweights = "fp8"\n'), 2, "export.weights is 'fp8'")
 row("pipeline: unknown target", pipeline(HEAD + '[build]\ntargets = ["a10O"]\n'), 2, "unknown target 'a10O'")
 row("pipeline: no targets", pipeline(HEAD + "[build]\ntargets = []\n"), 2, "build.targets")
 row("pipeline: unknown gate", pipeline(HEAD + "[validate]\ngates = { top = 1.0 }\n"), 2, "unknown gate 'top'")

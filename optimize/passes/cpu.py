@@ -26,6 +26,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
+from foldkv.export.external import read_lazily
 from foldkv.export.graph import MODEL, WEIGHTS
 from foldkv.export.operators.experts import grouped_body
 from foldkv.export.operators.registry import DOMAIN
@@ -41,7 +42,7 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
 
     ``prepare`` may change the model before its operators are inlined.
     """
-    model = ir.load(graph / MODEL)
+    model = read_lazily(ir.load(graph / MODEL), graph)
     prepare(model)
     read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])

@@ -10,6 +10,7 @@ sinks, indexer scores, the compressor with its carries, routing, hyper-connectio
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
+from foldkv.artifact import confined
 from foldkv.errors import BuildError
-from foldkv.export.graph import MODEL, WEIGHTS
+from foldkv.export.external import read_values
+from foldkv.export.graph import MODEL, WEIGHTS, flat_model
 from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
 from foldkv.export.state import StateTensor
+from foldkv.optimize.formats import fp8_gap
+from foldkv.optimize.passes.weights import place_weights
 from foldkv.plugins.inject import NAMESPACE_ATTRIBUTE
 from foldkv.plugins.spec import PLUGINS, STATE
 
@@ -38,6 +43,8 @@ LOW_STATE = ("window", "entries", "index_entries")
 _TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16,
           "int8": ir.DataType.INT8}  # fmt: skip
 _PRECISIONS = ("float32", "bfloat16", "float16")
+# Folder beside the lowered graph in which the package's files of weights are linked, and what stays inside the graph.
+_SOURCE, _INLINE_BYTES = "graph", 256
 # What a weight may pass through before its product without becoming another matrix.
 _LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
@@ -48,29 +55,37 @@ def lowered_graph(
     state: list[StateTensor],
     precision: str,
     *,
+    sm: int,
     injected: onnx.ModelProto | None = None,
     layout: str = DENSE,
     rotary: int = 0,
-) -> tuple[list[StateTensor], dict[str, Any]]:
-    """Write the inlined graph in ``precision`` to ``out``; returns its state and the counts of what was lowered.
+) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
+    """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and which
+    weights it has in which format.
+
+    Weights that change are written one at a time; the others stay in the package's files, to which ``out`` has links.
 
     Args:
         graph: folder of the graph package, whose weights the model names.
         out: folder for the lowered graph.
         state: the state tensors of the graph.
         precision: of the large products and of dense rows.
-        injected: the graph with nodes given to plugins; the default is the graph as it is.
+        sm: compute capability that the graph is for, which decides which formats of weights stay.
+        injected: the flat graph with nodes given to plugins; the default is the package's, made flat.
         layout: name of the cache layout; other than "dense" only where plugins alone touch the rows.
         rotary: rotated channels of a row, for packed layouts.
 
     Raises:
+        ArtifactError: weights lie outside of the package.
         BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that something
             else than a plugin reads.
     """
     if precision not in _PRECISIONS:
         raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_PRECISIONS)}.")
-    model = ir.load(graph / MODEL) if injected is None else ir.from_proto(injected)
+    model = ir.from_proto(flat_model(graph) if injected is None else injected)
     ir.external_data.set_base_dir(model.graph, graph)
+    dtype = _TYPES[precision]
+    stored_weights = place_weights(model, dtype, low=_is_low, no_fp8=fp8_gap(sm))
     kept = {node.op_type for node in model.graph if NAMESPACE_ATTRIBUTE in node.attributes}
     InlinePass(criteria=lambda function: function.name not in kept)(model)
     for node in model.graph:
@@ -86,11 +101,51 @@ def lowered_graph(
         state = [stored[tensor.input] for tensor in state]
     if precision != "float32":
         for name, value in list(model.graph.initializers.items()):
-            if any(re.fullmatch(pattern, name) for pattern in LOW_PRECISION):
-                _lower_weight(value, _TYPES[precision], counts)
+            if _is_low(name) and name not in stored_weights.values:
+                _lower_weight(value, dtype, counts)
+        for name, value in stored_weights.values.items():
+            _lower_products(value, name, dtype, counts)
     RemoveUnusedNodesPass()(model)
-    ir.save(model, out / MODEL, external_data=WEIGHTS)
-    return state, counts
+    weights = stored_weights.facts(model)
+    _write(model, graph, out)
+    return state, counts, weights
+
+
+def _is_low(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in LOW_PRECISION)
+
+
+def _write(model: ir.Model, graph: Path, out: Path) -> None:
+    """Write the graph with the weights that are new, and links to the files that hold the others."""
+    new = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        if isinstance(tensor, ir.ExternalTensor):
+            location = str(tensor.location)
+            _link(confined(graph, location).resolve(), out / _SOURCE / location)
+            value.const_value = ir.ExternalTensor(
+                f"{_SOURCE}/{location}", tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape),
+                name=value.name or "", base_dir=out,
+            )  # fmt: skip
+        elif tensor.nbytes > _INLINE_BYTES:
+            new.append(value)
+    tensors = [value.const_value for value in new if value.const_value is not None]
+    written = ir.external_data.convert_tensors_to_external(tensors, out, WEIGHTS)
+    for value, tensor in zip(new, written, strict=True):
+        value.const_value = tensor
+    ir.save(model, out / MODEL)
+
+
+def _link(file: Path, link: Path) -> None:
+    """A hard link, which every reader takes, or a symbolic one to another file system, which TensorRT takes."""
+    if link.exists():
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:
+        link.symlink_to(file)
 
 
 def _stored(tensor: StateTensor, precision: str, layout: str, rotary: int) -> StateTensor:
@@ -136,14 +191,24 @@ def _retype(value: ir.Value, tensor: StateTensor) -> None:
 
 
 def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -> None:
-    """Round one weight, let its product run in ``dtype``, and go back to float32 after it."""
+    """Round one weight when it is written, and let its product run in ``dtype``."""
     tensor = value.const_value
     assert tensor is not None
-    value.const_value = ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=value.name)
-    value.dtype = dtype
+    if tensor.dtype != dtype:
+
+        def rounded() -> ir.Tensor:
+            return ir.Tensor(read_values(tensor).astype(dtype.numpy()), name=value.name)
+
+        value.const_value = ir.LazyTensor(rounded, dtype, ir.Shape(tensor.shape), name=value.name)
+        value.dtype = dtype
+    _lower_products(value, value.name or "?", dtype, counts)
+
+
+def _lower_products(value: ir.Value, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:
+    """Let what a weight is used for run in ``dtype``, and go back to float32 after it."""
     counts["weights"] += 1
     for node, index in list(value.uses()):
-        _follow(node, index, value.name or "?", dtype, counts)
+        _follow(node, index, name, dtype, counts)
 
 
 def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:

@@ -6,21 +6,26 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from checkpoints import small_checkpoint, sparse_checkpoint
+from lowered import lowered_logits
 
-from foldkv.artifact import read_manifest, verify_files
+from foldkv.artifact import read_manifest, verify_files, write_manifest
+from foldkv.config import PipelineConfig
 from foldkv.errors import ArtifactError, CheckpointError, InputError
 from foldkv.export.checkpoint import Checkpoint
-from foldkv.export.graph import KIND, WEIGHT_MODES, export_checkpoint, link_files
+from foldkv.export.graph import KIND, WEIGHT_MODES, export_checkpoint, flat_model, link_files
+from foldkv.export.plan import parameter_groups
 from foldkv.export.repack import repack
 from foldkv.export.state import state_tensors
 from foldkv.export.weights import Packed, referenced, repacked
 from foldkv.optimize.build import build_bundles
+from foldkv.pipeline import is_export_of
 from foldkv.plugins.inject import inject
 
 DATA = Path(__file__).parents[1] / "data"
@@ -31,7 +36,8 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_f
     return small_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("released") / request.param, request.param)
 
 
-def logits(graph: Path, checkpoint: Path) -> np.ndarray:
+def inputs(checkpoint: Path) -> dict[str, np.ndarray]:
+    """A chunk of 70 tokens, and caches that hold nothing yet."""
     ids = np.random.default_rng(1).integers(0, 256, (1, 70))
     feeds = {
         "input_ids": ids, "positions": np.zeros(1, np.int32), "num_tokens": np.full(1, 70, np.int32),
@@ -39,16 +45,26 @@ def logits(graph: Path, checkpoint: Path) -> np.ndarray:
     }  # fmt: skip
     for row in state_tensors(Checkpoint(checkpoint).spec):
         feeds[row.input] = np.full((1, row.capacity(96), row.width), np.nan, np.float32)
-    result: np.ndarray = onnxruntime.InferenceSession(str(graph / "model.onnx")).run(["logits"], feeds)[0]
+    return feeds
+
+
+def logits(graph: Path, checkpoint: Path) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(graph / "model.onnx"))
+    result: np.ndarray = session.run(["logits"], inputs(checkpoint))[0]
     return result
+
+
+#: For tests that need the package that links; what the experts' format is makes no difference to links.
+linked = pytest.mark.parametrize("checkpoint", ["instruct"], indirect=True)
 
 
 @pytest.fixture(scope="module")
 def graphs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The package of every mode; making them leaves the checkpoint as it was."""
+    modes = WEIGHT_MODES if checkpoint.name == "instruct" else ("float32", "repack")
     before = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
     folder = tmp_path_factory.mktemp("graphs")
-    made = {mode: export_checkpoint(checkpoint, folder / mode, weights=mode) for mode in WEIGHT_MODES}
+    made = {mode: export_checkpoint(checkpoint, folder / mode, weights=mode) for mode in modes}
     assert before == {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
     return made
 
@@ -57,8 +73,9 @@ def test_in_place_repacked_and_float32_weights_give_the_same_logits(
     checkpoint: Path, graphs: dict[str, Path], tmp_path: Path
 ) -> None:
     expected = logits(graphs["float32"], checkpoint)
-    for mode in ("reference", "repack"):
-        graph = graphs[mode]
+    for mode, graph in graphs.items():
+        if mode == "float32":
+            continue
         np.testing.assert_allclose(logits(graph, checkpoint), expected, atol=2e-4, rtol=0)
         manifest = read_manifest(graph, kind=KIND)
         verify_files(graph, manifest)
@@ -81,15 +98,134 @@ def test_in_place_repacked_and_float32_weights_give_the_same_logits(
         )
 
 
-def test_engines_and_plugins_are_not_made_from_layers_that_are_functions(
-    graphs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("sm", "kept"), [(80, "float32"), (89, "fp8")])
+def test_a_graph_lowered_for_a_gpu_computes_what_the_float32_export_does(
+    checkpoint: Path, graphs: dict[str, Path], tmp_path: Path, sm: int, kept: str
 ) -> None:
-    with pytest.raises(InputError, match="Export it with --weights float32"):
+    expected = logits(graphs["float32"], checkpoint)
+    have, weights = lowered_logits(graphs["repack"], tmp_path / "out", inputs(checkpoint), sm=sm, precision="float32")
+    np.testing.assert_allclose(have, expected, atol=2e-4, rtol=0)
+    spec = Checkpoint(checkpoint).spec
+    counts = parameter_groups(spec)
+    # Experts weigh what they weigh in the file, whatever the GPU; matrices where its engines keep them.
+    experts = "fp4" if checkpoint.name == "instruct" else "fp8"
+    matrices = sum(
+        row.bytes
+        for name, row in Checkpoint(checkpoint).headers.items()
+        if row.dtype == "F8_E4M3" and ".experts." not in name
+    )
+    expected_bytes = {experts: counts["experts"] * (4.25 if experts == "fp4" else 8) / 8}
+    expected_bytes[kept] = expected_bytes.get(kept, 0) + matrices * (4 if kept == "float32" else 1)
+    for name, size in expected_bytes.items():
+        assert size <= weights["kept"][name]["bytes"] < size + (1 << 19) * (name == "float32") + 4096
+    assert [row["weights"] for row in weights["widened"]] == ([34] if sm == 80 else [])
+
+
+@linked
+def test_rounded_to_bfloat16_all_forms_of_a_weight_give_the_same_bits(
+    checkpoint: Path, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    # A power of two changes no digit: decoded in bfloat16, or decoded in float32 and rounded, or kept as e4m3.
+    feeds = {name: np.nan_to_num(value) for name, value in inputs(checkpoint).items()}
+    forms = {"float32": 80, "reference": 80, "repack": 89}
+    found = [
+        lowered_logits(graphs[mode], tmp_path / mode, feeds, sm=sm, precision="bfloat16")[0]
+        for mode, sm in forms.items()
+    ]
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+    exact = logits(graphs["float32"], checkpoint)
+    assert 0 < np.abs(found[0] - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@linked
+def test_an_injected_package_links_what_its_graph_linked_and_gives_the_same_nodes_to_plugins(
+    checkpoint: Path, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    target: dict[str, Any] = {"target": "a100", "sm": 80, "dtype": "bfloat16"}
+    before = read_manifest(graphs["reference"], kind=KIND)
+    whole = {row.operator: row.injected for row in inject(graphs["float32"], tmp_path / "whole", **target).rows}
+    injection = inject(graphs["reference"], tmp_path / "out", **target)
+    assert {row.operator: row.injected for row in injection.rows if row.injected} == {
+        name: count for name, count in whole.items() if count
+    }
+    assert all(row.injected + sum(row.refusals.values()) == row.nodes for row in injection.rows)
+    assert not any("no plugin for this operator" in row.refusals for row in injection.rows)
+    manifest = read_manifest(tmp_path / "out", kind=KIND)
+    verify_files(tmp_path / "out", manifest)
+    assert manifest["linked"] == before["linked"] and "layers" not in manifest
+    assert {row.operator: row.nodes for row in injection.rows} == manifest["operators"]
+    for name in manifest["linked"]:
+        assert (tmp_path / "out" / name).samefile(checkpoint / Path(name).name)
+    # The flat graph has the names of one that was traced whole, and computes the same.
+    names = {value for node in flat_model(graphs["float32"]).graph.node for value in node.output if "tap." in value}
+    assert names == {
+        value for node in flat_model(tmp_path / "out").graph.node for value in node.output if "tap." in value
+    }
+    np.testing.assert_array_equal(logits(tmp_path / "out", checkpoint), logits(graphs["reference"], checkpoint))
+
+
+@linked
+def test_a_file_system_that_takes_no_links_is_refused_by_inject_with_the_way_out(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(InputError, match=r"Invalid cross-device link.*let build inject"):
         inject(graphs["reference"], tmp_path / "out", target="a100", sm=80, dtype="bfloat16")
-    [result] = build_bundles(graphs["repack"], tmp_path, ["a100"]).results
-    assert result.status == "failed" and result.exit_code == 2 and "--weights float32" in result.reason
+    assert not (tmp_path / "out").exists()
 
 
+@linked
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "weights/other.bin"])
+def test_a_graph_whose_weights_lie_elsewhere_is_refused(graphs: dict[str, Path], tmp_path: Path, location: str) -> None:
+    graph = tmp_path / "graph"
+    shutil.copytree(graphs["repack"], graph)
+    (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
+    (graph / "weights" / "other.bin").symlink_to(tmp_path / "secret.bin")
+    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    onnx.save(model, graph / "model.onnx")
+    content = read_manifest(graph, kind=KIND)
+    (graph / "weights" / "other.bin").unlink()
+    kept = {key: value for key, value in content.items() if key not in ("files", "kind", "schema_version")}
+    write_manifest(graph, kind=KIND, content=kept)  # as whoever changed the graph would
+    with pytest.raises(ArtifactError, match=r"which the manifest does not list; it is refused"):
+        inject(graph, tmp_path / "out", target="a100", sm=80, dtype="bfloat16")
+    [result] = build_bundles(graph, tmp_path / "bundles", ["a100"]).results
+    assert result.status == "failed" and "does not list" in result.reason
+
+
+@linked
+def test_a_cpu_bundle_is_made_of_files_that_are_linked(
+    checkpoint: Path, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    [result] = build_bundles(graphs["reference"], tmp_path, ["cpu"]).results
+    assert result.status == "built", result.reason
+    np.testing.assert_allclose(
+        logits(result.folder, checkpoint), logits(graphs["float32"], checkpoint), atol=2e-4, rtol=0
+    )
+
+
+@linked
+def test_a_pipeline_exports_again_when_what_it_would_export_has_changed(
+    checkpoint: Path, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    graph = graphs["reference"]
+    settings = {"version": 1, "checkpoint": str(checkpoint), "output": "out"}
+    for weights, same in (("reference", True), ("repack", False), ("float32", False)):
+        config = PipelineConfig.model_validate(settings | {"export": {"weights": weights}})
+        assert is_export_of(config, graph, read_manifest(graph, kind=KIND)) == same
+    # Files that were replaced, with the same headers, are other files.
+    moved = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = PipelineConfig.model_validate(settings | {"checkpoint": str(moved), "export": {"weights": "reference"}})
+    assert not is_export_of(config, graph, read_manifest(graph, kind=KIND))
+
+
+@linked
 def test_a_linked_file_that_was_replaced_is_found(graphs: dict[str, Path], tmp_path: Path) -> None:
     graph = shutil.copytree(graphs["reference"], tmp_path / "graph")
     name, facts = next(iter(read_manifest(graph, kind=KIND)["linked"].items()))

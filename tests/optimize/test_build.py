@@ -73,13 +73,14 @@ def test_a_plan_for_something_else_or_cut_off_is_refused() -> None:
 def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tiny_graph, kind="foldkv.graph")
     state = [StateTensor(**row) for row in manifest["state"]]
-    lowered, counts = lowered_graph(tiny_graph, tmp_path, state, "bfloat16")
+    lowered, counts, weights = lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89)
     rows = {tensor.group: tensor.dtype for tensor in lowered}
     assert rows["window"] == rows["entries"] == "bfloat16"
     assert rows["carry_kv"] == rows["carry_gate"] == "float32"
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     low = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16]
-    assert counts["weights"] == len(low) > 20
+    assert counts["weights"] == len(low) == weights["kept"]["bfloat16"]["tensors"] > 20
+    assert weights["kept"].keys() == {"bfloat16", "float32", "int64"} and not weights["widened"]
     assert any("experts" in name for name in low)
     assert not any("norm" in name or "sink" in name or "compressor" in name or "hc_" in name for name in low)
 
@@ -185,12 +186,12 @@ def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Pat
 def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
     with pytest.raises(BuildError, match=r"is packed, but .* is no plugin"):
-        lowered_graph(tiny_graph, tmp_path, state, "bfloat16", layout="fp8", rotary=16)
+        lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=80, layout="fp8", rotary=16)
 
 
 def test_a_network_without_the_injected_plugins_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
-    state, _ = lowered_graph(tiny_graph, tmp_path, state, "bfloat16")
+    state, _, _ = lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=80)
     with pytest.raises(BuildError, match="0 plugin layers; 17 nodes were injected"):
         build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=80, state=state, shapes=SMALL, plugins=17)
     assert not (tmp_path / "plan").exists()

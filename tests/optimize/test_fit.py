@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldkv.errors import InputError
-from foldkv.export.plan import parameter_count, plan_memory
+from foldkv.export.plan import parameter_count, parameter_groups, plan_memory
 from foldkv.export.spec import ModelSpec
 from foldkv.optimize.fit import TargetPlan, layout_gaps, plan_target, plan_targets
-from foldkv.optimize.formats import FORMATS, kept_formats, weight_bytes_in
+from foldkv.optimize.formats import FORMATS, fp8_gap, kept_formats, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -31,10 +31,16 @@ def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
     if target.sm is None:
         assert kept == ("float32",)
         return
-    assert kept[0] == "bf16"  # what `build` writes
-    assert ("fp8" in kept) == (target.sm >= 89)
-    assert ("fp4" in kept) == (target.sm >= 100)  # Blackwell and later
+    assert kept == ("bf16", "fp8", "fp4")  # the first is what `build` writes of a float32 export
     assert all(FORMATS[name].source for name in kept)
+    # Experts are carried as words on every GPU; e4m3 matrices are kept from Ada on.
+    wide, matrices = parameter_groups(FLASH), weight_bytes_in(FLASH, "fp4")
+    if target.sm >= 89:
+        assert not fp8_gap(target.sm) and weight_bytes_in(FLASH, "fp4", target.sm) == matrices
+    else:
+        assert f"sm{target.sm}" in fp8_gap(target.sm)
+        index = 21 * 1024 * 64 * 128  # the indexers' queries, whose product is float32
+        assert weight_bytes_in(FLASH, "fp4", target.sm) == matrices + wide["projections"] + 3 * index
 
 
 def test_weights_as_released_weigh_what_was_released() -> None:
