@@ -1,5 +1,6 @@
 """Caches read in blocks: the entries and values of the operators' definitions, whatever the size of a block."""
 
+# ruff: noqa: UP037 - names of dimensions are strings, which onnxscript reads
 from __future__ import annotations
 
 import subprocess
