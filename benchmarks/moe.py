@@ -3,7 +3,8 @@
 ``python benchmarks/moe.py -o benchmarks/results/moe-cpu.json``. Every count has a checkpoint of its own in the released
 format (e2m1 experts, e4m3 matrices; random weights), from which bundles are made with packed experts (``--weights
 repack``) and dense ones (``--weights float32``). At each count the bundles and transformers take turns in one process: one
-step of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them only, after as many steps.
+step of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
+only, after as many steps.
 """
 
 from __future__ import annotations
