@@ -271,15 +271,31 @@ def generate_command(
 @click.option("--report", type=_folder, required=True, help="Folder for report.html, report.json and junit.xml.")
 @click.option("--gate", "gates", multiple=True, metavar="NAME=VALUE", help="Replace a gate's threshold; repeat it.")
 @click.option("--text", type=_folder, help="UTF-8 text to measure on; default: sources of Python's standard library.")
+@click.option(
+    "--context",
+    "contexts",
+    type=_Tokens(),
+    multiple=True,
+    help="Plant values in a stream of this many tokens too, for example 64k; repeat it. The reference reads up to 64k.",
+)
 @_json
 def validate_command(
-    bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, as_json: bool
-) -> None:
+    bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, contexts: tuple[int, ...],
+    as_json: bool,
+) -> None:  # fmt: skip
     """Measure what accuracy BUNDLE lost against the PyTorch reference; exit 1 if a gate fails."""
     from foldkv.validation.report import report_json
-    from foldkv.validation.validate import validate
+    from foldkv.validation.validate import Plan, validate
 
-    result = validate(bundle, reference, report, gates=_thresholds(gates), text=text, progress=_progress())
+    result = validate(
+        bundle,
+        reference,
+        report,
+        gates=_thresholds(gates),
+        plan=Plan(contexts=contexts),
+        text=text,
+        progress=_progress(),
+    )
     if as_json:
         click.echo(json.dumps(report_json(result), indent=2, ensure_ascii=False))
     else:

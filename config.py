@@ -53,6 +53,7 @@ class ValidateConfig(_Strict):
     texts: int = Field(default=6, ge=1)
     distances: list[int] = Field(default=[16, 64, 128, 256, 512], min_length=1)
     cases_per_distance: int = Field(default=20, ge=1)
+    contexts: list[int] = []
 
 
 class PipelineConfig(_Strict):

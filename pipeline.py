@@ -151,7 +151,14 @@ def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, prog
 
     assert result.report is not None
     wanted = config.validation
-    plan = Plan(wanted.seed, wanted.texts, wanted.text_tokens, tuple(wanted.distances), wanted.cases_per_distance)
+    plan = Plan(
+        wanted.seed,
+        wanted.texts,
+        wanted.text_tokens,
+        tuple(wanted.distances),
+        wanted.cases_per_distance,
+        tuple(wanted.contexts),
+    )
     key = sha256_json(
         {
             "plan": asdict(plan),

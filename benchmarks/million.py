@@ -94,11 +94,10 @@ def _peak_rss() -> int:
 def measure(bundle: Path, checkpoint: Path, context: int, chunk: int, stops: list[int]) -> dict[str, Any]:
     """One context in this process."""
     runner = _Watched(bundle, context, chunk, stops)
-    figures, total = measure_depths(runner, None, Tokenizer.from_bundle(runner.session.bundle), context)
+    figure = measure_depths(runner, None, Tokenizer.from_bundle(runner.session.bundle), context)
     held = sum(snapshot.bytes for at, snapshot in runner.snapshots.items() if at in stops)
-    row = total | {
+    row = asdict(figure) | {
         "state_bytes": runner.session.state_bytes, "peak_rss_bytes": runner.peak - held, "prefill_s": runner.prefill_s,
-        "depths": [asdict(figure) for figure in figures],
     }  # fmt: skip
     if stops:
         row["decode"] = decode_in_turns(runner.session, runner.snapshots)
@@ -157,10 +156,8 @@ def main(
 
             runner = SessionRunner(bundle, context=size, chunk=chunk)
             start = time.perf_counter()
-            figures, total = measure_depths(
-                runner, TransformersRunner(checkpoint), Tokenizer.from_bundle(runner.session.bundle), size
-            )
-            rows[-1] |= total | {"depths": [asdict(figure) for figure in figures]}
+            tokenizer = Tokenizer.from_bundle(runner.session.bundle)
+            rows[-1] |= asdict(measure_depths(runner, TransformersRunner(checkpoint), tokenizer, size))
             click.echo(f"both at {size}: {time.perf_counter() - start:.0f} s")
         click.echo(json.dumps(rows[-1]))
     fixed = min(row["peak_rss_bytes"] - row["state_bytes"] for row in rows)

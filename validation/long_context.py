@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -56,11 +56,23 @@ class Stream:
 class DepthFigure:
     """How many of the values at one depth were answered exactly; ``reference`` is None where it was not run."""
 
-    context: int
     depth: float
     cases: int
     subject: int
     reference: int | None
+
+
+@dataclass(frozen=True)
+class ContextFigure:
+    """One context: how many values were asked for and answered; ``reference`` and ``kl_mean`` (nats, over the questions'
+    tokens) are None where the reference was not run."""
+
+    context: int
+    cases: int
+    subject: int
+    reference: int | None
+    kl_mean: float | None
+    depths: list[DepthFigure]
 
 
 def planted_stream(
@@ -117,12 +129,8 @@ def answered(stream: Stream, tail: Sequence[int], logits: Logits) -> list[bool]:
 
 def measure_depths(
     subject: TailRunner, reference: TailRunner | None, tokenizer: Tokenizer, context: int, *, seed: int = 0
-) -> tuple[list[DepthFigure], dict[str, Any]]:
+) -> ContextFigure:
     """Ask the subject, and the reference if there is one, for what a stream of ``context`` tokens holds.
-
-    Returns:
-        One figure for each depth, and the context's totals: ``context``, ``cases``, ``subject``, ``reference`` (answered;
-        None without a reference) and ``kl_mean`` of the tail's tokens in nats (None without).
 
     Raises:
         InputError: the tokenizer does not give one token per byte, or the context is too short.
@@ -142,12 +150,15 @@ def measure_depths(
     for depth in dict.fromkeys(sorted(planted.depth for planted in stream.questions)):
         at = [number for number, planted in enumerate(stream.questions) if planted.depth == depth]
         known = sum(expected[number] for number in at) if expected is not None else None
-        figures.append(DepthFigure(context, depth, len(at), sum(right[number] for number in at), known))
+        figures.append(DepthFigure(depth, len(at), sum(right[number] for number in at), known))
     kl = None
     if theirs is not None:
         kl = float(compare_logits(theirs[:-1], mine[:-1], np.array(tail[1:])).kl.mean())
-    total = {
-        "context": context, "cases": len(right), "subject": sum(right),
-        "reference": sum(expected) if expected is not None else None, "kl_mean": kl,
-    }  # fmt: skip
-    return figures, total
+    known = sum(expected) if expected is not None else None
+    return ContextFigure(context, len(right), sum(right), known, kl, figures)
+
+
+def largest_loss(figures: Sequence[ContextFigure]) -> float | None:
+    """The largest share of values that the reference answers and the subject does not, over contexts; None without any."""
+    losses = [(figure.reference - figure.subject) / figure.cases for figure in figures if figure.reference is not None]
+    return max(losses, default=None)

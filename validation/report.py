@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from foldkv.validation.layers import DIVERGED, first_divergence
+from foldkv.validation.long_context import REFERENCE_CONTEXT
 
 if TYPE_CHECKING:
     from foldkv.validation.validate import ValidationResult
@@ -29,6 +31,7 @@ def report_json(result: ValidationResult) -> dict[str, Any]:
         "retrieval": result.retrieval,
         "layers": [vars(figure) for figure in result.layers],
         "selection": [vars(figure) for figure in result.selection],
+        "long_context": [asdict(figure) for figure in result.long_context],
         "first_divergence": first_divergence(result.layers),
         "by_position": result.by_position,
         "worst_cases": result.worst,
@@ -78,6 +81,7 @@ def report_html(result: ValidationResult) -> str:
         verdicts=result.verdicts,
         first_divergence=first_divergence(result.layers),
         diverged_above=DIVERGED,
+        reference_context=REFERENCE_CONTEXT,
         failed=[v for v in result.verdicts if not v.passed],
         retrieval_plot=_retrieval_plot(result.retrieval),
         kl_plot=_log_plot(positions, [row["kl_mean"] for row in result.by_position], "mean KL, nats"),

@@ -19,11 +19,18 @@ from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.profiles import PROFILES, SERVED
 from foldkv.export.spec import CSA
-from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.bundle import Bundle, load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.cases import RetrievalCase, load_text, retrieval_cases, text_windows
-from foldkv.validation.gates import Verdict, judge, resolve_gates
+from foldkv.validation.gates import LONG_CONTEXT, Verdict, judge, resolve_gates
 from foldkv.validation.layers import LayerFigure, compare_layers, subject_chosen, subject_streams
+from foldkv.validation.long_context import (
+    REFERENCE_CONTEXT,
+    ContextFigure,
+    largest_loss,
+    measure_depths,
+    planted_stream,
+)
 from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from foldkv.validation.report import write_report
 from foldkv.validation.runners import OracleRunner, Runner, SessionRunner, TransformersRunner
@@ -43,6 +50,7 @@ class Plan:
     text_tokens: int = 384
     distances: tuple[int, ...] = (16, 64, 128, 256, 512)
     cases_per_distance: int = 20
+    contexts: tuple[int, ...] = ()
 
     def longest(self) -> int:
         """Tokens of the longest case, with room for its answer."""
@@ -60,6 +68,7 @@ class ValidationResult:
     worst: list[dict[str, Any]]
     layers: list[LayerFigure] = field(default_factory=list)
     selection: list[SelectionFigure] = field(default_factory=list)
+    long_context: list[ContextFigure] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,7 +107,7 @@ def validate(
 
     Raises:
         InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer, a
-            text that cannot be read.
+            text that cannot be read, contexts that are too short or too long or without the gate that they were to have.
         ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
         MissingDependencyError: the bundle's device or transformers is not here.
@@ -108,6 +117,7 @@ def validate(
     if loaded.profile not in PROFILES:
         raise ArtifactError(f"{bundle} has the profile {loaded.profile!r}; this version knows {', '.join(PROFILES)}.")
     chosen = resolve_gates(gates or {}, loaded.profile)
+    _check_contexts(plan, loaded, gates or {})
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
     checkpoint = Checkpoint(reference)
     made = manifest["inputs"]["checkpoint"]
@@ -124,12 +134,21 @@ def validate(
         torch_reference = TransformersRunner(reference)
         oracle = OracleRunner(reference) if loaded.profile == SERVED else None
         result = _measure(subject, torch_reference, oracle, checkpoint, tokenizer, plan, words, progress)
+        for context in plan.contexts:
+            progress(f"values planted in {context:,} tokens")
+            known = torch_reference if context <= REFERENCE_CONTEXT else None
+            result.long_context.append(
+                measure_depths(SessionRunner(Path(bundle), context=context), known, tokenizer, context, seed=plan.seed)
+            )
+        if (loss := largest_loss(result.long_context)) is not None:
+            result.metrics["long_context_loss"] = loss
         result.verdicts = judge(chosen, result.metrics)
         result.provenance = _provenance(
             Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference
         )
         result.provenance["text_sha256"] = hashlib.sha256(words.encode()).hexdigest()
         result.provenance["command"] += "".join(f" --gate {name}={value:g}" for name, value in (gates or {}).items())
+        result.provenance["command"] += "".join(f" --context {context}" for context in plan.contexts)
         if text is not None:
             result.provenance["command"] += f" --text {text}"
         write_report(result, folder)
@@ -140,6 +159,21 @@ def validate(
         "passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed)
     )
     return result
+
+
+def _check_contexts(plan: Plan, bundle: Bundle, gates: Mapping[str, float]) -> None:
+    longest = min(
+        bundle.model.max_position_embeddings, bundle.largest("context") or bundle.model.max_position_embeddings
+    )
+    for context in plan.contexts:
+        planted_stream(context, seed=plan.seed)
+        if context > longest:
+            raise InputError(f"a context of {context} tokens was asked for; {bundle.folder} takes {longest} at most.")
+    if LONG_CONTEXT in gates and not any(context <= REFERENCE_CONTEXT for context in plan.contexts):
+        raise InputError(
+            f"gate {LONG_CONTEXT} compares with the reference, which reads contexts of up to {REFERENCE_CONTEXT} tokens; none "
+            "of those is measured. Give one with --context (validate.contexts in a pipeline file), or leave the gate out."
+        )
 
 
 def _measure(
