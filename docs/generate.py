@@ -41,6 +41,7 @@ texts = 6
 text_tokens = 384
 distances = [16, 64, 128, 256, 512]
 cases_per_distance = 20
+contexts = []                      # long streams with planted values, for example [65536, 1048576]
 gates = { kl-mean = 1e-6 }
 ```
 
