@@ -155,8 +155,9 @@ class Activations:
 
 
 def activations(
-    spec: ModelSpec, *, context: int, batch: int = 1, chunk: int = 256, plugins: bool = False, weight_item: int = 4
-) -> Activations:
+    spec: ModelSpec, *, context: int, batch: int = 1, chunk: int = 256, plugins: bool = False, weight_item: int = 4,
+    room: int | None = None,
+) -> Activations:  # fmt: skip
     """What a chunk needs besides weights and caches while it goes through a layer: an estimate from sizes.
 
     With T = batch x chunk tokens, A = context / ratio active entries and float32 values:
@@ -172,6 +173,12 @@ def activations(
       Plugins keep logits and products in registers: scores T A and queries are left;
     * mixing: the residual streams after a block, two more times T N C.
 
+    The cpu bundle reads caches in blocks of ``room`` scores and takes one expert after the other (optimize/passes/), so that there
+
+    * experts: the 3 I C weights of one expert and its tokens, at most all of them, T (2 C + 4 I);
+    * attention: four copies of the logits, of which those of HCA's entries are a block, and with them the indexer's: a
+      block of the product and its ReLU, and twice a block of entries.
+
     ``benchmarks/activations.py`` compares this with what ONNX Runtime takes and with the regions that TensorRT-RTX plans.
 
     Args:
@@ -181,16 +188,47 @@ def activations(
         chunk: tokens of a sequence that go through the model at once.
         plugins: whether plugins compute what touches compressed KV, rather than function bodies.
         weight_item: bytes of a gathered expert weight.
+        room: elements of a block of the cpu bundle (optimize/passes/blocks.py); None for engines.
     """
     chunk = min(chunk, context)
     tokens = batch * chunk
     streams = 4 * tokens * spec.hc_mult * spec.hidden_size
-    experts = weight_item * tokens * spec.experts_per_token * 3 * spec.moe_intermediate_size * spec.hidden_size
-    kinds = dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True))
-    attention = max(
-        _attention_bytes(spec, kind, context // ratio if ratio else 0, batch, chunk, plugins) for kind, ratio in kinds
-    )
+    weights = 3 * spec.moe_intermediate_size * spec.hidden_size
+    kinds = [
+        (kind, context // ratio if ratio else 0)
+        for kind, ratio in dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True))
+    ]
+    if room is None:
+        experts = weight_item * tokens * spec.experts_per_token * weights
+        attention = max(_attention_bytes(spec, kind, active, batch, chunk, plugins) for kind, active in kinds)
+    else:
+        experts = weight_item * weights + 4 * tokens * (2 * spec.hidden_size + 4 * spec.moe_intermediate_size)
+        attention = max(_block_attention_bytes(spec, kind, active, batch, chunk, room) for kind, active in kinds)
     return Activations(streams, experts, attention, 2 * streams)
+
+
+def _block_attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, room: int) -> int:
+    """Bytes of one attention layer that reads its entries in blocks: ONNX Runtime keeps what indexer and attention took."""
+    tokens = batch * chunk
+    queries = 2 * 4 * tokens * spec.num_heads * spec.head_dim
+    chosen = spec.index_topk if kind == CSA else 0
+    attend = queries + 4 * 4 * tokens * spec.num_heads * (spec.sliding_window + chunk + chosen)
+    if kind == SLIDING:
+        return attend
+    heads, width = (spec.index_heads, spec.index_head_dim) if kind == CSA else (spec.num_heads, spec.head_dim)
+    scores = min(tokens * heads * active, max(room, tokens * heads * block_rows(chosen)))
+    block = 2 * 4 * (scores + batch * min(active * width, room))
+    return attend + block + 2 * 4 * tokens * chosen * spec.head_dim
+
+
+#: Elements of a block of scores and of a block of entries, each, where caches are read in blocks: 4 MiB in float32. Smaller ones
+#: start more nodes, larger ones leave the processor's cache (measured from 2 ** 18 to 2 ** 20 at a million tokens).
+BLOCK_ROOM = 1 << 20
+
+
+def block_rows(chosen: int) -> int:
+    """Entries of a block at least, however many queries there are: fewer than are chosen would be compared over and over."""
+    return max(128, 4 * chosen)
 
 
 def _attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, plugins: bool) -> int:

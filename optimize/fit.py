@@ -14,7 +14,7 @@ from typing import Any
 
 from foldkv.errors import InputError, listing
 from foldkv.export.layouts import DENSE, LAYOUTS
-from foldkv.export.plan import Activations, MemoryPlan, activations, plan_memory
+from foldkv.export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, plan_memory
 from foldkv.export.spec import ModelSpec
 from foldkv.optimize.formats import kept_formats, weight_bytes_in
 from foldkv.optimize.history import BUILD, Estimate, Run, estimate
@@ -129,7 +129,8 @@ def plan_target(
         memory=plan_memory(spec, context=context, batch=batch, layout=rows),
         # Of a package with weights in float32. Where they are as stored, one token's experts are gathered at a time.
         activations=activations(
-            spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4
+            spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4,
+            room=None if gpu else BLOCK_ROOM,
         ),
         weights=weights,
         bundle=written + code * spec.num_layers,

@@ -18,7 +18,7 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
 from foldkv.errors import FoldkvError
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
 from foldkv.export.operators.attention import (
     FoldkvQueryPositions,
     FoldkvScale,
@@ -30,10 +30,8 @@ from foldkv.export.operators.index import FoldkvVisibleEntries
 from foldkv.export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
 from foldkv.export.operators.registry import DOMAIN, OPSET
 from foldkv.export.operators.rope import FoldkvRope
+from foldkv.export.plan import BLOCK_ROOM, block_rows
 
-#: Elements of a block of scores and of a block of rows, each: 1 MiB in float32.
-ROOM = 1 << 20
-_LEAST = 128  # rows of a block, however many queries there are
 _ROWS = "FoldkvBlockRows"
 
 
@@ -163,7 +161,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
     return FoldkvRope(sum / total, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
 
 
-def read_in_blocks(model: ir.Model, *, room: int = ROOM) -> int:
+def read_in_blocks(model: ir.Model, *, room: int = BLOCK_ROOM) -> int:
     """Give nodes that read whole caches their form in blocks, in place, also in functions of layers; returns how many.
 
     A node whose rows are packed says so by its attribute ``rows`` (optimize/passes/pack.py), with ``width`` and ``rotary``.
@@ -183,12 +181,11 @@ def read_in_blocks(model: ir.Model, *, room: int = ROOM) -> int:
             if [user.op_type for user in users] != ["FoldkvIndexSelect"]:
                 raise FoldkvError(f"the scores of {node.name} are used by {users}. Report this as a fault of foldkv.")
             topk = users[0].attributes["topk"].value
-            # Fewer rows than are chosen would be compared with them over and over.
-            attributes = {"topk": topk, "least": max(_LEAST, 4 * topk), "room": room}
+            attributes = {"topk": topk, "least": block_rows(topk), "room": room}
             _replace(model, users[0], node, FoldkvIndexSelectBlocks, attributes)
             _graph(node).remove(node, safe=True)
         elif node.op_type == "FoldkvDenseAttention":
-            _replace(model, node, node, FoldkvDenseAttentionBlocks, {"least": _LEAST, "room": room})
+            _replace(model, node, node, FoldkvDenseAttentionBlocks, {"least": block_rows(0), "room": room})
         else:
             continue
         count += 1
@@ -217,7 +214,7 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 def _decode(model: ir.Model, name: str, given: Any) -> None:
     """Let the function ``name`` decode packed rows, if ``given`` says that they are."""
-    if "rows" not in given:
+    if "rows" not in given or given["rows"].value == DENSE:
         return
     decoder, names = {
         FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),

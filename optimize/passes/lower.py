@@ -10,7 +10,6 @@ sinks, indexer scores, the compressor with its carries, routing, hyper-connectio
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -138,13 +137,9 @@ def _write(model: ir.Model, graph: Path, out: Path) -> None:
 
 
 def _link(file: Path, link: Path) -> None:
-    """A hard link, which every reader takes, or a symbolic one to another file system, which TensorRT takes."""
-    if link.exists():
-        return
+    """A symbolic link, which TensorRT takes. Not a hard one: onnx refuses to load a package whose files have several."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, link)
-    except OSError:
+    if not link.is_symlink():
         link.symlink_to(file)
 
 

@@ -188,8 +188,8 @@ def test_a_graph_whose_weights_lie_elsewhere_is_refused(graphs: dict[str, Path],
     model = onnx.load(graph / "model.onnx", load_external_data=False)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
     next(entry for entry in tensor.external_data if entry.key == "location").value = location
-    onnx.save(model, graph / "model.onnx")
     content = read_manifest(graph, kind=KIND)
+    onnx.save(model, graph / "model.onnx")
     (graph / "weights" / "other.bin").unlink()
     kept = {key: value for key, value in content.items() if key not in ("files", "kind", "schema_version")}
     write_manifest(graph, kind=KIND, content=kept)  # as whoever changed the graph would

@@ -5,6 +5,7 @@ What is computed are products of bfloat16 values with sums in float32, which is 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def lowered_logits(
 
 def session(folder: Path, out: Path) -> onnxruntime.InferenceSession:
     """A lowered graph, its bfloat16 widened to float32 after every rounding."""
-    model = read_lazily(ir.load(folder / "model.onnx"), folder)
+    # TensorRT follows links out of the folder, what reads packages does not: a copy has files in their place.
+    whole = shutil.copytree(folder, out / "whole")
+    model = read_lazily(ir.load(whole / "model.onnx"), whole)
     _widen(model.graph)
-    out.mkdir()
     ir.save(model, out / "model.onnx", external_data="weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
