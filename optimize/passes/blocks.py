@@ -18,7 +18,7 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
 from foldkv.errors import FoldkvError
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
 from foldkv.export.operators.attention import (
     FoldkvQueryPositions,
     FoldkvScale,
@@ -217,7 +217,7 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 def _decode(model: ir.Model, name: str, given: Any) -> None:
     """Let the function ``name`` decode packed rows, if ``given`` says that they are."""
-    if "rows" not in given:
+    if "rows" not in given or given["rows"].value == DENSE:  # injected nodes say so of dense rows too
         return
     decoder, names = {
         FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),
