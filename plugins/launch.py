@@ -117,7 +117,7 @@ def plan(
         sm: compute capability, which chooses the tiles.
         dtype: type of dense rows of the state.
         rows: row format of the state that the operator touches.
-        rotary: rotated channels of a packed row.
+        rotary: rotated channels of a row, which packed formats keep apart.
         layout_version: version of that format.
         single: exactly one launch and no workspace, as TensorRT's ahead-of-time plugins want it.
         arithmetic: of the sizes.

@@ -25,6 +25,7 @@ from tensorrt_plugin import Answers, Input, build, tensorrt_stand_in
 from foldkv.errors import BuildError, MissingDependencyError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS
 from foldkv.export.operators.registry import operators
+from foldkv.export.profiles import SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins import aot
 from foldkv.plugins.compile import compile_kernels, ptx_parameters
@@ -82,7 +83,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kernel of these tests, compiled."""
     folder = tmp_path_factory.mktemp("kernels")
     cases = [make_case(operator, rows, **DECODE) for operator, rows in FORMS]
-    compile_kernels([(kernel_of(case, sm), sm) for case in cases for sm in SMS], cache=folder)
+    # Operators share kernels.
+    compile_kernels(list(dict.fromkeys((kernel_of(case, sm), sm) for case in cases for sm in SMS)), cache=folder)
     return folder
 
 
@@ -413,7 +415,8 @@ def test_every_operator_of_the_released_models_has_a_kernel_that_needs_no_asking
     """At their sizes, on the targets that only TensorRT 11 builds for."""
     spec = ModelSpec.from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-pro.json")
     wanted: dict[tuple[Kernel, int], None] = {}
-    for call in operator_calls(spec):
+    calls = operator_calls(spec)
+    for call in [*calls, *(call for call in operator_calls(spec, SERVED) if call not in calls)]:
         rows = LAYOUTS[layout].format_of(call.group) or DENSE
         sizes = {**call.sizes, "B": 1, "S": 1, "E": 262_144}
         options: dict[str, Any] = {"dtype": "bfloat16", "rows": rows, "rotary": spec.rope_dim, "single": True}
