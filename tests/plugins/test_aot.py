@@ -25,7 +25,6 @@ from tensorrt_plugin import Answers, Input, build, tensorrt_stand_in
 from foldkv.errors import BuildError, MissingDependencyError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS
 from foldkv.export.operators.registry import operators
-from foldkv.export.profiles import SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins import aot
 from foldkv.plugins.compile import compile_kernels, ptx_parameters
@@ -415,8 +414,7 @@ def test_every_operator_of_the_released_models_has_a_kernel_that_needs_no_asking
     """At their sizes, on the targets that only TensorRT 11 builds for."""
     spec = ModelSpec.from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-pro.json")
     wanted: dict[tuple[Kernel, int], None] = {}
-    calls = operator_calls(spec)
-    for call in [*calls, *(call for call in operator_calls(spec, SERVED) if call not in calls)]:
+    for call in operator_calls(spec):
         rows = LAYOUTS[layout].format_of(call.group) or DENSE
         sizes = {**call.sizes, "B": 1, "S": 1, "E": 262_144}
         options: dict[str, Any] = {"dtype": "bfloat16", "rows": rows, "rotary": spec.rope_dim, "single": True}

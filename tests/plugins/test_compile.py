@@ -20,7 +20,7 @@ from foldkv.plugins.model import model_kernels, operator_calls
 from foldkv.plugins.spec import PLUGINS
 
 ROOT = Path(__file__).parents[2]
-DENSE_SMS, PACKED_SMS, SERVED_SMS = (80, 86, 89, 90, 100, 120), (80, 90, 120), (89, 120)
+DENSE_SMS, PACKED_SMS, SERVED_SMS = (80, 86, 89, 90, 100, 120), (80, 90, 120), (80, 120)
 FORMS = [("dense", HF, DENSE_SMS), ("fp8", HF, PACKED_SMS), ("fp8+fp4", HF, PACKED_SMS),
          ("dense", SERVED, SERVED_SMS), ("fp8+fp4", SERVED, SERVED_SMS)]  # fmt: skip
 WINDOW_UPDATE = kernels("FoldkvWindowUpdate", {"W": 16, "D": 32}, {}, sm=80, dtype="bfloat16")[0]
