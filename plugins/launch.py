@@ -230,8 +230,7 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most all")
     if "rotary" in attributes and attributes["rotary"] != call.rotary:
         wrong.append(f"keeps {attributes['rotary']} channels in bfloat16, rows have {call.rotary} rotated ones")
-    if _VALUES.get(spec.operator, DENSE) != DENSE and call.rows == DENSE:
-        wrong += _rounds(call, _VALUES[spec.operator])
+    wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
     if spec.operator in _VALUES and (
         sizes["C"] not in (sizes["D"], 2 * sizes["D"])
         or sizes["R"] * sizes["D"] != sizes["C"] * attributes["ratio"]
@@ -260,12 +259,13 @@ def _packed(call: _Call) -> list[str]:
 
 
 def _rounds(call: _Call, values: str) -> list[str]:
-    """What is wrong with the sizes of dense rows that are rounded to the values of a packed format."""
-    width = call["D"]
-    if values == INDEX_FP4 and width & (width - 1):
-        return [f"rows are {width} wide; a Hadamard matrix needs a power of two"]
+    """What is wrong with the sizes of rows that are rounded to the values of a packed format."""
+    if values == INDEX_FP4 and call["D"] & (call["D"] - 1):
+        return [f"rows are {call['D']} wide; a Hadamard matrix needs a power of two"]
+    if values == DENSE or call.rows != DENSE:  # nothing to round, or rows that were checked as they are stored
+        return []
     try:
-        row_bytes(values, width, call.rotary)
+        row_bytes(values, call["D"], call.rotary)
     except InputError as error:
         return [str(error)]
     return []
@@ -288,7 +288,7 @@ def _compress(call: _Call) -> Plan:
     values = _VALUES[call.spec.operator]
     if call.rows == DENSE:
         constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
-    else:  # packing rounds; so that FoldkvCompressFp8 and FoldkvCompress share a kernel
+    else:  # packing rounds: FoldkvCompressFp8 and FoldkvCompress share a kernel then
         constants |= {"VALUES": DENSE}
     function = "compress.compress_mixed" if values == INDEX_FP4 else "compress.compress"
     grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)

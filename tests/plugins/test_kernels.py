@@ -14,7 +14,7 @@ import torch
 from interpreter import DTYPES, run
 from torch import Tensor
 
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
@@ -393,15 +393,23 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
     assert float((read - defined[closed]).abs().max()) <= float(defined[closed].abs().max()) * 0.35
 
 
-@pytest.mark.parametrize("operator", ["FoldkvCompressFp8", "FoldkvCompressFp4"])
-def test_sizes_that_cannot_be_rounded_are_refused(operator: str) -> None:
-    sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": 48, "T": 4, "D": 48, "P": 8}
-    attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6}
-    if operator == "FoldkvCompressFp8":
-        attributes = {"rotary": 8, **attributes}
-    reason = "keeps 8 channels in bfloat16, rows have 16" if "rotary" in attributes else "needs a power of two"
+@pytest.mark.parametrize(
+    ("operator", "width", "rows", "rotary", "reason"),
+    [
+        ("FoldkvCompressFp8", 48, DENSE, 8, "keeps 8 channels in bfloat16, rows have 16 rotated"),
+        ("FoldkvCompressFp4", 96, DENSE, None, "96 wide; a Hadamard matrix needs a power of two"),
+        ("FoldkvCompressFp4", 96, INDEX_FP4, None, "96 wide; a Hadamard matrix needs a power of two"),
+        ("FoldkvCompressFp4", 16, DENSE, None, "cannot be stored as index_fp4"),
+        ("FoldkvCompressFp4", 32, INDEX_FP8, None, "rows in index_fp8; its kernels read dense, index_fp4"),
+    ],
+)
+def test_sizes_that_cannot_be_rounded_are_refused(
+    operator: str, width: int, rows: str, rotary: int | None, reason: str
+) -> None:
+    sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": width, "T": 4, "D": width, "P": 8}
+    attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6} | ({} if rotary is None else {"rotary": rotary})
     with pytest.raises(ValueError, match=reason):
-        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rotary=16)
+        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rows=rows, rotary=16)
 
 
 PACKED_CASES = [*CHUNKS, ([1999, 100], [1, 1], 1)]
