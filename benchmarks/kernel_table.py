@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from foldkv.export.profiles import HF, SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, triton_version
 from foldkv.plugins.launch import Kernel
@@ -21,7 +22,8 @@ MODELS = {
     "DeepSeek-V4-Pro": ROOT / "tests/data/deepseek-v4-pro.json",
     "examples/tiny-v4": ROOT / "examples/tiny-v4/config.json",
 }
-LAYOUTS = ("dense", "fp8", "fp8+fp4")
+#: Layouts and profiles, in the order of the page: what a graph of the profile served keeps apart from its compression is hf's.
+FORMS = [("dense", HF), ("fp8", HF), ("fp8+fp4", HF), ("dense", SERVED), ("fp8+fp4", SERVED)]
 
 HEAD = """# Kernels and what they take
 
@@ -39,16 +41,21 @@ spills is not shown: the range reduction of sine and cosine keeps an array of 32
 
 
 def sections() -> Iterator[tuple[str, str, dict[int, list[Kernel]]]]:
-    """Model, layout, and per compute capability the kernels that no section before has; in the order of the page."""
+    """Model, form, and per compute capability the kernels that no section before has; in the order of the page."""
     seen: set[tuple[Kernel, int]] = set()
     for model, config in MODELS.items():
-        for layout in LAYOUTS:
+        for layout, profile in FORMS:
             new: dict[int, list[Kernel]] = {}
             for sm in SHARED_LIMITS:
-                found = model_kernels(ModelSpec.from_file(config), sm=sm, layout=layout)
+                found = model_kernels(ModelSpec.from_file(config), sm=sm, layout=layout, profile=profile)
                 new[sm] = [kernel for kernel in found if (kernel, sm) not in seen]
                 seen |= {(kernel, sm) for kernel in new[sm]}
-            yield model, layout, new
+            yield model, form(layout, profile), new
+
+
+def form(layout: str, profile: str) -> str:
+    """The heading of a section, behind the model."""
+    return f"layout {layout}" if profile == HF else f"layout {layout}, profile {profile}"
 
 
 def label(kernel: Kernel) -> str:
@@ -79,14 +86,14 @@ def page(compiled: Mapping[tuple[Kernel, int], CompiledKernel]) -> str:
     )
     parts = [head]
     columns = ["kernel", *(f"sm{sm}" for sm in SHARED_LIMITS)]
-    for model, layout, new in sections():
+    for model, heading, new in sections():
         rows: dict[str, dict[int, str]] = {}
         for sm, kernels in new.items():
             for kernel in kernels:
                 rows.setdefault(label(kernel), {})[sm] = f"{cell(compiled[kernel, sm])} ({tile(kernel)})"
         if not rows:
             continue
-        lines = [f"## {model}, layout {layout}\n", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+        lines = [f"## {model}, {heading}\n", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for name, cells in rows.items():
             lines.append(f"| {name} | " + " | ".join(cells.get(sm, "") for sm in SHARED_LIMITS) + " |")
         parts.append("\n".join(lines) + "\n")

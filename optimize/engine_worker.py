@@ -59,6 +59,8 @@ def build(request: dict[str, Any]) -> None:
     if found != request["plugins"]:
         raise RuntimeError(f"the network has {found} plugin layers; {request['plugins']} nodes were injected")
     config = builder.create_builder_config()
+    # On by default, TF32 would round the operands of what the lowered graph keeps in float32 to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if found:  # state is updated in place
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if hasattr(trt, "ComputeCapability"):  # TensorRT-RTX; TensorRT builds for the device that it finds

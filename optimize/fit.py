@@ -15,6 +15,7 @@ from typing import Any
 from foldkv.errors import InputError, listing
 from foldkv.export.layouts import DENSE, LAYOUTS
 from foldkv.export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, plan_memory
+from foldkv.export.profiles import HF
 from foldkv.export.spec import ModelSpec
 from foldkv.optimize.formats import kept_formats, weight_bytes_in
 from foldkv.optimize.history import BUILD, Estimate, Run, estimate
@@ -159,7 +160,7 @@ def layout_gaps(spec: ModelSpec, target: Target, *, plugins: bool) -> dict[str, 
             gaps[name] = "needs plugins, which alone read packed rows"
             continue
         layout = LAYOUTS[name]
-        rows = [row for row in coverage(spec, [target.sm]) if row.rows == layout.format_of(row.group)]
+        rows = [row for row in coverage(spec, [target.sm], (HF,)) if row.rows == layout.format_of(row.group)]
         reasons = [f"{row.operator} {row.gaps[target.sm]}" for row in rows if row.gaps[target.sm]]
         gaps[name] = f"is not kept ({reasons[0]})" if reasons else ""
     return gaps

@@ -8,6 +8,7 @@ from typing import Any
 
 from foldkv.errors import InputError
 from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
+from foldkv.export.profiles import PROFILES
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.launch import kernels
 from foldkv.plugins.model import OperatorCall, operator_calls
@@ -32,10 +33,19 @@ class CoverageRow:
         return asdict(self)
 
 
-def coverage(spec: ModelSpec, sms: Sequence[int]) -> list[CoverageRow]:
-    """The coverage of a model's operators for compute capabilities; asks the same rules as injection."""
+def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROFILES) -> list[CoverageRow]:
+    """The coverage of a model's operators for compute capabilities; asks the same rules as injection.
+
+    Args:
+        spec: of the model.
+        sms: compute capabilities.
+        profiles: whose operators; the default is all of them.
+    """
     rows: dict[tuple[str, str, str, str], CoverageRow] = {}
-    for call in operator_calls(spec):
+    calls: list[OperatorCall] = []
+    for profile in profiles:
+        calls += [call for call in operator_calls(spec, profile) if call not in calls]
+    for call in calls:
         formats = dict.fromkeys(layout.format_of(call.group) or DENSE for layout in LAYOUTS.values())
         if not PLUGINS[call.operator].rows:
             formats = {DENSE: None}

@@ -226,9 +226,9 @@ def inject_nodes(
         )
     for node, plugin, rows in given:
         fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}
-        _mark(
-            node, {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
-        )
+        marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
+        # A field that the operator has as an attribute of its own is there already, with the value that was checked.
+        _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
     return Injection(
         target, sm, dtype, layout,
         tuple(Coverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
@@ -252,8 +252,10 @@ def strip_injection(model: onnx.ModelProto) -> None:
     """Take back, in place, what injection wrote into the nodes."""
     added = {NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, *FIELDS}
     for node in model.graph.node:
-        if node.domain == DOMAIN:
-            kept = [attribute for attribute in node.attribute if attribute.name not in added]
+        # Operators have attributes by the names of fields too: what was not injected keeps all, and a plugin its own.
+        if node.domain == DOMAIN and any(attribute.name == NAMESPACE_ATTRIBUTE for attribute in node.attribute):
+            own = PLUGINS[node.op_type].attributes if node.op_type in PLUGINS else {}
+            kept = [attribute for attribute in node.attribute if attribute.name not in added or attribute.name in own]
             del node.attribute[:]
             node.attribute.extend(kept)
 

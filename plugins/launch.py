@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUT_VERSION, row_bytes
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
 from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
@@ -27,6 +27,8 @@ SCORE_SPAN = 256
 #: Chunks up to this length split their keys; longer ones have programs enough.
 SPLIT_CHUNK = 8
 
+#: Compressing operators, and the format whose values they round an entry to before it is written.
+_VALUES = {"FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4}
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "float16": "*fp16"}
 _BYTES = "*i8"  # a packed row
 _ITEM = 4  # bytes of a float32 in the workspace
@@ -115,7 +117,7 @@ def plan(
         sm: compute capability, which chooses the tiles.
         dtype: type of dense rows of the state.
         rows: row format of the state that the operator touches.
-        rotary: rotated channels of a packed row.
+        rotary: rotated channels of a row, which packed formats keep apart.
         layout_version: version of that format.
         single: exactly one launch and no workspace, as TensorRT's ahead-of-time plugins want it.
         arithmetic: of the sizes.
@@ -226,7 +228,10 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(f"rows are {sizes['D']} wide, which 16 does not divide")
     if "P" in sizes and (sizes["P"] & (sizes["P"] - 1) or 2 * sizes["P"] > sizes["D"]):
         wrong.append(f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most all")
-    if spec.operator == "FoldkvCompress" and (
+    if "rotary" in attributes and attributes["rotary"] != call.rotary:
+        wrong.append(f"keeps {attributes['rotary']} channels in bfloat16, rows have {call.rotary} rotated ones")
+    wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
+    if spec.operator in _VALUES and (
         sizes["C"] not in (sizes["D"], 2 * sizes["D"])
         or sizes["R"] * sizes["D"] != sizes["C"] * attributes["ratio"]
         or sizes["T"] != attributes["ratio"]
@@ -253,6 +258,19 @@ def _packed(call: _Call) -> list[str]:
     return []
 
 
+def _rounds(call: _Call, values: str) -> list[str]:
+    """What is wrong with the sizes of rows that are rounded to the values of a packed format."""
+    if values == INDEX_FP4 and call["D"] & (call["D"] - 1):
+        return [f"rows are {call['D']} wide; a Hadamard matrix needs a power of two"]
+    if values == DENSE or call.rows != DENSE:  # nothing to round, or rows that were checked as they are stored
+        return []
+    try:
+        row_bytes(values, call["D"], call.rotary)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
 def _window_update(call: _Call) -> Plan:
     size = call.row_size
     constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"]), "ROW": size, "BR": _power(size)}
@@ -267,8 +285,14 @@ def _compress(call: _Call) -> Plan:
         "RATIO": ratio, "SERIES": series, "D": width, "BD": _power(width), "HALF": call["P"],
         "EPS": call.attributes["eps"], "BM": min(8, _power(ratio * series)), "BC": _power(call["C"]), "BR": 4,
     } | call.row  # fmt: skip
+    values = _VALUES[call.spec.operator]
+    if call.rows == DENSE:
+        constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
+    else:  # packing rounds: FoldkvCompressFp8 and FoldkvCompress share a kernel then
+        constants |= {"VALUES": DENSE}
+    function = "compress.compress_mixed" if values == INDEX_FP4 else "compress.compress"
     grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)
-    return Plan((call.launch("compress.compress", grid, constants, extras=("S", "E"), warps=4 if width <= 256 else 8),))
+    return Plan((call.launch(function, grid, constants, extras=("S", "E"), warps=4 if width <= 256 else 8),))
 
 
 def _index_scores(call: _Call) -> Plan:
@@ -386,7 +410,7 @@ def _dense_attention(call: _Call) -> Plan:
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
     "FoldkvWindowUpdate": _window_update,
-    "FoldkvCompress": _compress,
+    **dict.fromkeys(_VALUES, _compress),
     "FoldkvIndexScores": _index_scores,
     "FoldkvIndexSelect": _index_select,
     "FoldkvWindowAttention": _window_attention,

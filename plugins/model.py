@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from foldkv.export.layouts import LAYOUTS
+from foldkv.export.profiles import HF, SERVED
 from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
 from foldkv.plugins.launch import Kernel, kernels
 
@@ -18,8 +19,8 @@ class OperatorCall(NamedTuple):
     attributes: dict[str, Any]
 
 
-def operator_calls(spec: ModelSpec) -> list[OperatorCall]:
-    """The calls of compressed-KV operators in the model's layers, each once."""
+def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
+    """The calls of compressed-KV operators in the model's layers in that profile, each once."""
     width, half = spec.head_dim, spec.rope_dim // 2
     attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
     calls = [OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {})]
@@ -29,15 +30,15 @@ def operator_calls(spec: ModelSpec) -> list[OperatorCall]:
             calls.append(OperatorCall("FoldkvWindowAttention", "window", attended, {}))
         elif kind == HCA:
             calls += [
-                _compress(spec, "entries", ratio, 1, width),
+                _compress(spec, profile, "entries", ratio, 1, width),
                 OperatorCall("FoldkvDenseAttention", "entries", attended, attributes),
             ]
         elif kind == CSA:
             scored = {"H": spec.index_heads, "D": spec.index_head_dim}
             selected = {"ratio": ratio, "topk": spec.index_topk}
             calls += [
-                _compress(spec, "entries", ratio, 2, width),
-                _compress(spec, "index_entries", ratio, 2, spec.index_head_dim),
+                _compress(spec, profile, "entries", ratio, 2, width),
+                _compress(spec, profile, "index_entries", ratio, 2, spec.index_head_dim),
                 OperatorCall("FoldkvIndexScores", "index_entries", scored, attributes),
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
@@ -45,12 +46,19 @@ def operator_calls(spec: ModelSpec) -> list[OperatorCall]:
     return calls
 
 
-def _compress(spec: ModelSpec, group: str, ratio: int, series: int, width: int) -> OperatorCall:
+def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, series: int, width: int) -> OperatorCall:
     sizes = {"R": ratio * series, "C": width * series, "T": ratio, "D": width, "P": spec.rope_dim // 2}
-    return OperatorCall("FoldkvCompress", group, sizes, {"ratio": ratio, "eps": spec.rms_norm_eps})
+    attributes: dict[str, Any] = {"ratio": ratio, "eps": spec.rms_norm_eps}
+    if profile != SERVED:
+        return OperatorCall("FoldkvCompress", group, sizes, attributes)
+    if group == "entries":
+        return OperatorCall("FoldkvCompressFp8", group, sizes, {"rotary": spec.rope_dim, **attributes})
+    return OperatorCall("FoldkvCompressFp4", group, sizes, attributes)
 
 
-def model_kernels(spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: str = "dense") -> list[Kernel]:
+def model_kernels(
+    spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: str = "dense", profile: str = HF
+) -> list[Kernel]:
     """The kernels of a model, each once, in the order of its layers.
 
     Args:
@@ -58,12 +66,13 @@ def model_kernels(spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: 
         sm: compute capability.
         dtype: type of dense rows of the state.
         layout: name of the cache layout, see export/layouts.py.
+        profile: of the graph, see export/profiles.py.
 
     Raises:
         ValueError: sizes or row formats that the kernels cannot take.
     """
     found: dict[Kernel, None] = {}
-    for operator, group, sizes, attributes in operator_calls(spec):
+    for operator, group, sizes, attributes in operator_calls(spec, profile):
         rows = LAYOUTS[layout].format_of(group) or "dense"
         found |= dict.fromkeys(
             kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=spec.rope_dim)

@@ -123,6 +123,10 @@ _CHOSEN = TensorSpec("chosen", ("B", "S", "K"), "int32")
 _SCORES = TensorSpec("scores", ("B", "S", "E"))
 _WINDOW = TensorSpec("window", ("B", "W", "D"), STATE)
 _CARRIES = (TensorSpec("carry_kv", ("B", "R", "C")), TensorSpec("carry_gate", ("B", "R", "C")))
+_COMPRESSED = (
+    _ENTRIES, *_CARRIES, TensorSpec("kv", ("B", "S", "C")), TensorSpec("gate", ("B", "S", "C")),
+    TensorSpec("bias", ("T", "C")), TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS,
+)  # fmt: skip
 _MAIN, _INDEX = frozenset({DENSE, FP8_DS_MLA}), frozenset({DENSE, INDEX_FP8, INDEX_FP4})
 
 PLUGINS: dict[str, PluginSpec] = {
@@ -137,14 +141,28 @@ PLUGINS: dict[str, PluginSpec] = {
         ),
         PluginSpec(
             "FoldkvCompress", "1",
-            inputs=(
-                _ENTRIES, *_CARRIES, TensorSpec("kv", ("B", "S", "C")), TensorSpec("gate", ("B", "S", "C")),
-                TensorSpec("bias", ("T", "C")), TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS,
-            ),
+            inputs=_COMPRESSED,
             outputs=(_ENTRIES, *_CARRIES),
             attributes={"ratio": int, "eps": float},
             aliases={0: 0, 1: 1, 2: 2},
             rows=_MAIN | _INDEX,
+        ),
+        PluginSpec(
+            "FoldkvCompressFp8", "1",
+            inputs=_COMPRESSED,
+            outputs=(_ENTRIES, *_CARRIES),
+            attributes={"rotary": int, "ratio": int, "eps": float},
+            aliases={0: 0, 1: 1, 2: 2},
+            rows=_MAIN,
+        ),
+        PluginSpec(
+            "FoldkvCompressFp4", "1",
+            inputs=(*_COMPRESSED, TensorSpec("hadamard", ("D", "D"))),
+            outputs=(_ENTRIES, *_CARRIES),
+            attributes={"ratio": int, "eps": float},
+            aliases={0: 0, 1: 1, 2: 2},
+            # Rows in index_fp8 have one scale, which does not hold e2m1 of several.
+            rows=frozenset({DENSE, INDEX_FP4}),
         ),
         PluginSpec(
             "FoldkvIndexScores", "1",
@@ -191,8 +209,6 @@ BODIES: dict[str, str] = {
     "FoldkvRoutedExperts": "stays a function body: it reads no compressed KV",
     "FoldkvQuantizeFp8": "stays a function body: rounding before a row is written, in graphs of the profile served",
     "FoldkvQuantizeFp4": "stays a function body: rounding of the indexer's queries, in graphs of the profile served",
-    "FoldkvCompressFp8": "stays a function body: no kernel yet for the profile served",
-    "FoldkvCompressFp4": "stays a function body: no kernel yet for the profile served",
 }
 #: Operators of graphs with weights as stored (export/operators/packed.py), and why each stays a function body.
 WEIGHT_BODIES: dict[str, str] = {

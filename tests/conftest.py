@@ -1,7 +1,11 @@
-"""The trained model of this repository as checkpoint, graph package and CPU bundle, made once per run."""
+"""The trained model of this repository as checkpoint, graph package and CPU bundle, made once per run.
+
+Processes that run tests at once share them: the first one makes an artifact while the others wait.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,26 +37,43 @@ def tiny_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "graph")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same in all of its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder below that of the run
+        folder = folder.parent
+    (folder / "shared").mkdir(exist_ok=True)
+    return folder / "shared"
+
+
+def exported(checkpoint: Path, out: Path, profile: str) -> Path:
+    """The graph package, exported by whichever process comes first; what is there is whole."""
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return out if out.exists() else export_checkpoint(checkpoint, out, profile=profile)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    report = build_bundles(tiny_graph, tmp_path_factory.mktemp("tiny-bundles"), ["cpu"])
+def tiny_graph(tiny_checkpoint: Path, shared_folder: Path) -> Path:
+    return exported(tiny_checkpoint, shared_folder / "graph", "hf")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_graph: Path, shared_folder: Path) -> Path:
+    report = build_bundles(tiny_graph, shared_folder / "bundles", ["cpu"])
     assert report.exit_code == 0
     return report.results[0].folder
 
 
 @pytest.fixture(scope="session")
-def served_graph(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("served") / "graph", profile="served")
+def served_graph(tiny_checkpoint: Path, shared_folder: Path) -> Path:
+    return exported(tiny_checkpoint, shared_folder / "served-graph", "served")
 
 
 @pytest.fixture(scope="session")
-def served_bundles(served_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def served_bundles(served_graph: Path, shared_folder: Path) -> dict[str, Path]:
     """Bundles of the served graph for the cpu, by layout."""
-    folder, bundles = tmp_path_factory.mktemp("served-bundles"), {}
+    folder, bundles = shared_folder / "served-bundles", {}
     for layout in ("dense", "fp8+fp4"):
         report = build_bundles(served_graph, folder / layout, ["cpu"], layout=layout)
         assert report.exit_code == 0

@@ -206,15 +206,35 @@ def FoldkvCarry(carry: FLOAT, chunk: FLOAT, positions: INT32, num_tokens: INT32)
 
 
 @script(OPSET, default_opset=op)
+def FoldkvNewEntries(  # type: ignore[no-untyped-def]
+    carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, inv_freq: FLOAT,
+    positions: INT32, ratio: int, eps: float,
+):  # fmt: skip
+    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
+    return op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
+
+
+@script(OPSET, default_opset=op)
+def FoldkvAdvance(  # type: ignore[no-untyped-def]
+    entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, new: FLOAT, positions: INT32,
+    num_tokens: INT32, ratio: int,
+):  # fmt: skip
+    # The state after the chunk: `new` holds what every window that can close becomes, as it is to be written.
+    updated = FoldkvWriteEntries(entries, new, positions, num_tokens, ratio)
+    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
+    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+
+
+@script(OPSET, default_opset=op)
 def FoldkvCompress(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
     inv_freq: FLOAT, positions: INT32, num_tokens: INT32, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    turned = op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
-    updated = FoldkvWriteEntries(entries, turned, positions, num_tokens, ratio)
-    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
-    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
+    updated, kept_kv, kept_gate = FoldkvAdvance(
+        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
+    )
+    return updated, kept_kv, kept_gate
 
 
 @script(OPSET, default_opset=op)
@@ -222,11 +242,12 @@ def FoldkvCompressFp8(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
     inv_freq: FLOAT, positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    turned = op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
-    updated = FoldkvWriteEntries(entries, FoldkvQuantizeFp8(turned, rotary), positions, num_tokens, ratio)
-    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
-    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
+    new = FoldkvQuantizeFp8(new, rotary)
+    updated, kept_kv, kept_gate = FoldkvAdvance(
+        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
+    )
+    return updated, kept_kv, kept_gate
 
 
 @script(OPSET, default_opset=op)
@@ -234,11 +255,12 @@ def FoldkvCompressFp4(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
     inv_freq: FLOAT, positions: INT32, num_tokens: INT32, hadamard: FLOAT, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    turned = op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
-    updated = FoldkvWriteEntries(entries, FoldkvQuantizeFp4(op.MatMul(turned, hadamard)), positions, num_tokens, ratio)
-    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
-    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
+    new = FoldkvQuantizeFp4(op.MatMul(new, hadamard))
+    updated, kept_kv, kept_gate = FoldkvAdvance(
+        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
+    )
+    return updated, kept_kv, kept_gate
 
 
 @script(OPSET, default_opset=op)
@@ -246,11 +268,12 @@ def FoldkvCompressPackedFp8(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
     inv_freq: FLOAT, positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    turned = op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
-    updated = FoldkvWriteEntries(entries, FoldkvPackFp8(turned, rotary), positions, num_tokens, ratio)
-    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
-    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
+    new = FoldkvPackFp8(new, rotary)
+    updated, kept_kv, kept_gate = FoldkvAdvance(
+        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
+    )
+    return updated, kept_kv, kept_gate
 
 
 @script(OPSET, default_opset=op)
@@ -258,11 +281,12 @@ def FoldkvCompressPackedFp4(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
     inv_freq: FLOAT, positions: INT32, num_tokens: INT32, hadamard: FLOAT, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    turned = op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
-    updated = FoldkvWriteEntries(entries, FoldkvPackFp4(op.MatMul(turned, hadamard)), positions, num_tokens, ratio)
-    kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
-    return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)
+    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
+    new = FoldkvPackFp4(op.MatMul(new, hadamard))
+    updated, kept_kv, kept_gate = FoldkvAdvance(
+        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
+    )
+    return updated, kept_kv, kept_gate
 
 
 _INPUTS = ("entries", "carry_kv", "carry_gate", "kv", "gate", "bias", "norm", "inv_freq", "positions", "num_tokens")

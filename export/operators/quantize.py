@@ -89,7 +89,8 @@ def FoldkvNegative(x: FLOAT):  # type: ignore[no-untyped-def]
 @script(OPSET, default_opset=op)
 def FoldkvTiles(x: FLOAT, tile: int):  # type: ignore[no-untyped-def]
     size = op.Reshape(op.Constant(value_int=1) * tile, [1])
-    short = op.Mod(0 - op.Shape(x, start=-1), size)
+    # Both operands of Mod stay positive: backends differ on negative ones.
+    short = op.Mod(size - op.Mod(op.Shape(x, start=-1), size), size)
     padded = op.Pad(x, op.Concat([0], short, axis=0), 0.0, [-1])
     return op.Reshape(padded, op.Concat(op.Shape(x, start=0, end=-1), [-1], size, axis=0))
 

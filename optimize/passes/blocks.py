@@ -214,7 +214,7 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 def _decode(model: ir.Model, name: str, given: Any) -> None:
     """Let the function ``name`` decode packed rows, if ``given`` says that they are."""
-    if "rows" not in given or given["rows"].value == DENSE:
+    if "rows" not in given or given["rows"].value == DENSE:  # injected nodes say so of dense rows too
         return
     decoder, names = {
         FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),

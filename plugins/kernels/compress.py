@@ -1,5 +1,8 @@
 """FoldkvCompress in one launch: gated sum, RMS norm, RoPE and the write of every window that closes.
 
+So are FoldkvCompressFp8 and FoldkvCompressFp4, which round an entry to the values of a packed format before it is
+written: VALUES names that format where rows are dense. A packed row rounds as it packs.
+
 Windows 0 and 1 of a chunk are the only ones that can read the carries (1 only with overlap). Program 0
 does both and then writes the carries: no other program reads what it overwrites, so that state may be
 updated in place within one launch.
@@ -8,15 +11,17 @@ updated in place within one launch.
 import triton
 import triton.language as tl
 
+from foldkv.plugins.kernels.mixing import mix
 from foldkv.plugins.kernels.rotation import rotate
-from foldkv.plugins.kernels.rows import write_row
+from foldkv.plugins.kernels.rows import rounded, write_row
 
 
 @triton.jit
 def _close(
-    entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
+    entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, matrix, b, nth, start, real, chunk, capacity,
     RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr,
+    VALUES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """The nth window that can close in this chunk, if it does; softmax per channel, taken BM tokens at a time."""
     SPAN: tl.constexpr = RATIO * SERIES
@@ -54,21 +59,20 @@ def _close(
         merged = merged * tl.rsqrt(tl.sum(merged * merged, axis=0) / D + EPS)
         merged = merged * tl.load(norm + d, mask=d < D, other=0.0)
         turned = rotate(merged, entry * RATIO, inv_freq, D, BD, HALF)
+        if MIXED:
+            turned = mix(turned, matrix, D)
+        turned = rounded(turned, D, BD, ROTARY, VALUES)
         write_row(entries_out + (b * capacity + entry) * ROW, turned, D, BD, ROW, ROTARY, FORMAT)
 
 
 @triton.jit
-def compress(
-    entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, chunk, capacity,
+def _advance(
+    carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, matrix, chunk, capacity,
     entries_out, carry_kv_out, carry_gate_out,
     RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
-    ROTARY: tl.constexpr, FORMAT: tl.constexpr,
+    ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """entries [B, E, ROW] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
-
-    Grid (max(1, ceil(S / RATIO) - 1), B); SERIES is 2 with overlap, R = RATIO * SERIES, C = D * SERIES.
-    """
     program = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     start, real = tl.load(positions + b), tl.load(num_tokens + b)
@@ -76,8 +80,8 @@ def compress(
     end = tl.where(program == 0, 2, program + 2)
     for nth in range(first, end):
         _close(
-            entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, b, nth, start, real, chunk, capacity,
-            RATIO, SERIES, D, BD, HALF, EPS, BM, ROW, ROTARY, FORMAT,
+            entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, matrix, b, nth, start, real, chunk,
+            capacity, RATIO, SERIES, D, BD, HALF, EPS, BM, ROW, ROTARY, FORMAT, VALUES, MIXED,
         )  # fmt: skip
     if program == 0:
         tl.debug_barrier()  # the carries were read by other threads of this program
@@ -91,3 +95,38 @@ def compress(
             target = (b * SPAN + (start + i) % SPAN)[:, None] * C + c
             tl.store(carry_kv_out + target, tl.load(kv + source, mask=inside), mask=inside)
             tl.store(carry_gate_out + target, tl.load(gate + source, mask=inside), mask=inside)
+
+
+@triton.jit
+def compress(
+    entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, chunk, capacity,
+    entries_out, carry_kv_out, carry_gate_out,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
+    ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """entries [B, E, ROW] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
+
+    Grid (max(1, ceil(S / RATIO) - 1), B); SERIES is 2 with overlap, R = RATIO * SERIES, C = D * SERIES.
+    """
+    _advance(
+        carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, norm, chunk, capacity,
+        entries_out, carry_kv_out, carry_gate_out,
+        RATIO, SERIES, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def compress_mixed(
+    entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, hadamard, chunk, capacity,
+    entries_out, carry_kv_out, carry_gate_out,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
+    ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """As ``compress``, and every entry is multiplied by hadamard [D, D] float32 before it is rounded."""
+    _advance(
+        carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, hadamard, chunk, capacity,
+        entries_out, carry_kv_out, carry_gate_out,
+        RATIO, SERIES, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, True,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows of the state in every format that export/layouts.py names: write one, read a block of them.
+"""Rows of the state in every format that export/layouts.py names: round to its values, write one, read a block of them.
 
 What the bytes mean is defined by export/operators/rows.py; version 1 of the formats is built in here. e4m3
 and e2m1 are coded by integer arithmetic on every GPU: compute capabilities 8.0 and 8.6 have no instructions for
@@ -81,6 +81,37 @@ def _spread(scales, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _fp8_tiles(x, D: tl.constexpr, BD: tl.constexpr, ROTARY: tl.constexpr):
+    """x [BD] float32 -> e4m3 codes [BD / 64, 64] int32 of its channels without position, and the scales' e8m0 bytes."""
+    plain = tl.where(tl.arange(0, BD) < D - ROTARY, x, 0.0)
+    tiles, byte = _tiles(plain, (BD + 63) // 64, 0x1FFFFF, 8)
+    return _to_e4m3(tiles), byte
+
+
+@triton.jit
+def _fp4_tiles(x, BD: tl.constexpr):
+    """x [BD] float32 -> e2m1 codes [BD / 32, 32] int32, and the scales' e8m0 bytes [BD / 32]."""
+    tiles, byte = _tiles(x, BD // 32, 0x3FFFFF, 2)
+    return _to_e2m1(tiles), byte
+
+
+@triton.jit
+def rounded(x, D: tl.constexpr, BD: tl.constexpr, ROTARY: tl.constexpr, VALUES: tl.constexpr):
+    """x [BD] float32 -> the values that a row of the format VALUES holds of it, float32; all of them if it is dense."""
+    if VALUES == "dense":
+        return x
+    elif VALUES == "fp8_ds_mla":
+        code, byte = _fp8_tiles(x, D, BD, ROTARY)
+        value = _from_e4m3(code).to(tl.float32) * (_scale(byte) * 256.0)[:, None]
+        return tl.where(tl.arange(0, BD) < D - ROTARY, tl.reshape(value, (BD,)), x.to(tl.bfloat16).to(tl.float32))
+    else:
+        tl.static_assert(VALUES == "index_fp4")
+        code, byte = _fp4_tiles(x, BD)
+        value = _from_e2m1(code.to(tl.int16)).to(tl.float32) * (_scale(byte) * 16384.0)[:, None]
+        return tl.reshape(value, (BD,))
+
+
+@triton.jit
 def write_row(
     target, x, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr
 ):
@@ -93,8 +124,8 @@ def write_row(
         TILES: tl.constexpr = (BD + 63) // 64
         SCALES: tl.constexpr = PLAIN + 2 * ROTARY
         USED: tl.constexpr = (PLAIN + 63) // 64
-        tiles, byte = _tiles(tl.where(d < PLAIN, x, 0.0), TILES, 0x1FFFFF, 8)
-        tl.store(target + d, tl.reshape(_to_e4m3(tiles), (BD,)).to(tl.int8), mask=d < PLAIN)
+        code, byte = _fp8_tiles(x, D, BD, ROTARY)
+        tl.store(target + d, tl.reshape(code, (BD,)).to(tl.int8), mask=d < PLAIN)
         turned = (target + PLAIN).to(tl.pointer_type(tl.bfloat16), bitcast=True)
         tl.store(turned + (d - PLAIN), x.to(tl.bfloat16), mask=(d >= PLAIN) & (d < D))
         tile = tl.arange(0, TILES)
@@ -109,8 +140,8 @@ def write_row(
     else:
         tl.static_assert(FORMAT == "index_fp4")
         TILES: tl.constexpr = BD // 32
-        tiles, byte = _tiles(x, TILES, 0x3FFFFF, 2)
-        even, odd = tl.split(tl.reshape(_to_e2m1(tiles), (BD // 2, 2)))
+        code, byte = _fp4_tiles(x, BD)
+        even, odd = tl.split(tl.reshape(code, (BD // 2, 2)))
         half, tile = tl.arange(0, BD // 2), tl.arange(0, TILES)
         tl.store(target + half, (even | (odd << 4)).to(tl.int8), mask=half < D // 2)
         tl.store(target + D // 2 + tile, byte.to(tl.int8), mask=tile < D // 32)

@@ -107,6 +107,14 @@ def test_quantised_rows_are_those_that_packing_gives_back(width: int) -> None:
     assert torch.equal(bits(run(quantize_index, values)), bits(index))
 
 
+def test_rounding_what_was_rounded_changes_nothing() -> None:
+    """Where a window plugin packs rows that the graph has rounded: scales may differ, values may not."""
+    main, index = quantize_fp8(hard_rows(), ROTARY), quantize_fp4(hard_rows())
+    assert torch.equal(bits(quantize_fp8(main, ROTARY)), bits(main))
+    assert torch.equal(bits(quantize_fp4(index)), bits(index))
+    assert not torch.equal(pack(main, FP8_DS_MLA, ROTARY), pack(hard_rows(), FP8_DS_MLA, ROTARY))
+
+
 @pytest.mark.parametrize("shape", [(7, WIDTH), (2, 3, WIDTH), (2, 3, 5, WIDTH), (1, WIDTH)])
 def test_any_number_of_axes_is_taken(shape: tuple[int, ...]) -> None:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))

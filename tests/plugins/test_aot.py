@@ -82,7 +82,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kernel of these tests, compiled."""
     folder = tmp_path_factory.mktemp("kernels")
     cases = [make_case(operator, rows, **DECODE) for operator, rows in FORMS]
-    compile_kernels([(kernel_of(case, sm), sm) for case in cases for sm in SMS], cache=folder)
+    # Operators share kernels.
+    compile_kernels(list(dict.fromkeys((kernel_of(case, sm), sm) for case in cases for sm in SMS)), cache=folder)
     return folder
 
 

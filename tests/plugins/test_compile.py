@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from foldkv.errors import BuildError
+from foldkv.export.profiles import HF, PROFILES, SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, ptx_parameters, triton_version
 from foldkv.plugins.launch import Kernel, kernels
@@ -19,7 +20,9 @@ from foldkv.plugins.model import model_kernels, operator_calls
 from foldkv.plugins.spec import PLUGINS
 
 ROOT = Path(__file__).parents[2]
-DENSE_SMS, PACKED_SMS = (80, 86, 89, 90, 100, 120), (80, 90, 120)
+DENSE_SMS, PACKED_SMS, SERVED_SMS = (80, 86, 89, 90, 100, 120), (80, 90, 120), (80, 120)
+FORMS = [("dense", HF, DENSE_SMS), ("fp8", HF, PACKED_SMS), ("fp8+fp4", HF, PACKED_SMS),
+         ("dense", SERVED, SERVED_SMS), ("fp8+fp4", SERVED, SERVED_SMS)]  # fmt: skip
 WINDOW_UPDATE = kernels("FoldkvWindowUpdate", {"W": 16, "D": 32}, {}, sm=80, dtype="bfloat16")[0]
 
 
@@ -35,12 +38,14 @@ table = load_table()
 
 
 def wanted() -> Iterator[tuple[Kernel, int]]:
-    for layout, sms in (("dense", DENSE_SMS), ("fp8", PACKED_SMS), ("fp8+fp4", PACKED_SMS)):
+    for layout, profile, sms in FORMS:
         for name in ("flash", "pro"):
             spec = ModelSpec.from_file(ROOT / "tests" / "data" / f"deepseek-v4-{name}.json")
             for sm in sms:
-                for kernel in model_kernels(spec, sm=sm, layout=layout):
-                    yield kernel, sm
+                for kernel in model_kernels(spec, sm=sm, layout=layout, profile=profile):
+                    # The others of a served graph are those of hf.
+                    if profile == HF or kernel.function.startswith("compress."):
+                        yield kernel, sm
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +88,12 @@ def test_the_page_of_kernels_is_current(compiled: Compiled) -> None:
                 name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
                 shown |= {(title, name, column): cell for column, cell in zip(columns, cells, strict=True)}
     checked = 0
-    for model, layout, new in table.sections():
+    for model, form, new in table.sections():
         for sm, found in new.items():
             for kernel in found:
                 if (kernel, sm) in compiled:
                     figures = f"{table.cell(compiled[kernel, sm])} ({table.tile(kernel)})"
-                    assert shown[f"{model}, layout {layout}", table.label(kernel), f"sm{sm}"] == figures, (
-                        "write it anew"
-                    )
+                    assert shown[f"{model}, {form}", table.label(kernel), f"sm{sm}"] == figures, "write it anew"
                     checked += 1
     assert checked == len(compiled)
 
@@ -111,9 +114,22 @@ def test_no_path_of_this_machine_is_in_the_ptx(compiled: Compiled) -> None:
 
 def test_the_calls_of_a_model_are_of_known_operators_and_complete() -> None:
     spec = ModelSpec.from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
-    calls = operator_calls(spec)
-    assert {call.operator for call in calls} == set(PLUGINS)
-    assert len({(call.operator, call.group, str(call.attributes)) for call in calls}) == len(calls)
+    known = set()
+    for profile in PROFILES:
+        calls = operator_calls(spec, profile)
+        known |= {call.operator for call in calls}
+        assert len({(call.operator, call.group, str(call.attributes)) for call in calls}) == len(calls)
+    assert known == set(PLUGINS)
+
+
+@pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])
+def test_only_compression_of_a_served_graph_has_kernels_of_its_own(layout: str) -> None:
+    spec = ModelSpec.from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
+    common, served = (model_kernels(spec, sm=80, layout=layout, profile=profile) for profile in PROFILES)
+    own = [kernel for kernel in served if kernel not in common]
+    # Packed main rows round as they pack, whatever the profile.
+    assert len(own) == (3 if layout == "dense" else 1)
+    assert all(kernel.function.startswith("compress.") for kernel in own)
 
 
 def test_a_kernel_with_too_much_shared_memory_is_refused(tmp_path: Path) -> None:

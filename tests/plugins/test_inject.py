@@ -17,6 +17,7 @@ from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.graph import KIND
+from foldkv.export.profiles import PROFILES
 from foldkv.optimize.build import build_bundles
 from foldkv.plugins.inject import inject, inject_nodes, strip_injection
 from foldkv.plugins.spec import BODIES, FIELDS, PLUGINS, PluginSpec
@@ -68,9 +69,10 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
         == {row.operator for row in injection.rows} & set(BODIES)
         == {"FoldkvRope", "FoldkvSinkhorn", "FoldkvRoutedExperts"}
     )
-    assert {row.operator for row in injection.rows} - refused == set(PLUGINS)
+    served = {"FoldkvCompressFp8", "FoldkvCompressFp4"}
+    assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - served
     main = "dense" if layout == "dense" else "fp8_ds_mla"
-    expected = {name: {main} for name in PLUGINS} | {
+    expected = {name: {main} for name in set(PLUGINS) - served} | {
         "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows}, "FoldkvIndexSelect": {"dense"},
     }  # fmt: skip
     assert {given.plugin.operator: set(given.rows) for given in injection.given} == expected
@@ -80,11 +82,40 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
         assert node.op_type != "FoldkvCompress" or rows == (index_rows if index else main).encode()
 
 
-def test_what_injection_wrote_can_be_taken_back(tiny_graph: Path, tmp_path: Path) -> None:
-    inject(tiny_graph, tmp_path / "out", **A100)
+@pytest.mark.parametrize(("layout", "main", "index"), [("dense",) * 3, ("fp8+fp4", "fp8_ds_mla", "index_fp4")])
+def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
+    served_graph: Path, layout: str, main: str, index: str
+) -> None:
+    model = onnx.load(served_graph / "model.onnx", load_external_data=False)
+    injection = inject_nodes(model, read_manifest(served_graph, kind=KIND)["state"], rotary=16, layout=layout, **A100)
+    refused = {row.operator for row in injection.rows if row.injected < row.nodes}
+    assert refused == {row.operator for row in injection.rows} & set(BODIES) and "FoldkvQuantizeFp8" in refused
+    assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - {"FoldkvCompress"}
+    rows = {given.plugin.operator: given.rows for given in injection.given}
+    assert rows["FoldkvCompressFp8"] == (main,) and rows["FoldkvCompressFp4"] == (index,)
+    for node in model.graph.node:
+        names = [attribute.name for attribute in node.attribute]
+        assert len(set(names)) == len(names), "an attribute is written once"
+
+
+def test_a_layout_that_does_not_hold_the_values_of_a_served_graph_is_refused(
+    served_graph: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"FoldkvCompressFp4.*does not read rows in index_fp8; it reads dense, index_fp4"
+    ):
+        inject(served_graph, tmp_path / "out", **A100, layout="fp8")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_injection_wrote_can_be_taken_back(
+    tiny_graph: Path, served_graph: Path, tmp_path: Path, profile: str
+) -> None:
+    graph = {"hf": tiny_graph, "served": served_graph}[profile]
+    inject(graph, tmp_path / "out", **A100)
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     strip_injection(model)
-    before = onnx.load(tiny_graph / "model.onnx", load_external_data=False)
+    before = onnx.load(graph / "model.onnx", load_external_data=False)
     assert list(model.graph.node) == list(before.graph.node)
 
 

@@ -14,9 +14,10 @@ import torch
 from interpreter import DTYPES, run
 from torch import Tensor
 
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
-from foldkv.export.operators.compress import compress
+from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
 from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.registry import operators
 from foldkv.export.operators.rows import pack, unpack
@@ -186,10 +187,12 @@ def test_a_sequence_is_attended_alike_in_any_batch_and_any_capacity() -> None:
         assert torch.equal(alone[0], together[b])
 
 
-def compress_inputs(start: list[int], real: list[int], chunk: int, ratio: int, series: int, dtype: str) -> list[Tensor]:
+def compress_inputs(
+    start: list[int], real: list[int], chunk: int, ratio: int, series: int, dtype: str, width: int = WIDTH
+) -> list[Tensor]:
     torch.manual_seed(2)
-    batch, span, columns = len(start), ratio * series, WIDTH * series
-    entries = torch.randn(batch, 24, WIDTH).to(DTYPES[dtype])
+    batch, span, columns = len(start), ratio * series, width * series
+    entries = torch.randn(batch, 24, width).to(DTYPES[dtype])
     carries = [torch.randn(batch, span, columns) for _ in range(2)]
     for b, first in enumerate(start):
         for carry in carries:
@@ -197,8 +200,8 @@ def compress_inputs(start: list[int], real: list[int], chunk: int, ratio: int, s
     kv, gate = torch.randn(batch, chunk, columns), 3 * torch.randn(batch, chunk, columns)
     for b, count in enumerate(real):
         kv[b, count:] = gate[b, count:] = torch.nan
-    bias, norm = torch.randn(ratio, columns), 1 + torch.rand(WIDTH)
-    return [entries, *carries, kv, gate, bias, norm, frequencies(WIDTH // 8), ints(*start), ints(*real)]
+    bias, norm = torch.randn(ratio, columns), 1 + torch.rand(width)
+    return [entries, *carries, kv, gate, bias, norm, frequencies(width // 8), ints(*start), ints(*real)]
 
 
 @pytest.mark.parametrize("dtype", STATES)
@@ -312,6 +315,14 @@ def test_window_update_packs_bit_for_bit(
         assert torch.equal(one, other)
 
 
+def closed_rows(entries: Tensor, start: list[int], real: list[int], ratio: int) -> Tensor:
+    """Which entries [B, E] close in this chunk."""
+    closed = torch.zeros(entries.shape[:2], dtype=torch.bool)
+    for b, (first, count) in enumerate(zip(start, real, strict=True)):
+        closed[b, first // ratio : (first + count) // ratio] = True
+    return closed
+
+
 @pytest.mark.parametrize(
     ("format_", "half_step", "smallest"), [(FP8_DS_MLA, 2.0**-4, 2.0**-9 / 448), (INDEX_FP8, 2.0**-4, 2.0**-9 / 448),
                                            (INDEX_FP4, 2.0**-2, 0.5 / 6)]
@@ -330,9 +341,7 @@ def test_compress_packs_the_row_that_it_computes(
         "FoldkvCompress", [held, *inputs[1:]], dtype="bfloat16", rows=format_, rotary=rotary, D=WIDTH, **attributes
     )
     dense = run("FoldkvCompress", inputs, dtype="float32", **attributes)
-    closed = torch.zeros(held.shape[:2], dtype=torch.bool)
-    for b, (first, count) in enumerate(zip(start, real, strict=True)):
-        closed[b, first // ratio : (first + count) // ratio] = True
+    closed = closed_rows(held, start, real, ratio)
     assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rotary), held))
     for one, other in zip(found[1:], dense[1:], strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
@@ -341,6 +350,66 @@ def test_compress_packs_the_row_that_it_computes(
     slack = math.sqrt(2 * WIDTH) * float(inputs[6].max()) * 64 * ROUNDING["float32"]
     bound = half_step * expected.abs() + smallest * expected.abs().amax(-1, keepdim=True) + 2 * slack
     assert ((unpack(found[0], format_, WIDTH, rotary)[closed].double() - expected).abs() <= bound).all()
+
+
+ROUNDING_CASES = [
+    (32, 4, 2, [3, 7, 0], [1, 1, 1], 1), (32, 16, 1, [15], [1], 1), (128, 4, 2, [6], [9], 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("format_", [FP8_DS_MLA, INDEX_FP4])
+@pytest.mark.parametrize(("width", "ratio", "series", "start", "real", "chunk"), ROUNDING_CASES)
+def test_compress_of_served_graphs_rounds_what_compress_computes(
+    format_: str, packs: bool, width: int, ratio: int, series: int, start: list[int], real: list[int], chunk: int
+) -> None:
+    """Bit for bit, and nearly everywhere the definition in float32, whose sums may fall on the other side of a border."""
+    inputs = compress_inputs(start, real, chunk, ratio, series, "float32", width)
+    rotary, attributes = 2 * len(inputs[7]), {"ratio": ratio, "eps": 1e-6}
+    kept: dict[str, Any] = {"rotary": rotary} | ({"rows": format_, "dtype": "bfloat16"} if packs else {})
+    exact, *carries = run("FoldkvCompress", inputs, **attributes)
+    held = packed(inputs[0], format_, rotary)[0] if packs else inputs[0]
+    closed = closed_rows(held, start, real, ratio)
+    assert closed.any()
+    if format_ == FP8_DS_MLA:
+        found = run("FoldkvCompressFp8", [held, *inputs[1:]], **kept, **attributes)
+        defined = compress_fp8(*inputs, rotary, *attributes.values())[0]
+    else:
+        # Of a permutation every product is exact; the Hadamard matrix is the definition's.
+        order = torch.randperm(width)
+        moved = [torch.eye(width)[order], hadamard_matrix(width)]
+        found, other = (run("FoldkvCompressFp4", [held, *inputs[1:], m], **kept, **attributes) for m in moved)
+        exact = torch.where(closed[..., None], exact @ moved[0], exact)
+        defined = compress_fp4(*inputs, moved[1], *attributes.values())[0]
+    written = pack(exact, format_, rotary)
+    if not packs:
+        written = unpack(written, format_, width, rotary)
+    assert torch.equal(found[0], torch.where(closed[..., None], written, held))
+    for one, same in zip(found[1:], carries, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), same.nan_to_num(7.0))
+    last = (found if format_ == FP8_DS_MLA else other)[0][closed]
+    read = unpack(last, format_, width, rotary) if packs else last
+    assert float((read == defined[closed]).double().mean()) > 0.99
+    assert float((read - defined[closed]).abs().max()) <= float(defined[closed].abs().max()) * 0.35
+
+
+@pytest.mark.parametrize(
+    ("operator", "width", "rows", "rotary", "reason"),
+    [
+        ("FoldkvCompressFp8", 48, DENSE, 8, "keeps 8 channels in bfloat16, rows have 16 rotated"),
+        ("FoldkvCompressFp4", 96, DENSE, None, "96 wide; a Hadamard matrix needs a power of two"),
+        ("FoldkvCompressFp4", 96, INDEX_FP4, None, "96 wide; a Hadamard matrix needs a power of two"),
+        ("FoldkvCompressFp4", 16, DENSE, None, "cannot be stored as index_fp4"),
+        ("FoldkvCompressFp4", 32, INDEX_FP8, None, "rows in index_fp8; its kernels read dense, index_fp4"),
+    ],
+)
+def test_sizes_that_cannot_be_rounded_are_refused(
+    operator: str, width: int, rows: str, rotary: int | None, reason: str
+) -> None:
+    sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": width, "T": 4, "D": width, "P": 8}
+    attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6} | ({} if rotary is None else {"rotary": rotary})
+    with pytest.raises(ValueError, match=reason):
+        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rows=rows, rotary=16)
 
 
 PACKED_CASES = [*CHUNKS, ([1999, 100], [1, 1], 1)]

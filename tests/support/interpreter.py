@@ -72,6 +72,8 @@ def run(
 ) -> list[Tensor]:  # fmt: skip
     """The operator's outputs; inputs are not changed. Outputs are filled with NaN (or -7) before."""
     spec = PLUGINS[operator]
+    if "rotary" in spec.attributes:  # the operator's own, not only a property of its rows
+        attributes["rotary"] = rotary
     inputs = [value.clone().contiguous() for value in inputs]
     sizes = spec.dimensions([tuple(value.shape) for value in inputs], rows=rows) | attributes
     outputs = []

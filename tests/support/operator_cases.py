@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkv.export.layouts import DENSE, INDEX_FP4, INDEX_FP8
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
 from foldkv.export.operators.index import index_scores, index_select
@@ -122,10 +123,16 @@ def _window_update_case(rows: str, start: Sequence[int], real: Sequence[int], ch
     return Case("FoldkvWindowUpdate", rows, [window, kv, *tail], check)
 
 
-def _compress_case(rows: str, start: Sequence[int], real: Sequence[int], chunk: int) -> Case:
-    """Entries within half a step of their code, carries exact."""
+#: Half a step of a code, relative to the value, and half the least step, relative to the largest value of a row.
+_STEPS = {DENSE: (_HALF_STATE, 0.0), FP8_DS_MLA: (2.0**-4, 2.0**-9 / 448), INDEX_FP8: (2.0**-4, 2.0**-9 / 448),
+          INDEX_FP4: (2.0**-2, 0.5 / 6)}  # fmt: skip
+
+
+def _compress_case(operator: str, rows: str, start: Sequence[int], real: Sequence[int], chunk: int) -> Case:
+    """Entries within half a step of their code, carries exact; dense rows hold nothing but codes where they should."""
     batch, ratio, series = len(start), 4, 2
-    width = INDEX_WIDTH if rows in (INDEX_FP8, INDEX_FP4) else WIDTH
+    values_of = {"FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4}.get(operator, rows)
+    width = INDEX_WIDTH if values_of in (INDEX_FP8, INDEX_FP4) else WIDTH
     held, values = _stored(torch.randn(batch, 24, width), rows)
     carries = [torch.randn(batch, ratio * series, width * series) for _ in range(2)]
     for b, first in enumerate(start):
@@ -137,13 +144,18 @@ def _compress_case(rows: str, start: Sequence[int], real: Sequence[int], chunk: 
             value[b, count:] = torch.nan
     bias, norm = torch.randn(ratio, width * series), 1 + torch.rand(width)
     tail = [_frequencies(), _ints(start), _ints(real)]
-    attributes = {"ratio": ratio, "eps": 1e-6}
+    attributes: dict[str, Any] = {"ratio": ratio, "eps": 1e-6}
     given = [*carries, *fresh, bias, norm]
-    expected = compress(*_wide(values, *given), *tail, **attributes)
-    half_step, smallest = {
-        DENSE: (_HALF_STATE, 0.0), INDEX_FP4: (2.0**-2, 0.5 / 6)
-    }.get(rows, (2.0**-4, 2.0**-9 / 448))  # fmt: skip
-    slack = math.sqrt(2 * width) * float(norm.max()) * (128 * _HALF_SINGLE)
+    expected = list(compress(*_wide(values, *given), *tail, **attributes))
+    if operator == "FoldkvCompressFp8":
+        attributes = {"rotary": ROTARY, **attributes}
+    elif operator == "FoldkvCompressFp4":
+        # One that is neither symmetric nor what a kernel could know without reading it.
+        matrix = hadamard_matrix(width)[torch.randperm(width)]
+        tail.append(matrix)
+        expected[0] = torch.matmul(expected[0], matrix.double())
+    half_step, smallest = _STEPS[values_of]
+    slack = math.sqrt(2 * width) * float(norm.max()) * (128 * _HALF_SINGLE) * (width**0.5 if len(tail) > 3 else 1)
 
     def check(found: Sequence[Tensor]) -> None:
         closed = torch.zeros(held.shape[:2], dtype=torch.bool)
@@ -153,11 +165,13 @@ def _compress_case(rows: str, start: Sequence[int], real: Sequence[int], chunk: 
         assert torch.equal(found[0][~closed], held[~closed])
         new, exact = found[0][closed], expected[0][closed]
         read = new.float() if rows == DENSE else unpack(new, rows, width, ROTARY)
+        if rows != values_of:
+            assert torch.equal(unpack(pack(read, values_of, ROTARY), values_of, width, ROTARY), read)
         _near(read, exact, half_step * exact.abs() + smallest * exact.abs().amax(-1, keepdim=True) + slack)
         for one, other in zip(found[1:], expected[1:], strict=True):
             assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
 
-    return Case("FoldkvCompress", rows, [held, *given, *tail], check, attributes)
+    return Case(operator, rows, [held, *given, *tail], check, attributes)
 
 
 def _index_scores_case(rows: str, start: Sequence[int], real: Sequence[int], chunk: int, capacity: int = 40) -> Case:
@@ -236,7 +250,9 @@ def _attention_case(
 
 MAKERS: dict[str, Callable[..., Case]] = {
     "FoldkvWindowUpdate": _window_update_case,
-    "FoldkvCompress": _compress_case,
+    "FoldkvCompress": functools.partial(_compress_case, "FoldkvCompress"),
+    "FoldkvCompressFp8": functools.partial(_compress_case, "FoldkvCompressFp8"),
+    "FoldkvCompressFp4": functools.partial(_compress_case, "FoldkvCompressFp4"),
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
     "FoldkvWindowAttention": functools.partial(_attention_case, "FoldkvWindowAttention"),
