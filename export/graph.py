@@ -34,7 +34,7 @@ _INLINE_BYTES = 1024
 
 def graph_spec(profile: str) -> dict[str, Any]:
     """Everything besides the checkpoint and the tool versions that changes an exported graph."""
-    return {"profile": profile, "dtype": "float32", "opset": ONNX_OPSET, "inline_bytes": _INLINE_BYTES, "recipe": 4}
+    return {"profile": profile, "dtype": "float32", "opset": ONNX_OPSET, "inline_bytes": _INLINE_BYTES, "recipe": 5}
 
 
 def tool_versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Every tensor has the shape ``[batch, rows, width]``. A ring keeps the row of position ``p`` at slot
 ``p mod rows``; ``entries`` row ``i`` holds the entry of tokens ``[i * ratio, (i + 1) * ratio)`` and is
-written when that window closes.
+written when that window closes. Of an open window CSA carries the tokens' rows, as rings, and HCA the three rows of an
+online softmax (operators/compress_online.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
 
+#: Rows that an open window of HCA takes: the largest score, the sum of weights and the weighted sum so far.
+ONLINE_ROWS = 3
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -51,19 +54,21 @@ def state_tensors(spec: ModelSpec) -> list[StateTensor]:
         tensors.append(_tensor(layer, "window", spec.head_dim, rows=spec.sliding_window))
         if kind == SLIDING:
             continue
-        tensors += _compressed(layer, "", ratio, spec.head_dim, overlap=kind == CSA)
         if kind == CSA:
-            tensors += _compressed(layer, "index_", ratio, spec.index_head_dim, overlap=True)
+            tensors += _overlapping(layer, "", ratio, spec.head_dim)
+            tensors += _overlapping(layer, "index_", ratio, spec.index_head_dim)
+        else:
+            tensors.append(_tensor(layer, "entries", spec.head_dim, ratio=ratio))
+            tensors.append(_tensor(layer, "carry", spec.head_dim, rows=ONLINE_ROWS))
     return tensors
 
 
-def _compressed(layer: int, prefix: str, ratio: int, width: int, *, overlap: bool) -> list[StateTensor]:
-    # An overlapping window (CSA) reads the rows of the window before it too, in two series.
-    factor = 2 if overlap else 1
+def _overlapping(layer: int, prefix: str, ratio: int, width: int) -> list[StateTensor]:
+    # An overlapping window reads the rows of the window before it too, in two series.
     return [
         _tensor(layer, f"{prefix}entries", width, ratio=ratio),
-        _tensor(layer, f"{prefix}carry_kv", factor * width, rows=factor * ratio),
-        _tensor(layer, f"{prefix}carry_gate", factor * width, rows=factor * ratio),
+        _tensor(layer, f"{prefix}carry_kv", 2 * width, rows=2 * ratio),
+        _tensor(layer, f"{prefix}carry_gate", 2 * width, rows=2 * ratio),
     ]
 
 

@@ -215,9 +215,11 @@ def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
     kinds = Counter(spec.layer_types)
     served = profile == SERVED
     counts = {
-        "FoldkvCompress": 0 if served else 2 * kinds[CSA] + kinds[HCA],
+        "FoldkvCompress": 0 if served else 2 * kinds[CSA],
         "FoldkvCompressFp4": kinds[CSA] if served else 0,
-        "FoldkvCompressFp8": kinds[CSA] + kinds[HCA] if served else 0,
+        "FoldkvCompressFp8": kinds[CSA] if served else 0,
+        "FoldkvCompressOnline": 0 if served else kinds[HCA],
+        "FoldkvCompressOnlineFp8": kinds[HCA] if served else 0,
         "FoldkvDenseAttention": kinds[HCA],
         "FoldkvIndexScores": kinds[CSA],
         "FoldkvIndexSelect": kinds[CSA],

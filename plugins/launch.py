@@ -28,7 +28,10 @@ SCORE_SPAN = 256
 SPLIT_CHUNK = 8
 
 #: Compressing operators, and the format whose values they round an entry to before it is written.
-_VALUES = {"FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4}
+_VALUES = {
+    "FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4,
+    "FoldkvCompressOnline": DENSE, "FoldkvCompressOnlineFp8": FP8_DS_MLA,
+}  # fmt: skip
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "float16": "*fp16"}
 _BYTES = "*i8"  # a packed row
 _ITEM = 4  # bytes of a float32 in the workspace
@@ -231,14 +234,12 @@ def _check(call: _Call, layout_version: int) -> None:
     if "rotary" in attributes and attributes["rotary"] != call.rotary:
         wrong.append(f"keeps {attributes['rotary']} channels in bfloat16, rows have {call.rotary} rotated ones")
     wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
-    if spec.operator in _VALUES and (
-        sizes["C"] not in (sizes["D"], 2 * sizes["D"])
-        or sizes["R"] * sizes["D"] != sizes["C"] * attributes["ratio"]
-        or sizes["T"] != attributes["ratio"]
-    ):
+    if spec.operator in _VALUES and sizes["T"] != attributes["ratio"]:
+        wrong.append(f"a bias of {sizes['T']} rows does not belong to ratio {attributes['ratio']}")
+    if "C" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
         wrong.append(
-            f"carries of {sizes['R']} rows by {sizes['C']} and a bias of {sizes['T']} rows do not belong to entries of "
-            f"{sizes['D']} channels and ratio {attributes['ratio']}"
+            f"carries of {sizes['R']} rows by {sizes['C']} do not belong to entries of {sizes['D']} channels and ratio "
+            f"{attributes['ratio']}"
         )
     if wrong:
         raise ValueError(f"{spec.operator}: {'; '.join(wrong)}. Build with --plugins off.")
@@ -279,20 +280,34 @@ def _window_update(call: _Call) -> Plan:
 
 
 def _compress(call: _Call) -> Plan:
-    ratio, width, series = call.attributes["ratio"], call["D"], call["C"] // call["D"]
-    windows = call.arithmetic.cdiv(call["S"], ratio)
-    constants = {
-        "RATIO": ratio, "SERIES": series, "D": width, "BD": _power(width), "HALF": call["P"],
-        "EPS": call.attributes["eps"], "BM": min(8, _power(ratio * series)), "BC": _power(call["C"]), "BR": 4,
-    } | call.row  # fmt: skip
-    values = _VALUES[call.spec.operator]
-    if call.rows == DENSE:
-        constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
-    else:  # packing rounds: FoldkvCompressFp8 and FoldkvCompress share a kernel then
-        constants |= {"VALUES": DENSE}
-    function = "compress.compress_mixed" if values == INDEX_FP4 else "compress.compress"
+    windows = call.arithmetic.cdiv(call["S"], call.attributes["ratio"])
+    constants = _entry(call) | {"BM": min(8, _power(call["R"])), "BC": _power(call["C"]), "BR": 4}
+    mixed = _VALUES[call.spec.operator] == INDEX_FP4
+    function = "compress.compress_mixed" if mixed else "compress.compress"
     grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)
-    return Plan((call.launch(function, grid, constants, extras=("S", "E"), warps=4 if width <= 256 else 8),))
+    warps = 4 if call["D"] <= 256 else 8
+    return Plan((call.launch(function, grid, constants, extras=("S", "E"), warps=warps),))
+
+
+def _compress_online(call: _Call) -> Plan:
+    ratio = call.attributes["ratio"]
+    constants = _entry(call) | {"BM": min(8, _power(ratio))}
+    grid = (call.arithmetic.cdiv(call["S"], ratio), call["B"], 1)
+    warps = 4 if call["D"] <= 256 else 8
+    launch = call.launch("compress_online.compress_online", grid, constants, extras=("S", "E"), warps=warps)
+    return Plan((launch,))
+
+
+def _entry(call: _Call) -> dict[str, int | float | str]:
+    """How a merged window becomes a row, as constants (plugins/kernels/entry.py)."""
+    values = _VALUES[call.spec.operator]
+    constants = {
+        "RATIO": call.attributes["ratio"], "D": call["D"], "BD": _power(call["D"]), "HALF": call["P"],
+        "EPS": call.attributes["eps"],
+    } | call.row  # fmt: skip
+    if call.rows != DENSE:  # packing rounds: an operator of either profile has the same kernel then
+        return constants | {"VALUES": DENSE}
+    return constants | {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
 
 
 def _index_scores(call: _Call) -> Plan:
@@ -410,7 +425,7 @@ def _dense_attention(call: _Call) -> Plan:
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
     "FoldkvWindowUpdate": _window_update,
-    **dict.fromkeys(_VALUES, _compress),
+    **{name: _compress_online if "Online" in name else _compress for name in _VALUES},
     "FoldkvIndexScores": _index_scores,
     "FoldkvIndexSelect": _index_select,
     "FoldkvWindowAttention": _window_attention,

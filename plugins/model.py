@@ -30,15 +30,15 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
             calls.append(OperatorCall("FoldkvWindowAttention", "window", attended, {}))
         elif kind == HCA:
             calls += [
-                _compress(spec, profile, "entries", ratio, 1, width),
+                _compress_online(spec, profile, ratio),
                 OperatorCall("FoldkvDenseAttention", "entries", attended, attributes),
             ]
         elif kind == CSA:
             scored = {"H": spec.index_heads, "D": spec.index_head_dim}
             selected = {"ratio": ratio, "topk": spec.index_topk}
             calls += [
-                _compress(spec, profile, "entries", ratio, 2, width),
-                _compress(spec, profile, "index_entries", ratio, 2, spec.index_head_dim),
+                _compress(spec, profile, "entries", ratio, width),
+                _compress(spec, profile, "index_entries", ratio, spec.index_head_dim),
                 OperatorCall("FoldkvIndexScores", "index_entries", scored, attributes),
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
@@ -46,14 +46,22 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
     return calls
 
 
-def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, series: int, width: int) -> OperatorCall:
-    sizes = {"R": ratio * series, "C": width * series, "T": ratio, "D": width, "P": spec.rope_dim // 2}
+def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, width: int) -> OperatorCall:
+    sizes = {"R": 2 * ratio, "C": 2 * width, "T": ratio, "D": width, "P": spec.rope_dim // 2}
     attributes: dict[str, Any] = {"ratio": ratio, "eps": spec.rms_norm_eps}
     if profile != SERVED:
         return OperatorCall("FoldkvCompress", group, sizes, attributes)
     if group == "entries":
         return OperatorCall("FoldkvCompressFp8", group, sizes, {"rotary": spec.rope_dim, **attributes})
     return OperatorCall("FoldkvCompressFp4", group, sizes, attributes)
+
+
+def _compress_online(spec: ModelSpec, profile: str, ratio: int) -> OperatorCall:
+    sizes = {"T": ratio, "D": spec.head_dim, "P": spec.rope_dim // 2}
+    attributes: dict[str, Any] = {"ratio": ratio, "eps": spec.rms_norm_eps}
+    if profile != SERVED:
+        return OperatorCall("FoldkvCompressOnline", "entries", sizes, attributes)
+    return OperatorCall("FoldkvCompressOnlineFp8", "entries", sizes, {"rotary": spec.rope_dim, **attributes})
 
 
 def model_kernels(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION
+from foldkv.export.state import ONLINE_ROWS
 
 #: The namespace that TensorRT's registry knows foldkv's plugins by. A node that carries it is taken by the
 #: registered creator even where a function body of the same name exists.
@@ -127,6 +128,11 @@ _COMPRESSED = (
     _ENTRIES, *_CARRIES, TensorSpec("kv", ("B", "S", "C")), TensorSpec("gate", ("B", "S", "C")),
     TensorSpec("bias", ("T", "C")), TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS,
 )  # fmt: skip
+_CARRY = TensorSpec("carry", ("B", ONLINE_ROWS, "D"))
+_COMPRESSED_ONLINE = (
+    _ENTRIES, _CARRY, TensorSpec("kv", ("B", "S", "D")), TensorSpec("gate", ("B", "S", "D")),
+    TensorSpec("bias", ("T", "D")), TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS,
+)  # fmt: skip
 _MAIN, _INDEX = frozenset({DENSE, FP8_DS_MLA}), frozenset({DENSE, INDEX_FP8, INDEX_FP4})
 
 PLUGINS: dict[str, PluginSpec] = {
@@ -163,6 +169,22 @@ PLUGINS: dict[str, PluginSpec] = {
             aliases={0: 0, 1: 1, 2: 2},
             # Rows in index_fp8 have one scale, which does not hold e2m1 of several.
             rows=frozenset({DENSE, INDEX_FP4}),
+        ),
+        PluginSpec(
+            "FoldkvCompressOnline", "1",
+            inputs=_COMPRESSED_ONLINE,
+            outputs=(_ENTRIES, _CARRY),
+            attributes={"ratio": int, "eps": float},
+            aliases={0: 0, 1: 1},
+            rows=_MAIN,
+        ),
+        PluginSpec(
+            "FoldkvCompressOnlineFp8", "1",
+            inputs=_COMPRESSED_ONLINE,
+            outputs=(_ENTRIES, _CARRY),
+            attributes={"rotary": int, "ratio": int, "eps": float},
+            aliases={0: 0, 1: 1},
+            rows=_MAIN,
         ),
         PluginSpec(
             "FoldkvIndexScores", "1",

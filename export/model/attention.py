@@ -69,7 +69,7 @@ class Attention(nn.Module):
         if self.kind == SLIDING:
             out = window_attention(q, rows, *common)
         elif self.kind == HCA:
-            after += self.compressor(x, state[1:4], self.inv_freq, positions, num_tokens)
+            after += self.compressor(x, state[1:], self.inv_freq, positions, num_tokens)
             out = dense_attention(q, rows, after[1], *common, active_context, self.ratio)
         else:
             after += self.compressor(x, state[1:4], self.inv_freq, positions, num_tokens)

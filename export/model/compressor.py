@@ -1,4 +1,4 @@
-"""The compressor of a CSA or HCA layer: projections around the compress operator."""
+"""The compressor of a CSA or HCA layer: projections around the compressing operators."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from foldkv.export.model.norm import RMSNorm
 from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
+from foldkv.export.operators.compress_online import compress_online, compress_online_fp8
 from foldkv.export.profiles import HF, SERVED
 
 
 class Compressor(nn.Module):
-    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA).
+    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA); without it (HCA)
+    the carry is an online softmax.
 
     In the profile ``served`` entries are quantised before they are written: ``rotary`` is the number of rotated channels.
     """
@@ -20,7 +22,7 @@ class Compressor(nn.Module):
         self, hidden: int, width: int, ratio: int, *, overlap: bool, eps: float, profile: str = HF, rotary: int = 0
     ) -> None:
         super().__init__()
-        self.served, self.rotary = profile == SERVED, rotary
+        self.served, self.rotary, self.overlap = profile == SERVED, rotary, overlap
         series = width * (2 if overlap else 1)
         self.wkv = nn.Linear(hidden, series, bias=False)
         self.wgate = nn.Linear(hidden, series, bias=False)
@@ -37,13 +39,15 @@ class Compressor(nn.Module):
         num_tokens: Tensor,
         hadamard: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [B, S, C]; state = entries, carry_kv, carry_gate (see operators/compress.py) -> the state after the chunk.
+        """x [B, S, C]; state = entries and carries, as export/state.py lists them -> the state after the chunk.
 
         hadamard [D, D] is the rotation of an indexer's entries in the profile ``served``.
         """
         chunk = (self.wkv(x), self.wgate(x), self.ape, self.norm.weight, inv_freq, positions, num_tokens)
         if not self.served:
-            return list(compress(*state, *chunk, self.ratio, self.norm.eps))
+            plain = compress if self.overlap else compress_online
+            return list(plain(*state, *chunk, self.ratio, self.norm.eps))
         if hadamard is None:
-            return list(compress_fp8(*state, *chunk, self.rotary, self.ratio, self.norm.eps))
+            rounding = compress_fp8 if self.overlap else compress_online_fp8
+            return list(rounding(*state, *chunk, self.rotary, self.ratio, self.norm.eps))
         return list(compress_fp4(*state, *chunk, hadamard, self.ratio, self.norm.eps))

@@ -1,12 +1,11 @@
-"""FoldkvCompress: windows that close in this chunk become compressed entries; the rest is carried.
+"""FoldkvCompress: CSA's compression, whose windows overlap; the rows of what is not closed yet are carried.
 
-Entry ``i`` is the gated sum of the tokens ``[i * ratio, (i + 1) * ratio)``: a softmax over tokens, per
-channel, of ``gate + bias``; then RMSNorm, then RoPE at position ``i * ratio`` (V4 report 2.3, equations
-9 to 12 and 20 to 23). With ``overlap`` (CSA and its indexer) the projections hold two series side by
-side, and entry ``i`` joins the first series of window ``i - 1`` with the second of window ``i``.
+The projections hold two series side by side. Entry ``i`` is the gated sum of the first series of window ``i - 1`` and
+the second of window ``i``, the tokens ``[i * ratio, (i + 1) * ratio)``: a softmax over both windows' tokens, per
+channel, of ``gate + bias``; then RMSNorm, then RoPE at position ``i * ratio`` (V4 report 2.3, equations 9 to 12).
 
-The carries are rings of raw projected rows, ``carry[p mod R]`` for position ``p``, where ``R`` is the
-number of tokens that an entry reads. Rows of ``entries`` that do not close keep their bits.
+The carries are rings of raw projected rows, ``carry[p mod R]`` for position ``p``, where ``R = 2 * ratio`` is the number
+of tokens that an entry reads. HCA's windows do not overlap and carry less: operators/compress_online.py.
 
 FoldkvCompressFp8 and FoldkvCompressFp4 are what deployed systems do to an entry before it is written: main
 entries are quantised as ``fp8_ds_mla`` rows; the indexer's are rotated by a Hadamard matrix and quantised as
@@ -22,6 +21,7 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
+from foldkv.export.operators.entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
 from foldkv.export.operators.quantize import (
     FoldkvPackFp4,
     FoldkvPackFp8,
@@ -31,8 +31,6 @@ from foldkv.export.operators.quantize import (
     quantized_fp8,
 )
 from foldkv.export.operators.registry import OPSET, operator
-from foldkv.export.operators.rope import FoldkvRope
-from foldkv.export.operators.rope import _eager as rope
 from foldkv.export.operators.window import FoldkvRingSources, FoldkvTakeRows, ring_sources
 
 
@@ -53,38 +51,26 @@ def _chunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One chunk of compression; ``finish`` is what becomes of a turned entry before it is written.
 
-    entries [B, E, D]; carry_kv, carry_gate [B, R, C]; kv, gate [B, S, C]; bias [ratio, C]; norm [D];
-    inv_freq [rope/2]; positions, num_tokens [B] int32. R = ratio and C = D, or twice both with overlap.
-    Returns entries, carry_kv, carry_gate after the chunk.
+    entries [B, E, D]; carry_kv, carry_gate [B, 2 * ratio, 2 * D]; kv, gate [B, S, 2 * D]; bias [ratio, 2 * D]; norm [D];
+    inv_freq [rope/2]; positions, num_tokens [B] int32. Returns entries, carry_kv, carry_gate after the chunk.
     """
     span, chunk, width = carry_kv.shape[1], kv.shape[1], entries.shape[2]
     start = positions.long()
     windows = (chunk + ratio - 1) // ratio  # no more can close in this chunk
-    entry = start[:, None] // ratio + torch.arange(windows)  # [B, N]
-    token = entry[:, :, None] * ratio + torch.arange(ratio - span, ratio)  # [B, N, R]
+    begins = (start[:, None] // ratio + torch.arange(windows)) * ratio  # [B, N]
+    token = begins[:, :, None] + torch.arange(-ratio, ratio)  # [B, N, R]
     past = token < start[:, None, None]
     source = torch.where(past, token % span, span + (token - start[:, None, None]).clamp(0, chunk - 1))
     all_kv, all_gate = torch.cat((carry_kv, kv), dim=1), torch.cat((carry_gate, gate), dim=1)
     batch = torch.arange(kv.shape[0])[:, None, None]
     picked, score = all_kv[batch, source], all_gate[batch, source] + bias[torch.arange(span) % ratio]
-    if span != ratio:
-        picked = torch.cat((picked[:, :, :ratio, :width], picked[:, :, ratio:, width:]), dim=2)
-        score = torch.cat((score[:, :, :ratio, :width], score[:, :, ratio:, width:]), dim=2)
+    picked = torch.cat((picked[:, :, :ratio, :width], picked[:, :, ratio:, width:]), dim=2)
+    score = torch.cat((score[:, :, :ratio, :width], score[:, :, ratio:, width:]), dim=2)
     absent = (token < 0)[..., None]
     weights = score.masked_fill(absent, -torch.inf).softmax(dim=2)
     merged = (picked.masked_fill(absent, 0.0) * weights).sum(dim=2)
-    merged = merged * torch.rsqrt(merged.square().mean(dim=-1, keepdim=True) + eps) * norm
-    merged = finish(rope(merged[:, :, None], entry * ratio, inv_freq, 0)[:, :, 0])
-
-    # Write a run of `windows` rows that always fits: where the run would pass the end it is moved back,
-    # and rows outside what closed are written with what they held.
-    base = torch.minimum(entry[:, :1], torch.tensor(entries.shape[1] - windows))
-    rows = base + torch.arange(windows)
-    from_entry = rows - entry[:, :1]
-    closes = (from_entry >= 0) & (rows < ((start + num_tokens.long()) // ratio)[:, None])
-    new = torch.take_along_dim(merged, from_entry.clamp(min=0)[..., None], dim=1).to(entries.dtype)
-    old = torch.take_along_dim(entries, rows[..., None], dim=1)
-    updated = entries.scatter(1, rows[..., None].expand_as(old), torch.where(closes[..., None], new, old))
+    new = finish(finish_entries(merged, begins, norm, inv_freq, eps))
+    updated = write_entries(entries, new, positions, num_tokens, ratio)
     keep = ring_sources(span, chunk, positions, num_tokens)[..., None]
     return updated, torch.take_along_dim(all_kv, keep, dim=1), torch.take_along_dim(all_gate, keep, dim=1)
 
@@ -141,29 +127,26 @@ def _fp4_fake(
 
 @script(OPSET, default_opset=op)
 def FoldkvSplitSeries(x: FLOAT, width: INT32, ratio: int):  # type: ignore[no-untyped-def]
-    # Two series: the first `width` channels of the rows before the window, the last of the window's own.
-    # Without overlap there are no rows before it, and both slices are empty or the whole.
+    # The first `width` channels of the rows of the window before, the last of the window's own.
     r = op.Reshape(op.Constant(value_int=1) * ratio, [1])
-    before = op.Slice(op.Slice(x, [0], op.Shape(x, start=2, end=3) - r, [2]), [0], width, [3])
-    own = op.Slice(op.Slice(x, op.Shape(x, start=2, end=3) - r, [9223372036854775807], [2]),
-                   op.Shape(x, start=3, end=4) - width, [9223372036854775807], [3])  # fmt: skip
+    before = op.Slice(op.Slice(x, [0], r, [2]), [0], width, [3])
+    own = op.Slice(op.Slice(x, r, [9223372036854775807], [2]), width, [9223372036854775807], [3])
     return op.Concat(before, own, axis=2)
 
 
 @script(OPSET, default_opset=op)
 def FoldkvMergeWindows(  # type: ignore[no-untyped-def]
-    carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, positions: INT32,
-    ratio: int, eps: float,
+    carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, positions: INT32, ratio: int
 ):  # fmt: skip
-    # The normed gated sum of every window that can close in this chunk, and the position of its first token.
+    # The gated sum of every window that can close in this chunk, and the position of its first token.
     zero = op.Constant(value_int=0)
     r = op.Constant(value_int=1) * ratio
-    span = op.Squeeze(op.Shape(carry_kv, start=1, end=2))
+    span = r + r
     chunk = op.Squeeze(op.Shape(kv, start=1, end=2))
     start = op.Cast(positions, to=7)
     nth = op.Range(zero, (chunk + r - 1) / r, op.Constant(value_int=1))
     begins = (op.Unsqueeze(start / r, [1]) + op.Unsqueeze(nth, [0])) * r
-    token = op.Unsqueeze(begins, [2]) + op.Reshape(op.Range(r - span, r, op.Constant(value_int=1)), [1, 1, -1])
+    token = op.Unsqueeze(begins, [2]) + op.Reshape(op.Range(zero - r, r, op.Constant(value_int=1)), [1, 1, -1])
     first = op.Unsqueeze(start, [1, 2])
     within = op.Max(op.Min(token - first, chunk - 1), zero)
     # Tokens before the first are masked below; adding the span keeps Mod's operand positive.
@@ -175,29 +158,7 @@ def FoldkvMergeWindows(  # type: ignore[no-untyped-def]
     score = FoldkvSplitSeries(FoldkvTakeRows(all_gate, source) + op.Gather(bias, bias_row, axis=0), width, ratio)
     absent = op.Unsqueeze(token < 0, [3])
     weights = op.Softmax(op.Where(absent, op.Constant(value_float=float("-inf")), score), axis=2)
-    merged = op.ReduceSum(op.Where(absent, 0.0, picked) * weights, [2], keepdims=0)
-    scale = op.Sqrt(op.ReduceMean(merged * merged, [-1], keepdims=1) + eps)
-    return merged / scale * norm, begins
-
-
-@script(OPSET, default_opset=op)
-def FoldkvWriteEntries(entries: FLOAT, new: FLOAT, positions: INT32, num_tokens: INT32, ratio: int):  # type: ignore[no-untyped-def]
-    # A run of rows that always fits, as the eager body says; rows that did not close are written with what they held.
-    zero = op.Constant(value_int=0)
-    r = op.Constant(value_int=1) * ratio
-    windows = op.Squeeze(op.Shape(new, start=1, end=2))
-    start = op.Cast(positions, to=7)
-    first = op.Unsqueeze(start / r, [1])
-    base = op.Min(first, op.Squeeze(op.Shape(entries, start=1, end=2)) - windows)
-    rows = base + op.Unsqueeze(op.Range(zero, windows, op.Constant(value_int=1)), [0])
-    from_entry = rows - first
-    end = op.Unsqueeze((start + op.Cast(num_tokens, to=7)) / r, [1])
-    closes = op.Unsqueeze(op.And(from_entry >= 0, rows < end), [2])
-    taken = op.CastLike(FoldkvTakeRows(new, op.Max(from_entry, zero)), entries)
-    old = FoldkvTakeRows(entries, rows)
-    sequence = op.Unsqueeze(op.Range(zero, op.Squeeze(op.Shape(positions)), op.Constant(value_int=1)), [1])
-    target = op.Concat(op.Unsqueeze(op.Expand(sequence, op.Shape(rows)), [2]), op.Unsqueeze(rows, [2]), axis=2)
-    return op.ScatterND(entries, target, op.Where(closes, taken, old))
+    return op.ReduceSum(op.Where(absent, 0.0, picked) * weights, [2], keepdims=0), begins
 
 
 @script(OPSET, default_opset=op)
@@ -210,8 +171,8 @@ def FoldkvNewEntries(  # type: ignore[no-untyped-def]
     carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, inv_freq: FLOAT,
     positions: INT32, ratio: int, eps: float,
 ):  # fmt: skip
-    normed, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio, eps)
-    return op.Squeeze(FoldkvRope(op.Unsqueeze(normed, [2]), begins, inv_freq, inverse=0), [2])
+    merged, begins = FoldkvMergeWindows(carry_kv, carry_gate, kv, gate, bias, norm, positions, ratio)
+    return FoldkvFinishEntries(merged, begins, norm, inv_freq, eps)
 
 
 @script(OPSET, default_opset=op)

@@ -61,7 +61,17 @@ def operator(
 
 def operators() -> dict[str, Operator]:
     """All operators by ONNX name. Importing the operator modules is what registers them."""
-    from foldkv.export.operators import attention, compress, experts, index, quantize, rope, sinkhorn, window  # noqa: F401
+    from foldkv.export.operators import (  # noqa: F401
+        attention,
+        compress,
+        compress_online,
+        experts,
+        index,
+        quantize,
+        rope,
+        sinkhorn,
+        window,
+    )
 
     return dict(_OPERATORS)
 

@@ -18,6 +18,7 @@ from foldkv.errors import InputError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
 from foldkv.export.operators.attention import FoldkvSparseAttentionFp8
 from foldkv.export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
+from foldkv.export.operators.compress_online import FoldkvCompressOnlinePackedFp8
 from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.profiles import SERVED
@@ -28,7 +29,7 @@ from foldkv.optimize.passes.blocks import attach
 PACKED = tuple(name for name, layout in LAYOUTS.items() if (layout.rows, layout.index_rows) == (FP8_DS_MLA, INDEX_FP4))
 _ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")
 _BODIES = (
-    FoldkvCompressPackedFp8, FoldkvCompressPackedFp4, FoldkvSparseAttentionFp8, FoldkvPackFp8, FoldkvUnpackFp8, FoldkvUnpackFp4,
+    FoldkvCompressPackedFp8, FoldkvCompressPackedFp4, FoldkvCompressOnlinePackedFp8, FoldkvSparseAttentionFp8, FoldkvPackFp8, FoldkvUnpackFp8, FoldkvUnpackFp4,
 )  # fmt: skip
 
 
@@ -95,6 +96,8 @@ class _Packer:
                 self._window(node)
             elif node.op_type == "FoldkvCompressFp8":
                 self._rename(node, "FoldkvCompressPackedFp8", FP8_DS_MLA)
+            elif node.op_type == "FoldkvCompressOnlineFp8":
+                self._rename(node, "FoldkvCompressOnlinePackedFp8", FP8_DS_MLA)
             elif node.op_type == "FoldkvCompressFp4":
                 self._rename(node, "FoldkvCompressPackedFp4", INDEX_FP4)
             elif node.op_type == "FoldkvIndexScores":

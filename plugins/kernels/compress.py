@@ -1,31 +1,29 @@
 """FoldkvCompress in one launch: gated sum, RMS norm, RoPE and the write of every window that closes.
 
 So are FoldkvCompressFp8 and FoldkvCompressFp4, which round an entry to the values of a packed format before it is
-written: VALUES names that format where rows are dense. A packed row rounds as it packs.
+written.
 
-Windows 0 and 1 of a chunk are the only ones that can read the carries (1 only with overlap). Program 0
-does both and then writes the carries: no other program reads what it overwrites, so that state may be
-updated in place within one launch.
+Windows overlap: an entry joins the first series of the window before it with the second of its own. So windows 0 and 1
+of a chunk are the only ones that can read the carries. Program 0 does both and then writes the carries: no other program
+reads what it overwrites, so that state may be updated in place within one launch.
 """
 
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.mixing import mix
-from foldkv.plugins.kernels.rotation import rotate
-from foldkv.plugins.kernels.rows import rounded, write_row
+from foldkv.plugins.kernels.entry import write_entry
 
 
 @triton.jit
 def _close(
     entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, matrix, b, nth, start, real, chunk, capacity,
-    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr,
     VALUES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """The nth window that can close in this chunk, if it does; softmax per channel, taken BM tokens at a time."""
-    SPAN: tl.constexpr = RATIO * SERIES
-    C: tl.constexpr = D * SERIES
+    SPAN: tl.constexpr = 2 * RATIO
+    C: tl.constexpr = 2 * D
     entry = start // RATIO + nth
     if ((entry + 1) * RATIO <= start + real) & (entry < capacity):
         d = tl.arange(0, BD)
@@ -34,9 +32,8 @@ def _close(
         total = tl.zeros((BD,), tl.float32)
         for m in range(0, SPAN, BM):
             r = m + tl.arange(0, BM)
-            token = entry * RATIO + r - (SPAN - RATIO)
-            # With two series, the window before lends its first and this window its second.
-            column = (r // RATIO) * D if SERIES == 2 else r * 0
+            token = (entry - 1) * RATIO + r
+            column = (r // RATIO) * D  # the window before lends its first series, this window its second
             past = (token < start)[:, None]
             held = ((token + SPAN) % SPAN * C + column)[:, None] + d
             fresh = ((token - start) * C + column)[:, None] + d
@@ -56,20 +53,17 @@ def _close(
             total = total * decay + tl.sum(share * value, axis=0)
             best = top
         merged = tl.where(d < D, total / tl.where(d < D, weight, 1.0), 0.0)
-        merged = merged * tl.rsqrt(tl.sum(merged * merged, axis=0) / D + EPS)
-        merged = merged * tl.load(norm + d, mask=d < D, other=0.0)
-        turned = rotate(merged, entry * RATIO, inv_freq, D, BD, HALF)
-        if MIXED:
-            turned = mix(turned, matrix, D)
-        turned = rounded(turned, D, BD, ROTARY, VALUES)
-        write_row(entries_out + (b * capacity + entry) * ROW, turned, D, BD, ROW, ROTARY, FORMAT)
+        write_entry(
+            entries_out, merged, norm, inv_freq, matrix, b, entry, capacity,
+            RATIO, D, BD, HALF, EPS, ROW, ROTARY, FORMAT, VALUES, MIXED,
+        )  # fmt: skip
 
 
 @triton.jit
 def _advance(
     carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, matrix, chunk, capacity,
     entries_out, carry_kv_out, carry_gate_out,
-    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
+    RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
     EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
     ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
@@ -81,12 +75,12 @@ def _advance(
     for nth in range(first, end):
         _close(
             entries_out, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, matrix, b, nth, start, real, chunk,
-            capacity, RATIO, SERIES, D, BD, HALF, EPS, BM, ROW, ROTARY, FORMAT, VALUES, MIXED,
+            capacity, RATIO, D, BD, HALF, EPS, BM, ROW, ROTARY, FORMAT, VALUES, MIXED,
         )  # fmt: skip
     if program == 0:
         tl.debug_barrier()  # the carries were read by other threads of this program
-        SPAN: tl.constexpr = RATIO * SERIES
-        C: tl.constexpr = D * SERIES
+        SPAN: tl.constexpr = 2 * RATIO
+        C: tl.constexpr = 2 * D
         c = tl.arange(0, BC)
         for low in range(tl.maximum(real - SPAN, 0), real, BR):
             i = low + tl.arange(0, BR)
@@ -101,18 +95,18 @@ def _advance(
 def compress(
     entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, chunk, capacity,
     entries_out, carry_kv_out, carry_gate_out,
-    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
-    ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+    RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """entries [B, E, ROW] state type, carries [B, R, C], kv and gate [B, S, C] float32; all state is in place.
+    """entries [B, E, ROW] state type, carries [B, 2 * RATIO, 2 * D], kv and gate [B, S, 2 * D] float32; state is in place.
 
-    Grid (max(1, ceil(S / RATIO) - 1), B); SERIES is 2 with overlap, R = RATIO * SERIES, C = D * SERIES.
+    Grid (max(1, ceil(S / RATIO) - 1), B). VALUES: see write_entry.
     """
     _advance(
         carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, norm, chunk, capacity,
         entries_out, carry_kv_out, carry_gate_out,
-        RATIO, SERIES, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, False,
+        RATIO, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, False,
     )  # fmt: skip
 
 
@@ -120,13 +114,13 @@ def compress(
 def compress_mixed(
     entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, hadamard, chunk, capacity,
     entries_out, carry_kv_out, carry_gate_out,
-    RATIO: tl.constexpr, SERIES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr,
-    EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, ROW: tl.constexpr,
-    ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+    RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """As ``compress``, and every entry is multiplied by hadamard [D, D] float32 before it is rounded."""
     _advance(
         carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, hadamard, chunk, capacity,
         entries_out, carry_kv_out, carry_gate_out,
-        RATIO, SERIES, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, True,
+        RATIO, D, BD, HALF, EPS, BM, BC, BR, ROW, ROTARY, FORMAT, VALUES, True,
     )  # fmt: skip

@@ -80,7 +80,7 @@ def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, t
     lowered, counts, weights = lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89)
     rows = {tensor.group: tensor.dtype for tensor in lowered}
     assert rows["window"] == rows["entries"] == "bfloat16"
-    assert rows["carry_kv"] == rows["carry_gate"] == "float32"
+    assert rows["carry_kv"] == rows["carry_gate"] == rows["carry"] == "float32"
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     low = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16]
     assert counts["weights"] == len(low) == weights["kept"]["bfloat16"]["tensors"] > 20

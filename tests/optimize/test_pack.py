@@ -76,6 +76,7 @@ def test_nodes_that_touch_packed_rows_say_so_as_injected_ones_do(served_graph: P
     marked = {node.op_type: node.attributes for node in model.graph if "rows" in node.attributes}
     assert set(marked) == {
         "FoldkvPackFp8", "FoldkvWindowUpdate", "FoldkvCompressPackedFp8", "FoldkvCompressPackedFp4",
+        "FoldkvCompressOnlinePackedFp8",
         "FoldkvSparseAttentionFp8", "FoldkvDenseAttention", "FoldkvIndexScores",
     }  # fmt: skip
     for name, attributes in marked.items():

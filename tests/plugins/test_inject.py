@@ -69,7 +69,7 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
         == {row.operator for row in injection.rows} & set(BODIES)
         == {"FoldkvRope", "FoldkvSinkhorn", "FoldkvRoutedExperts"}
     )
-    served = {"FoldkvCompressFp8", "FoldkvCompressFp4"}
+    served = {"FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
     assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - served
     main = "dense" if layout == "dense" else "fp8_ds_mla"
     expected = {name: {main} for name in set(PLUGINS) - served} | {
@@ -90,9 +90,13 @@ def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
     injection = inject_nodes(model, read_manifest(served_graph, kind=KIND)["state"], rotary=16, layout=layout, **A100)
     refused = {row.operator for row in injection.rows if row.injected < row.nodes}
     assert refused == {row.operator for row in injection.rows} & set(BODIES) and "FoldkvQuantizeFp8" in refused
-    assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - {"FoldkvCompress"}
+    assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - {
+        "FoldkvCompress",
+        "FoldkvCompressOnline",
+    }
     rows = {given.plugin.operator: given.rows for given in injection.given}
-    assert rows["FoldkvCompressFp8"] == (main,) and rows["FoldkvCompressFp4"] == (index,)
+    assert rows["FoldkvCompressFp8"] == rows["FoldkvCompressOnlineFp8"] == (main,)
+    assert rows["FoldkvCompressFp4"] == (index,)
     for node in model.graph.node:
         names = [attribute.name for attribute in node.attribute]
         assert len(set(names)) == len(names), "an attribute is written once"

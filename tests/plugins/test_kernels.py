@@ -18,6 +18,7 @@ from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
+from foldkv.export.operators.compress_online import compress_online, compress_online_fp8
 from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.registry import operators
 from foldkv.export.operators.rows import pack, unpack
@@ -188,41 +189,78 @@ def test_a_sequence_is_attended_alike_in_any_batch_and_any_capacity() -> None:
 
 
 def compress_inputs(
-    start: list[int], real: list[int], chunk: int, ratio: int, series: int, dtype: str, width: int = WIDTH
+    operator: str, start: list[int], real: list[int], chunk: int, ratio: int, dtype: str, width: int = WIDTH
 ) -> list[Tensor]:
+    """The inputs of a compressing operator up to num_tokens."""
     torch.manual_seed(2)
-    batch, span, columns = len(start), ratio * series, width * series
+    batch, online = len(start), "Online" in operator
+    columns = width if online else 2 * width
     entries = torch.randn(batch, 24, width).to(DTYPES[dtype])
-    carries = [torch.randn(batch, span, columns) for _ in range(2)]
-    for b, first in enumerate(start):
-        for carry in carries:
-            carry[b, first:] = torch.nan
     kv, gate = torch.randn(batch, chunk, columns), 3 * torch.randn(batch, chunk, columns)
     for b, count in enumerate(real):
         kv[b, count:] = gate[b, count:] = torch.nan
     bias, norm = torch.randn(ratio, columns), 1 + torch.rand(width)
+    if online:
+        carries = [
+            torch.stack((3 * torch.randn(batch, width), 1 + torch.rand(batch, width), torch.randn(batch, width)), 1)
+        ]
+    else:
+        carries = [torch.randn(batch, 2 * ratio, columns) for _ in range(2)]
+    for b, first in enumerate(start):
+        for carry in carries:  # rows never written, or those of no open window
+            carry[b, (first % ratio > 0) * 3 if online else first :] = torch.nan
     return [entries, *carries, kv, gate, bias, norm, frequencies(width // 8), ints(*start), ints(*real)]
 
 
+def compare_carries(
+    operator: str, found: list[Tensor], expected: list[Tensor], start: list[int], real: list[int], ratio: int
+) -> None:
+    """Rows are copied; of an online softmax the rows are sums, and without an open window they are anything."""
+    for one, other in zip(found, expected, strict=True):
+        if "Online" not in operator:
+            assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
+            continue
+        for b, (first, count) in enumerate(zip(start, real, strict=True)):
+            if (first + count) % ratio:
+                error = (one[b].double() - other[b].double()).abs()
+                assert float(error.max()) <= 64 * ROUNDING["float32"] * (1 + float(other[b].abs().max()))
+
+
+COMPRESSING = pytest.mark.parametrize(("operator", "ratio"), [("FoldkvCompress", 4), ("FoldkvCompressOnline", 16)])
+DEFINITIONS = {
+    "FoldkvCompress": (compress, compress_fp8), "FoldkvCompressOnline": (compress_online, compress_online_fp8)
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", STATES)
-@pytest.mark.parametrize(("ratio", "series"), [(4, 2), (16, 1)])
+@COMPRESSING
 @pytest.mark.parametrize(
     ("start", "real", "chunk"),
-    [([0], [1], 1), ([3, 7, 0], [1, 1, 1], 1), ([15, 2], [1, 0], 1), ([2, 9], [11, 3], 11), ([1, 30], [40, 37], 41)],
-)
-def test_compress(dtype: str, ratio: int, series: int, start: list[int], real: list[int], chunk: int) -> None:
-    inputs = compress_inputs(start, real, chunk, ratio, series, dtype)
-    found = run("FoldkvCompress", inputs, dtype=dtype, ratio=ratio, eps=1e-6)
-    tail = inputs[7:]
-    expected = compress(*wide(inputs[:7]), *tail, ratio, 1e-6)
+    [([0], [1], 1), ([3, 7, 0], [1, 1, 1], 1), ([15, 2], [1, 0], 1), ([2, 9], [11, 3], 11), ([1, 30], [40, 37], 41),
+     ([16, 32], [16, 33], 33)],
+)  # fmt: skip
+def test_compress(operator: str, ratio: int, dtype: str, start: list[int], real: list[int], chunk: int) -> None:
+    inputs = compress_inputs(operator, start, real, chunk, ratio, dtype)
+    found = run(operator, inputs, dtype=dtype, ratio=ratio, eps=1e-6)
+    expected = DEFINITIONS[operator][0](*wide(inputs), ratio, 1e-6)
     # A channel of the normalized row is at most sqrt(D) times its norm weight, before rotation mixes two.
-    reach = math.sqrt(2 * WIDTH) * float(inputs[6].max())
+    reach = math.sqrt(2 * WIDTH) * float(inputs[-4].max())
     bound = reach * (ROUNDING[dtype] + 64 * ROUNDING["float32"])
     assert float((found[0].double() - expected[0].double()).abs().max()) <= bound
     changed = (expected[0].double() != inputs[0].double()).any(-1)
     assert torch.equal(found[0][~changed], inputs[0][~changed]), "rows that do not close keep their bits"
-    for one, other in zip(found[1:], expected[1:], strict=True):
-        assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
+    compare_carries(operator, found[1:], expected[1:], start, real, ratio)
+
+
+@pytest.mark.parametrize("start", [5, 16])
+def test_a_sequence_without_tokens_keeps_every_bit_of_its_online_carry(start: int) -> None:
+    inputs = compress_inputs("FoldkvCompressOnline", [start, 3], [0, 20], 20, 16, "float32")
+    found = run("FoldkvCompressOnline", inputs, ratio=16, eps=1e-6)
+    defined = compress_online(*inputs, 16, 1e-6)
+    for entries, carry in (found, defined):
+        assert torch.equal(carry[0].view(torch.int32), inputs[1][0].view(torch.int32))
+        assert torch.equal(entries[0], inputs[0][0])
+        assert not torch.equal(carry[1], inputs[1][1])
 
 
 @pytest.mark.parametrize("dtype", STATES)
@@ -323,62 +361,65 @@ def closed_rows(entries: Tensor, start: list[int], real: list[int], ratio: int) 
     return closed
 
 
+#: Half a step of a code, and half the smallest code relative to the largest.
+STEPS = {FP8_DS_MLA: (2.0**-4, 2.0**-9 / 448), INDEX_FP8: (2.0**-4, 2.0**-9 / 448), INDEX_FP4: (2.0**-2, 0.5 / 6)}
+
+
 @pytest.mark.parametrize(
-    ("format_", "half_step", "smallest"), [(FP8_DS_MLA, 2.0**-4, 2.0**-9 / 448), (INDEX_FP8, 2.0**-4, 2.0**-9 / 448),
-                                           (INDEX_FP4, 2.0**-2, 0.5 / 6)]
-)  # fmt: skip
-@pytest.mark.parametrize(("ratio", "series"), [(4, 2), (16, 1)])
+    ("operator", "ratio", "format_"),
+    [*(("FoldkvCompress", 4, format_) for format_ in STEPS), ("FoldkvCompressOnline", 16, FP8_DS_MLA)],
+)
 @pytest.mark.parametrize(("start", "real", "chunk"), [([3, 7, 0], [1, 1, 1], 1), ([1, 30], [40, 37], 41)])
 def test_compress_packs_the_row_that_it_computes(
-    format_: str, half_step: float, smallest: float, ratio: int, series: int, start: list[int], real: list[int],
-    chunk: int,
-) -> None:  # fmt: skip
-    inputs = compress_inputs(start, real, chunk, ratio, series, "float32")
-    rotary = 2 * len(inputs[7])
+    operator: str, ratio: int, format_: str, start: list[int], real: list[int], chunk: int
+) -> None:
+    inputs = compress_inputs(operator, start, real, chunk, ratio, "float32")
+    rotary = 2 * len(inputs[-3])
     held, values = packed(inputs[0], format_, rotary)
     attributes = {"ratio": ratio, "eps": 1e-6}
-    found = run(
-        "FoldkvCompress", [held, *inputs[1:]], dtype="bfloat16", rows=format_, rotary=rotary, D=WIDTH, **attributes
-    )
-    dense = run("FoldkvCompress", inputs, dtype="float32", **attributes)
+    found = run(operator, [held, *inputs[1:]], dtype="bfloat16", rows=format_, rotary=rotary, D=WIDTH, **attributes)
+    dense = run(operator, inputs, dtype="float32", **attributes)
     closed = closed_rows(held, start, real, ratio)
     assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rotary), held))
     for one, other in zip(found[1:], dense[1:], strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     # And against the definition: half a step of a code, or of the smallest code of a scale below 2 * largest / 448.
-    expected = compress(values.double(), *wide(inputs[1:7]), *inputs[7:], **attributes)[0][closed]
-    slack = math.sqrt(2 * WIDTH) * float(inputs[6].max()) * 64 * ROUNDING["float32"]
+    expected = DEFINITIONS[operator][0](values.double(), *wide(inputs[1:]), **attributes)[0][closed]
+    slack = math.sqrt(2 * WIDTH) * float(inputs[-4].max()) * 64 * ROUNDING["float32"]
+    half_step, smallest = STEPS[format_]
     bound = half_step * expected.abs() + smallest * expected.abs().amax(-1, keepdim=True) + 2 * slack
     assert ((unpack(found[0], format_, WIDTH, rotary)[closed].double() - expected).abs() <= bound).all()
 
 
 ROUNDING_CASES = [
-    (32, 4, 2, [3, 7, 0], [1, 1, 1], 1), (32, 16, 1, [15], [1], 1), (128, 4, 2, [6], [9], 9),
+    *(("FoldkvCompress", format_, *rest) for format_ in (FP8_DS_MLA, INDEX_FP4)
+      for rest in ((32, 4, [3, 7, 0], [1, 1, 1], 1), (128, 4, [6], [9], 9))),
+    ("FoldkvCompressOnline", FP8_DS_MLA, 32, 16, [15], [1], 1),
+    ("FoldkvCompressOnline", FP8_DS_MLA, 128, 16, [6, 30], [29, 2], 29),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("format_", [FP8_DS_MLA, INDEX_FP4])
-@pytest.mark.parametrize(("width", "ratio", "series", "start", "real", "chunk"), ROUNDING_CASES)
+@pytest.mark.parametrize(("operator", "format_", "width", "ratio", "start", "real", "chunk"), ROUNDING_CASES)
 def test_compress_of_served_graphs_rounds_what_compress_computes(
-    format_: str, packs: bool, width: int, ratio: int, series: int, start: list[int], real: list[int], chunk: int
+    packs: bool, operator: str, format_: str, width: int, ratio: int, start: list[int], real: list[int], chunk: int
 ) -> None:
     """Bit for bit, and nearly everywhere the definition in float32, whose sums may fall on the other side of a border."""
-    inputs = compress_inputs(start, real, chunk, ratio, series, "float32", width)
-    rotary, attributes = 2 * len(inputs[7]), {"ratio": ratio, "eps": 1e-6}
+    inputs = compress_inputs(operator, start, real, chunk, ratio, "float32", width)
+    rotary, attributes = 2 * len(inputs[-3]), {"ratio": ratio, "eps": 1e-6}
     kept: dict[str, Any] = {"rotary": rotary} | ({"rows": format_, "dtype": "bfloat16"} if packs else {})
-    exact, *carries = run("FoldkvCompress", inputs, **attributes)
+    exact, *carries = run(operator, inputs, **attributes)
     held = packed(inputs[0], format_, rotary)[0] if packs else inputs[0]
     closed = closed_rows(held, start, real, ratio)
     assert closed.any()
     if format_ == FP8_DS_MLA:
-        found = run("FoldkvCompressFp8", [held, *inputs[1:]], **kept, **attributes)
-        defined = compress_fp8(*inputs, rotary, *attributes.values())[0]
+        found = run(f"{operator}Fp8", [held, *inputs[1:]], **kept, **attributes)
+        defined = DEFINITIONS[operator][1](*inputs, rotary, *attributes.values())[0]
     else:
         # Of a permutation every product is exact; the Hadamard matrix is the definition's.
         order = torch.randperm(width)
         moved = [torch.eye(width)[order], hadamard_matrix(width)]
-        found, other = (run("FoldkvCompressFp4", [held, *inputs[1:], m], **kept, **attributes) for m in moved)
+        found, other = (run(f"{operator}Fp4", [held, *inputs[1:], m], **kept, **attributes) for m in moved)
         exact = torch.where(closed[..., None], exact @ moved[0], exact)
         defined = compress_fp4(*inputs, moved[1], *attributes.values())[0]
     written = pack(exact, format_, rotary)
@@ -401,6 +442,8 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
         ("FoldkvCompressFp4", 96, INDEX_FP4, None, "96 wide; a Hadamard matrix needs a power of two"),
         ("FoldkvCompressFp4", 16, DENSE, None, "cannot be stored as index_fp4"),
         ("FoldkvCompressFp4", 32, INDEX_FP8, None, "rows in index_fp8; its kernels read dense, index_fp4"),
+        ("FoldkvCompressOnline", 32, INDEX_FP4, None, "rows in index_fp4; its kernels read dense, fp8_ds_mla"),
+        ("FoldkvCompress", 32, DENSE, None, "carries of 4 rows by 32 do not belong"),
     ],
 )
 def test_sizes_that_cannot_be_rounded_are_refused(

@@ -18,6 +18,7 @@ from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
+from foldkv.export.operators.compress_online import compress_online
 from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.rows import pack, unpack
 from foldkv.export.operators.window import window_update
@@ -129,27 +130,38 @@ _STEPS = {DENSE: (_HALF_STATE, 0.0), FP8_DS_MLA: (2.0**-4, 2.0**-9 / 448), INDEX
 
 
 def _compress_case(operator: str, rows: str, start: Sequence[int], real: Sequence[int], chunk: int) -> Case:
-    """Entries within half a step of their code, carries exact; dense rows hold nothing but codes where they should."""
-    batch, ratio, series = len(start), 4, 2
-    values_of = {"FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4}.get(operator, rows)
+    """Entries within half a step of their code, carries exact or, of an online softmax, as accurate as float32; dense
+    rows hold nothing but codes where they should."""
+    batch, online = len(start), "Online" in operator
+    ratio, series = (8, 1) if online else (4, 2)
+    values_of = FP8_DS_MLA if operator.endswith("Fp8") else INDEX_FP4 if operator.endswith("Fp4") else rows
     width = INDEX_WIDTH if values_of in (INDEX_FP8, INDEX_FP4) else WIDTH
     held, values = _stored(torch.randn(batch, 24, width), rows)
-    carries = [torch.randn(batch, ratio * series, width * series) for _ in range(2)]
-    for b, first in enumerate(start):
-        for carry in carries:
-            carry[b, first:] = torch.nan
     fresh = [torch.randn(batch, chunk, width * series) for _ in range(2)]
     for b, count in enumerate(real):
         for value in fresh:
             value[b, count:] = torch.nan
     bias, norm = torch.randn(ratio, width * series), 1 + torch.rand(width)
+    if online:
+        carry = torch.randn(batch, 3, width)
+        carry[:, 1] = 1 + torch.rand(batch, width)
+        for b, first in enumerate(start):
+            if first % ratio == 0:
+                carry[b] = torch.nan  # no window is open
+        carries = [carry]
+    else:
+        carries = [torch.randn(batch, ratio * series, width * series) for _ in range(2)]
+        for b, first in enumerate(start):
+            for carry in carries:
+                carry[b, first:] = torch.nan
     tail = [_frequencies(), _ints(start), _ints(real)]
     attributes: dict[str, Any] = {"ratio": ratio, "eps": 1e-6}
     given = [*carries, *fresh, bias, norm]
-    expected = list(compress(*_wide(values, *given), *tail, **attributes))
-    if operator == "FoldkvCompressFp8":
+    definition = compress_online if online else compress
+    expected = list(definition(*_wide(values, *given), *tail, **attributes))
+    if operator.endswith("Fp8"):
         attributes = {"rotary": ROTARY, **attributes}
-    elif operator == "FoldkvCompressFp4":
+    elif operator.endswith("Fp4"):
         # One that is neither symmetric nor what a kernel could know without reading it.
         matrix = hadamard_matrix(width)[torch.randperm(width)]
         tail.append(matrix)
@@ -169,7 +181,12 @@ def _compress_case(operator: str, rows: str, start: Sequence[int], real: Sequenc
             assert torch.equal(unpack(pack(read, values_of, ROTARY), values_of, width, ROTARY), read)
         _near(read, exact, half_step * exact.abs() + smallest * exact.abs().amax(-1, keepdim=True) + slack)
         for one, other in zip(found[1:], expected[1:], strict=True):
-            assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
+            if not online:
+                assert torch.equal(one.nan_to_num(7.0), other.float().nan_to_num(7.0))
+                continue
+            for b, (first, count) in enumerate(zip(start, real, strict=True)):
+                if (first + count) % ratio:
+                    _near(one[b], other[b], 64 * _HALF_SINGLE * (1 + other[b].abs().max()))
 
     return Case(operator, rows, [held, *given, *tail], check, attributes)
 
@@ -253,6 +270,8 @@ MAKERS: dict[str, Callable[..., Case]] = {
     "FoldkvCompress": functools.partial(_compress_case, "FoldkvCompress"),
     "FoldkvCompressFp8": functools.partial(_compress_case, "FoldkvCompressFp8"),
     "FoldkvCompressFp4": functools.partial(_compress_case, "FoldkvCompressFp4"),
+    "FoldkvCompressOnline": functools.partial(_compress_case, "FoldkvCompressOnline"),
+    "FoldkvCompressOnlineFp8": functools.partial(_compress_case, "FoldkvCompressOnlineFp8"),
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
     "FoldkvWindowAttention": functools.partial(_attention_case, "FoldkvWindowAttention"),

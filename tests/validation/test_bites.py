@@ -80,7 +80,7 @@ def sinks_dropped(model: onnx.ModelProto) -> None:
 
 def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
     """Entries are turned by the position of their window's end, not of its start."""
-    function = functions(model, "FoldkvNewEntries")
+    function = functions(model, "FoldkvFinishEntries")
     rope = next(node for node in function.node if node.op_type == "FoldkvRope")
     insert_after(function, rope.input[1], "Add", constant(3, "damage_three"))
 

@@ -1,0 +1,29 @@
+"""What the compressing kernels do with a merged window: RMS norm, RoPE, rounding, and the write of the row."""
+
+import triton
+import triton.language as tl
+
+from foldkv.plugins.kernels.mixing import mix
+from foldkv.plugins.kernels.rotation import rotate
+from foldkv.plugins.kernels.rows import rounded, write_row
+
+
+@triton.jit
+def write_entry(
+    entries_out, merged, norm, inv_freq, matrix, b, entry, capacity,
+    RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """merged [BD], zero from D on, of the window that starts at token ``entry * RATIO``.
+
+    VALUES names the packed format to whose values dense rows are rounded; a packed row rounds as it packs. MIXED
+    multiplies a turned row by matrix [D, D] before that.
+    """
+    d = tl.arange(0, BD)
+    merged = merged * tl.rsqrt(tl.sum(merged * merged, axis=0) / D + EPS)
+    merged = merged * tl.load(norm + d, mask=d < D, other=0.0)
+    turned = rotate(merged, entry * RATIO, inv_freq, D, BD, HALF)
+    if MIXED:
+        turned = mix(turned, matrix, D)
+    turned = rounded(turned, D, BD, ROTARY, VALUES)
+    write_row(entries_out + (b * capacity + entry) * ROW, turned, D, BD, ROW, ROTARY, FORMAT)
