@@ -49,8 +49,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click ends quietly where the reader of a pipe has gone
         except Exception as error:  # noqa: BLE001 - the last resort of the command line
             if ctx.params.get("verbose"):
                 traceback.print_exc()

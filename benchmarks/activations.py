@@ -2,11 +2,13 @@
 
 ONNX Runtime: the peak of resident memory while one chunk runs, over what was resident after a chunk of one token, in a
 process of its own. TensorRT-RTX: the regions of device memory that an engine's plan lists for its largest shapes; the largest
-sum of one subgraph. No GPU is needed. `python benchmarks/activations.py`
+sum of one subgraph; also of a model with wide experts, which are gathered a few tokens at a time. No GPU is needed.
+`python benchmarks/activations.py`
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from moe import CONFIG
 
 import foldkv
 from foldkv.export.graph import export_checkpoint
@@ -26,6 +29,8 @@ from foldkv.export.plan import BLOCK_ROOM, activations
 from foldkv.export.spec import ModelSpec
 from foldkv.optimize.build import PLAN, build_bundles
 from foldkv.optimize.spec import Shapes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "activations.json"
@@ -90,6 +95,8 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
     if measure:
         click.echo(chunk_bytes(Path(measure[0]), *map(int, measure[1:])))
         return
+    from checkpoints import random_checkpoint
+
     spec = ModelSpec.from_file(checkpoint)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -101,16 +108,23 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
             measured = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
             planned = activations(spec, context=context, batch=batch, chunk=chunk, room=BLOCK_ROOM).total(reuse=False)
             rows.append(_point(measured, planned, backend="onnxruntime", batch=batch, chunk=chunk, context=context))
-        largest = {name: sizes[2] for name, sizes in vars(Shapes()).items()}
-        for plugins in (False, True):
-            build_bundles(graph, work / f"{plugins}", ["a100"], plugins=plugins)
-            measured = region_bytes((work / f"{plugins}" / "a100" / PLAN).read_bytes())
-            planned = activations(spec, **largest, plugins=plugins, weight_item=2).total(reuse=True)
-            rows.append(_point(measured, planned, backend="tensorrt-rtx", plugins=plugins, **largest))
+        wide = {**CONFIG, "n_routed_experts": 16}
+        graphs = {
+            "tiny-v4": graph,
+            "wide": export_checkpoint(random_checkpoint(wide, work / "wide"), work / "wide-graph"),
+        }
+        specs = {"tiny-v4": spec, "wide": ModelSpec.from_file(work / "wide")}
+        for (name, package), plugins in itertools.product(graphs.items(), (False, True)):
+            out = work / f"{name}-{plugins}"
+            build_bundles(package, out, ["a100"], plugins=plugins)
+            measured = region_bytes((out / "a100" / PLAN).read_bytes())
+            largest = {key: sizes[2] for key, sizes in vars(Shapes()).items()}
+            planned = activations(specs[name], **largest, plugins=plugins, weight_item=2).total(reuse=True)
+            rows.append(_point(measured, planned, backend="tensorrt-rtx", model=name, plugins=plugins, **largest))
     content = {
         "what": "bytes of activations of a chunk: measured, and as `foldkv plan` estimates them",
         "date": time.strftime("%Y-%m-%d"),
-        "model": "examples/tiny-v4",
+        "models": {"tiny-v4": "examples/tiny-v4", "wide": wide},
         "versions": {name: version(name) for name in ("onnxruntime", "tensorrt-rtx")} | {"foldkv": foldkv.__version__},
         "rows": rows,
     }

@@ -17,6 +17,8 @@ LAYOUT_VERSION = 1
 DENSE, FP8_DS_MLA, NVFP4, INDEX_FP8, INDEX_FP4 = "dense", "fp8_ds_mla", "nvfp4", "index_fp8", "index_fp4"
 #: Channels that share a scale.
 TILES = {FP8_DS_MLA: 64, NVFP4: 16, INDEX_FP4: 32}
+#: Rows of an open window that does not overlap: largest score, sum of weights, weighted sum (operators/compress_online.py).
+ONLINE_ROWS = 3
 _ROW_ALIGNMENT = 8  # bytes, of rows with several parts
 
 

@@ -134,12 +134,16 @@ def table_bytes(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what lives in a layer at its three largest moments, beside the residual ``streams``."""
+    """Bytes of what lives in a layer at its three largest moments, beside the residual ``streams``.
+
+    ``rounds`` says whether an engine takes the experts of a few tokens at a time, in a loop.
+    """
 
     streams: int
     experts: int
     attention: int
     mixing: int
+    rounds: bool = False
 
     @property
     def largest(self) -> str:
@@ -148,10 +152,12 @@ class Activations:
         return max(moments, key=moments.__getitem__)
 
     def total(self, *, reuse: bool) -> int:
-        """Bytes to plan for. Engines lay their tensors over each other (``reuse``); ONNX Runtime's arena keeps the regions of
-        one moment, into which the larger tensors of another do not fit."""
-        moments = (self.experts, self.attention, self.mixing)
-        return self.streams + (max(moments) if reuse else sum(moments))
+        """Bytes to plan for. Engines lay their tensors over each other (``reuse``), but those of a loop over nothing outside of
+        it; ONNX Runtime's arena keeps the regions of one moment, into which the larger tensors of another do not fit."""
+        if not reuse:
+            return self.streams + self.experts + self.attention + self.mixing
+        other = max(self.attention, self.mixing)
+        return self.streams + (self.experts + other if self.rounds else max(self.experts, other))
 
 
 def activations(
@@ -162,8 +168,9 @@ def activations(
 
     With T = batch x chunk tokens, A = context / ratio active entries and float32 values:
 
-    * experts: the weights of every token's k experts are gathered, T k 3 I C values of ``weight_item`` bytes, since both
-      matrices are gathered before the first product;
+    * experts: the weights of k experts are gathered for every token at hand, k 3 I C values of ``weight_item`` bytes, since
+      both matrices are gathered before the first product; at hand are at most :func:`gathered_tokens`. Experts that are kept
+      packed are decoded for one token at a time, which is less;
     * attention, the largest of
       CSA's indexer: a product and its ReLU, T Hi A each, the scores T A and the entries B A Di; the entries twice while
       they are turned;
@@ -198,13 +205,25 @@ def activations(
         (kind, context // ratio if ratio else 0)
         for kind, ratio in dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True))
     ]
+    at_once = gathered_tokens(spec, weight_item) if room is None else tokens
     if room is None:
-        experts = weight_item * tokens * spec.experts_per_token * weights
+        experts = weight_item * min(tokens, at_once) * spec.experts_per_token * weights
         attention = max(_attention_bytes(spec, kind, active, batch, chunk, plugins) for kind, active in kinds)
     else:
         experts = weight_item * weights + 4 * tokens * (2 * spec.hidden_size + 4 * spec.moe_intermediate_size)
         attention = max(_block_attention_bytes(spec, kind, active, batch, chunk, room) for kind, active in kinds)
-    return Activations(streams, experts, attention, 2 * streams)
+    return Activations(streams, experts, attention, 2 * streams, rounds=tokens > at_once)
+
+
+#: Bytes of experts' weights that an engine gathers at once: in bfloat16 those of 3 tokens of V4-Flash or of 1 of V4-Pro, enough
+#: for a round to be worth its launches; chunks of small models are taken whole.
+EXPERT_ROOM = 1 << 30
+
+
+def gathered_tokens(spec: ModelSpec, weight_item: int) -> int:
+    """Tokens whose experts' weights, of ``weight_item`` bytes each, an engine gathers at once; at least one."""
+    weights = spec.experts_per_token * 3 * spec.moe_intermediate_size * spec.hidden_size
+    return max(1, EXPERT_ROOM // (weight_item * weights))
 
 
 def _block_attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, room: int) -> int:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from foldkv.export.layouts import ONLINE_ROWS
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
 
-#: Rows that an open window of HCA takes: the largest score, the sum of weights and the weighted sum so far.
-ONLINE_ROWS = 3
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 

@@ -300,7 +300,7 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
     try:
         state, precision, weights = lowered_graph(
             job.graph, scratch, state, target.precision, sm=target.sm, injected=injected, layout=job.layout,
-            rotary=rotary_channels(job.graph),
+            rotary=rotary_channels(job.graph), tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
         result = build_plan(
             scratch / MODEL, work / PLAN, sm=target.sm, state=state, shapes=job.shapes, backend=target.backend,

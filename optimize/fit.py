@@ -128,7 +128,7 @@ def plan_target(
         capacity=target.memory_gib << 30 if target.memory_gib else _machine_memory(),
         layout=layout,
         memory=plan_memory(spec, context=context, batch=batch, layout=rows),
-        # Of a package with weights in float32. Where they are as stored, one token's experts are gathered at a time.
+        # Of a package with weights in float32, whose experts take most.
         activations=activations(
             spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4,
             room=None if gpu else BLOCK_ROOM,

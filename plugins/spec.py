@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION
-from foldkv.export.state import ONLINE_ROWS
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION, ONLINE_ROWS
 
 #: The namespace that TensorRT's registry knows foldkv's plugins by. A node that carries it is taken by the
 #: registered creator even where a function body of the same name exists.

@@ -81,7 +81,10 @@ class Attention(nn.Module):
         return self._project(out), after
 
     def _project(self, out: Tensor) -> Tensor:
-        grouped = split_last(out.flatten(2), self.groups, 1, -1)
+        # Tokens are rows of one product per group. As a batch of tokens, TensorRT would copy the weights for each of them.
+        batch, chunk = out.shape[:2]
+        grouped = split_last(out.flatten(2), self.groups, -1).flatten(0, 1).transpose(0, 1)
         weight = self.wo_a.weight.reshape(self.groups, self.o_rank, -1).transpose(1, 2)
-        projected: Tensor = self.wo_b(torch.matmul(grouped, weight).flatten(2))
+        low = torch.matmul(grouped, weight).transpose(0, 1).flatten(1)
+        projected: Tensor = self.wo_b(low).reshape(batch, chunk, -1)
         return projected

@@ -2,8 +2,9 @@
 
 Only the weights of chosen experts are read: the cost follows ``tokens * experts_per_token``, not the
 number of experts. Gate and up projections are stacked as ``w13`` (transformers `gate_up_proj`).
-The body gathers every token's weights at once, which every runtime can; :func:`grouped_body` is one for ONNX Runtime in
-which a chunk's tokens share them.
+The body gathers every token's weights at once, which every runtime can. :func:`grouped_body` is one for ONNX Runtime in
+which a chunk's tokens share them; :func:`bounded_body` one for engines of models whose experts are wide, which gathers those
+of a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -99,4 +100,63 @@ def grouped_body() -> onnx.FunctionProto:
         >
     """
     constants = CONSTANTS | {"one": np.array(1), "third": np.array([2])}
+    return _function("FoldkvRoutedExperts", ["x", "chosen", "weights", "w13", "w2"], ["y"], ["limit"], body, constants)
+
+
+def bounded_body(tokens: int) -> onnx.FunctionProto:
+    """FoldkvRoutedExperts with the same inputs for engines: the weights of at most ``tokens`` tokens are at hand at once.
+
+    A chunk of T tokens is taken in groups of min(T, tokens). The last group is filled up with the last token, whose copies
+    are cut off: every round has the same sizes, as TensorRT wants it. Products run in the weights' type.
+    """
+    body = """
+        limit = Constant <value_float: float = @limit> ()
+        low = Neg (limit)
+        sizes = Shape <start = 0, end = 1> (x)
+        width = Shape <start = 1> (x)
+        count = Squeeze (sizes, first)
+        last = Sub (count, one)
+        group = Min (count, most)
+        rounded = Add (last, group)
+        rounds = Div (rounded, group)
+        offsets = Range (zero, group, one)
+        always = Constant <value = bool {1}> ()
+        rows = Loop (rounds, always) <body = some_tokens (int64 number, bool go) => (bool more, float[G, C] some) {
+            more = Identity (go)
+            begin = Mul (number, group)
+            beyond = Add (offsets, begin)
+            tokens = Min (beyond, last)
+            input = Gather <axis = 0> (x, tokens)
+            experts = Gather <axis = 0> (chosen, tokens)
+            shares = Gather <axis = 0> (weights, tokens)
+            column = Unsqueeze (input, column_axes)
+            own_w13 = Gather <axis = 0> (w13, experts)
+            narrow = CastLike (column, w13)
+            product = MatMul (own_w13, narrow)
+            both = Cast <to = 1> (product)
+            gate, up = Split <axis = 2, num_outputs = 2> (both)
+            clamped = Min (gate, limit)
+            sigmoid = Sigmoid (clamped)
+            silu = Mul (clamped, sigmoid)
+            top = Min (up, limit)
+            bounded = Max (top, low)
+            hidden = Mul (silu, bounded)
+            own_w2 = Gather <axis = 0> (w2, experts)
+            hidden_narrow = CastLike (hidden, w2)
+            down_product = MatMul (own_w2, hidden_narrow)
+            down = Cast <to = 1> (down_product)
+            flat = Squeeze (down, last_axis)
+            share = Unsqueeze (shares, share_axis)
+            weighted = Mul (flat, share)
+            some = ReduceSum <keepdims = 0> (weighted, expert_axis)
+        }>
+        shape = Concat <axis = 0> (all, width)
+        padded = Reshape (rows, shape)
+        y = Slice (padded, first, sizes, first)
+    """
+    constants = {
+        "first": np.array([0]), "most": np.array(tokens), "one": np.array(1), "zero": np.array(0),
+        "column_axes": np.array([1, 3]), "last_axis": np.array([3]), "share_axis": np.array([2]),
+        "expert_axis": np.array([1]), "all": np.array([-1]),
+    }  # fmt: skip
     return _function("FoldkvRoutedExperts", ["x", "chosen", "weights", "w13", "w2"], ["y"], ["limit"], body, constants)

@@ -22,8 +22,11 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveU
 from foldkv.artifact import confined
 from foldkv.errors import BuildError
 from foldkv.export.external import read_values
-from foldkv.export.graph import MODEL, WEIGHTS, flat_model
+from foldkv.export.graph import CONFIG, MODEL, WEIGHTS, flat_model
 from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
+from foldkv.export.operators.experts import bounded_body
+from foldkv.export.plan import gathered_tokens
+from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
 from foldkv.optimize.formats import fp8_gap
 from foldkv.optimize.passes.weights import place_weights
@@ -58,6 +61,7 @@ def lowered_graph(
     injected: onnx.ModelProto | None = None,
     layout: str = DENSE,
     rotary: int = 0,
+    tokens: int = 1,
 ) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
     """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and which
     weights it has in which format.
@@ -73,6 +77,7 @@ def lowered_graph(
         injected: the flat graph with nodes given to plugins; the default is the package's, made flat.
         layout: name of the cache layout; other than "dense" only where plugins alone touch the rows.
         rotary: rotated channels of a row, for packed layouts.
+        tokens: the most that the engine takes at once, batch times chunk, which decides how experts' weights are gathered.
 
     Raises:
         ArtifactError: weights lie outside of the package.
@@ -84,6 +89,7 @@ def lowered_graph(
     model = ir.from_proto(flat_model(graph) if injected is None else injected)
     ir.external_data.set_base_dir(model.graph, graph)
     dtype = _TYPES[precision]
+    _bound_experts(model, graph, tokens, dtype)
     stored_weights = place_weights(model, dtype, low=_is_low, no_fp8=fp8_gap(sm))
     kept = {node.op_type for node in model.graph if NAMESPACE_ATTRIBUTE in node.attributes}
     InlinePass(criteria=lambda function: function.name not in kept)(model)
@@ -108,6 +114,14 @@ def lowered_graph(
     weights = stored_weights.facts(model)
     _write(model, graph, out)
     return state, counts, weights
+
+
+def _bound_experts(model: ir.Model, graph: Path, tokens: int, dtype: ir.DataType) -> None:
+    """Let an engine gather the experts' weights of a few tokens at a time, where those of ``tokens`` would be too many."""
+    at_once = gathered_tokens(ModelSpec.from_file(graph / CONFIG), int(dtype.itemsize))
+    body = ir.serde.deserialize_function(bounded_body(at_once))
+    if body.identifier() in model.functions and tokens > at_once:
+        model.functions[body.identifier()] = body
 
 
 def _is_low(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The body that a chunk's tokens share weights in: the definition's result, and no weight of what was not chosen."""
+"""The bodies beside the operator's own: the definition's result, and no weight of what was not chosen."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from foldkv.export.operators.experts import grouped_body, routed_experts
+from foldkv.export.operators.experts import bounded_body, grouped_body, routed_experts
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
 
 _HIDDEN, _INNER, _EXPERTS, _CHOSEN, _LIMIT = 12, 10, 6, 3, 0.4
 
 
-@pytest.fixture(scope="module")
-def session() -> onnxruntime.InferenceSession:
+@pytest.fixture(
+    scope="module", params=[grouped_body(), *(bounded_body(tokens) for tokens in (1, 2, 4, 9, 100))],
+    ids=["grouped", "1 at a time", "2 at a time", "4 at a time", "9 at a time", "all at once"],
+)  # fmt: skip
+def session(request: pytest.FixtureRequest) -> onnxruntime.InferenceSession:
     shapes = {
         "x": ["T", _HIDDEN], "chosen": ["T", _CHOSEN], "weights": ["T", _CHOSEN], "w13": [_EXPERTS, 2 * _INNER, _HIDDEN],
         "w2": [_EXPERTS, _HIDDEN, _INNER],
@@ -27,7 +30,7 @@ def session() -> onnxruntime.InferenceSession:
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["T", _HIDDEN])],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[grouped_body()], ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[request.param], ir_version=10)
     onnx.checker.check_model(model)
     return onnxruntime.InferenceSession(model.SerializeToString())
 

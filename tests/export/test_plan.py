@@ -121,13 +121,18 @@ def test_a_chunk_takes_what_the_plan_estimates(
 
 
 def test_the_measured_activations_are_those_of_the_present_formula(tiny_checkpoint: Path) -> None:
-    model = ModelSpec.from_file(tiny_checkpoint)
-    rows = json.loads((BENCHMARKS / "results" / "activations.json").read_text())["rows"]
-    assert {row["backend"] for row in rows} == {"onnxruntime", "tensorrt-rtx"}
+    results = json.loads((BENCHMARKS / "results" / "activations.json").read_text())
+    models = {
+        "tiny-v4": ModelSpec.from_file(tiny_checkpoint), "wide": ModelSpec.from_config(results["models"]["wide"])
+    }  # fmt: skip
+    rows = results["rows"]
+    assert {(row["backend"], row.get("model")) for row in rows} == {
+        ("onnxruntime", None), ("tensorrt-rtx", "tiny-v4"), ("tensorrt-rtx", "wide")
+    }  # fmt: skip
     for row in rows:
         engine = row["backend"] == "tensorrt-rtx"
         plan = activations(
-            model, context=row["context"], batch=row["batch"], chunk=row["chunk"], plugins=row.get("plugins", False),
+            models[row.get("model", "tiny-v4")], context=row["context"], batch=row["batch"], chunk=row["chunk"], plugins=row.get("plugins", False),
             weight_item=2 if engine else 4, room=None if engine else BLOCK_ROOM,
         )  # fmt: skip
         assert plan.total(reuse=engine) == row["planned"]

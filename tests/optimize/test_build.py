@@ -89,6 +89,22 @@ def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, t
     assert not any("norm" in name or "sink" in name or "compressor" in name or "hc_" in name for name in low)
 
 
+@pytest.mark.parametrize(("room", "rounds"), [(1 << 30, False), (3 * 2 * 2 * 64 * 32, True)])
+def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
+    tiny_graph: Path, tmp_path: Path, room: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldkv.export.plan.EXPERT_ROOM", room)
+    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
+    lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89, tokens=64)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    loops = [node for node in model.graph.node if node.op_type == "Loop" and "experts" in str(node)]
+    assert len(loops) == (4 if rounds else 0)
+    for loop in loops:
+        [body] = [attribute.g for attribute in loop.attribute]
+        products = [node for node in body.node if node.op_type == "MatMul"]
+        assert len(products) == 2
+
+
 SMALL = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))
 
 

@@ -80,9 +80,9 @@ def sinks_dropped(model: onnx.ModelProto) -> None:
 
 def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
     """Entries are turned by the position of their window's end, not of its start."""
-    function = functions(model, "FoldkvFinishEntries")
-    rope = next(node for node in function.node if node.op_type == "FoldkvRope")
-    insert_after(function, rope.input[1], "Add", constant(3, "damage_three"))
+    function = functions(model, "FoldkvNewEntries")
+    finish = next(node for node in function.node if node.op_type == "FoldkvFinishEntries")
+    insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
 
 
 def topk_halved(model: onnx.ModelProto) -> None:
