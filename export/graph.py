@@ -64,15 +64,13 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: the checkpoint cannot be exported so; every finding is listed.
-        InputError: ``out`` cannot be written or is the checkpoint, the profile or ``weights`` is unknown, or the model, or
-            the way to write weights, has no such profile.
+        InputError: ``out`` cannot be written or is the checkpoint, the profile or ``weights`` is unknown, or the model has
+            no such profile.
     """
     if weights not in WEIGHT_MODES:
         raise InputError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHT_MODES)}.")
     source = Checkpoint(checkpoint)
     check_profile(profile, source.spec)
-    if profile != HF and weights != "float32":
-        raise InputError(f"profile {profile} is exported with weights in float32; {weights} has the profile {HF} only.")
     if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
     progress(f"reading {len(source.headers)} tensors from {source.folder}")
@@ -105,7 +103,7 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
     work = out.absolute().with_name(f"{out.name}.foldkv-repack")
     with staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
-        model = layered_model(source.spec, placed)
+        model = layered_model(source.spec, placed, profile)
         ir.save(model, folder / MODEL)
         content |= {"operators": operators_of(model), "layers": layer_counts(model)}
         del model

@@ -9,7 +9,7 @@ layer of the model is one node that calls it. Time and memory follow the number 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,17 +20,24 @@ from torch.nn import functional
 
 from foldkv.errors import FoldkvError
 from foldkv.export.model.decoder import CHOSEN, TAP, Layer
+from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.hyper_connections import collapse_last
 from foldkv.export.model.norm import RMSNorm
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.operators import packed, packed_words
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, translation_table
+from foldkv.export.profiles import HF
 from foldkv.export.spec import CSA, HCA, ModelSpec
 from foldkv.export.state import state_tensors
 from foldkv.export.trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
 from foldkv.export.weights import Data, Packed, Plain, Quantised, Source, Weights
 
 PREFIX = "FoldkvLayer"
+#: What layers of a kind have alike and no checkpoint holds: by name in a layer, from the model and the kind of attention.
+_TABLES: dict[str, Callable[[ModelSpec, str], Tensor]] = {
+    "attn.inv_freq": inverse_frequencies,
+    "attn.indexer.hadamard": lambda spec, _: hadamard_matrix(spec.index_head_dim),
+}
 _ARGUMENTS = ("streams", "input_ids", "positions", "num_tokens", "tokens", "active_context")
 # Sizes of the example that is traced; all different, so that no two dynamic sizes are taken for one.
 _BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
@@ -83,8 +90,13 @@ class Kind:
     stored: tuple[tuple[str, object], ...]
 
 
-def layered_model(spec: ModelSpec, weights: Weights) -> ir.Model:
+def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF) -> ir.Model:
     """The model with one function per kind of layer and its weights where ``weights`` says they lie; none is read.
+
+    Args:
+        spec: the model.
+        weights: where each weight lies, and how it is stored.
+        profile: which numerics, see export/profiles.py.
 
     Raises:
         FoldkvError: an operator was lost on the way, which would be an internal fault.
@@ -111,7 +123,7 @@ def layered_model(spec: ModelSpec, weights: Weights) -> ir.Model:
     for layer in range(spec.num_layers):
         kind, sources = _kind(spec, layer, weights)
         if kind not in kinds:
-            kinds[kind] = _add_kind(model, spec, layer, _function_name(kind, kinds), sources)
+            kinds[kind] = _add_kind(model, spec, layer, profile, _function_name(kind, kinds), sources)
         name, parameters = kinds[kind]
         given = {"streams": streams, "tokens": tokens} | inputs
         arguments = [given[argument] for argument in _ARGUMENTS]
@@ -131,7 +143,7 @@ def layered_model(spec: ModelSpec, weights: Weights) -> ir.Model:
     name_dimensions(model, spec)
     model.graph.name, model.producer_name = "decoder", "foldkv"
     model.opset_imports[DOMAIN] = 1
-    _check(model, spec)
+    _check(model, spec, profile)
     return model
 
 
@@ -242,9 +254,9 @@ def _read_sizes_off_ids(model: ir.Model) -> None:
             node.replace_input_with(0, ids)
 
 
-def _traced(spec: ModelSpec, layer: int) -> ir.Model:
+def _traced(spec: ModelSpec, layer: int, profile: str = HF) -> ir.Model:
     with torch.device("meta"):
-        module = Layer(spec, layer)
+        module = Layer(spec, layer, profile)
     module.attn.inv_freq = inverse_frequencies(spec, spec.layer_types[layer])
     dim, rows = _dimensions(), [row for row in state_tensors(spec) if row.layer == layer]
     context = _CAPACITY * max(1, spec.ratios[layer]) + 1
@@ -270,10 +282,10 @@ def _traced(spec: ModelSpec, layer: int) -> ir.Model:
 
 
 def _add_kind(
-    model: ir.Model, spec: ModelSpec, layer: int, name: str, sources: dict[str, Source]
+    model: ir.Model, spec: ModelSpec, layer: int, profile: str, name: str, sources: dict[str, Source]
 ) -> tuple[str, list[str]]:
     """Trace a layer and add it as a function; returns its name and the parameters it takes, in order."""
-    traced = _traced(spec, layer)
+    traced = _traced(spec, layer, profile)
     graph = traced.graph
     for parameter, source in sources.items():
         if isinstance(source, Packed):
@@ -284,7 +296,7 @@ def _add_kind(
     constants = []
     for key in list(graph.initializers):
         value = graph.initializers.pop(key)
-        if key == "attn.inv_freq":
+        if key in _TABLES:
             _as_input(graph, value)
         else:
             assert value.const_value is not None
@@ -459,9 +471,10 @@ def _initializer(
 ) -> ir.Value:
     """The value that a layer gives to a parameter of its function; tables that layers have alike exist once."""
     prefix, _, last = parameter.rpartition(".")
-    if parameter == "attn.inv_freq":
+    if parameter in _TABLES:
         kind = spec.layer_types[layer]
-        return _shared(model, shared, f"inv_freq.{kind}", ir.tensor(inverse_frequencies(spec, kind).numpy()))
+        name = f"{parameter.rpartition('.')[2]}.{kind}"
+        return _shared(model, shared, name, ir.tensor(_TABLES[parameter](spec, kind).numpy()))
     source = sources.get(parameter) or sources[prefix]
     if isinstance(source, Packed) and last == "slots":
         return _shared(
@@ -488,12 +501,12 @@ def _shared(model: ir.Model, known: dict[str, ir.Value], name: str, tensor: ir.T
     return known[name]
 
 
-def _check(model: ir.Model, spec: ModelSpec) -> None:
+def _check(model: ir.Model, spec: ModelSpec, profile: str) -> None:
     found = operators_of(model)
     experts = sum(found.pop(name, 0) for name in (*packed.EXPERTS.values(), "FoldkvRoutedExperts"))
     for name in (packed.EXPONENTS, packed.BLOCK, packed.PARTIAL):
         found.pop(name, None)
-    expected = expected_operators(spec)
+    expected = expected_operators(spec, profile)
     if found | {"FoldkvRoutedExperts": experts} != expected:
         raise FoldkvError(
             f"the stitched graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."

@@ -28,6 +28,7 @@ from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normaliza
 
 from foldkv.export.external import read_lazily
 from foldkv.export.graph import MODEL, WEIGHTS
+from foldkv.export.layers import flat
 from foldkv.export.operators.experts import grouped_body
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.optimize.passes.blocks import read_in_blocks
@@ -42,7 +43,7 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
 
     ``prepare`` may change the model before its operators are inlined.
     """
-    model = read_lazily(ir.load(graph / MODEL), graph)
+    model = flat(read_lazily(ir.load(graph / MODEL), graph))
     prepare(model)
     read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])

@@ -27,6 +27,7 @@ from foldkv.export.weights import Packed, referenced, repacked
 from foldkv.optimize.build import build_bundles
 from foldkv.pipeline import is_export_of
 from foldkv.plugins.inject import inject
+from foldkv.runtime.session import Session
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -96,6 +97,30 @@ def test_in_place_repacked_and_float32_weights_give_the_same_logits(
         np.testing.assert_array_equal(
             logits(shutil.copytree(graph, tmp_path / mode), checkpoint), logits(graph, checkpoint)
         )
+
+
+@linked
+def test_a_served_graph_with_weights_in_place_computes_what_the_float32_export_does(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """As ONNX Runtime runs the packages themselves, and packed rows of a bundle are those of dense ones, to the bit."""
+    made = {
+        mode: export_checkpoint(checkpoint, tmp_path / mode, profile="served", weights=mode)
+        for mode in ("float32", "reference")
+    }
+    have, want = (logits(made[mode], checkpoint) for mode in ("reference", "float32"))
+    np.testing.assert_allclose(have, want, atol=2e-4, rtol=0)
+    whole, stitched = (read_manifest(made[mode], kind=KIND)["operators"] for mode in ("float32", "reference"))
+    experts = whole.pop("FoldkvRoutedExperts")
+    assert whole.items() <= stitched.items() and stitched["FoldkvRoutedExpertsFp4"] == experts
+    tokens = inputs(checkpoint)["input_ids"][0].tolist()
+    found = []
+    for layout in ("dense", "fp8+fp4"):
+        build_bundles(made["reference"], tmp_path / layout, ["cpu"], layout=layout)
+        with Session(tmp_path / layout / "cpu", context=96) as session:
+            found.append(session.prefill([tokens])[0])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], want[0, -1], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("sm", "kept"), [(80, "float32"), (89, "fp8")])
