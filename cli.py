@@ -533,7 +533,7 @@ def _print_assumptions(plans: list[TargetPlan]) -> None:
         )
     if any(plan.activations.largest == "experts" for plan in plans):
         click.echo(
-            "Activations are estimates, largest where the experts' weights are gathered per token: a smaller --chunk lowers them."
+            "Activations are estimates; in engines at most 1 GiB of them are weights of experts, gathered for a few tokens at a time."
         )
     else:
         click.echo("Activations are estimates, largest in attention: they follow chunk and context.")
