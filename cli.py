@@ -492,7 +492,7 @@ def _plan_targets(
     formats = [f"{name}, {_size(size)}" for name, size in weights.items()]
     rows = [["target", "memory", "rows", "caches", "activations", *formats]]
     for plan in plans:
-        sizes = [_size(plan.capacity), plan.layout, _size(plan.memory.total), _size(plan.activation_bytes)]
+        sizes = [_size(plan.capacity), plan.layout, _size(plan.caches), _size(plan.activation_bytes)]
         rows.append([plan.target.name, *sizes, *(_verdict(plan, name) for name in weights)])
     _table(rows, numbers=(1, 3, 4))
     _print_disk_and_time(plans, graph_bytes(spec), export)

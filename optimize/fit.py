@@ -38,6 +38,7 @@ class TargetPlan:
         capacity: memory of one GPU, or of this machine for the cpu target.
         layout: of cache rows, as ``build`` names it.
         memory: the caches.
+        copies: of the caches: two in engines without plugins, whose function bodies do not write in place (runtime/engine.py).
         activations: of a chunk, at their largest moments.
         weights: by format that the target keeps, from wide to narrow. ``foldkv build`` writes the first from a package with
             weights in float32, the format of the checkpoint from one with weights as stored.
@@ -49,6 +50,7 @@ class TargetPlan:
     capacity: int
     layout: str
     memory: MemoryPlan
+    copies: int
     activations: Activations
     weights: dict[str, int]
     bundle: int
@@ -60,9 +62,14 @@ class TargetPlan:
         return self.activations.total(reuse=self.target.sm is not None)
 
     @property
+    def caches(self) -> int:
+        """What the caches take, in all copies."""
+        return self.memory.total * self.copies
+
+    @property
     def replicated(self) -> int:
         """What every GPU holds in full."""
-        return self.memory.total + self.activation_bytes
+        return self.caches + self.activation_bytes
 
     def over(self, format_: str) -> int:
         """Bytes by which one device is too small; 0 if the model fits on it."""
@@ -78,7 +85,7 @@ class TargetPlan:
         gpu = self.target.sm is not None
         return {
             "target": self.target.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
-            "caches": {"groups": self.memory.groups, "total": self.memory.total},
+            "caches": {"groups": self.memory.groups, "copies": self.copies, "total": self.caches},
             "activations": {**asdict(self.activations), "total": self.activation_bytes, "estimate": True},
             "weights": self.weights, "built_in": next(iter(self.weights)),
             "over": {name: self.over(name) for name in self.weights},
@@ -128,6 +135,7 @@ def plan_target(
         capacity=target.memory_gib << 30 if target.memory_gib else _machine_memory(),
         layout=layout,
         memory=plan_memory(spec, context=context, batch=batch, layout=rows),
+        copies=2 if gpu and not plugins else 1,
         # Of a package with weights in float32, whose experts take most.
         activations=activations(
             spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4,

@@ -145,7 +145,7 @@ PLUGINS: dict[str, PluginSpec] = {
             rows=_MAIN,
         ),
         PluginSpec(
-            "FoldkvCompress", "1",
+            "FoldkvCompress", "2",
             inputs=_COMPRESSED,
             outputs=(_ENTRIES, *_CARRIES),
             attributes={"ratio": int, "eps": float},
@@ -153,7 +153,7 @@ PLUGINS: dict[str, PluginSpec] = {
             rows=_MAIN | _INDEX,
         ),
         PluginSpec(
-            "FoldkvCompressFp8", "1",
+            "FoldkvCompressFp8", "2",
             inputs=_COMPRESSED,
             outputs=(_ENTRIES, *_CARRIES),
             attributes={"rotary": int, "ratio": int, "eps": float},
@@ -161,7 +161,7 @@ PLUGINS: dict[str, PluginSpec] = {
             rows=_MAIN,
         ),
         PluginSpec(
-            "FoldkvCompressFp4", "1",
+            "FoldkvCompressFp4", "2",
             inputs=(*_COMPRESSED, TensorSpec("hadamard", ("D", "D"))),
             outputs=(_ENTRIES, *_CARRIES),
             attributes={"ratio": int, "eps": float},

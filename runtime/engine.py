@@ -1,14 +1,16 @@
-"""Run a bundle's TensorRT or TensorRT-RTX engine: state on the GPU, updated in place; neither torch nor Triton.
+"""Run a bundle's TensorRT or TensorRT-RTX engine: state on the GPU; neither torch nor Triton.
 
-The engine's plugins launch the kernels that the bundle carries. ``past.X`` and ``present.X`` are one buffer, as the
-plugins' aliases want it. Small inputs and the logits go through buffers that are made once per shape.
+The engine's plugins launch the kernels that the bundle carries. Of state that a plugin updates, ``past.X`` and ``present.X`` are
+one buffer, as its alias wants it. What a function body computes is compiled for inputs and outputs that do not overlap:
+there they are two buffers, which change places after every run. Small inputs and the logits go through buffers that are made
+once per shape.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,36 +22,68 @@ from foldkv.plugins.tensorrt import provide_kernels, register_plugins
 from foldkv.runtime.backend import FloatArray, IntArray
 from foldkv.runtime.bundle import ENGINE_MODULES, Bundle
 from foldkv.runtime.plugins import bundle_kernels
-from foldkv.runtime.state import STATE_TYPES, StateSpec, StateTensor, fill_value, plan_bytes
+from foldkv.runtime.state import STATE_TYPES, StateSpec, StateTensor, fill_value
+
+
+def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
+    """Names of the state tensors whose writer is one of the operators ``plugins``; the others are a function body's to write."""
+    online = {tensor.layer for tensor in spec.tensors if tensor.group == "carry"}
+    names = set()
+    for tensor in spec.tensors:
+        writer = "FoldkvCompressOnline" if tensor.layer in online else "FoldkvCompress"
+        writers = {"FoldkvWindowUpdate"} if tensor.group == "window" else {writer, f"{writer}Fp8"}
+        if tensor.group.startswith("index_"):
+            writers = {"FoldkvCompress", "FoldkvCompressFp4"}
+        if writers & set(plugins):
+            names.add(tensor.name)
+    return names
 
 
 class DeviceBuffers:
-    """The state in GPU memory: one contiguous buffer per tensor, at the same address for its whole life."""
+    """The state in GPU memory: one contiguous buffer per tensor, and a second one where it is not updated in place.
 
-    def __init__(self, driver: Any, spec: StateSpec, context: int, batch: int) -> None:
-        """Allocate and fill.
+    ``addresses`` is where the state lies, ``targets`` where the next run writes it.
+    """
+
+    def __init__(self, driver: Any, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
+        """Allocate and fill. ``in_place`` are the names of tensors that need no second buffer.
 
         Raises:
             InputError: the GPU cannot hold the state.
         """
         self._driver, self.spec, self._context, self._batch = driver, spec, context, batch
         self.addresses: dict[str, int] = {}
-        for tensor in spec.tensors:
+        self._second: dict[str, int] = {}
+        places = [(tensor, self.addresses) for tensor in spec.tensors]
+        places += [(tensor, self._second) for tensor in spec.tensors if tensor.name not in in_place]
+        for tensor, addresses in places:
             status, address = driver.cuMemAlloc(tensor.bytes(context, batch))
             if int(status) != 0:
                 self.close()
-                need = sum(plan_bytes(spec, context, batch).values())
+                need = sum(one.bytes(context, batch) for one, _ in places)
                 raise InputError(
                     f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
                     "which the GPU cannot give. Choose a smaller context or batch."
                 )
-            self.addresses[tensor.name] = int(address)
+            addresses[tensor.name] = int(address)
+        for tensor in spec.tensors:
             self._fill(tensor, 0, batch * tensor.capacity(context))
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return sum(tensor.bytes(self._context, self._batch) for tensor in self.spec.tensors)
+        sizes = {tensor.name: tensor.bytes(self._context, self._batch) for tensor in self.spec.tensors}
+        return sum(sizes.values()) + sum(sizes[name] for name in self._second)
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Where the next run writes each tensor."""
+        return self.addresses | self._second
+
+    def written(self) -> None:
+        """A run has written the state: where it wrote is where the state lies now."""
+        for name, address in self._second.items():
+            self._second[name], self.addresses[name] = self.addresses[name], address
 
     def clear(self, slot: int, tokens: int) -> None:
         """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
@@ -78,9 +112,9 @@ class DeviceBuffers:
 
     def close(self) -> None:
         """Free the memory."""
-        for address in self.addresses.values():
+        for address in (*self.addresses.values(), *self._second.values()):
             check(self._driver, self._driver.cuMemFree(address))
-        self.addresses = {}
+        self.addresses, self._second = {}, {}
 
     def _row(self, tensor: StateTensor, row: int) -> int:
         return self.addresses[tensor.name] + row * tensor.width * STATE_TYPES[tensor.dtype].item_bytes
@@ -126,13 +160,13 @@ class EngineExecutor:
         self._on_host = {
             name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
         }
-        self.buffers = DeviceBuffers(driver, bundle.state, context, batch)
+        plugins = [row["name"] for row in bundle.manifest.get("plugins") or []]
+        in_place = updated_in_place(bundle.state, plugins)
+        self.buffers = DeviceBuffers(driver, bundle.state, context, batch, in_place=in_place)
         self._small: dict[str, tuple[int, int]] = {}  # name to device address and bytes
         for tensor in bundle.state.tensors:
             shape = (batch, tensor.capacity(context), tensor.width)
             self._set_shape(tensor.input, shape)
-            for name in (tensor.input, tensor.output):
-                self._execution.set_tensor_address(name, self.buffers.addresses[tensor.name])
 
     def run(
         self,
@@ -165,6 +199,10 @@ class EngineExecutor:
                 address = self._space(name, array.nbytes)
                 copied = self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream)
                 check(self._driver, copied)
+        targets = self.buffers.targets
+        for tensor in self._bundle.state.tensors:
+            self._execution.set_tensor_address(tensor.input, self.buffers.addresses[tensor.name])
+            self._execution.set_tensor_address(tensor.output, targets[tensor.name])
         logits = np.empty((self._batch, logit_indices.shape[1], self._bundle.model.vocab_size), np.float32)
         address = self._space(names.logits, logits.nbytes)
         if not self._execution.execute_async_v3(self._stream):
@@ -174,6 +212,7 @@ class EngineExecutor:
             )
         check(self._driver, self._driver.cuMemcpyDtoHAsync(logits.ctypes.data, address, logits.nbytes, self._stream))
         check(self._driver, self._driver.cuStreamSynchronize(self._stream))
+        self.buffers.written()
         return logits
 
     def close(self) -> None:

@@ -125,7 +125,8 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state buffers; equals the sum of :func:`foldkv.runtime.state.plan_bytes`."""
+        """Bytes of the state buffers: the sum of :func:`foldkv.runtime.state.plan_bytes`, and again what an engine's function
+        bodies write, which takes a second buffer."""
         return self._buffers.bytes
 
     # Feeding tokens

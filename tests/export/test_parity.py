@@ -95,7 +95,7 @@ def test_prefill_then_decode_continues_transformers_own_cache(pair: tuple[Deepse
 
 def test_the_caches_are_those_of_transformers(pair: tuple[DeepseekV4ForCausalLM, Decoder]) -> None:
     reference, decoder = pair
-    length = 47  # a prime, so that every window is open
+    length = 47  # a prime, so that every window of more than one token is open
     ids = tokens(length, seed=4)
     cache = DynamicCache(config=reference.config)
     reference(ids, past_key_values=cache)

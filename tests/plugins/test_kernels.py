@@ -237,7 +237,7 @@ DEFINITIONS = {
 @pytest.mark.parametrize(
     ("start", "real", "chunk"),
     [([0], [1], 1), ([3, 7, 0], [1, 1, 1], 1), ([15, 2], [1, 0], 1), ([2, 9], [11, 3], 11), ([1, 30], [40, 37], 41),
-     ([16, 32], [16, 33], 33)],
+     ([16, 32], [16, 33], 33), ([5, 20], [14, 20], 20)],
 )  # fmt: skip
 def test_compress(operator: str, ratio: int, dtype: str, start: list[int], real: list[int], chunk: int) -> None:
     inputs = compress_inputs(operator, start, real, chunk, ratio, dtype)
@@ -446,7 +446,7 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
         ("FoldkvCompress", 32, DENSE, None, "carries of 4 rows by 32 do not belong"),
     ],
 )
-def test_sizes_that_cannot_be_rounded_are_refused(
+def test_sizes_that_no_kernel_takes_are_refused(
     operator: str, width: int, rows: str, rotary: int | None, reason: str
 ) -> None:
     sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": width, "T": 4, "D": width, "P": 8}

@@ -15,7 +15,8 @@ from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError, MissingDependencyError
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
-from foldkv.runtime.engine import DeviceBuffers
+from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.engine import DeviceBuffers, updated_in_place
 from foldkv.runtime.session import Session
 from foldkv.runtime.state import StateBuffers, StateSpec, StateTensor
 
@@ -51,7 +52,7 @@ def test_a_session_over_an_engine_decodes_as_one_over_a_graph(
     folder = make_bundle(tiny_bundle, tmp_path)
     with Session(folder, context=256, batch=2) as ours, Session(tiny_bundle, context=256, batch=2, chunk=16) as theirs:
         assert ours.chunk == 16  # what the engine was built for
-        assert ours.state_bytes == theirs.state_bytes
+        assert ours.state_bytes == 2 * theirs.state_bytes, "what bodies write does not lie where they read"
         np.testing.assert_allclose(ours.prefill(PROMPTS), theirs.prefill(PROMPTS), atol=1e-4)
         snapshot = ours.snapshot()
         first = [ours.decode([65, 66]) for _ in range(5)]
@@ -64,6 +65,23 @@ def test_a_session_over_an_engine_decodes_as_one_over_a_graph(
         np.testing.assert_allclose(ours.forward([[], [70, 71]])[1], theirs.forward([[], [70, 71]])[1], atol=1e-4)
         assert ours.generate(PROMPTS, max_new_tokens=8) == theirs.generate(PROMPTS, max_new_tokens=8)
     assert gpu.blocks == {}, "every byte is given back"
+
+
+def test_only_state_that_a_plugin_writes_is_one_buffer(tiny_bundle: Path, gpu: HostDriver) -> None:
+    state = load_bundle(tiny_bundle).state
+    names = {tensor.name for tensor in state.tensors}
+    written = {"FoldkvWindowUpdate", "FoldkvCompress", "FoldkvCompressOnline", "FoldkvSparseAttention"}
+    assert updated_in_place(state, written) == names and updated_in_place(state, []) == set()
+    served = {"FoldkvWindowUpdate", "FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
+    assert updated_in_place(state, served) == names
+    assert updated_in_place(state, ["FoldkvCompressOnline"]) == {"2.entries", "2.carry"}
+    buffers = DeviceBuffers(gpu, state, 256, 1, in_place=["2.carry"])
+    before, targets = dict(buffers.addresses), buffers.targets
+    assert {name for name in names if before[name] == targets[name]} == {"2.carry"}
+    buffers.written()
+    assert buffers.addresses == targets and buffers.targets == before
+    buffers.close()
+    assert gpu.blocks == {}
 
 
 def test_the_default_context_is_what_the_engine_was_built_for(
@@ -115,8 +133,8 @@ def test_device_buffers_hold_what_host_buffers_hold(dtype: str) -> None:
             StateTensor("0.entries", 0, "entries", "past.1", "present.1", None, 4, 6, dtype, fill),
         )
     )
-    driver = HostDriver()
-    ours, theirs = DeviceBuffers(driver, spec, 64, 3), StateBuffers(spec, 64, 3)
+    driver, names = HostDriver(), [tensor.name for tensor in spec.tensors]
+    ours, theirs = DeviceBuffers(driver, spec, 64, 3, in_place=names), StateBuffers(spec, 64, 3)
     assert ours.bytes == theirs.bytes == sum(block.numel() for block in driver.blocks.values())
     rng = np.random.default_rng(0)
     written = [rng.integers(0, 100, copy.shape).astype(copy.dtype) for copy in theirs.copy_used([40, 40, 40])]

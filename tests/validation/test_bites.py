@@ -113,6 +113,21 @@ def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
     insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
 
 
+def rope_of_heavy_entries_shifted(model: onnx.ModelProto) -> None:
+    """The same in HCA's compression."""
+    function = functions(model, "FoldkvCompressOnline")
+    finish = next(node for node in function.node if node.op_type == "FoldkvFinishEntries")
+    insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
+
+
+def carry_ignored(model: onnx.ModelProto) -> None:
+    """A window that began in an earlier chunk forgets its tokens there: no flaw while a text is one chunk."""
+    function = functions(model, "FoldkvMergeOnline")
+    sums = next(node for node in function.node if node.op_type == "FoldkvOnlineSums")
+    no = onnx.helper.make_node("Constant", [], ["damage_no"], value=numpy_helper.from_array(np.array(False)))
+    insert_after(function, sums.input[3], "And", no)
+
+
 def topk_halved(model: onnx.ModelProto) -> None:
     """Only the first half of the chosen entries is attended to."""
     for node in nodes(model, "FoldkvSparseAttention"):
@@ -171,6 +186,8 @@ def test_the_whole_bundle_passes_and_its_report_is_complete(
         (entries_off_by_one, {"kl-mean", "retrieval", "retrieval-test"}, 1),
         (sinks_dropped, {"kl-mean", "logits"}, 0),
         (rope_of_entries_shifted, {"kl-mean", "logits"}, 1),
+        (rope_of_heavy_entries_shifted, {"kl-mean", "logits"}, 2),
+        (carry_ignored, {"chunks"}, None),
         (topk_halved, {"kl-mean", "logits"}, 1),
         (one_expert_swapped, {"kl-mean", "logits", "top1"}, 1),
         (unwritten_rows_read, {"finite", "kl-mean", "top1"}, None),
