@@ -252,6 +252,23 @@ def test_compress(operator: str, ratio: int, dtype: str, start: list[int], real:
     compare_carries(operator, found[1:], expected[1:], start, real, ratio)
 
 
+@COMPRESSING
+def test_windows_past_the_capacity_are_not_written(operator: str, ratio: int) -> None:
+    """Row 4 of the first sequence would be row 0 of the second, which gets no token."""
+    inputs = compress_inputs(operator, [3 * ratio, 0], [2 * ratio + 1, 0], 2 * ratio + 1, ratio, "float32")
+    inputs[0] = inputs[0][:, :4].contiguous()
+    found = run(operator, inputs, ratio=ratio, eps=1e-6)[0]
+    expected = DEFINITIONS[operator][0](*inputs, ratio, 1e-6)[0]
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found[1], inputs[0][1]) and not torch.equal(found[0, 3], inputs[0][0, 3])
+
+
+def test_a_bias_of_another_ratio_is_refused() -> None:
+    sizes = {"B": 1, "S": 1, "E": 8, "T": 8, "D": 32, "P": 8}
+    with pytest.raises(ValueError, match="a bias of 8 rows does not belong to ratio 4"):
+        plan("FoldkvCompressOnline", sizes, {"ratio": 4, "eps": 1e-6}, sm=80, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("start", [5, 16])
 def test_a_sequence_without_tokens_keeps_every_bit_of_its_online_carry(start: int) -> None:
     inputs = compress_inputs("FoldkvCompressOnline", [start, 3], [0, 20], 20, 16, "float32")
