@@ -24,17 +24,24 @@ from foldkv.runtime.bundle import ENGINE_MODULES, Bundle
 from foldkv.runtime.plugins import bundle_kernels
 from foldkv.runtime.state import STATE_TYPES, StateSpec, StateTensor, fill_value
 
+_ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
+_MAIN, _INDEX = (frozenset({"FoldkvCompress", f"FoldkvCompress{suffix}"}) for suffix in ("Fp8", "Fp4"))
+#: Operators that write a group of the state. Entries are written with their layer's carry.
+_WRITERS = {
+    "window": frozenset({"FoldkvWindowUpdate"}), "carry": _ONLINE, **dict.fromkeys(("carry_kv", "carry_gate"), _MAIN),
+    **dict.fromkeys(("index_entries", "index_carry_kv", "index_carry_gate"), _INDEX),
+}  # fmt: skip
+
 
 def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
     """Names of the state tensors whose writer is one of the operators ``plugins``; the others are a function body's to write."""
     online = {tensor.layer for tensor in spec.tensors if tensor.group == "carry"}
     names = set()
     for tensor in spec.tensors:
-        writer = "FoldkvCompressOnline" if tensor.layer in online else "FoldkvCompress"
-        writers = {"FoldkvWindowUpdate"} if tensor.group == "window" else {writer, f"{writer}Fp8"}
-        if tensor.group.startswith("index_"):
-            writers = {"FoldkvCompress", "FoldkvCompressFp4"}
-        if writers & set(plugins):
+        group = tensor.group
+        if group == "entries":
+            group = "carry" if tensor.layer in online else "carry_kv"
+        if not _WRITERS.get(group, frozenset()).isdisjoint(plugins):
             names.add(tensor.name)
     return names
 
@@ -167,6 +174,8 @@ class EngineExecutor:
         for tensor in bundle.state.tensors:
             shape = (batch, tensor.capacity(context), tensor.width)
             self._set_shape(tensor.input, shape)
+        self._bind(bundle.state.tensors)
+        self._moving = [tensor for tensor in bundle.state.tensors if tensor.name not in in_place]
 
     def run(
         self,
@@ -199,10 +208,6 @@ class EngineExecutor:
                 address = self._space(name, array.nbytes)
                 copied = self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream)
                 check(self._driver, copied)
-        targets = self.buffers.targets
-        for tensor in self._bundle.state.tensors:
-            self._execution.set_tensor_address(tensor.input, self.buffers.addresses[tensor.name])
-            self._execution.set_tensor_address(tensor.output, targets[tensor.name])
         logits = np.empty((self._batch, logit_indices.shape[1], self._bundle.model.vocab_size), np.float32)
         address = self._space(names.logits, logits.nbytes)
         if not self._execution.execute_async_v3(self._stream):
@@ -213,6 +218,7 @@ class EngineExecutor:
         check(self._driver, self._driver.cuMemcpyDtoHAsync(logits.ctypes.data, address, logits.nbytes, self._stream))
         check(self._driver, self._driver.cuStreamSynchronize(self._stream))
         self.buffers.written()
+        self._bind(self._moving)
         return logits
 
     def close(self) -> None:
@@ -226,6 +232,13 @@ class EngineExecutor:
             check(self._driver, self._driver.cuStreamDestroy(self._stream))
             check(self._driver, self._driver.cuDevicePrimaryCtxRelease(self._device))
             self._small, self._stream = {}, 0
+
+    def _bind(self, tensors: Sequence[StateTensor]) -> None:
+        """Let the next run read and write these tensors where the buffers are."""
+        targets = self.buffers.targets
+        for tensor in tensors:
+            self._execution.set_tensor_address(tensor.input, self.buffers.addresses[tensor.name])
+            self._execution.set_tensor_address(tensor.output, targets[tensor.name])
 
     def _set_shape(self, name: str, shape: Sequence[int]) -> None:
         if not self._execution.set_input_shape(name, tuple(shape)):
