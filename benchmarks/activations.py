@@ -30,8 +30,6 @@ from foldkv.export.spec import ModelSpec
 from foldkv.optimize.build import PLAN, build_bundles
 from foldkv.optimize.spec import Shapes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "activations.json"
 #: (batch, chunk, context): where the experts, the window's logits, or blocks of the indexer take most.
@@ -95,7 +93,7 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
     if measure:
         click.echo(chunk_bytes(Path(measure[0]), *map(int, measure[1:])))
         return
-    from checkpoints import random_checkpoint
+    from checkpoints import random_checkpoint  # moe.py puts tests/support on the path
 
     spec = ModelSpec.from_file(checkpoint)
     rows = []

@@ -281,33 +281,31 @@ def _window_update(call: _Call) -> Plan:
 
 def _compress(call: _Call) -> Plan:
     windows = call.arithmetic.cdiv(call["S"], call.attributes["ratio"])
-    constants = _entry(call) | {"BM": min(8, _power(call["R"])), "BC": _power(call["C"]), "BR": 4}
+    tiles = {"BM": min(8, _power(call["R"])), "BC": _power(call["C"]), "BR": 4}
     mixed = _VALUES[call.spec.operator] == INDEX_FP4
     function = "compress.compress_mixed" if mixed else "compress.compress"
-    grid = (call.arithmetic.maximum(windows - 1, 1), call["B"], 1)
-    warps = 4 if call["D"] <= 256 else 8
-    return Plan((call.launch(function, grid, constants, extras=("S", "E"), warps=warps),))
+    return _entries(call, function, call.arithmetic.maximum(windows - 1, 1), tiles)
 
 
 def _compress_online(call: _Call) -> Plan:
     ratio = call.attributes["ratio"]
-    constants = _entry(call) | {"BM": min(8, _power(ratio))}
-    grid = (call.arithmetic.cdiv(call["S"], ratio), call["B"], 1)
-    warps = 4 if call["D"] <= 256 else 8
-    launch = call.launch("compress_online.compress_online", grid, constants, extras=("S", "E"), warps=warps)
-    return Plan((launch,))
+    tiles = {"BM": min(8, _power(ratio))}
+    return _entries(call, "compress_online.compress_online", call.arithmetic.cdiv(call["S"], ratio), tiles)
 
 
-def _entry(call: _Call) -> dict[str, int | float | str]:
-    """How a merged window becomes a row, as constants (plugins/kernels/entry.py)."""
-    values = _VALUES[call.spec.operator]
-    constants = {
-        "RATIO": call.attributes["ratio"], "D": call["D"], "BD": _power(call["D"]), "HALF": call["P"],
+def _entries(call: _Call, function: str, programs: Any, tiles: dict[str, int]) -> Plan:
+    """A compressing kernel with that many programs a sequence; how a window becomes a row is plugins/kernels/entry.py's."""
+    values, width = _VALUES[call.spec.operator], call["D"]
+    constants: dict[str, int | float | str] = {
+        "RATIO": call.attributes["ratio"], "D": width, "BD": _power(width), "HALF": call["P"],
         "EPS": call.attributes["eps"],
     } | call.row  # fmt: skip
-    if call.rows != DENSE:  # packing rounds: an operator of either profile has the same kernel then
-        return constants | {"VALUES": DENSE}
-    return constants | {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
+    if call.rows == DENSE:
+        constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
+    else:  # packing rounds: an operator of either profile has the same kernel then
+        constants |= {"VALUES": DENSE}
+    grid, warps = (programs, call["B"], 1), 4 if width <= 256 else 8
+    return Plan((call.launch(function, grid, constants | tiles, extras=("S", "E"), warps=warps),))
 
 
 def _index_scores(call: _Call) -> Plan:
@@ -425,7 +423,8 @@ def _dense_attention(call: _Call) -> Plan:
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
     "FoldkvWindowUpdate": _window_update,
-    **{name: _compress_online if "Online" in name else _compress for name in _VALUES},
+    **dict.fromkeys(("FoldkvCompress", "FoldkvCompressFp8", "FoldkvCompressFp4"), _compress),
+    **dict.fromkeys(("FoldkvCompressOnline", "FoldkvCompressOnlineFp8"), _compress_online),
     "FoldkvIndexScores": _index_scores,
     "FoldkvIndexSelect": _index_select,
     "FoldkvWindowAttention": _window_attention,

@@ -30,15 +30,15 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
             calls.append(OperatorCall("FoldkvWindowAttention", "window", attended, {}))
         elif kind == HCA:
             calls += [
-                _compress_online(spec, profile, ratio),
+                _compress(spec, profile, "entries", ratio, online=True),
                 OperatorCall("FoldkvDenseAttention", "entries", attended, attributes),
             ]
         elif kind == CSA:
             scored = {"H": spec.index_heads, "D": spec.index_head_dim}
             selected = {"ratio": ratio, "topk": spec.index_topk}
             calls += [
-                _compress(spec, profile, "entries", ratio, width),
-                _compress(spec, profile, "index_entries", ratio, spec.index_head_dim),
+                _compress(spec, profile, "entries", ratio),
+                _compress(spec, profile, "index_entries", ratio),
                 OperatorCall("FoldkvIndexScores", "index_entries", scored, attributes),
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
@@ -46,22 +46,18 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
     return calls
 
 
-def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, width: int) -> OperatorCall:
-    sizes = {"R": 2 * ratio, "C": 2 * width, "T": ratio, "D": width, "P": spec.rope_dim // 2}
+def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, *, online: bool = False) -> OperatorCall:
+    width = spec.head_dim if group == "entries" else spec.index_head_dim
+    sizes = {"T": ratio, "D": width, "P": spec.rope_dim // 2}
     attributes: dict[str, Any] = {"ratio": ratio, "eps": spec.rms_norm_eps}
+    operator = "FoldkvCompressOnline" if online else "FoldkvCompress"
+    if not online:  # the rings of two series
+        sizes |= {"R": 2 * ratio, "C": 2 * width}
     if profile != SERVED:
-        return OperatorCall("FoldkvCompress", group, sizes, attributes)
+        return OperatorCall(operator, group, sizes, attributes)
     if group == "entries":
-        return OperatorCall("FoldkvCompressFp8", group, sizes, {"rotary": spec.rope_dim, **attributes})
-    return OperatorCall("FoldkvCompressFp4", group, sizes, attributes)
-
-
-def _compress_online(spec: ModelSpec, profile: str, ratio: int) -> OperatorCall:
-    sizes = {"T": ratio, "D": spec.head_dim, "P": spec.rope_dim // 2}
-    attributes: dict[str, Any] = {"ratio": ratio, "eps": spec.rms_norm_eps}
-    if profile != SERVED:
-        return OperatorCall("FoldkvCompressOnline", "entries", sizes, attributes)
-    return OperatorCall("FoldkvCompressOnlineFp8", "entries", sizes, {"rotary": spec.rope_dim, **attributes})
+        return OperatorCall(f"{operator}Fp8", group, sizes, {"rotary": spec.rope_dim, **attributes})
+    return OperatorCall(f"{operator}Fp4", group, sizes, attributes)
 
 
 def model_kernels(

@@ -16,7 +16,7 @@ from onnxscript import FLOAT, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.grouped import CONSTANTS, grouped_experts
+from foldkv.export.operators.grouped import CONSTANTS, clamped_swiglu, grouped_experts
 from foldkv.export.operators.packed import _function
 from foldkv.export.operators.registry import OPSET, operator
 
@@ -85,12 +85,7 @@ def grouped_body() -> onnx.FunctionProto:
                 own_w13 = Gather <axis = 0> (w13, own)
                 own_both = MatMul (own_w13, column)
                 own_gate, own_up = Split <axis = 1, num_outputs = 2> (own_both)
-                own_clamped = Min (own_gate, limit)
-                own_sigmoid = Sigmoid (own_clamped)
-                own_silu = Mul (own_clamped, own_sigmoid)
-                own_top = Min (own_up, limit)
-                own_bounded = Max (own_top, low)
-                own_hidden = Mul (own_silu, own_bounded)
+                {clamped_swiglu("own_")}
                 own_w2 = Gather <axis = 0> (w2, own)
                 own_down = MatMul (own_w2, own_hidden)
                 own_rows = Squeeze (own_down, third)
@@ -109,7 +104,7 @@ def bounded_body(tokens: int) -> onnx.FunctionProto:
     A chunk of T tokens is taken in groups of min(T, tokens). The last group is filled up with the last token, whose copies
     are cut off: every round has the same sizes, as TensorRT wants it. Products run in the weights' type.
     """
-    body = """
+    body = f"""
         limit = Constant <value_float: float = @limit> ()
         low = Neg (limit)
         sizes = Shape <start = 0, end = 1> (x)
@@ -120,8 +115,8 @@ def bounded_body(tokens: int) -> onnx.FunctionProto:
         rounded = Add (last, group)
         rounds = Div (rounded, group)
         offsets = Range (zero, group, one)
-        always = Constant <value = bool {1}> ()
-        rows = Loop (rounds, always) <body = some_tokens (int64 number, bool go) => (bool more, float[G, C] some) {
+        always = Constant <value = bool {{1}}> ()
+        rows = Loop (rounds, always) <body = some_tokens (int64 number, bool go) => (bool more, float[G, C] some) {{
             more = Identity (go)
             begin = Mul (number, group)
             beyond = Add (offsets, begin)
@@ -135,12 +130,7 @@ def bounded_body(tokens: int) -> onnx.FunctionProto:
             product = MatMul (own_w13, narrow)
             both = Cast <to = 1> (product)
             gate, up = Split <axis = 2, num_outputs = 2> (both)
-            clamped = Min (gate, limit)
-            sigmoid = Sigmoid (clamped)
-            silu = Mul (clamped, sigmoid)
-            top = Min (up, limit)
-            bounded = Max (top, low)
-            hidden = Mul (silu, bounded)
+            {clamped_swiglu()}
             own_w2 = Gather <axis = 0> (w2, experts)
             hidden_narrow = CastLike (hidden, w2)
             down_product = MatMul (own_w2, hidden_narrow)
@@ -149,7 +139,7 @@ def bounded_body(tokens: int) -> onnx.FunctionProto:
             share = Unsqueeze (shares, share_axis)
             weighted = Mul (flat, share)
             some = ReduceSum <keepdims = 0> (weighted, expert_axis)
-        }>
+        }}>
         shape = Concat <axis = 0> (all, width)
         padded = Reshape (rows, shape)
         y = Slice (padded, first, sizes, first)

@@ -15,6 +15,21 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+def clamped_swiglu(own: str = "") -> str:
+    """Statements from ``gate`` and ``up`` and the scalars ``limit`` and ``low`` = -limit to ``hidden``, all of one shape.
+
+    ``own`` goes before every name but the scalars', where a body has two of these.
+    """
+    return f"""
+            {own}clamped = Min ({own}gate, limit)
+            {own}sigmoid = Sigmoid ({own}clamped)
+            {own}silu = Mul ({own}clamped, {own}sigmoid)
+            {own}top = Min ({own}up, limit)
+            {own}bounded = Max ({own}top, low)
+            {own}hidden = Mul ({own}silu, {own}bounded)
+    """
+
+
 def grouped_experts(gate_and_up: str, down: str, name: str = "y") -> str:
     """Statements from x [T, C], chosen [T, K], weights [T, K] and the scalars ``limit`` and ``low`` = -limit to y [T, C].
 
@@ -44,12 +59,7 @@ def grouped_experts(gate_and_up: str, down: str, name: str = "y") -> str:
             input = Gather <axis = 0> (x, tokens)
             columns = Transpose <perm = [1, 0]> (input)
             {gate_and_up}
-            clamped = Min (gate, limit)
-            sigmoid = Sigmoid (clamped)
-            silu = Mul (clamped, sigmoid)
-            top = Min (up, limit)
-            bounded = Max (top, low)
-            hidden = Mul (silu, bounded)
+            {clamped_swiglu()}
             {down}
             weighted = Mul (down, share)
             rows = Transpose <perm = [1, 0]> (weighted)

@@ -17,6 +17,7 @@ import onnx
 import torch
 
 from foldkv.export.formats import FP4, byte_pairs, byte_values, scale_values
+from foldkv.export.operators.grouped import clamped_swiglu
 from foldkv.export.operators.packed import EXPERTS, PARTS, Matrix, _function
 
 #: Bytes in a word.
@@ -113,12 +114,7 @@ def routed_experts_words(format_: str, matrices: Mapping[str, Matrix], dtype: st
             up_product = MatMul (w3, column)
             gate = Cast <to = 1> (gate_product)
             up = Cast <to = 1> (up_product)
-            clamped = Min (gate, limit)
-            sigmoid = Sigmoid (clamped)
-            silu = Mul (clamped, sigmoid)
-            top = Min (up, limit)
-            bounded = Max (top, low)
-            hidden = Mul (silu, bounded)
+            {clamped_swiglu()}
             hidden_narrow = Cast <to = {to}> (hidden)
             down_product = MatMul (w2, hidden_narrow)
             down = Cast <to = 1> (down_product)

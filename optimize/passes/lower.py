@@ -119,8 +119,10 @@ def lowered_graph(
 def _bound_experts(model: ir.Model, graph: Path, tokens: int, dtype: ir.DataType) -> None:
     """Let an engine gather the experts' weights of a few tokens at a time, where those of ``tokens`` would be too many."""
     at_once = gathered_tokens(ModelSpec.from_file(graph / CONFIG), int(dtype.itemsize))
+    if tokens <= at_once:
+        return
     body = ir.serde.deserialize_function(bounded_body(at_once))
-    if body.identifier() in model.functions and tokens > at_once:
+    if body.identifier() in model.functions:
         model.functions[body.identifier()] = body
 
 

@@ -11,7 +11,7 @@ reads what it overwrites, so that state may be updated in place within one launc
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.entry import write_entry
+from foldkv.plugins.kernels.entry import gather_scored, write_entry
 
 
 @triton.jit
@@ -45,13 +45,7 @@ def _close(
             value = tl.load(carry_kv + b * SPAN * C + held, mask=old, other=0.0)
             value += tl.load(kv + b * chunk * C + fresh, mask=new, other=0.0)
             score = tl.where(inside, score, float("-inf"))
-            top = tl.maximum(best, tl.max(score, axis=0))
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            share = tl.exp(score - safe)
-            decay = tl.exp(best - safe)
-            weight = weight * decay + tl.sum(share, axis=0)
-            total = total * decay + tl.sum(share * value, axis=0)
-            best = top
+            best, weight, total = gather_scored(best, weight, total, score, value)
         merged = tl.where(d < D, total / tl.where(d < D, weight, 1.0), 0.0)
         write_entry(
             entries_out, merged, norm, inv_freq, matrix, b, entry, capacity,

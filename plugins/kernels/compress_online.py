@@ -7,7 +7,7 @@ that: state may be updated in place within one launch.
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.entry import write_entry
+from foldkv.plugins.kernels.entry import gather_scored, write_entry
 
 
 @triton.jit
@@ -32,13 +32,7 @@ def _gather(
         score += tl.load(bias + (token % RATIO * D)[:, None] + d, mask=inside, other=0.0)
         score = tl.where(inside, score, float("-inf"))
         value = tl.load(kv + fresh, mask=inside, other=0.0)
-        top = tl.maximum(best, tl.max(score, axis=0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        share = tl.exp(score - safe)
-        decay = tl.exp(best - safe)
-        weight = weight * decay + tl.sum(share, axis=0)
-        total = total * decay + tl.sum(share * value, axis=0)
-        best = top
+        best, weight, total = gather_scored(best, weight, total, score, value)
     return tl.where(best == float("-inf"), 0.0, best), weight, total
 
 

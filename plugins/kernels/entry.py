@@ -1,4 +1,4 @@
-"""What the compressing kernels do with a merged window: RMS norm, RoPE, rounding, and the write of the row."""
+"""What the compressing kernels share: a step of the gated sum and, of a merged window, norm, RoPE, rounding and write."""
 
 import triton
 import triton.language as tl
@@ -6,6 +6,19 @@ import triton.language as tl
 from foldkv.plugins.kernels.mixing import mix
 from foldkv.plugins.kernels.rotation import rotate
 from foldkv.plugins.kernels.rows import rounded, write_row
+
+
+@triton.jit
+def gather_scored(best, weight, total, score, value):
+    """One step of an online softmax: largest score, sum of weights and weighted sum [BD], and with them score, value [BM, BD].
+
+    A score of -inf weighs nothing, also where no other has come yet.
+    """
+    top = tl.maximum(best, tl.max(score, axis=0))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    share = tl.exp(score - safe)
+    decay = tl.exp(best - safe)
+    return top, weight * decay + tl.sum(share, axis=0), total * decay + tl.sum(share * value, axis=0)
 
 
 @triton.jit

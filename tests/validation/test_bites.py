@@ -106,18 +106,19 @@ def sinks_dropped(model: onnx.ModelProto) -> None:
         change_weight(model, f"layers.{layer}.attn.attn_sink", lambda value: np.full_like(value, -1e4))
 
 
-def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
-    """Entries are turned by the position of their window's end, not of its start."""
-    function = functions(model, "FoldkvNewEntries")
+def turn_later(function: onnx.FunctionProto) -> None:
     finish = next(node for node in function.node if node.op_type == "FoldkvFinishEntries")
     insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
+
+
+def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
+    """Entries are turned by the position of their window's end, not of its start."""
+    turn_later(functions(model, "FoldkvNewEntries"))
 
 
 def rope_of_heavy_entries_shifted(model: onnx.ModelProto) -> None:
     """The same in HCA's compression."""
-    function = functions(model, "FoldkvCompressOnline")
-    finish = next(node for node in function.node if node.op_type == "FoldkvFinishEntries")
-    insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
+    turn_later(functions(model, "FoldkvCompressOnline"))
 
 
 def carry_ignored(model: onnx.ModelProto) -> None:
