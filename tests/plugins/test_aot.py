@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
-from operator_cases import FORMS, ROTARY, Case, make_case
 from tensorrt_plugin import Answers, Input, build, tensorrt_stand_in
 
 from foldkv.errors import BuildError, MissingDependencyError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FORMS, ROTARY, Case, make_case
 from driver import CUresult, FakeDriver
-from operator_cases import FORMS, ROTARY, Case, make_case
 
 from foldkv.errors import FoldkvError, MissingDependencyError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA

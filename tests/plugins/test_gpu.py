@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import FORMS, ROTARY, Case, make_case
+from cases import FORMS, ROTARY, Case, make_case
 
 from foldkv.plugins.compile import compile_kernels
 from foldkv.plugins.cuda import KernelImage, Launcher, device_capability

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
-from operator_cases import FORMS, ROTARY, Case, make_case
 
 from foldkv.export.layouts import DENSE, LAYOUT_VERSION
 from foldkv.plugins import tensorrt

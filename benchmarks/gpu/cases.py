@@ -1,0 +1,631 @@
+"""Calls of every operator: inputs that are the same on every machine, and what the outputs must be.
+
+What is expected comes from the operators' definitions in float64 and can be kept in a file, so that a machine with a GPU need
+not compute it. Inputs are drawn from a counter by exact arithmetic: they have the same bits wherever they are made, whatever
+the version of torch or numpy. Rows that no kernel may read hold NaN, or bytes that decode to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUTS
+from foldkv.export.model.hadamard import hadamard_matrix
+from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
+from foldkv.export.operators.compress import compress
+from foldkv.export.operators.compress_online import compress_online
+from foldkv.export.operators.index import index_scores, index_select
+from foldkv.export.operators.rows import pack, unpack
+from foldkv.export.operators.window import window_update
+from foldkv.export.profiles import HF, SERVED
+from foldkv.export.spec import CSA, HCA, ModelSpec
+from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.model import operator_calls
+from foldkv.plugins.spec import PLUGINS, STATE
+
+_HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
+_TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rotary`` the channels that RoPE turns."""
+
+    name: str
+    window: int
+    heads: int
+    width: int
+    rotary: int
+    index_heads: int
+    index_width: int
+    topk: int
+    ratio: int  # of CSA
+    online_ratio: int  # of HCA
+
+    @classmethod
+    def of_model(cls, name: str, spec: ModelSpec) -> Geometry:
+        """The sizes of a model."""
+        ratios = dict(zip(spec.layer_types, spec.ratios, strict=True))
+        return cls(
+            name, spec.sliding_window, spec.num_heads, spec.head_dim, spec.rope_dim, spec.index_heads,
+            spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA],
+        )  # fmt: skip
+
+
+SMALL = Geometry("small", window=16, heads=4, width=64, rotary=16, index_heads=8, index_width=32, topk=8, ratio=4,
+                 online_ratio=8)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What one output must hold.
+
+    ``kind`` says how it is compared: "bits" with ``values``, "kept" with the bits of input ``source``, "near" within
+    ``bound`` of ``values`` and, as a whole, within ``relative`` of their norm, "set" with ``values`` in any order along the
+    last axis, "codes": values of the row format ``format_``. ``where`` picks rows by a mask over the leading axes.
+    """
+
+    output: int
+    kind: str
+    where: Tensor | None = None
+    values: Tensor | None = None
+    bound: Tensor | float = 0.0
+    relative: float = math.inf
+    source: int = -1
+    format_: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, and how to find out what is expected of it.
+
+    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell.
+    """
+
+    operator: str
+    rows: str
+    inputs: list[Tensor]
+    expect: Callable[[], list[Expectation]]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    geometry: Geometry = SMALL
+    width: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every symbol."""
+        shapes = [tuple(value.shape) for value in self.inputs]
+        return PLUGINS[self.operator].dimensions(shapes, rows=self.rows) | self.attributes
+
+    def plan(self, *, sm: int, **options: Any) -> Plan:
+        """What the call launches."""
+        return plan(
+            self.operator, self.sizes, self.attributes, sm=sm, dtype="bfloat16", rows=self.rows,
+            rotary=self.geometry.rotary, **options,
+        )  # fmt: skip
+
+    def outputs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies of the inputs, and outputs full of NaN (or -7); those in place are inputs."""
+        inputs, sizes, spec = [value.clone() for value in self.inputs], self.sizes, PLUGINS[self.operator]
+        outputs = []
+        for index, tensor in enumerate(spec.outputs):
+            if index in spec.aliases:
+                outputs.append(inputs[spec.aliases[index]])
+                continue
+            shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(self.rows)]
+            kind = (
+                (torch.bfloat16 if self.rows == DENSE else torch.int8)
+                if tensor.dtype == STATE
+                else _TORCH[tensor.dtype]
+            )
+            outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
+        return inputs, outputs
+
+    def alone(self, sequence: int) -> Case:
+        """The same call with one of its sequences only."""
+        spec, one = PLUGINS[self.operator], slice(sequence, sequence + 1)
+        inputs = [
+            value[one] if tensor.dims[0] == "B" else value
+            for tensor, value in zip(spec.inputs, self.inputs, strict=True)
+        ]
+        return Case(self.operator, self.rows, inputs, list, self.attributes, self.geometry, self.width)
+
+    def digest(self) -> str:
+        """sha256 of the inputs."""
+        digest = hashlib.sha256()
+        for value in self.inputs:
+            digest.update(value.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def check(self, found: Sequence[Tensor], expected: Sequence[Expectation] | None = None) -> dict[str, float]:
+        """Compare outputs with what is expected.
+
+        Returns:
+            ``error``, ``bound`` and ``relative`` of the output that came nearest to its bound.
+
+        Raises:
+            AssertionError: an output is not what is expected; the message says which, and by how much.
+        """
+        report = {"error": 0.0, "bound": 0.0, "relative": 0.0}
+        for one in self.expect() if expected is None else expected:
+            name = PLUGINS[self.operator].outputs[one.output].name
+            value = found[one.output] if one.where is None else found[one.output][one.where]
+            if one.kind == "kept":
+                other = self.inputs[one.source] if one.where is None else self.inputs[one.source][one.where]
+                _same(name, value, other)
+            elif one.kind == "bits":
+                assert one.values is not None
+                _same(name, value, one.values)
+            elif one.kind == "set":
+                assert one.values is not None
+                _same(name, value.sort(dim=-1).values, one.values.sort(dim=-1).values)
+            elif one.kind == "codes":
+                read = value.float() if self.rows == DENSE else unpack(value, self.rows, self.width, self.rotary)
+                again = unpack(pack(read, one.format_, self.rotary), one.format_, self.width, self.rotary)
+                _same(name, read, again)
+            else:
+                read = value if value.dtype != torch.int8 else unpack(value, self.rows, self.width, self.rotary)
+                near = _near(name, read, one)
+                if near["error"] * report["bound"] >= report["error"] * near["bound"]:
+                    report = near
+        return report
+
+    @property
+    def rotary(self) -> int:
+        """Rotated channels of a row."""
+        return self.geometry.rotary
+
+
+def _same(name: str, found: Tensor, expected: Tensor) -> None:
+    one, other = (value.nan_to_num(7.0) if value.is_floating_point() else value for value in (found, expected))
+    if not torch.equal(one, other.to(one.dtype)):
+        assert one.shape == other.shape, f"{name} has shape {tuple(one.shape)}, expected {tuple(other.shape)}"
+        wrong = one != other
+        first = tuple(int(place) for place in wrong.nonzero()[0])
+        raise AssertionError(
+            f"{name} differs in {int(wrong.sum())} of {wrong.numel()} values, first at {first}: "
+            f"{found[first].item()} instead of {expected[first].item()}"
+        )
+
+
+def _near(name: str, found: Tensor, one: Expectation) -> dict[str, float]:
+    assert one.values is not None
+    assert found.shape == one.values.shape, f"{name} has shape {tuple(found.shape)}, expected {tuple(one.values.shape)}"
+    error = (found.double() - one.values.double()).abs()
+    assert not error.isnan().any(), f"{name} has NaN in {int(error.isnan().sum())} of {error.numel()} values"
+    if not error.numel():
+        return {"error": 0.0, "bound": 0.0, "relative": 0.0}
+    bound = torch.as_tensor(one.bound, dtype=torch.float64).expand(error.shape)
+    worst = int((error - bound).argmax())
+    report = {
+        "error": float(error.flatten()[worst]), "bound": float(bound.flatten()[worst]),
+        "relative": float(error.norm() / one.values.double().norm().clamp(min=1e-30)),
+    }  # fmt: skip
+    over = int((error > bound).sum())
+    assert not over, (
+        f"{name} is off in {over} of {error.numel()} values: by {report['error']:.3g}, bound {report['bound']:.3g}"
+    )
+    assert report["relative"] <= one.relative, (
+        f"{name} is off by {report['relative']:.3g} of its norm, bound {one.relative:.3g}"
+    )
+    return report
+
+
+class Draw:
+    """Random values from a counter. The counter's bits are the same everywhere, and what follows is exact."""
+
+    def __init__(self, seed: str) -> None:
+        """The seed is any text."""
+        self._bits = np.random.Philox(key=int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "little"))
+
+    def _raw(self, count: int) -> Any:
+        return self._bits.random_raw(count)
+
+    def normal(self, *shape: int) -> Tensor:
+        """float32 of mean 0 and deviation 1: sums of four uniform values."""
+        count = math.prod(shape)
+        halves = self._raw(count).view(np.uint16).reshape(count, 4).astype(np.int32).sum(axis=1)
+        return torch.from_numpy(((halves - 131_070) / 37_837.0).astype(np.float32).reshape(shape))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 from 0 to 1."""
+        return torch.from_numpy(((self._raw(math.prod(shape)) >> 40) / 2.0**24).astype(np.float32).reshape(shape))
+
+    def permutation(self, count: int) -> Tensor:
+        """The numbers below ``count`` in random order."""
+        return torch.from_numpy(np.argsort(self._raw(count), kind="stable"))
+
+
+def _wide(*values: Tensor) -> list[Tensor]:
+    return [value.double() if value.is_floating_point() else value for value in values]
+
+
+def _ints(values: Sequence[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def _frequencies(rotary: int) -> Tensor:
+    # Powers of two: the same bits everywhere.
+    return 2.0 ** (-torch.arange(rotary // 2) * 16.0 / (rotary // 2))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a maker is given: the sequences, the sizes and the random values."""
+
+    draw: Draw
+    of: Geometry
+    rows: str
+    start: Sequence[int]
+    real: Sequence[int]
+    chunk: int
+    group: str
+
+    @property
+    def batch(self) -> int:
+        return len(self.start)
+
+    @property
+    def tail(self) -> list[Tensor]:
+        """positions and num_tokens."""
+        return [_ints(self.start), _ints(self.real)]
+
+    def stored(self, values: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows [..., D] of float32 as they are stored, and the float32 values that they stand for."""
+        if self.rows == DENSE:
+            return values.bfloat16(), values.bfloat16().float()
+        unread = values.isnan().any(-1, keepdim=True)
+        data = pack(values.nan_to_num(), self.rows, self.of.rotary)
+        if not decode:
+            return data.masked_fill(unread, -1), data
+        read = unpack(data, self.rows, values.shape[-1], self.of.rotary)
+        return data.masked_fill(unread, -1), read.masked_fill(unread, torch.nan)
+
+    def ring(self, window: int, chunk: int, real: Sequence[int]) -> Tensor:
+        rows = self.draw.normal(self.batch, window + chunk, self.of.width)
+        for b, (first, count) in enumerate(zip(self.start, real, strict=True)):
+            rows[b, min(first, window) : window] = torch.nan
+            rows[b, window + count :] = torch.nan
+        return rows
+
+    def entries(self, ratio: int, width: int, capacity: int, real: Sequence[int]) -> Tensor:
+        entries = self.draw.normal(self.batch, capacity, width)
+        for b, (first, count) in enumerate(zip(self.start, real, strict=True)):
+            entries[b, (first + count) // ratio :] = torch.nan
+        return entries
+
+    def capacity(self, ratio: int, capacity: int | None) -> int:
+        """Entries of the longest sequence and a few more, unless given."""
+        return capacity or (max(self.start) + self.chunk) // ratio + 5
+
+
+def _window_update_case(call: _Call, **_: Any) -> Case:
+    """Exact, in every format."""
+    window, _values = call.stored(call.ring(call.of.window, 0, [0] * call.batch))
+    kv = call.draw.normal(call.batch, call.chunk, call.of.width)
+
+    def expect() -> list[Expectation]:
+        expected = window_update(window, call.stored(kv)[0], *call.tail)
+        return [Expectation(i, "bits", values=value) for i, value in enumerate(expected)]
+
+    return Case("FoldkvWindowUpdate", call.rows, [window, kv, *call.tail], expect)
+
+
+#: Half a step of a code, relative to the value, and half the least step, relative to the largest value of a row.
+_STEPS = {DENSE: (_HALF_STATE, 0.0), FP8_DS_MLA: (2.0**-4, 2.0**-9 / 448), INDEX_FP8: (2.0**-4, 2.0**-9 / 448),
+          INDEX_FP4: (2.0**-2, 0.5 / 6)}  # fmt: skip
+
+
+def _compress_case(operator: str, call: _Call, *, capacity: int | None = None, **_: Any) -> Case:
+    """Entries within half a step of their code, carries exact or, of an online softmax, as accurate as float32; dense
+    rows hold nothing but codes where they should."""
+    batch, draw, rows, start, real = call.batch, call.draw, call.rows, call.start, call.real
+    online = "Online" in operator
+    ratio, series = (call.of.online_ratio, 1) if online else (call.of.ratio, 2)
+    values_of = FP8_DS_MLA if operator.endswith("Fp8") else INDEX_FP4 if operator.endswith("Fp4") else rows
+    width = call.of.index_width if call.group == "index_entries" else call.of.width
+    held, _values = call.stored(draw.normal(batch, call.capacity(ratio, capacity), width), decode=False)
+    fresh = [draw.normal(batch, call.chunk, width * series) for _ in range(2)]
+    for b, count in enumerate(real):
+        for value in fresh:
+            value[b, count:] = torch.nan
+    bias, norm = draw.normal(ratio, width * series), 1 + draw.uniform(width)
+    if online:
+        carry = draw.normal(batch, 3, width)
+        carry[:, 1] = 1 + draw.uniform(batch, width)
+        for b, first in enumerate(start):
+            if first % ratio == 0:
+                carry[b] = torch.nan  # no window is open
+        carries = [carry]
+    else:
+        carries = [draw.normal(batch, ratio * series, width * series) for _ in range(2)]
+        for b, first in enumerate(start):
+            for carry in carries:
+                carry[b, first:] = torch.nan
+    tail = [_frequencies(call.of.rotary), *call.tail]
+    attributes: dict[str, Any] = {"ratio": ratio, "eps": 1e-6}
+    given = [*carries, *fresh, bias, norm]
+    own = {"rotary": call.of.rotary, **attributes} if operator.endswith("Fp8") else attributes
+    matrices = []
+    if operator.endswith("Fp4"):
+        # One that is neither symmetric nor what a kernel could know without reading it.
+        matrices = [hadamard_matrix(width)[draw.permutation(width)].contiguous()]
+
+    def expect() -> list[Expectation]:
+        definition = compress_online if online else compress
+        # The rows that a definition may read and keep are all that closes: values of other entries play no part.
+        places = torch.zeros(batch, held.shape[1], width, dtype=torch.float64)
+        expected = list(definition(places, *_wide(*given), *tail, **attributes))
+        for matrix in matrices:
+            expected[0] = torch.matmul(expected[0], matrix.double())
+        half_step, smallest = _STEPS[values_of]
+        spread = width**0.5 if matrices else 1
+        slack = math.sqrt(2 * width) * float(norm.max()) * (128 * _HALF_SINGLE) * spread
+        closed = torch.zeros(held.shape[:2], dtype=torch.bool)
+        for b, (first, count) in enumerate(zip(start, real, strict=True)):
+            closed[b, first // ratio : (first + count) // ratio] = True
+        assert closed.any(), f"no window of {operator} closes"
+        exact = expected[0][closed]
+        bound = half_step * exact.abs() + smallest * exact.abs().amax(-1, keepdim=True) + slack
+        found = [
+            Expectation(0, "kept", where=~closed, source=0),
+            Expectation(0, "near", where=closed, values=exact, bound=bound),
+        ]
+        if rows != values_of:
+            found.append(Expectation(0, "codes", where=closed, format_=values_of))
+        for i, other in enumerate(expected[1:], 1):
+            if not online:
+                found.append(Expectation(i, "bits", values=other.float()))
+                continue
+            for b, (first, count) in enumerate(zip(start, real, strict=True)):
+                if (first + count) % ratio:
+                    where = torch.arange(batch) == b
+                    limit = 64 * _HALF_SINGLE * (1 + float(other[b].abs().max()))
+                    found.append(Expectation(i, "near", where=where, values=other[b : b + 1], bound=limit))
+        return found
+
+    return Case(operator, rows, [held, *given, *tail, *matrices], expect, own, width=width)
+
+
+def _index_scores_case(call: _Call, *, capacity: int | None = None, **_: Any) -> Case:
+    """Scores of entries that a query may choose, as accurate as float32; others may be anything."""
+    of, batch, chunk = call.of, call.batch, call.chunk
+    q = call.draw.normal(batch, chunk, of.index_heads, of.index_width)
+    weights = call.draw.normal(batch, chunk, of.index_heads)
+    size = call.capacity(of.ratio, capacity)
+    stored, values = call.stored(call.entries(of.ratio, of.index_width, size, [chunk] * batch))
+    tail = [_ints(call.start), torch.tensor([max(call.start) + chunk])]
+
+    def expect() -> list[Expectation]:
+        expected = index_scores(*_wide(q, weights, values), *tail, of.ratio)
+        reach = q.double().norm(dim=-1).max() * values.double().nan_to_num().norm(dim=-1).max()
+        # Queries are split in two halves of the state's type: what is lost of them is a square of its rounding.
+        unit = _HALF_STATE**2 + 2 * of.index_width * _HALF_SINGLE
+        bound = float(reach * weights.abs().sum(-1).max() * unit)
+        seen = torch.zeros(batch, chunk, size, dtype=torch.bool)
+        for b, first in enumerate(call.start):
+            for s in range(chunk):
+                seen[b, s, : (first + s + 1) // of.ratio] = True
+        return [Expectation(0, "near", where=seen, values=expected[seen], bound=bound, relative=2.0**-14)]
+
+    return Case("FoldkvIndexScores", call.rows, [q, weights, stored, *tail], expect, {"ratio": of.ratio})
+
+
+def _index_select_case(call: _Call, *, capacity: int | None = None, **_: Any) -> Case:
+    """The same set of entries; the order is free. Some scores are equal, as where every head's ReLU gives zero."""
+    of = call.of
+    scores = call.draw.normal(call.batch, call.chunk, call.capacity(of.ratio, capacity))
+    scores[call.draw.uniform(*scores.shape) < 0.3] = 0.0
+    tail = [_ints(call.start)]
+
+    def expect() -> list[Expectation]:
+        return [Expectation(0, "set", values=index_select(scores, *tail, of.ratio, of.topk))]
+
+    attributes = {"ratio": of.ratio, "topk": of.topk}
+    return Case("FoldkvIndexSelect", call.rows, [scores, *tail], expect, attributes)
+
+
+def _attention_case(
+    operator: str, call: _Call, *, capacity: int | None = None, window: int | None = None, topk: int | None = None
+) -> Case:
+    """Within the rounding of weights."""
+    of, batch, chunk, start, real = call.of, call.batch, call.chunk, call.start, call.real
+    ratio, topk = of.online_ratio if operator == "FoldkvDenseAttention" else of.ratio, topk or of.topk
+    q, sinks = call.draw.normal(batch, chunk, of.heads, of.width), call.draw.normal(of.heads)
+    near, near_values = call.stored(call.ring(window or of.window, chunk, real))
+    tail = [_frequencies(of.rotary), *call.tail]
+    context = torch.tensor([max(first + count for first, count in zip(start, real, strict=True))])
+    attributes: dict[str, Any] = {}
+    read = [near_values]
+    if operator == "FoldkvWindowAttention":
+        inputs = [q, near, sinks, *tail]
+    else:
+        size = call.capacity(ratio, capacity)
+        far, far_values = call.stored(call.entries(ratio, of.width, size, real))
+        read.append(far_values)
+        inputs = [q, near, far, sinks, *tail, context]
+        attributes = {"ratio": ratio}
+        if operator == "FoldkvSparseAttention":
+            chosen = torch.full((batch, chunk, topk), -1, dtype=torch.int32)
+            for b, (first, count) in enumerate(zip(start, real, strict=True)):
+                for s in range(count):
+                    picked = call.draw.permutation(min((first + s + 1) // ratio, size))[:topk]
+                    chosen[b, s, call.draw.permutation(topk)[: len(picked)]] = picked.int()
+            inputs, attributes = [q, near, far, chosen, sinks, *tail], {}
+
+    def expect() -> list[Expectation]:
+        # The kernels round queries to the state's type, whatever the rows; so does the reference.
+        wide = _wide(q.bfloat16(), *read)
+        if operator == "FoldkvWindowAttention":
+            expected = window_attention(*wide, sinks.double(), *tail)
+        elif operator == "FoldkvSparseAttention":
+            expected = sparse_attention(*wide, inputs[3], sinks.double(), *tail)
+        else:
+            expected = dense_attention(*wide, sinks.double(), *tail, context, ratio)
+        # Weights are rounded to the state's type; logits and sums are float32, and turning mixes two channels.
+        values = torch.cat([part.double().nan_to_num().flatten(0, -2) for part in read])
+        reach = float(q.double().norm(dim=-1).max() * values.norm(dim=-1).max()) / math.sqrt(of.width)
+        unit = _HALF_STATE + (2 * of.width * max(reach, 1.0) + 128) * _HALF_SINGLE
+        valid = torch.arange(chunk)[None, :] < call.tail[1][:, None]
+        bound = 2 * unit * float(values.abs().max())
+        # Roundings of many weights are independent, so that the whole is nearer than the worst of one value.
+        return [Expectation(0, "near", where=valid, values=expected[valid], bound=bound, relative=2 * _HALF_STATE)]
+
+    return Case(operator, call.rows, inputs, expect, attributes)
+
+
+MAKERS: dict[str, Callable[..., Case]] = {
+    "FoldkvWindowUpdate": _window_update_case,
+    "FoldkvIndexScores": _index_scores_case,
+    "FoldkvIndexSelect": _index_select_case,
+    **{name: functools.partial(_compress_case, name) for name in PLUGINS if "Compress" in name},
+    **{name: functools.partial(_attention_case, name) for name in PLUGINS if "Attention" in name},
+}
+#: Every operator with every row format that it touches.
+FORMS = [(operator, rows) for operator, spec in PLUGINS.items() for rows in sorted(spec.rows) or [DENSE]]
+ROTARY = SMALL.rotary
+
+
+def make_case(
+    operator: str, rows: str = DENSE, *, start: Sequence[int], real: Sequence[int], chunk: int,
+    geometry: Geometry = SMALL, group: str = "", **more: Any,
+) -> Case:  # fmt: skip
+    """A call of ``operator`` with sequences that hold ``start`` tokens and get ``real`` of a chunk's; see MAKERS.
+
+    ``group`` is the state that it touches; the default is what its rows can only be, or the entries.
+    """
+    group = group or ("index_entries" if rows in (INDEX_FP8, INDEX_FP4) or operator.endswith("Fp4") else "entries")
+    draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, asdict(geometry), group, more]))
+    case = MAKERS[operator](_Call(draw, geometry, rows, start, real, chunk, group), **more)
+    return Case(case.operator, case.rows, case.inputs, case.expect, case.attributes, geometry, case.width)
+
+
+@dataclass(frozen=True)
+class Form:
+    """An operator as a model's engines call it: with rows of one state group in one format, and the sequences of a call."""
+
+    operator: str
+    group: str
+    rows: str
+    shape: str
+    start: tuple[int, ...]
+    real: tuple[int, ...]
+    chunk: int
+
+    @property
+    def name(self) -> str:
+        """A name that is unique within a model."""
+        return f"{self.operator}-{self.group}-{self.rows}-{self.shape}"
+
+    def case(self, geometry: Geometry) -> Case:
+        """The call with its inputs."""
+        return make_case(
+            self.operator, self.rows, start=self.start, real=self.real, chunk=self.chunk, geometry=geometry, group=self.group,
+        )  # fmt: skip
+
+
+def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -> list[Form]:
+    """Every form that engines of a model launch, in all layouts and profiles, for a token per sequence and for a chunk.
+
+    Sequences of a batch are at different positions: one with more entries than are chosen, one that has not filled its
+    window, one between. ``million`` adds calls at the end of a context of 1,048,576 tokens.
+    """
+    found: dict[tuple[str, str, str], None] = {}
+    for profile in (HF, SERVED):
+        for name in ("dense", "fp8", "fp8+fp4"):
+            for call in operator_calls(spec, profile):
+                rows = LAYOUTS[name].format_of(call.group) or DENSE
+                known = PLUGINS[call.operator].rows
+                if not known or rows in known:
+                    found[call.operator, call.group, rows if known else DENSE] = None
+    forms = []
+    for operator, group, rows in found:
+        far = _longest(operator, geometry)
+        forms.append(Form(operator, group, rows, "token", (far, 7, far // 3), (1, 1, 1), 1))
+        forms.append(Form(operator, group, rows, "chunk", (far, 6), (4, 2), 9))
+        if million and operator in ("FoldkvIndexScores", "FoldkvIndexSelect", "FoldkvDenseAttention"):
+            forms.append(Form(operator, group, rows, "million", (1_048_574,), (1,), 1))
+    return forms
+
+
+def drawn(forms: Sequence[Form], geometry: Geometry) -> Iterator[tuple[Form, Case]]:
+    """The forms with their inputs, which are drawn ahead on every processor that there is, a few at a time."""
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        waiting: deque[tuple[Form, Future[Case]]] = deque()
+        for form in forms:
+            waiting.append((form, pool.submit(form.case, geometry)))
+            if len(waiting) > 16:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for form, future in waiting:
+            yield form, future.result()
+
+
+def _longest(operator: str, geometry: Geometry) -> int:
+    """Tokens of the longest sequence of a batch: enough for what its operator does only then."""
+    if operator == "FoldkvDenseAttention":
+        return 546 * geometry.online_ratio + geometry.online_ratio - 1  # two spans of keys
+    if "Online" in operator:
+        return 20 * geometry.online_ratio - 1  # this token closes a window
+    if "Compress" in operator:
+        return 2_500 * geometry.ratio + geometry.ratio - 1
+    return geometry.ratio * (geometry.topk + 80) - 1
+
+
+def models(root: Path) -> Iterator[tuple[Geometry, ModelSpec]]:
+    """The models whose shapes are tested."""
+    for name, file in (
+        ("tiny-v4", "examples/tiny-v4/config.json"), ("v4-flash", "export/configs/deepseek-v4-flash.json"),
+        ("v4-pro", "export/configs/deepseek-v4-pro.json"),
+    ):  # fmt: skip
+        spec = ModelSpec.from_file(root / file)
+        yield Geometry.of_model(name, spec), spec
+
+
+def save_expectations(path: Path, expected: Mapping[str, Sequence[Expectation]], digests: Mapping[str, str]) -> None:
+    """Write what is expected of cases, by name, with the digests of their inputs; float64 becomes float32."""
+    tensors: dict[str, Tensor] = {}
+    table: dict[str, Any] = {}
+    for name, many in expected.items():
+        rows = []
+        for i, one in enumerate(many):
+            row = {key: getattr(one, key) for key in ("output", "kind", "relative", "source", "format_")}
+            for key in ("where", "values", "bound"):
+                value = getattr(one, key)
+                if isinstance(value, Tensor):
+                    kept = value.float() if value.dtype == torch.float64 else value
+                    tensors[f"{name}/{i}/{key}"] = kept.clone(memory_format=torch.contiguous_format)
+                elif key == "bound":
+                    row[key] = value
+            rows.append(row)
+        table[name] = {"inputs_sha256": digests[name], "expectations": rows}
+    save_file(tensors, path, metadata={"cases": json.dumps(table)})
+
+
+def load_expectations(path: Path) -> dict[str, tuple[str, list[Expectation]]]:
+    """What :func:`save_expectations` wrote: by name the digest of the inputs, and what is expected."""
+    found = {}
+    with safe_open(path, framework="pt") as file:
+        known = set(file.keys())
+        for name, case in json.loads(file.metadata()["cases"]).items():
+            many = []
+            for i, row in enumerate(case["expectations"]):
+                keys = [key for key in ("where", "values", "bound") if f"{name}/{i}/{key}" in known]
+                many.append(Expectation(**row | {key: file.get_tensor(f"{name}/{i}/{key}") for key in keys}))
+            found[name] = (case["inputs_sha256"], many)
+    return found

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can prove, within ten minutes. See docs/gpu.md.
+#
+#   PYTHON=python3 benchmarks/gpu/run.sh OUT [STEP...]
+#
+# Steps, in order of worth: kernels engine model stability sanitizer speed. Each has a time limit and a result file of its own in
+# OUT; one that fails does not stop the next. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
+# it came in pieces (FOLDKV_GPU_PARCELS, build/gpu-parcels) they are joined first. Nothing is installed.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:?usage: benchmarks/gpu/run.sh OUT [STEP...]}
+shift
+python=${PYTHON:-python3}
+export FOLDKV_GPU_KIT=${FOLDKV_GPU_KIT:-$PWD/build/gpu-kit} PYTHONUNBUFFERED=1
+parcels=${FOLDKV_GPU_PARCELS:-$PWD/build/gpu-parcels}
+package=${FOLDKV_GPU_PACKAGE:-$PWD/build/gpu-package}
+mkdir -p "$out" "$package/foldkv"
+for entry in *.py py.typed export optimize plugins runtime validation; do ln -sfn "$PWD/$entry" "$package/foldkv/$entry"; done
+export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"
+if compgen -G "$parcels/*.tar" > /dev/null; then "$python" benchmarks/gpu/parcels.py unpack "$parcels" "$FOLDKV_GPU_KIT"; fi
+"$python" benchmarks/gpu/facts.py -o "$out/facts.json"
+
+failed=0
+step() { # NAME LIMIT COMMAND...
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1
+  local code=$?
+  tail -n "${TAIL:-12}" "$out/$name.log"
+  if [ $code -ne 0 ]; then
+    failed=1
+    echo "$name: exit code $code"
+  fi
+}
+
+[ $# -gt 0 ] || set -- kernels engine model stability sanitizer speed
+for name in "$@"; do
+  case $name in
+    kernels) step kernels 90 "$python" benchmarks/gpu/step_kernels.py -o "$out/kernels.json" ;;
+    engine) step engine 150 "$python" benchmarks/gpu/step_engine.py -o "$out/engine.json" ;;
+    model) step model 90 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
+    stability) step stability 60 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
+    sanitizer) step sanitizer 100 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
+    speed) step speed 150 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
+    *) echo "unknown step $name" && failed=1 ;;
+  esac
+done
+"$python" benchmarks/gpu/collect.py "$out"
+exit $failed

@@ -1,0 +1,74 @@
+"""Every kernel once under compute-sanitizer's memcheck: no access outside of its tensors, none that is misaligned.
+
+``python benchmarks/gpu/step_sanitizer.py -o OUT/sanitizer.json``. torch's allocator is switched off, so that each tensor is an
+allocation of its own and what lies behind it is nobody's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import kit
+
+from foldkv.errors import MissingDependencyError
+from foldkv.plugins.cuda import cuda_driver
+
+WHAT = "compute-sanitizer memcheck over every kernel of the step kernels, nothing compared"
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--tool", default="memcheck", show_default=True)
+@click.option("--limit", default=90.0, show_default=True, help="Seconds for all models together.")
+def main(output: Path, tool: str, limit: float) -> None:
+    """Run the step."""
+    with kit.recorded(output, "sanitizer", WHAT) as recorder:
+        cuda_driver()
+        program = shutil.which("compute-sanitizer") or _beside_nvcc()
+        for model in ("tiny-v4", "v4-flash", "v4-pro"):
+            row, failure = check(program, tool, model, output.with_name(f"sanitized-{model}.json"), limit / 3)
+            recorder.add(row, failure=failure)
+
+
+def _beside_nvcc() -> str:
+    for folder in ("/usr/local/cuda/bin", "/opt/cuda/bin"):
+        if Path(folder, "compute-sanitizer").exists():
+            return f"{folder}/compute-sanitizer"
+    raise MissingDependencyError("compute-sanitizer is not installed; it comes with the CUDA toolkit.")
+
+
+def check(program: str, tool: str, model: str, result: Path, limit: float) -> tuple[dict[str, object], str]:
+    """Run the forms of a model under the tool; a row, and what failed."""
+    command = [
+        program, "--tool", tool, "--error-exitcode", "77", sys.executable, str(Path(__file__).with_name("step_kernels.py")),
+        "-o", str(result), "--model", model, "--no-check",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=environment)
+        text, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        text, code = f"{error.stdout!r}", -1
+    summary = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    ran = len(re.findall(r'^\{"model"', text, re.MULTILINE))
+    row: dict[str, object] = {
+        "model": model,
+        "tool": tool,
+        "forms": ran,
+        "errors": int(summary[-1]) if summary else None,
+    }
+    if code == 0 and summary and ran:
+        return row, ""
+    first = re.findall(r"=+ (?:Invalid|Misaligned|Program hit|Potential|Uninit).*(?:\n=+ .*){0,6}", text)
+    why = "out of time" if code == -1 else f"exit code {code}"
+    return row | {"output": text[-1500:]}, f"{model}: {why}; {first[0] if first else text[-200:]}"
+
+
+if __name__ == "__main__":
+    main()

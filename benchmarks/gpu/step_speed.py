@@ -1,0 +1,314 @@
+"""The kernels' time per decode step and layer beside the floor and beside torch.
+
+``python benchmarks/gpu/step_speed.py -o OUT/speed.json``. Shapes are those of V4-Flash and V4-Pro at the end of a full context.
+The floor of a call is the larger of the bytes that it must move over the measured copy bandwidth and the operations that it
+must do over the measured bfloat16 matrix rate; the share is floor over time. A time is the median over replays of a CUDA
+graph of 20 calls. The calls read several copies of their inputs in turn, as layers do, so that small ones do not come from
+the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import kit
+import torch
+from cases import Geometry, models
+from device import Device, gpu
+from torch import Tensor
+
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
+from foldkv.export.operators.rows import pack
+from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.spec import PLUGINS, STATE
+
+WHAT = "one layer's operator in a decode step (one token per sequence); microseconds are medians"
+_TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+#: Calls in a graph, replays, and the bytes over which they are spread: more than twice the largest L2 cache.
+CALLS, ROUNDS, SPREAD = 20, 7, 192 << 20
+#: Operators and row formats, those that matter most first.
+CASES = (
+    ("FoldkvIndexScores", DENSE), ("FoldkvIndexSelect", DENSE), ("FoldkvSparseAttention", DENSE),
+    ("FoldkvDenseAttention", DENSE), ("FoldkvIndexScores", INDEX_FP4), ("FoldkvSparseAttention", FP8_DS_MLA),
+    ("FoldkvDenseAttention", FP8_DS_MLA), ("FoldkvIndexScores", INDEX_FP8), ("FoldkvCompress", DENSE),
+    ("FoldkvCompressOnline", DENSE), ("FoldkvWindowUpdate", DENSE),
+)  # fmt: skip
+#: What is measured where: the corners first, so that a time limit cuts what lies between.
+CONTEXTS, BATCHES = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4)
+
+
+class Call(NamedTuple):
+    """An operator with its inputs on the device, and the bytes and operations that no implementation can avoid.
+
+    ``state`` are the places of inputs that are large and that layers do not share.
+    """
+
+    operator: str
+    inputs: list[Tensor]
+    attributes: dict[str, Any]
+    rows: str
+    rotary: int
+    bytes: float
+    operations: float
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--seconds", default=120.0, show_default=True, help="Stop after that long; what is missing is said.")
+def main(output: Path, seconds: float) -> None:
+    """Run the step."""
+    with kit.recorded(output, "speed", WHAT) as recorder:
+        measure(recorder, gpu, seconds=seconds)
+
+
+def measure(
+    recorder: kit.Recorder, open_device: Callable[[], Device], *, seconds: float = 120.0,
+    contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
+) -> None:  # fmt: skip
+    """One row per operator, row format, model, context and batch."""
+    end = time.monotonic() + seconds
+    chosen = [geometry for geometry, _ in models(kit.ROOT) if geometry.name in names]
+    device = open_device()
+    bandwidth, rate = copy_bandwidth(device), matmul_rate(device)
+    recorder.fact(copy_gb_s=bandwidth / 1e9, bf16_tflop_s=rate / 1e12, not_measured=[])
+    for context in contexts:
+        for batch in batches:
+            for operator, rows in CASES:
+                for geometry in chosen:
+                    case = {
+                        "model": geometry.name,
+                        "context": context,
+                        "batch": batch,
+                        "operator": operator,
+                        "rows": rows,
+                    }
+                    if time.monotonic() > end:
+                        recorder.content["not_measured"].append(case | {"why": "out of time"})
+                        continue
+                    try:
+                        found = one(device, make(device, operator, rows, geometry, context, batch), bandwidth, rate)
+                    except torch.OutOfMemoryError:
+                        recorder.content["not_measured"].append(case | {"why": "out of memory"})
+                        torch.cuda.empty_cache()
+                        continue
+                    except RuntimeError as error:
+                        recorder.add(case, failure=f"{case}: {str(error)[:300]}")
+                        if "illegal" in str(error).lower():
+                            raise
+                        continue
+                    recorder.add(case | found)
+
+
+def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int) -> Call:
+    """Random inputs at the end of a full context."""
+    torch.manual_seed(0)
+    where = device.torch_device
+    positions = torch.full((batch,), context - 1, dtype=torch.int32, device=where)
+    ones = torch.ones(batch, dtype=torch.int32, device=where)
+    limit = torch.tensor([context], device=where)
+    entries = context // of.ratio
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=where)
+
+    def call(inputs: list[Tensor], attributes: dict[str, Any], moved: float, done: float = 0.0) -> Call:
+        return Call(operator, inputs, attributes, rows, of.rotary, moved, done)
+
+    inv_freq = 160000.0 ** (-torch.arange(of.rotary // 2, device=where) / (of.rotary // 2))
+    size = row_bytes(rows, of.width, of.rotary) if rows in (DENSE, FP8_DS_MLA) else 0
+    if operator == "FoldkvIndexScores":
+        size = row_bytes(rows, of.index_width, 0)
+        q, weights = (
+            normal(batch, 1, of.index_heads, of.index_width),
+            torch.rand(batch, 1, of.index_heads, device=where),
+        )
+        inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
+        moved = batch * (entries * (size + 4) + q[0].numel() * 4)
+        return call(inputs, {"ratio": of.ratio}, moved, 2.0 * batch * entries * of.index_heads * of.index_width)
+    if operator == "FoldkvIndexSelect":
+        scores = normal(batch, 1, entries)
+        return call([scores, positions], {"ratio": of.ratio, "topk": of.topk}, 4.0 * scores.numel())
+    if operator == "FoldkvWindowUpdate":
+        inputs = [
+            state(device, batch, of.window, of.width, of.rotary, rows),
+            normal(batch, 1, of.width),
+            positions,
+            ones,
+        ]
+        return call(inputs, {}, batch * (2 * of.window + 1) * size)
+    if operator.startswith("FoldkvCompress"):
+        online = "Online" in operator
+        ratio = of.online_ratio if online else of.ratio
+        columns = of.width if online else 2 * of.width
+        carries = (
+            [normal(batch, 3, of.width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
+        )
+        fresh = [normal(batch, 1, columns) for _ in range(2)]
+        held = state(device, batch, context // ratio, of.width, of.rotary, rows)
+        inputs = [held, *carries, *fresh, normal(ratio, columns), normal(of.width), inv_freq, positions, ones]
+        # The token closes a window: what is open is read, an entry and the token's rows are written.
+        moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * columns) + batch * size
+        return call(inputs, {"ratio": ratio, "eps": 1e-6}, moved)
+    q, sinks = normal(batch, 1, of.heads, of.width), normal(of.heads)
+    ring = state(device, batch, of.window + 1, of.width, of.rotary, rows)
+    tail = [sinks, inv_freq, positions, ones]
+    if operator == "FoldkvSparseAttention":
+        chosen = torch.stack([torch.randperm(entries, device=where)[: of.topk] for _ in range(batch)])
+        keys = of.window + of.topk
+        inputs = [q, ring, state(device, batch, entries, of.width, of.rotary, rows), chosen[:, None].int(), *tail]
+        attributes: dict[str, Any] = {}
+    else:
+        keys = of.window + context // of.online_ratio
+        inputs = [q, ring, state(device, batch, context // of.online_ratio, of.width, of.rotary, rows), *tail, limit]
+        attributes = {"ratio": of.online_ratio}
+    moved = batch * (keys * size + 2 * q[0].numel() * 4)
+    return call(inputs, attributes, moved, 4.0 * batch * of.heads * of.width * keys)
+
+
+def state(device: Device, batch: int, count: int, width: int, rotary: int, rows: str) -> Tensor:
+    """Rows of the state with random values; packed ones repeat a block."""
+    if rows == DENSE:
+        return torch.randn(batch, count, width, device=device.torch_device, dtype=torch.bfloat16)
+    block = pack(torch.randn(1, min(count, 1024), width), rows, rotary).to(device.torch_device)
+    return block.repeat(batch, -(-count // block.shape[1]), 1)[:, :count].contiguous()
+
+
+def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, Any]:
+    """Time of our kernels, the floor, and the peer's."""
+    floor = max(call.bytes / bandwidth, call.operations / rate)
+    # A copy holds every tensor of the call: what is not read of them costs memory alone.
+    held = sum(tensor.numel() * tensor.element_size() for tensor in call.inputs)
+    calls = [call] + [
+        call._replace(inputs=[tensor.clone() for tensor in call.inputs])
+        for _ in range(min(CALLS, math.ceil(SPREAD / max(held, 1))) - 1)
+    ]
+    launches = [ours(device, each) for each in calls]
+    taken = replay(device, [launch for launch, _ in launches])
+    row: dict[str, Any] = {
+        "us": taken * 1e6, "floor_us": floor * 1e6, "share_of_floor": floor / taken, "launches": len(launches[0][1].launches),
+        "bound": "memory" if call.bytes / bandwidth > call.operations / rate else "compute",
+    }  # fmt: skip
+    if call.rows == DENSE and (peer := torch_step(call)) is not None:
+        try:
+            row["torch_us"] = replay(device, [torch_step(each) for each in calls]) * 1e6  # type: ignore[misc]
+        except torch.OutOfMemoryError:
+            row["torch_us"] = None
+            torch.cuda.empty_cache()
+        del peer
+    return row
+
+
+def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
+    """A function that launches the operator's kernels on the current stream, and what it launches."""
+    spec = PLUGINS[call.operator]
+    sizes = spec.dimensions([tuple(tensor.shape) for tensor in call.inputs], rows=call.rows) | call.attributes
+    steps = plan(
+        call.operator, sizes, call.attributes, sm=device.sm, dtype="bfloat16", rows=call.rows, rotary=call.rotary
+    )
+    launcher = device.load([steps])
+    outputs = []
+    for index, tensor in enumerate(spec.outputs):
+        if index in spec.aliases:
+            outputs.append(call.inputs[spec.aliases[index]])
+            continue
+        shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(call.rows)]
+        kind = torch.bfloat16 if tensor.dtype == STATE else _TYPES[tensor.dtype]
+        outputs.append(
+            device.place(torch.empty(shape, dtype=kind if call.rows == DENSE or tensor.dtype != STATE else torch.int8))
+        )
+    workspace = device.place(torch.empty(max(steps.workspace, 1), dtype=torch.uint8))
+    addresses = [device.expose(tensor) for tensor in call.inputs], [tensor.data_ptr() for tensor in outputs]
+
+    def launch() -> None:
+        launcher.launch(steps, *addresses, workspace=workspace.data_ptr(), stream=device.stream)
+
+    launch.keep = outputs, workspace, call  # type: ignore[attr-defined]  # the buffers live as long as the function
+    return launch, steps
+
+
+def torch_step(call: Call) -> Callable[[], Tensor] | None:
+    """The operator's step in torch, in bfloat16, as one would write it without a kernel; None where it is no product."""
+    values = call.inputs
+    if call.operator == "FoldkvIndexScores":
+        q, weights, entries = values[:3]
+        return lambda: torch.matmul(
+            torch.matmul(entries, q[:, 0].bfloat16().transpose(1, 2)).relu(), weights[:, 0, :, None].bfloat16()
+        )
+    if call.operator == "FoldkvIndexSelect":
+        return lambda: values[0].topk(call.attributes["topk"], dim=-1).indices
+    if not call.operator.endswith("Attention"):
+        return None
+    q, ring, entries = values[:3]
+
+    def attend() -> Tensor:
+        far = entries
+        if call.operator == "FoldkvSparseAttention":
+            far = entries.gather(1, values[3][:, 0, :, None].long().expand(-1, -1, entries.shape[-1]))
+        keys = torch.cat((ring[:, 1:], far), dim=1)
+        logits = torch.matmul(q[:, 0].bfloat16(), keys.transpose(1, 2)) * q.shape[-1] ** -0.5
+        return torch.matmul(logits.softmax(dim=-1), keys)
+
+    return attend
+
+
+def replay(device: Device, runs: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of one call: the median over replays of a CUDA graph of ``CALLS`` calls that take the functions in turn."""
+    if device.torch_device != "cuda":  # a rehearsal: the same calls, without a graph
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        return (time.perf_counter() - start) / len(runs)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for run in runs:
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            runs[i % len(runs)]()
+    graph.replay()
+    return timed(graph.replay, ROUNDS) / CALLS
+
+
+def timed(run: Callable[[], Any], rounds: int) -> float:
+    """Median seconds of ``run`` on the GPU."""
+    torch.cuda.synchronize()
+    taken = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(taken)
+
+
+def copy_bandwidth(device: Device) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    if device.torch_device != "cuda":
+        return 1e9
+    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source), 9)
+
+
+def matmul_rate(device: Device) -> float:
+    """Operations per second of a large bfloat16 product of random values."""
+    if device.torch_device != "cuda":
+        return 1e9
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    torch.matmul(a, a)
+    return 2 * 8192**3 / timed(lambda: torch.matmul(a, a), 9)
+
+
+if __name__ == "__main__":
+    main()
