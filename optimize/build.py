@@ -26,6 +26,7 @@ from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
 from foldkv.optimize.kernels import Bundled
 from foldkv.optimize.passes.pack import PACKED, check_layout, pack_state
+from foldkv.optimize.plan import named_capability
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
 
@@ -63,7 +64,7 @@ class BuildReport:
 def build_bundles(
     graph: Path,
     out: Path,
-    targets: Sequence[str],
+    targets: Sequence[str | Target],
     *,
     plugins: bool = False,
     layout: str = DENSE,
@@ -75,6 +76,7 @@ def build_bundles(
 
     Args:
         graph: a graph package, verified by hash before it is used.
+        targets: names of the table, or targets of your own.
         plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. A graph
             that was injected is built with plugins, for its target and for the cpu.
         layout: name of the cache layout: of GPU targets other than "dense" only with plugins, of the cpu target only for a
@@ -285,7 +287,7 @@ def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[s
 
 
 def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    from foldkv.optimize.engine import build_plan
+    from foldkv.optimize.engine import RTX, build_plan
     from foldkv.optimize.passes.lower import lowered_graph
     from foldkv.plugins.inject import rotary_channels
 
@@ -302,8 +304,9 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
             job.graph, scratch, state, target.precision, sm=target.sm, injected=injected, layout=job.layout,
             rotary=rotary_channels(job.graph), tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
+        named = named_capability(target.sm) if target.backend == RTX else target.sm
         result = build_plan(
-            scratch / MODEL, work / PLAN, sm=target.sm, state=state, shapes=job.shapes, backend=target.backend,
+            scratch / MODEL, work / PLAN, sm=named, state=state, shapes=job.shapes, backend=target.backend,
             plugins=bundled.nodes, progress=progress,
         )  # fmt: skip
     finally:
@@ -321,7 +324,7 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
         "weights": weights,
         "plugins": bundled.plugins,
         "kernels": bundled.kernels,
-        "build": {"peak_rss_bytes": result["peak_rss_bytes"]},
+        "build": {"peak_rss_bytes": result["peak_rss_bytes"], "warnings": result["warnings"]},
     }  # fmt: skip
 
 

@@ -78,9 +78,10 @@ def build_plan(
     graph: Path,
     plan: Path,
     *,
-    sm: int,
+    sm: int | None,
     state: list[StateTensor],
     shapes: Shapes,
+    inputs: Mapping[str, list[list[int]]] | None = None,
     backend: str = RTX,
     plugins: int = 0,
     memory_bytes: int | None = None,
@@ -91,9 +92,11 @@ def build_plan(
     Args:
         graph: the lowered model.
         plan: the file to write.
-        sm: compute capability of the target.
+        sm: compute capability of the plan; None names none to TensorRT-RTX, which then makes a forward-compatible one. The
+            kernels of plugins are chosen by the nodes' own field.
         state: the state tensors as the model has them.
         shapes: sizes that the engine is built for.
+        inputs: of inputs that no graph package has: smallest, typical and largest shape.
         backend: "tensorrt-rtx" or "tensorrt".
         plugins: nodes that were injected; the network must have as many plugin layers.
         memory_bytes: limit of the child's address space.
@@ -101,7 +104,7 @@ def build_plan(
 
     Returns:
         ``header`` and size of the plan, ``layers``, ``plugin_layers``, names of the ``kernels`` that the plugins can
-        launch, ``peak_rss_bytes``.
+        launch, ``peak_rss_bytes``, and the builder's ``warnings``.
 
     Raises:
         BuildError: the parser or the builder refused the graph, or the child process died; with the reason.
@@ -111,7 +114,8 @@ def build_plan(
         values = {"active_context": [1, shapes.context[1], shapes.context[2]]}
         request.write_text(
             json.dumps(
-                {"graph": str(graph), "plan": str(plan), "sm": sm, "shapes": profile_shapes(state, shapes),
+                {"graph": str(graph), "plan": str(plan), "sm": sm,
+                 "shapes": profile_shapes(state, shapes) | dict(inputs or {}),
                  "values": values, "memory_bytes": memory_bytes, "module": MODULES[backend], "plugins": plugins}
             )
         )  # fmt: skip
@@ -119,7 +123,8 @@ def build_plan(
     content = plan.read_bytes()
     # The layout of TensorRT's own header is not published.
     header = check_plan(content, sm=sm) if backend == RTX else {"bytes": len(content), "sm": [sm]}
-    return {key: result[key] for key in ("layers", "plugin_layers", "kernels", "peak_rss_bytes")} | {"header": header}
+    keys = ("layers", "plugin_layers", "kernels", "peak_rss_bytes", "warnings")
+    return {key: result[key] for key in keys} | {"header": header}
 
 
 def _child_environment(folder: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_WARNINGS = 20  # different ones, which is more than a build has given yet
+
 
 def say(**message: Any) -> None:
     """One line to the parent."""
@@ -63,7 +65,8 @@ def build(request: dict[str, Any]) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
     if found:  # state is updated in place
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if hasattr(trt, "ComputeCapability"):  # TensorRT-RTX; TensorRT builds for the device that it finds
+    # TensorRT builds for the device that it finds; TensorRT-RTX for what is named, or else for sm80 and what came later.
+    if hasattr(trt, "ComputeCapability") and request["sm"] is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
     profile = builder.create_optimization_profile()
@@ -77,13 +80,18 @@ def build(request: dict[str, Any]) -> None:
             profile.set_shape(tensor.name, low, typical, high)
     if config.add_optimization_profile(profile) < 0:
         raise RuntimeError(f"the shapes were refused: {_reasons(messages)}")
-    say(progress=f"building {network.num_layers} layers for sm{request['sm']}")
+    device = "any GPU from sm80 on" if request["sm"] is None else f"sm{request['sm']}"
+    say(progress=f"building {network.num_layers} layers for {device}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(_reasons(messages))
     Path(request["plan"]).write_bytes(memoryview(plan))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say(ok=True, peak_rss_bytes=peak, layers=network.num_layers, plugin_layers=found, kernels=sorted(launched))
+    warnings = dict.fromkeys(_first_line(text) for severity, text in messages if severity == "WARNING")
+    say(
+        ok=True, peak_rss_bytes=peak, layers=network.num_layers, plugin_layers=found, kernels=sorted(launched),
+        warnings=list(warnings)[:_WARNINGS],
+    )  # fmt: skip
 
 
 def _first_line(text: str) -> str:

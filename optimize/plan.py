@@ -10,10 +10,12 @@ from foldkv.errors import BuildError
 _HEADER_BYTES = 64
 _MAGIC = b"vtrt"
 _CAPABILITIES = {1: 75, 2: 80, 4: 86, 8: 89, 16: 120, 32: 121}
+_FORWARD = 64  # in a plan for which no compute capability was named
 
 
 def read_plan_header(plan: bytes) -> dict[str, Any]:
-    """Version, size in bytes and compute capabilities of a plan (layout seen in TensorRT-RTX 1.7).
+    """Version, size in bytes and compute capabilities of a plan, and whether it is meant for later ones too (layout seen in
+    TensorRT-RTX 1.7).
 
     Raises:
         BuildError: these bytes are no such plan.
@@ -27,11 +29,21 @@ def read_plan_header(plan: bytes) -> dict[str, Any]:
         "version": ".".join(str(byte) for byte in plan[24:28]),
         "bytes": struct.unpack_from("<Q", plan, 16)[0],
         "sm": [sm for bit, sm in _CAPABILITIES.items() if mask & bit],
+        "forward_compatible": bool(mask & _FORWARD),
     }
 
 
-def check_plan(plan: bytes, *, sm: int) -> dict[str, Any]:
-    """The header, if the plan is whole and for that compute capability alone.
+def named_capability(sm: int) -> int | None:
+    """What a build for a GPU names: its compute capability, or None where TensorRT-RTX has no such target.
+
+    A plan for which none is named runs on those that the library knows and on later ones, but not between: TensorRT-RTX 1.7
+    refuses it on 9.0 (benchmarks/results/gpu-h200.json), naming 8.0, 8.6, 8.9, 12.0, 12.1 and more than 12.0.
+    """
+    return sm if sm in _CAPABILITIES.values() else None
+
+
+def check_plan(plan: bytes, *, sm: int | None) -> dict[str, Any]:
+    """The header, if the plan is whole and for that compute capability alone; None: for those of a build that named none.
 
     Raises:
         BuildError: the plan is cut off or was built for something else.
@@ -41,6 +53,10 @@ def check_plan(plan: bytes, *, sm: int) -> dict[str, Any]:
         raise BuildError(
             f"the plan has {len(plan)} bytes, its header says {header['bytes']}: it is cut off. Build it again."
         )
-    if header["sm"] != [sm]:
+    if sm is None and not header["forward_compatible"]:
+        raise BuildError(
+            f"the plan is for sm {header['sm']} alone; asked for was a forward-compatible one. Report this as a fault of foldkv."
+        )
+    if sm is not None and (header["sm"] != [sm] or header["forward_compatible"]):
         raise BuildError(f"the plan is for sm {header['sm']}; asked for was {sm}. Report this as a fault of foldkv.")
     return header

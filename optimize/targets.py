@@ -40,15 +40,15 @@ def load_targets() -> dict[str, Target]:
     return {name: Target(name, **{**row, "backends": tuple(row["backends"])}) for name, row in table["targets"].items()}
 
 
-def resolve_targets(names: Sequence[str]) -> list[Target]:
-    """The targets of these names, each once, in their order.
+def resolve_targets(names: Sequence[str | Target]) -> list[Target]:
+    """The targets of these names, each once, in their order; a target stands for itself.
 
     Raises:
         InputError: no name, or unknown names; all are listed.
     """
     known = load_targets()
-    unknown = [f"{name!r}{nearest(name, list(known))}" for name in names if name not in known]
+    unknown = [f"{n!r}{nearest(n, list(known))}" for n in names if isinstance(n, str) and n not in known]
     if unknown or not names:
         what = f"unknown target {', '.join(unknown)}" if unknown else "no target given"
         raise InputError(f"{what}. Targets are {', '.join(known)}; see `foldkv targets`.")
-    return [known[name] for name in dict.fromkeys(names)]
+    return [known[name] if isinstance(name, str) else name for name in dict.fromkeys(names)]

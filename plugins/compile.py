@@ -84,11 +84,29 @@ def compiler_identity() -> str:
     return f"triton {triton_version()}, kernels {_sources_digest()[:16]}"
 
 
-def _sources_digest() -> str:
+_KERNELS = Path(__file__).parent / "kernels"
+
+
+def _sources_digest(module: str = "") -> str:
+    """Digest of the sources of a module of kernels and of those that it imports; of all of them without a name."""
+    names = _imported(module) if module else {path.stem for path in _KERNELS.glob("*.py")}
     digest = hashlib.sha256()
-    for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
-        digest.update(source.read_bytes())
+    for name in sorted(names):
+        digest.update((_KERNELS / f"{name}.py").read_bytes())
     return digest.hexdigest()
+
+
+def _imported(module: str) -> set[str]:
+    """A module of kernels and those that it imports, directly or not."""
+    found, waiting = set[str](), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += re.findall(
+                r"^from foldkv\.plugins\.kernels\.(\w+) import", (_KERNELS / f"{name}.py").read_text(), re.MULTILINE
+            )
+    return found
 
 
 def compile_kernels(
@@ -110,9 +128,11 @@ def compile_kernels(
         BuildError: a kernel does not compile, or would not run on its target: too much shared memory, scratch memory.
         MissingDependencyError: Triton is not installed.
     """
-    version, sources = triton_version(), _sources_digest()
+    version = triton_version()
+    # A change of one file of kernels leaves what the others were compiled to.
+    sources = {module: _sources_digest(module) for module in {kernel.module for kernel, _ in wanted}}
     folder = (cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "kernels"
-    files = [folder / f"{_cache_key(kernel, sm, version, sources)}.json" for kernel, sm in wanted]
+    files = [folder / f"{_cache_key(kernel, sm, version, sources[kernel.module])}.json" for kernel, sm in wanted]
     found: dict[int, CompiledKernel] = {}
     missing = []
     for index, (kernel, sm) in enumerate(wanted):

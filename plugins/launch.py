@@ -24,6 +24,8 @@ DYNAMIC = ("B", "S", "E")
 SPARSE_SPAN, DENSE_SPAN = 128, 512
 #: Entries that one program scores: enough to be worth its query, few enough to fill a GPU at 64 thousand tokens.
 SCORE_SPAN = 256
+#: Entries of a part of a selection at least, parts of a row at most, and programs that fill a GPU.
+SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 4096, 64, 512
 #: Chunks up to this length split their keys; longer ones have programs enough.
 SPLIT_CHUNK = 8
 
@@ -54,6 +56,11 @@ class Kernel:
     constants: tuple[tuple[str, int | float | str], ...]
     num_warps: int = 4
     num_stages: int = 2
+
+    @property
+    def module(self) -> str:
+        """The module of plugins/kernels that has the function."""
+        return self.function.split(".")[0]
 
     @property
     def name(self) -> str:
@@ -308,24 +315,83 @@ def _entries(call: _Call, function: str, programs: Any, tiles: dict[str, int]) -
     return Plan((call.launch(function, grid, constants | tiles, extras=("S", "E"), warps=warps),))
 
 
-def _index_scores(call: _Call) -> Plan:
-    block = 64 if call.sm in (90, 100, 103) else 128
+@dataclass(frozen=True)
+class _ScoreTile:
+    """Entries of a program and of one of its blocks, warps, stages."""
+
+    span: int
+    block: int
+    warps: int
+    stages: int
+
+
+def _score_tile(call: _Call) -> _ScoreTile:
     if call.single:  # as for attention; half the query's bytes are its rounding
-        block = 32
+        return _ScoreTile(SCORE_SPAN, 32, 8, 1)
+    return _ScoreTile(SCORE_SPAN, 64 if call.sm in (90, 100, 103) else 128, 8, 2)
+
+
+def _index_scores(call: _Call) -> Plan:
+    tile = _score_tile(call)
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
-        "RATIO": call.attributes["ratio"], "SPAN": SCORE_SPAN, "BN": block, "ROW": call.row_size,
+        "RATIO": call.attributes["ratio"], "SPAN": tile.span, "BN": tile.block, "ROW": call.row_size,
         "FORMAT": call.rows,
     }  # fmt: skip
-    grid = (call.arithmetic.cdiv(call["E"], SCORE_SPAN), call["S"], call["B"])
-    stages = 1 if call.single else 2
-    return Plan((call.launch("index_scores.index_scores", grid, constants, extras=("S", "E"), warps=8, stages=stages),))
+    grid = (call.arithmetic.cdiv(call["E"], tile.span), call["S"], call["B"])
+    launch = call.launch(
+        "index_scores.index_scores", grid, constants, extras=("S", "E"), warps=tile.warps, stages=tile.stages
+    )
+    return Plan((launch,))
 
 
 def _index_select(call: _Call) -> Plan:
-    constants = {"K": call.attributes["topk"], "RATIO": call.attributes["ratio"], "BN": 4096}
+    constants: dict[str, int | float | str] = {"K": call.attributes["topk"], "RATIO": call.attributes["ratio"]}
+    if not call.single and call["S"] <= SPLIT_CHUNK and call["E"] > SELECT_SPAN:
+        return _parted_select(call, constants)
     grid = (call["S"], call["B"], 1)
-    return Plan((call.launch("index_select.index_select", grid, constants, extras=("S", "E"), warps=16),))
+    whole = constants | {"BN": 4096}
+    return Plan((call.launch("index_select.index_select", grid, whole, extras=("S", "E"), warps=16),))
+
+
+@dataclass(frozen=True)
+class _SelectTile:
+    """Entries of a block, parts whose counts are read at once, warps."""
+
+    block: int
+    parts: int
+    warps: int
+
+
+def _select_tile(call: _Call) -> _SelectTile:
+    return _SelectTile(2048, 16, 8)
+
+
+def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> Plan:
+    """Four passes that count and one that emits, with programs enough for a GPU; how entries are parted changes no result."""
+    rows, of = call["B"] * call["S"], _select_tile(call)
+    block = of.block
+    parts = min(-(-call["E"] // SELECT_SPAN), max(1, min(SELECT_PARTS, -(-SELECT_PROGRAMS // rows))))
+    span = -(-call["E"] // (parts * block)) * block
+    offsets = [0, 4 * rows * parts * 256 * _ITEM]
+    offsets += [offsets[1] + rows * 4 * 2 * _ITEM]
+    work = tuple(Argument("workspace", offset) for offset in offsets)
+    sizes = (Argument("int32", call["S"]), Argument("int32", call["E"]), Argument("int32", span))
+    given = (Argument("input", 0), Argument("input", 1), *sizes, *work)
+    types: tuple[tuple[str, str | None], ...] = (
+        ("scores", "*fp32"), ("positions", "*i32"), ("chunk", "i32"), ("capacity", "i32"), ("span", "i32"),
+        ("counts", "*i32"), ("known", "*i32"), ("larger", "*i32"),
+    )  # fmt: skip
+    tile = {**constants, "BN": block, "BP": of.parts}
+    passes = [
+        Kernel("index_select.select_count", types, (*tile.items(), ("STEP", step)), num_warps=of.warps)
+        for step in range(4)
+    ]
+    emit = Kernel("index_select.select_emit", (*types, ("chosen", "*i32")), tuple(tile.items()), num_warps=of.warps)
+    grid = (parts, call["S"], call["B"])
+    launches = [Launch(kernel, grid, given) for kernel in passes]
+    launches.append(Launch(emit, grid, (*given, Argument("output", 0))))
+    return Plan(tuple(launches), offsets[2] + rows * parts * _ITEM)
 
 
 @dataclass(frozen=True)

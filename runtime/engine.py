@@ -8,8 +8,11 @@ once per shape.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import logging
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -31,6 +34,38 @@ _WRITERS = {
     "window": frozenset({"FoldkvWindowUpdate"}), "carry": _ONLINE, **dict.fromkeys(("carry_kv", "carry_gate"), _MAIN),
     **dict.fromkeys(("index_entries", "index_carry_kv", "index_carry_gate"), _INDEX),
 }  # fmt: skip
+
+
+#: Gets every message of the library, at the level that it has there.
+log = logging.getLogger("foldkv.engine")
+_LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING, "INFO": logging.INFO,
+           "VERBOSE": logging.DEBUG}  # fmt: skip
+
+
+@functools.cache
+def library_logger(trt: Any) -> Any:
+    """What ``tensorrt`` or ``tensorrt_rtx`` logs through, one per process: the library keeps the first that it was given.
+
+    Messages go to the logger ``foldkv.engine``; ``reasons()`` gives the last errors as one text, and forgets them.
+    """
+
+    class Messages(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=3)
+
+        def log(self, severity: Any, text: str) -> None:
+            level = _LEVELS.get(str(severity).rsplit(".", 1)[-1], logging.WARNING)
+            log.log(level, "%s", text)
+            if level >= logging.ERROR:
+                self.errors.append(" ".join(text.split())[:400])
+
+        def reasons(self) -> str:
+            text = "; ".join(self.errors) or "the library gave no reason"
+            self.errors.clear()
+            return text
+
+    return Messages()
 
 
 def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
@@ -155,14 +190,16 @@ class EngineExecutor:
         if table is not None:
             provide_kernels(table["library"], bundle_kernels(bundle.folder, bundle.manifest), driver=driver)
             register_plugins(trt)
-        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._logger = library_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(bundle.engine.read_bytes())
         if self._engine is None:
             raise ArtifactError(
-                f"{bundle.engine} cannot be deserialised here; the library printed why. Build it again."
+                f"{bundle.engine} cannot be deserialised here: {self._logger.reasons()}. Build it again."
             )
         self._execution = self._engine.create_execution_context()
+        if self._execution is None:
+            raise ArtifactError(f"{bundle.engine} cannot be executed here: {self._logger.reasons()}. Build it again.")
         self._stream = int(check(driver, driver.cuStreamCreate(0)))
         self._on_host = {
             name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
@@ -212,8 +249,8 @@ class EngineExecutor:
         address = self._space(names.logits, logits.nbytes)
         if not self._execution.execute_async_v3(self._stream):
             raise FoldkvError(
-                f"the engine {self._bundle.engine} failed on a chunk of {input_ids.shape[1]} tokens; the library printed "
-                "why. Reset the session or restore a snapshot."
+                f"the engine {self._bundle.engine} failed on a chunk of {input_ids.shape[1]} tokens: "
+                f"{self._logger.reasons()}. Reset the session or restore a snapshot."
             )
         check(self._driver, self._driver.cuMemcpyDtoHAsync(logits.ctypes.data, address, logits.nbytes, self._stream))
         check(self._driver, self._driver.cuStreamSynchronize(self._stream))

@@ -43,19 +43,26 @@ def compact(content: Any, indent: int = 0) -> str:
     """JSON with a line per row of a list, so that a change of one row is a change of one line."""
     pad = " " * (indent + 1)
     if isinstance(content, dict) and indent < 4:
-        inner = ",\n".join(f"{pad}{json.dumps(key)}: {compact(value, indent + 1)}" for key, value in content.items())
+        kept = {key: value for key, value in content.items() if key not in _LEFT_OUT}
+        inner = ",\n".join(f"{pad}{json.dumps(key)}: {compact(value, indent + 1)}" for key, value in kept.items())
         return f"{{\n{inner}\n{' ' * indent}}}" if inner else "{}"
     if isinstance(content, list) and content and isinstance(content[0], dict):
         return "[\n" + ",\n".join(f"{pad}{json.dumps(_short(value))}" for value in content) + f"\n{' ' * indent}]"
     return json.dumps(_short(content))
 
 
+#: What helps to find a fault and stays in the step's own file.
+_LEFT_OUT = ("traceback", "stderr", "latest", "messages", "unpacking")
+
+
 def _short(value: Any) -> Any:
-    """Numbers with five digits: what a measurement has."""
+    """Numbers with five digits, which is what a measurement has; files by their names, without the machine's folders."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w:])/(?:[\w.+-]+/)+", "", value)
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: _short(item) for key, item in value.items() if key not in _LEFT_OUT}
     return [_short(item) for item in value] if isinstance(value, list) else value
 
 

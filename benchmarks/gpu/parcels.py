@@ -18,6 +18,7 @@ import click
 
 PIECE = 4 << 20
 _PART = ".part"
+_HEADER, _END = 1536, 10_240  # bytes of a tar around a file, at most, and behind the last one
 #: Folders that come first: what most steps need.
 _FIRST = ("expected", "kernels", "model")
 
@@ -27,32 +28,39 @@ def main() -> None:
     """Pack or unpack."""
 
 
-@main.command()
+@main.command("pack")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.argument("parcels", type=click.Path(path_type=Path))
 @click.option("--mib", default=56.0, show_default=True, help="Largest parcel.")
-def pack(folder: Path, parcels: Path, mib: float) -> None:
+def _pack(folder: Path, parcels: Path, mib: float) -> None:
     """Write the parcels anew."""
+    for line in pack(folder, parcels, mib):
+        click.echo(line)
+
+
+def pack(folder: Path, parcels: Path, mib: float) -> list[str]:
+    """Write the parcels of a folder anew, each of at most ``mib``; a line for each."""
     shutil.rmtree(parcels, ignore_errors=True)
     parcels.mkdir(parents=True)
     groups: list[list[tuple[str, bytes]]] = [[]]
     size = 0
     for name, content in _pieces(folder):
         packed = lzma.compress(content, preset=6)
-        if size + len(packed) + 1024 > mib * 2**20 and groups[-1]:
+        if size + len(packed) + _HEADER > mib * 2**20 - _END and groups[-1]:
             groups.append([])
             size = 0
         groups[-1].append((f"{name}.xz", packed))
-        size += len(packed) + 1024
+        size += len(packed) + _HEADER
+    lines = []
     for i, group in enumerate(groups, 1):
-        with tarfile.open(parcels / f"{i}.tar", "w") as tar:
+        path = parcels / f"{i}.tar"
+        with tarfile.open(path, "w") as tar:
             for name, packed in group:
                 info = tarfile.TarInfo(name)
                 info.size = len(packed)
                 tar.addfile(info, io.BytesIO(packed))
-        click.echo(
-            f"{parcels / f'{i}.tar'}: {len(group)} pieces, {(parcels / f'{i}.tar').stat().st_size / 2**20:.1f} MiB"
-        )
+        lines.append(f"{path}: {len(group)} pieces, {path.stat().st_size / 2**20:.1f} MiB")
+    return lines
 
 
 def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -71,21 +79,28 @@ def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield name, content[i * PIECE : (i + 1) * PIECE]
 
 
-@main.command()
+@main.command("unpack")
 @click.argument("parcels", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-def unpack(parcels: Path, folder: Path) -> None:
+def _unpack(parcels: Path, folder: Path) -> None:
     """Add what the parcels hold."""
+    for line in unpack(parcels, folder):
+        click.echo(line)
+
+
+def unpack(parcels: Path, folder: Path) -> list[str]:
+    """Add to a folder what the parcels hold; a line for every file of which pieces are missing."""
     scratch = folder.with_name(f"{folder.name}.pieces")
     for parcel in sorted(parcels.glob("*.tar")):
         with tarfile.open(parcel) as tar:
             tar.extractall(scratch, filter="data")
+    lines = []
     for first in sorted(scratch.rglob(f"*{_PART}000-of-*.xz")):
         stem, _, counted = first.name.rpartition(_PART)
         count = int(counted.removesuffix(".xz").split("-of-")[1])
         parts = [first.with_name(f"{stem}{_PART}{i:03d}-of-{count:03d}.xz") for i in range(count)]
         if not all(part.exists() for part in parts):
-            click.echo(f"{stem}: {sum(part.exists() for part in parts)} of {count} pieces")
+            lines.append(f"{stem}: {sum(part.exists() for part in parts)} of {count} pieces")
             continue
         target = folder / first.relative_to(scratch).with_name(stem)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +109,7 @@ def unpack(parcels: Path, folder: Path) -> None:
                 file.write(lzma.decompress(part.read_bytes()))
         for part in parts:
             part.unlink()
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   PYTHON=python3 benchmarks/gpu/run.sh OUT [STEP...]
 #
 # Steps, in order of worth: kernels engine model stability sanitizer speed. Each has a time limit and a result file of its own in
-# OUT; one that fails does not stop the next. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
+# OUT; one that fails does not stop the next. `tune` runs where it is named only. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
 # it came in pieces (FOLDKV_GPU_PARCELS, build/gpu-parcels) they are joined first. Nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -43,6 +43,7 @@ for name in "$@"; do
     stability) step stability 60 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
     sanitizer) step sanitizer 100 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
     speed) step speed 150 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
+    tune) step tune 130 "$python" benchmarks/gpu/tune.py measure -o "$out/tune.json" --seconds 110 ;;
     *) echo "unknown step $name" && failed=1 ;;
   esac
 done

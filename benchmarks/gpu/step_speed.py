@@ -28,7 +28,7 @@ from foldkv.export.operators.rows import pack
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.spec import PLUGINS, STATE
 
-WHAT = "one layer's operator in a decode step (one token per sequence); microseconds are medians"
+WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 #: Calls in a graph, replays, and the bytes over which they are spread: more than twice the largest L2 cache.
 CALLS, ROUNDS, SPREAD = 20, 7, 192 << 20
@@ -40,7 +40,7 @@ CASES = (
     ("FoldkvCompressOnline", DENSE), ("FoldkvWindowUpdate", DENSE),
 )  # fmt: skip
 #: What is measured where: the corners first, so that a time limit cuts what lies between.
-CONTEXTS, BATCHES = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4)
+CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
 
 
 class Call(NamedTuple):
@@ -69,7 +69,8 @@ def main(output: Path, seconds: float) -> None:
 
 def measure(
     recorder: kit.Recorder, open_device: Callable[[], Device], *, seconds: float = 120.0,
-    contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
+    contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES,
+    chunks: Sequence[int] = CHUNKS, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
 ) -> None:  # fmt: skip
     """One row per operator, row format, model, context and batch."""
     end = time.monotonic() + seconds
@@ -77,40 +78,36 @@ def measure(
     device = open_device()
     bandwidth, rate = copy_bandwidth(device), matmul_rate(device)
     recorder.fact(copy_gb_s=bandwidth / 1e9, bf16_tflop_s=rate / 1e12, not_measured=[])
-    for context in contexts:
-        for batch in batches:
-            for operator, rows in CASES:
-                for geometry in chosen:
-                    case = {
-                        "model": geometry.name,
-                        "context": context,
-                        "batch": batch,
-                        "operator": operator,
-                        "rows": rows,
-                    }
-                    if time.monotonic() > end:
-                        recorder.content["not_measured"].append(case | {"why": "out of time"})
-                        continue
-                    try:
-                        found = one(device, make(device, operator, rows, geometry, context, batch), bandwidth, rate)
-                    except torch.OutOfMemoryError:
-                        recorder.content["not_measured"].append(case | {"why": "out of memory"})
-                        torch.cuda.empty_cache()
-                        continue
-                    except RuntimeError as error:
-                        recorder.add(case, failure=f"{case}: {str(error)[:300]}")
-                        if "illegal" in str(error).lower():
-                            raise
-                        continue
-                    recorder.add(case | found)
+    places = [(context, batch, 1) for context in contexts for batch in batches]
+    for context, batch, chunk in [*places, *((context, 1, chunk) for context in contexts for chunk in chunks)]:
+        for operator, rows in CASES:
+            for geometry in chosen:
+                case = {"model": geometry.name, "context": context, "batch": batch, "chunk": chunk, "operator": operator,
+                        "rows": rows}  # fmt: skip
+                if time.monotonic() > end:
+                    recorder.content["not_measured"].append(case | {"why": "out of time"})
+                    continue
+                try:
+                    call = make(device, operator, rows, geometry, context, batch, chunk)
+                    found = one(device, call, bandwidth, rate)
+                except torch.OutOfMemoryError:
+                    recorder.content["not_measured"].append(case | {"why": "out of memory"})
+                    torch.cuda.empty_cache()
+                    continue
+                except RuntimeError as error:
+                    recorder.add(case, failure=f"{case}: {str(error)[:300]}")
+                    if "illegal" in str(error).lower():
+                        raise
+                    continue
+                recorder.add(case | found)
 
 
-def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int) -> Call:
-    """Random inputs at the end of a full context."""
+def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int, chunk: int = 1) -> Call:
+    """Random inputs at the end of a full context: the last ``chunk`` tokens of each sequence."""
     torch.manual_seed(0)
     where = device.torch_device
-    positions = torch.full((batch,), context - 1, dtype=torch.int32, device=where)
-    ones = torch.ones(batch, dtype=torch.int32, device=where)
+    positions = torch.full((batch,), context - chunk, dtype=torch.int32, device=where)
+    ones = torch.full((batch,), chunk, dtype=torch.int32, device=where)
     limit = torch.tensor([context], device=where)
     entries = context // of.ratio
 
@@ -129,10 +126,11 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
             torch.rand(batch, 1, of.index_heads, device=where),
         )
         inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
-        moved = batch * (entries * (size + 4) + q[0].numel() * 4)
-        return call(inputs, {"ratio": of.ratio}, moved, 2.0 * batch * entries * of.index_heads * of.index_width)
+        moved = batch * (entries * (size + 4 * chunk) + q[0].numel() * 4)
+        done = 2.0 * batch * chunk * entries * of.index_heads * of.index_width
+        return call(inputs, {"ratio": of.ratio}, moved, done)
     if operator == "FoldkvIndexSelect":
-        scores = normal(batch, 1, entries)
+        scores = normal(batch, chunk, entries)
         return call([scores, positions], {"ratio": of.ratio, "topk": of.topk}, 4.0 * scores.numel())
     if operator == "FoldkvWindowUpdate":
         inputs = [
@@ -149,26 +147,29 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         carries = (
             [normal(batch, 3, of.width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
         )
-        fresh = [normal(batch, 1, columns) for _ in range(2)]
+        fresh = [normal(batch, chunk, columns) for _ in range(2)]
         held = state(device, batch, context // ratio, of.width, of.rotary, rows)
         inputs = [held, *carries, *fresh, normal(ratio, columns), normal(of.width), inv_freq, positions, ones]
         # The token closes a window: what is open is read, an entry and the token's rows are written.
-        moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * columns) + batch * size
+        moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns) + batch * size
         return call(inputs, {"ratio": ratio, "eps": 1e-6}, moved)
-    q, sinks = normal(batch, 1, of.heads, of.width), normal(of.heads)
-    ring = state(device, batch, of.window + 1, of.width, of.rotary, rows)
+    q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)
+    ring = state(device, batch, of.window + chunk, of.width, of.rotary, rows)
     tail = [sinks, inv_freq, positions, ones]
     if operator == "FoldkvSparseAttention":
-        chosen = torch.stack([torch.randperm(entries, device=where)[: of.topk] for _ in range(batch)])
+        picked = [torch.randperm(entries, device=where)[: of.topk] for _ in range(batch * chunk)]
+        chosen = torch.stack(picked).reshape(batch, chunk, of.topk).int()
         keys = of.window + of.topk
-        inputs = [q, ring, state(device, batch, entries, of.width, of.rotary, rows), chosen[:, None].int(), *tail]
+        inputs = [q, ring, state(device, batch, entries, of.width, of.rotary, rows), chosen, *tail]
         attributes: dict[str, Any] = {}
     else:
         keys = of.window + context // of.online_ratio
         inputs = [q, ring, state(device, batch, context // of.online_ratio, of.width, of.rotary, rows), *tail, limit]
         attributes = {"ratio": of.online_ratio}
-    moved = batch * (keys * size + 2 * q[0].numel() * 4)
-    return call(inputs, attributes, moved, 4.0 * batch * of.heads * of.width * keys)
+    # Tokens of a chunk share the window and, in dense attention, the entries; each has chosen its own.
+    read = of.window + chunk - 1 + (chunk * of.topk if operator == "FoldkvSparseAttention" else keys - of.window)
+    moved = batch * (read * size + 2 * q[0].numel() * 4)
+    return call(inputs, attributes, moved, 4.0 * batch * chunk * of.heads * of.width * keys)
 
 
 def state(device: Device, batch: int, count: int, width: int, rotary: int, rows: str) -> Tensor:
@@ -194,7 +195,7 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
         "us": taken * 1e6, "floor_us": floor * 1e6, "share_of_floor": floor / taken, "launches": len(launches[0][1].launches),
         "bound": "memory" if call.bytes / bandwidth > call.operations / rate else "compute",
     }  # fmt: skip
-    if call.rows == DENSE and (peer := torch_step(call)) is not None:
+    if call.rows == DENSE and call.inputs[0].shape[1] == 1 and (peer := torch_step(call)) is not None:
         try:
             row["torch_us"] = replay(device, [torch_step(each) for each in calls]) * 1e6  # type: ignore[misc]
         except torch.OutOfMemoryError:
@@ -204,13 +205,20 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
     return row
 
 
+def steps_of(call: Call, sm: int) -> Plan:
+    """What a call launches."""
+    sizes = _sizes(call)
+    return plan(call.operator, sizes, call.attributes, sm=sm, dtype="bfloat16", rows=call.rows, rotary=call.rotary)
+
+
+def _sizes(call: Call) -> dict[str, int]:
+    shapes = [tuple(tensor.shape) for tensor in call.inputs]
+    return PLUGINS[call.operator].dimensions(shapes, rows=call.rows) | call.attributes
+
+
 def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
     """A function that launches the operator's kernels on the current stream, and what it launches."""
-    spec = PLUGINS[call.operator]
-    sizes = spec.dimensions([tuple(tensor.shape) for tensor in call.inputs], rows=call.rows) | call.attributes
-    steps = plan(
-        call.operator, sizes, call.attributes, sm=device.sm, dtype="bfloat16", rows=call.rows, rotary=call.rotary
-    )
+    spec, sizes, steps = PLUGINS[call.operator], _sizes(call), steps_of(call, device.sm)
     launcher = device.load([steps])
     outputs = []
     for index, tensor in enumerate(spec.outputs):

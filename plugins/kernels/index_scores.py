@@ -37,9 +37,10 @@ def index_scores(
         for low in range(first, tl.minimum(first + SPAN, visible), BN):
             n = low + tl.arange(0, BN)
             key, factor = read_index_rows(entries_b, n, n < visible, D, BD, ROW, FORMAT)
-            dots = tl.dot(high, tl.trans(key), input_precision="ieee")
+            # Entries are the rows of the product: the query stays where it is, and heads are summed within a thread.
+            dots = tl.dot(key, tl.trans(high), input_precision="ieee")
             if kind != tl.float32:
-                dots = tl.dot(rest, tl.trans(key), dots)
+                dots = tl.dot(key, tl.trans(rest), dots)
             # A factor is positive, so it may come after the relu.
-            score = tl.sum(tl.maximum(dots, 0.0) * weight[:, None], axis=0) * factor
+            score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], axis=1) * factor
             tl.store(scores + row * capacity + n, score, mask=n < visible)

@@ -43,8 +43,9 @@ def test_stability(parcel: Path, tiny_only: None, tmp_path: Path) -> None:
     assert all(row["different"] == 0 for row in recorder.content["rows"])
 
 
-def test_speed(parcel: Path, tiny_only: None, tmp_path: Path) -> None:
+def test_speed(parcel: Path, tiny_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_speed, "CALLS", 1)
     recorder = kit.Recorder(tmp_path / "speed.json", "speed", "")
-    step_speed.measure(recorder, StandIn, contexts=(256,), batches=(2,), names=("tiny-v4",))
+    step_speed.measure(recorder, StandIn, contexts=(128,), batches=(2,), chunks=(3,), names=("tiny-v4",))
     assert recorder.content["reasons"] == [] and recorder.content["not_measured"] == []
     assert {(row["operator"], row["rows"]) for row in recorder.content["rows"]} == set(step_speed.CASES)

@@ -23,6 +23,7 @@ from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.registry import operators
 from foldkv.export.operators.rows import pack, unpack
 from foldkv.export.operators.window import window_update
+from foldkv.plugins import launch
 from foldkv.plugins.launch import SPARSE_SPAN, plan
 from foldkv.plugins.spec import BODIES, PLUGINS
 
@@ -320,6 +321,20 @@ def test_index_select_takes_the_best_and_of_equals_the_first(topk: int, levels: 
     positions = ints(19_990, 2_000)
     [found] = run("FoldkvIndexSelect", [scores, positions], ratio=4, topk=topk)
     assert sets(found) == sets(index_select(scores, positions, 4, topk))
+
+
+def test_a_parted_selection_is_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parts there are, and where fewer entries are visible than places; ties lie on both sides of a part."""
+    torch.manual_seed(5)
+    scores = torch.randint(-40, 40, (3, 2, 9000)).float()
+    positions = ints(35_990, 20_001, 100)
+    attributes = {"ratio": 4, "topk": 512}
+    [whole] = run("FoldkvIndexSelect", [scores, positions], single=True, **attributes)
+    for span, parts in ((4096, 64), (1024, 64), (4096, 2)):
+        monkeypatch.setattr(launch, "SELECT_SPAN", span)
+        monkeypatch.setattr(launch, "SELECT_PARTS", parts)
+        [parted] = run("FoldkvIndexSelect", [scores, positions], **attributes)
+        assert torch.equal(parted, whole)
 
 
 @pytest.mark.parametrize("held", [0, 3, 63, 64, 66])

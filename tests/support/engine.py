@@ -6,6 +6,7 @@ The executor then runs whole, with the addresses and shapes that it would give t
 from __future__ import annotations
 
 import ctypes
+import enum
 import types
 from typing import Any
 
@@ -126,6 +127,20 @@ class _Execution:
 class _Engine:
     def __init__(self, trt: Any, path: str) -> None:
         self.trt, self.session = trt, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self._tensors = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._tensors)[index]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return str(self._tensors[name].type)
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self._tensors[name].shape)
 
     def get_tensor_location(self, name: str) -> Any:
         # A builder keeps a tensor on the host that only shapes depend on.
@@ -138,20 +153,25 @@ class _Engine:
 
 def library() -> Any:
     """The module ``tensorrt`` as the executor uses it; a plan is the path of a model."""
-    trt = types.SimpleNamespace(TensorLocation=types.SimpleNamespace(HOST=1, DEVICE=0))
+    trt: Any = types.ModuleType("tensorrt")
+    trt.TensorLocation = types.SimpleNamespace(HOST=1, DEVICE=0)
 
-    class Logger:
-        WARNING = 1
+    class Severity(enum.Enum):
+        ERROR = 1
 
-        def __init__(self, severity: int) -> None:
-            self.severity = severity
+    class ILogger:
+        def log(self, severity: Severity, text: str) -> None:
+            raise NotImplementedError
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Any:
-            return _Engine(trt, plan.decode()) if plan.startswith(b"/") else None
+            if plan.startswith(b"/"):
+                return _Engine(trt, plan.decode())
+            self.logger.log(Severity.ERROR, "no plan\nof any version")
+            return None
 
-    trt.Logger, trt.Runtime = Logger, Runtime
+    trt.ILogger, trt.Runtime = ILogger, Runtime
     return trt

@@ -61,7 +61,10 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
         arguments = {}
         given = iter(one.arguments)
         for argument, type_ in one.kernel.arguments:
-            arguments[argument] = None if type_ is None else values[(given_one := next(given)).kind](given_one.value)
+            value = None if type_ is None else values[(given_one := next(given)).kind](given_one.value)
+            if type_ == "*i32" and value.dtype == torch.float32:  # the workspace holds numbers of either type
+                value = value.view(torch.int32)
+            arguments[argument] = value
         assert next(given, None) is None
         function[one.grid](**arguments, **dict(one.kernel.constants))
 

@@ -1,0 +1,64 @@
+"""Make the GPU kit's parcel on a machine without a GPU: references, compiled kernels, engines.
+
+``python benchmarks/gpu/prepare.py`` writes build/gpu-kit for an H100 or H200 (``--sm 90``); ``--parcels`` also packs it into
+files of at most ``--mib`` for a machine that takes no larger ones. Takes a few minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import kit
+import parcels
+import prepare_engine
+import prepare_kernels
+import prepare_model
+
+from foldkv.plugins.compile import compile_kernels
+from foldkv.plugins.launch import Kernel
+
+PARTS = ("kernels", "model", "engine")
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=kit.DEFAULT_PARCEL, show_default=True)
+@click.option("--sm", default=90, show_default=True, help="Compute capability of the GPU.")
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Make only these parts anew; the default is all.")
+@click.option("--parcels", "packed", type=click.Path(path_type=Path), help="Folder for the parcels.")
+@click.option("--mib", default=56.0, show_default=True, help="Largest parcel.")
+def main(output: Path, sm: int, only: tuple[str, ...], packed: Path | None, mib: float) -> None:
+    """Make the parcel."""
+    start = time.monotonic()
+
+    def progress(line: str) -> None:
+        click.echo(f"{time.monotonic() - start:6.1f} s  {line}")
+
+    chosen = only or PARTS
+    kernels: dict[Kernel, None] = {}
+    if "kernels" in chosen:
+        kernels |= dict.fromkeys(prepare_kernels.prepare(output, progress, sm=sm))
+    if "model" in chosen:
+        prepare_model.prepare(output, progress)
+        kernels |= dict.fromkeys(prepare_model.kernels_needed(sm))
+    compile_kernels([(kernel, sm) for kernel in kernels], cache=output, progress=progress)
+    strip(output / "kernels")
+    if "engine" in chosen:
+        prepare_engine.prepare(output, progress)
+    if packed is not None:
+        for line in parcels.pack(output, packed, mib):
+            progress(line)
+
+
+def strip(folder: Path) -> None:
+    """Leave the cubins: their PTX, which nothing here reads, is most of a kernel's file."""
+    for path in folder.glob("*.json"):
+        row = json.loads(path.read_text())
+        if row["ptx"]:
+            path.write_text(json.dumps(row | {"ptx": ""}))
+
+
+if __name__ == "__main__":
+    main()
