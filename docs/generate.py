@@ -1,8 +1,15 @@
-"""Write docs/cli.md from the commands' own help; a test compares the two. ``make docs``."""
+"""Write docs/cli.md from the commands' own help, and README's table of what was executed where from the results of GPUs.
+
+A test compares both with what is there. ``make docs``.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +17,9 @@ from foldkv.cli import main
 from foldkv.validation.gates import PROFILE_GATES
 
 CLI = Path(__file__).parent / "cli.md"
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+BEGIN, END = "<!-- made by docs/generate.py: begin -->", "<!-- end -->"
 
 PIPELINE = """## A pipeline file
 
@@ -72,5 +82,85 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+def executed(results: Sequence[Mapping[str, Any]]) -> str:
+    """README's table of what was executed where, from the files that benchmarks/gpu/collect.py makes."""
+    kernels, model, engine = (_steps(results, step) for step in ("kernels", "model", "engine"))
+    rows = [
+        "| path | built | executed | numerics |",
+        "|---|---|---|---|",
+        (
+            "| PyTorch modules with explicit state | - | CPU | equal to transformers: logits and caches, ten configurations of "
+            "length and chunking, every chunk edge |"
+        ),
+        (
+            "| ONNX graph and `cpu` bundle (ONNX Runtime) | CPU | CPU, in every `make test` and `make demo` | compared with "
+            "transformers |"
+        ),
+        (
+            f"| Triton kernels of every compressed-KV operator, dense and packed rows | CPU, for sm80 to sm121 | "
+            f"{_listed(kernels, _kernels)}; other GPUs never; in Triton's interpreter in every `make test` | against the "
+            "operators' definitions in float64 |"
+        ),
+        (
+            f"| The small model in PyTorch with these kernels | - | {_listed(model, _model)} | against the same modules on the CPU |"
+        ),
+        (
+            f"| TensorRT-RTX engines, with plugins or with function bodies (`--plugins off`), for sm80, 86, 89, 120, 121 | CPU, no "
+            f"GPU needed | never{_listed(engine, _engine, '; ')} | **no** |"
+        ),
+        (
+            "| TensorRT 11 plugins (`IPluginV3`) | declared | shapes, aliases, launches and argument order on TensorRT's own Python "
+            "package; no engine | through the interpreter |"
+        ),
+        "| TensorRT 11 engines (h100, h200, b200, b300) | on a machine with that GPU and TensorRT 11; **not done yet** | - | - |",
+    ]  # fmt: skip
+    return "\n".join(rows)
+
+
+Step = tuple[str, Mapping[str, Any]]
+
+
+def _steps(results: Sequence[Mapping[str, Any]], step: str) -> list[Step]:
+    """Device and result of a step, where it was run on a GPU."""
+    found = [(result["device"].removeprefix("NVIDIA "), result["steps"].get(step)) for result in results]
+    return [(device, content) for device, content in found if content and content["status"] != "no GPU"]
+
+
+def _listed(steps: list[Step], say: Any, before: str = "") -> str:
+    return (
+        before + "; ".join(say(device, content) for device, content in steps)
+        if steps
+        else ""
+        if before
+        else "**no GPU yet**"
+    )
+
+
+def _kernels(device: str, content: Mapping[str, Any]) -> str:
+    rows = content["rows"]
+    right = sum("failure" not in row for row in rows)
+    return f"**{device}** ({content['date']}): {right} of {len(rows)} calls right"
+
+
+def _model(device: str, content: Mapping[str, Any]) -> str:
+    right = sum("failure" not in row for row in content["rows"])
+    return f"**{device}** ({content['date']}): {right} of {len(content['rows'])} forms of its caches within bounds"
+
+
+def _engine(device: str, content: Mapping[str, Any]) -> str:
+    if content["status"] == "passed":
+        return f"**{device}** ({content['date']})"
+    why = re.search(r"\((The engine cannot run.*?compute capability \d+\.\d+)", " ".join(content["reasons"]))
+    return f"refused on an {device} ({content['date']}): “{why[1] if why else content['reasons'][0][:200]}”"
+
+
+def readme(text: str) -> str:
+    """README with its table made anew."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{executed(results)}\n{END}{rest.split(END, 1)[1]}"
+
+
 if __name__ == "__main__":
     CLI.write_text(reference(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,18 +6,37 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from foldkv.artifact import read_manifest
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_reference_of_commands_is_current() -> None:
+@pytest.fixture(scope="module")
+def generate() -> Any:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.reference(), "run `make docs`"
+    return module
+
+
+def test_the_reference_of_commands_is_current(generate: Any) -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == generate.reference(), "run `make docs`"
+
+
+def test_what_was_executed_where_is_what_the_results_say(generate: Any) -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text == generate.readme(text), "run `make docs`"
+
+
+def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
+    step = {"status": "no GPU", "date": "2026-01-01", "reasons": ["no driver"], "rows": []}
+    table = generate.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
+    assert table == generate.executed([]) and table.count("**no GPU yet**") == 2 and "| never |" in table
 
 
 def test_links_lead_somewhere() -> None:

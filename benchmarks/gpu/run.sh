@@ -39,7 +39,7 @@ for name in "$@"; do
   case $name in
     kernels) step kernels 90 "$python" benchmarks/gpu/step_kernels.py -o "$out/kernels.json" ;;
     engine) step engine 150 "$python" benchmarks/gpu/step_engine.py -o "$out/engine.json" ;;
-    model) step model 90 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
+    model) step model 120 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
     stability) step stability 60 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
     sanitizer) step sanitizer 100 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
     speed) step speed 150 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;

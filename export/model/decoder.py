@@ -105,7 +105,8 @@ class Decoder(nn.Module):
         state: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """As :meth:`forward`, and the residual streams [B, S, N, C] after every layer."""
-        tokens = positions.long().unsqueeze(1) + torch.arange(input_ids.shape[1]).unsqueeze(0)
+        device = positions.device
+        tokens = positions.long().unsqueeze(1) + torch.arange(input_ids.shape[1], device=device).unsqueeze(0)
         streams = self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.spec.hc_mult, -1)
         per_layer = split_state(state_tensors(self.spec), state)
         after: list[Tensor] = []

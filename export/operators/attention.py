@@ -25,12 +25,13 @@ def _window_keys(
 ) -> tuple[Tensor, Tensor]:
     """The keys of ``rows`` with unwritten ones zeroed, and the mask [B, S, 1, W+S] of what a query sees."""
     size = rows.shape[1] - chunk
-    start, slot = positions.long()[:, None], torch.arange(size)
+    start, slot = positions.long()[:, None], torch.arange(size, device=positions.device)
+    query = start + torch.arange(chunk, device=positions.device)
     held = start - 1 - torch.remainder(start - 1 - slot, size)
-    token = torch.cat((held, start + torch.arange(chunk)), dim=1)
+    token = torch.cat((held, query), dim=1)
     written = (token >= 0) & (token < start + num_tokens.long()[:, None])
-    query = (start + torch.arange(chunk))[:, :, None]
-    seen = written[:, None] & (token[:, None] <= query) & (token[:, None] > query - size)
+    key, at = token[:, None], query[:, :, None]
+    seen = written[:, None] & (key <= at) & (key > at - size)
     return rows.to(dtype).masked_fill(~written[..., None], 0.0), seen[:, :, None]
 
 
@@ -48,7 +49,7 @@ def _attend(q: Tensor, sinks: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Ten
 
 
 def _query_positions(q: Tensor, positions: Tensor) -> Tensor:
-    return positions.long()[:, None] + torch.arange(q.shape[1])
+    return positions.long()[:, None] + torch.arange(q.shape[1], device=positions.device)
 
 
 def _window_eager(
@@ -65,7 +66,7 @@ def _sparse_eager(
 ) -> Tensor:  # fmt: skip
     """q [B, S, H, D], rows [B, W+S, D], entries [B, E, D], chosen [B, S, K] int32 (-1: none) -> [B, S, H, D]."""
     keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens, q.dtype)
-    batch = torch.arange(q.shape[0])[:, None, None]
+    batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
     some = chosen >= 0
     picked = entries[batch, chosen.clamp(min=0).long()].to(q.dtype).masked_fill(~some[..., None], 0.0)
     parts = [(keys[:, None], seen), (picked, some[:, :, None])]
@@ -79,7 +80,7 @@ def _dense_eager(
     """q [B, S, H, D], rows [B, W+S, D], entries [B, E, D], active_context [1] int64 -> [B, S, H, D]."""
     keys, seen = _window_keys(rows, q.shape[1], positions, num_tokens, q.dtype)
     active = active_entries(active_context, entries.shape[1], ratio)
-    nth = torch.arange(active)
+    nth = torch.arange(active, device=positions.device)
     closed = nth < ((positions.long() + num_tokens.long()) // ratio)[:, None]
     read = entries[:, :active].to(q.dtype).masked_fill(~closed[..., None], 0.0)
     visible = nth < visible_entries(positions, q.shape[1], ratio)[..., None]

@@ -57,13 +57,14 @@ def _chunk(
     span, chunk, width = carry_kv.shape[1], kv.shape[1], entries.shape[2]
     start = positions.long()
     windows = (chunk + ratio - 1) // ratio  # no more can close in this chunk
-    begins = (start[:, None] // ratio + torch.arange(windows)) * ratio  # [B, N]
-    token = begins[:, :, None] + torch.arange(-ratio, ratio)  # [B, N, R]
+    begins = (start[:, None] // ratio + torch.arange(windows, device=start.device)) * ratio  # [B, N]
+    token = begins[:, :, None] + torch.arange(-ratio, ratio, device=start.device)  # [B, N, R]
     past = token < start[:, None, None]
     source = torch.where(past, token % span, span + (token - start[:, None, None]).clamp(0, chunk - 1))
     all_kv, all_gate = torch.cat((carry_kv, kv), dim=1), torch.cat((carry_gate, gate), dim=1)
-    batch = torch.arange(kv.shape[0])[:, None, None]
-    picked, score = all_kv[batch, source], all_gate[batch, source] + bias[torch.arange(span) % ratio]
+    batch = torch.arange(kv.shape[0], device=kv.device)[:, None, None]
+    place = torch.arange(span, device=kv.device) % ratio
+    picked, score = all_kv[batch, source], all_gate[batch, source] + bias[place]
     picked = torch.cat((picked[:, :, :ratio, :width], picked[:, :, ratio:, width:]), dim=2)
     score = torch.cat((score[:, :, :ratio, :width], score[:, :, ratio:, width:]), dim=2)
     absent = (token < 0)[..., None]

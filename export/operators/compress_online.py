@@ -36,13 +36,13 @@ def _merged(
     """
     start, end = positions.long()[:, None], (positions + num_tokens).long()[:, None]
     windows = -(-kv.shape[1] // ratio) + 1  # one more than can close: the last may be open
-    nth = torch.arange(windows)
+    nth = torch.arange(windows, device=positions.device)
     begins = (start // ratio + nth) * ratio  # [B, N + 1]
     first = torch.maximum(begins, start)
-    token = first[:, :, None] + torch.arange(min(ratio, kv.shape[1]))  # [B, N + 1, R]
+    token = first[:, :, None] + torch.arange(min(ratio, kv.shape[1]), device=positions.device)  # [B, N + 1, R]
     inside = ((token < begins[:, :, None] + ratio) & (token < end[:, :, None]))[..., None]
     source = (token - start[:, :, None]).clamp(max=kv.shape[1] - 1)
-    sequence = torch.arange(kv.shape[0])[:, None, None]
+    sequence = torch.arange(kv.shape[0], device=positions.device)[:, None, None]
     score = torch.where(inside, gate[sequence, source] + bias[token % ratio], -torch.inf)
     value = torch.where(inside, kv[sequence, source], 0.0)
     # What is carried joins the first window, if that is open, like one more token of that weight.

@@ -34,7 +34,7 @@ def write_entries(entries: Tensor, new: Tensor, positions: Tensor, num_tokens: T
     """
     start, windows = positions.long(), new.shape[1]
     first = start[:, None] // ratio
-    rows = torch.minimum(first, torch.tensor(entries.shape[1] - windows)) + torch.arange(windows)
+    rows = first.clamp(max=entries.shape[1] - windows) + torch.arange(windows, device=first.device)
     from_entry = rows - first
     closes = (from_entry >= 0) & (rows < ((start + num_tokens.long()) // ratio)[:, None])
     taken = torch.take_along_dim(new, from_entry.clamp(min=0)[..., None], dim=1).to(entries.dtype)

@@ -19,7 +19,7 @@ from foldkv.export.operators.registry import OPSET, operator
 
 def visible_entries(positions: Tensor, chunk: int, ratio: int) -> Tensor:
     """How many entries each query sees: (t + 1) // ratio, [B, S] int64."""
-    return (positions.long()[:, None] + torch.arange(1, chunk + 1)) // ratio
+    return (positions.long()[:, None] + torch.arange(1, chunk + 1, device=positions.device)) // ratio
 
 
 def active_entries(active_context: Tensor, capacity: int, ratio: int) -> int:
@@ -49,7 +49,8 @@ def _scores_fake(
 def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
     """scores [B, S, E], positions [B] int32 -> [B, S, topk] int32; of equal scores the lowest index."""
     visible = visible_entries(positions, scores.shape[1], ratio)[..., None]
-    score = scores.masked_fill(torch.arange(scores.shape[2]) >= visible, -torch.inf)
+    nth = torch.arange(scores.shape[2], device=scores.device)
+    score = scores.masked_fill(nth >= visible, -torch.inf)
     score = torch.cat((score, score.new_full((*score.shape[:2], topk), -torch.inf)), dim=-1)
     chosen = score.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return torch.where(chosen < visible.clamp(max=scores.shape[2]), chosen, -1).to(torch.int32)

@@ -23,11 +23,13 @@ _TENSOR_TYPES = [f"tensor({name})" for name in ("float", "float16", "bfloat16", 
 class Operator:
     """One operator: ``FoldkvXxx`` in ONNX, ``torch.ops.foldkv.xxx`` in torch.
 
-    ``inputs`` are tensors in order, ``attributes`` follow them in the torch schema by position.
+    ``inputs`` are tensors in order, ``attributes`` follow them in the torch schema by position. ``eager`` is the
+    definition in torch, which runs on any device.
     """
 
     name: str
     torch_op: Any
+    eager: Callable[..., Any]
     function: onnxscript.OnnxFunction
     inputs: tuple[str, ...]
     attributes: tuple[str, ...]
@@ -55,7 +57,7 @@ def operator(
     custom = torch.library.custom_op(f"{TORCH_NAMESPACE}::{torch_name}", eager, mutates_args=())
     custom.register_fake(fake)
     overload = getattr(torch.ops.foldkv, torch_name).default
-    _OPERATORS[name] = Operator(name, overload, function, inputs, attributes, outputs)
+    _OPERATORS[name] = Operator(name, overload, eager, function, inputs, attributes, outputs)
     return overload
 
 

@@ -59,7 +59,7 @@ def unpack(rows: Tensor, format_: str, width: int, rotary: int = 0) -> Tensor:
         return data[..., :width].view(torch.float8_e4m3fn).float() * data[..., width:].contiguous().view(torch.float32)
     packed = data[..., : width // 2]
     code = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()
-    value = torch.tensor(_E2M1)[code & 7] * (1.0 - 2.0 * (code >> 3))
+    value = torch.tensor(_E2M1, device=rows.device)[code & 7] * (1.0 - 2.0 * (code >> 3))
     return value * _spread(data[..., width // 2 :], TILES[INDEX_FP4], width)
 
 

@@ -22,7 +22,7 @@ def ring_sources(slots: int, chunk: int, positions: Tensor, num_tokens: Tensor) 
     ``t mod slots == s``; it comes from the chunk if ``t >= positions``, else the slot keeps its row.
     """
     del chunk
-    slot = torch.arange(slots)
+    slot = torch.arange(slots, device=positions.device)
     last = (positions + num_tokens).long()[:, None] - 1
     held = last - torch.remainder(last - slot, slots)
     new = held - positions.long()[:, None]

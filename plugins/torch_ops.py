@@ -1,0 +1,244 @@
+"""The plugins' kernels behind ``torch.ops.foldkv``: with them export/model runs on a GPU, without TensorRT.
+
+Torch operators are functions, plugins update the state in place: here what a plugin updates is copied first, and the
+kernels then work on the copy. Operators without a plugin (``plugins.spec.BODIES``) keep their eager definition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foldkv.errors import InputError
+from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
+from foldkv.export.operators.registry import TORCH_NAMESPACE, operators
+from foldkv.export.spec import ModelSpec
+from foldkv.export.state import state_tensors
+from foldkv.plugins.cuda import Launcher
+from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
+
+#: Enqueues the launches of a plan: plan, inputs, outputs (those in place are inputs too), scratch memory or None.
+LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
+#: An operator's implementation: its inputs, then its attributes, by position.
+Implementation = Callable[..., Any]
+
+_ALIGNMENT = 16  # bytes, of every buffer; kernels are compiled with that knowledge (plugins/compile.py)
+_DENSE_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+#: Implementations in use by device type, then by the operator's ONNX name; the last one given wins.
+_IN_USE: dict[str, list[Mapping[str, Implementation]]] = {}
+
+
+def launched_by(launcher: Launcher) -> LaunchPlan:
+    """Enqueue plans with a launcher, on torch's current stream of the outputs' device."""
+
+    def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: Tensor | None) -> None:
+        launcher.launch(
+            steps, [tensor.data_ptr() for tensor in inputs], [tensor.data_ptr() for tensor in outputs],
+            workspace=0 if workspace is None else workspace.data_ptr(),
+            stream=torch.cuda.current_stream(outputs[0].device).cuda_stream,
+        )  # fmt: skip
+
+    return launch
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A plan and the shapes and types of the outputs that are not in place."""
+
+    steps: Plan
+    outputs: dict[int, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass
+class KernelOperators:
+    """Operators that launch their kernels.
+
+    Attributes:
+        launch: enqueues a plan, see :func:`launched_by`.
+        sm: compute capability that the loaded kernels are for.
+        rotary: rotated channels of a row of the model's state.
+        calls: how often each operator was called.
+        launches: how often each kernel was launched, by its name.
+    """
+
+    launch: LaunchPlan
+    sm: int
+    rotary: int
+    calls: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+    _prepared: dict[tuple[Any, ...], _Prepared] = field(default_factory=dict, repr=False)
+
+    def implementations(self) -> dict[str, Implementation]:
+        """Of every operator that has a plugin, by ONNX name."""
+
+        def implementation(operator: str) -> Implementation:
+            return lambda *arguments: self(operator, arguments)
+
+        return {operator: implementation(operator) for operator in PLUGINS}
+
+    def __call__(self, operator: str, arguments: Sequence[Any]) -> Any:
+        """Launch an operator's kernels: its inputs, then its attributes -> a tensor, or a tuple of several.
+
+        The row format is read off the state's tensors: dense by their type, packed (int8) by the bytes of a row.
+
+        Raises:
+            FoldkvError: a kernel was not loaded, or the driver refuses a launch.
+            ValueError: types, sizes or a row format that the kernels cannot take.
+        """
+        spec = PLUGINS[operator]
+        count = len(spec.inputs)
+        inputs, attributes = list(arguments[:count]), dict(zip(spec.attributes, arguments[count:], strict=True))
+        key = (operator, *((tensor.shape, tensor.dtype) for tensor in inputs), *attributes.values())
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(spec, inputs, attributes)
+        prepared = self._prepared[key]
+        in_place = set(spec.aliases.values())
+        inputs = [_fresh(tensor) if index in in_place else _aligned(tensor) for index, tensor in enumerate(inputs)]
+        device = inputs[0].device
+        outputs = []
+        for index in range(len(spec.outputs)):
+            if index in spec.aliases:
+                outputs.append(inputs[spec.aliases[index]])
+            else:
+                shape, dtype = prepared.outputs[index]
+                outputs.append(torch.empty(shape, dtype=dtype, device=device))
+        size = prepared.steps.workspace
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        self.launch(prepared.steps, inputs, outputs, workspace)
+        self.calls[operator] += 1
+        self.launches.update(one.kernel.name for one in prepared.steps.launches)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _prepare(self, spec: PluginSpec, inputs: Sequence[Tensor], attributes: Mapping[str, Any]) -> _Prepared:
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        state = {tensor.dtype for tensor, declared in zip(inputs, spec.inputs, strict=True) if declared.dtype == STATE}
+        if len(state) > 1 or state - {*_DENSE_TYPES, torch.int8}:
+            raise ValueError(f"{spec.operator}: rows of the state are {listed(state)}; expected one type of rows")
+        for tensor, declared in zip(inputs, spec.inputs, strict=True):
+            if declared.dtype != STATE and tensor.dtype != _TYPES[declared.dtype]:
+                raise ValueError(f"{spec.operator}.{declared.name} is {tensor.dtype}; expected {declared.dtype}")
+        stored = next(iter(state), torch.bfloat16)  # an operator without state has the same kernel for every type
+        rows = self._packed_format(spec, shapes) if stored == torch.int8 else DENSE
+        sizes = spec.dimensions(shapes, rows=rows) | dict(attributes)
+        steps = plan(
+            spec.operator, sizes, attributes, sm=self.sm, dtype=_DENSE_TYPES.get(stored, "bfloat16"), rows=rows,
+            rotary=self.rotary,
+        )  # fmt: skip
+        outputs = {}
+        for index, made in enumerate(spec.outputs):
+            if index not in spec.aliases:
+                dims = [str(dim).split("+") for dim in made.stored_dims(rows)]
+                shape = tuple(sum(sizes[part.strip()] for part in parts) for parts in dims)
+                outputs[index] = shape, stored if made.dtype == STATE else _TYPES[made.dtype]
+        return _Prepared(steps, outputs)
+
+    def _packed_format(self, spec: PluginSpec, shapes: Sequence[tuple[int, ...]]) -> str:
+        """The packed format whose rows have as many bytes as the state's."""
+        first = next(iter(sorted(spec.rows - {DENSE})), None)
+        if first is None:
+            raise ValueError(f"{spec.operator} reads no packed rows")
+        sizes = spec.dimensions(shapes, rows=first)
+        fitting = []
+        for rows in sorted(spec.rows - {DENSE}):
+            with contextlib.suppress(InputError):
+                if row_bytes(rows, sizes["D"], self.rotary if rows == FP8_DS_MLA else 0) == sizes["ROW"]:
+                    fitting.append(rows)
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{spec.operator}: rows of {sizes['ROW']} bytes for {sizes['D']} channels are "
+                f"{' or '.join(fitting) or 'of no format that it reads'}"
+            )
+        return fitting[0]
+
+
+def listed(types: set[torch.dtype]) -> str:
+    """Types in words."""
+    return ", ".join(sorted(map(str, types)))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor as kernels take it: contiguous, at an aligned address."""
+    tensor = tensor.contiguous()
+    return _fresh(tensor) if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def use(implementations: Mapping[str, Implementation], device_type: str = "cuda") -> Iterator[None]:
+    """Let ``torch.ops.foldkv`` run these implementations on a device type; others keep what they had before.
+
+    The registration with torch stays; outside of this context it leads to the eager definitions.
+
+    Args:
+        implementations: by ONNX name, see :meth:`KernelOperators.implementations`.
+        device_type: "cuda", or "cpu" to rehearse.
+    """
+    if device_type not in _IN_USE:
+        _IN_USE[device_type] = []
+        for name, operator in operators().items():
+            torch_name = operator.torch_op.name()
+            torch.library.register_kernel(torch_name, device_type, _chooser(name, operator.eager, device_type))
+            assert torch_name.startswith(f"{TORCH_NAMESPACE}::")
+    in_use = _IN_USE[device_type]
+    in_use.append(implementations)
+    try:
+        yield
+    finally:
+        in_use.pop()
+
+
+def use_kernels(kernels: KernelOperators, device_type: str = "cuda") -> contextlib.AbstractContextManager[None]:
+    """Let every operator that has a plugin launch its kernels on a device type, see :func:`use`."""
+    return use(kernels.implementations(), device_type)
+
+
+def _chooser(name: str, eager: Implementation, device_type: str) -> Implementation:
+    def run(*arguments: Any) -> Any:
+        for implementations in reversed(_IN_USE[device_type]):
+            if name in implementations:
+                return implementations[name](*arguments)
+        return eager(*arguments)
+
+    return run
+
+
+def new_state(
+    spec: ModelSpec, context: int, batch: int, *, layout: str, dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
+    """An empty state as engines keep it: rows dense or packed as the layout says, carries in float32.
+
+    Args:
+        spec: of the model.
+        context: tokens that every sequence has room for.
+        batch: sequences.
+        layout: name of the cache layout, see export/layouts.py.
+        dtype: of dense rows.
+        device: of the state.
+
+    Returns:
+        Tensors [batch, rows, channels or bytes], in the order of ``state_tensors``.
+
+    Raises:
+        InputError: rows that do not fit the layout.
+    """
+    state = []
+    for tensor in state_tensors(spec):
+        format_, width, kind = LAYOUTS[layout].format_of(tensor.group), tensor.width, torch.float32
+        if format_ == DENSE:
+            kind = dtype
+        elif format_ is not None:
+            width = row_bytes(format_, width, spec.rope_dim if format_ == FP8_DS_MLA else 0)
+            kind = torch.int8
+        state.append(torch.zeros(batch, tensor.capacity(context), width, dtype=kind, device=device))
+    return state
