@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands' own help, and README's table of what was executed where from the results of GPUs.
+"""Write docs/cli.md from the commands' own help, and the tables that come from the results of GPUs.
 
 A test compares both with what is there. ``make docs``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from foldkv.validation.gates import PROFILE_GATES
 
 CLI = Path(__file__).parent / "cli.md"
 README = Path(__file__).parents[1] / "README.md"
+GPU = Path(__file__).parent / "gpu.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 BEGIN, END = "<!-- made by docs/generate.py: begin -->", "<!-- end -->"
 
@@ -144,7 +145,7 @@ def _kernels(device: str, content: Mapping[str, Any]) -> str:
 
 def _model(device: str, content: Mapping[str, Any]) -> str:
     right = sum("failure" not in row for row in content["rows"])
-    return f"**{device}** ({content['date']}): {right} of {len(content['rows'])} forms of its caches within bounds"
+    return f"**{device}** ({content['date']}): {right} of {len(content['rows'])} checks within bounds: logits of prompts and of 200 tokens, rows dense and packed"
 
 
 def _engine(device: str, content: Mapping[str, Any]) -> str:
@@ -154,13 +155,54 @@ def _engine(device: str, content: Mapping[str, Any]) -> str:
     return f"refused on an {device} ({content['date']}): “{why[1] if why else content['reasons'][0][:200]}”"
 
 
-def readme(text: str) -> str:
-    """README with its table made anew."""
+#: What the table of times shows: context, batch, chunk.
+PLACES = ((1 << 16, 1, 1), (1 << 20, 1, 1), (1 << 16, 64, 1), (1 << 20, 16, 1), (1 << 20, 64, 1), (1 << 16, 1, 256))
+
+
+def times(results: Sequence[Mapping[str, Any]], model: str = "v4-flash") -> str:
+    """docs/gpu.md's table of times per device, of one model."""
+    parts = []
+    for device, content in _steps(results, "speed"):
+        parts.append(
+            f"**{device}**, {content['date']}, driver {content['driver']}, torch {content['versions']['torch']}, Triton "
+            f"{content['versions']['triton']}; copies {content['copy_gb_s']:,.0f} GB/s, bfloat16 products "
+            f"{content['bf16_tflop_s']:,.0f} TFLOP/s. V4-Flash, microseconds of one layer (share of the floor; torch):\n"
+        )
+        heads = [
+            f"{context >> 10}k x {batch}" + (f", chunk {chunk}" if chunk > 1 else "")
+            for context, batch, chunk in PLACES
+        ]
+        parts.append(f"| operator, rows | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row}
+        for name, rows_of in dict.fromkeys((row["operator"], row["rows"]) for row in rows.values()):
+            cells = [_time(rows.get((name, rows_of, *place))) for place in PLACES]
+            parts.append(f"| `{name.removeprefix('Foldkv')}` {rows_of} | {' | '.join(cells)} |")
+    return "\n".join(parts)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["operator"], row["rows"], row["context"], row["batch"], row["chunk"]
+
+
+def _time(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    beside = f"; {row['torch_us']:.0f}" if row.get("torch_us") else ""
+    return f"{row['us']:.1f} ({100 * row['share_of_floor']:.0f} %{beside})"
+
+
+def made_anew(text: str, make: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
+    """A page whose table, between the marks, is made from the results of GPUs."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{executed(results)}\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{BEGIN}\n{make(results)}\n{END}{rest.split(END, 1)[1]}"
+
+
+#: Pages with a table from the results.
+TABLES = {README: executed, GPU: times}
 
 
 if __name__ == "__main__":
     CLI.write_text(reference(), encoding="utf-8")
-    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, make in TABLES.items():
+        page.write_text(made_anew(page.read_text(encoding="utf-8"), make), encoding="utf-8")

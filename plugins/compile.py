@@ -128,11 +128,7 @@ def compile_kernels(
         BuildError: a kernel does not compile, or would not run on its target: too much shared memory, scratch memory.
         MissingDependencyError: Triton is not installed.
     """
-    version = triton_version()
-    # A change of one file of kernels leaves what the others were compiled to.
-    sources = {module: _sources_digest(module) for module in {kernel.module for kernel, _ in wanted}}
-    folder = (cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "kernels"
-    files = [folder / f"{_cache_key(kernel, sm, version, sources[kernel.module])}.json" for kernel, sm in wanted]
+    files = _cache_files(wanted, cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")))
     found: dict[int, CompiledKernel] = {}
     missing = []
     for index, (kernel, sm) in enumerate(wanted):
@@ -157,6 +153,24 @@ def compile_kernels(
                 found[futures[future]] = compiled
                 _write_cached(files[futures[future]], compiled)
     return [found[index] for index in range(len(wanted))]
+
+
+def store_kernels(compiled: Sequence[CompiledKernel], cache: Path) -> None:
+    """Put compiled kernels into a cache folder for another machine, without their PTX, which takes most of the space.
+
+    :func:`compile_kernels` finds them there.
+    """
+    files = _cache_files([(one.kernel, one.sm) for one in compiled], cache)
+    for path, one in zip(files, compiled, strict=True):
+        _write_cached(path, dataclasses.replace(one, ptx=""))
+
+
+def _cache_files(wanted: Sequence[tuple[Kernel, int]], cache: Path) -> list[Path]:
+    version = triton_version()
+    # A change of one file of kernels leaves what the others were compiled to.
+    sources = {module: _sources_digest(module) for module in {kernel.module for kernel, _ in wanted}}
+    keys = [_cache_key(kernel, sm, version, sources[kernel.module]) for kernel, sm in wanted]
+    return [cache / "kernels" / f"{key}.json" for key in keys]
 
 
 def _cache_key(kernel: Kernel, sm: int, version: str, sources: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from foldkv.errors import InputError
@@ -21,11 +21,11 @@ from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")
 #: Keys per split. Fixed, so that a result depends neither on the batch nor on the capacity.
-SPARSE_SPAN, DENSE_SPAN = 128, 512
-#: Entries that one program scores: enough to be worth its query, few enough to fill a GPU at 64 thousand tokens.
-SCORE_SPAN = 256
+SPARSE_SPAN, DENSE_SPAN = 128, 256
+#: Entries that one program scores: many, where that leaves programs enough to fill a GPU, for each loads its query.
+SCORE_SPANS, SCORE_PROGRAMS = (1024, 256), 192
 #: Entries of a part of a selection at least, parts of a row at most, and programs that fill a GPU.
-SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 4096, 64, 512
+SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have programs enough.
 SPLIT_CHUNK = 8
 
@@ -162,6 +162,32 @@ def kernels(
     return list(found)
 
 
+def largest_workspace(
+    operator: str,
+    sizes: Mapping[str, int],
+    attributes: Mapping[str, Any],
+    *,
+    sm: int,
+    dtype: str,
+    rows: str = DENSE,
+    rotary: int = 0,
+    layout_version: int = LAYOUT_VERSION,
+) -> int:
+    """Bytes of scratch memory that no call of at most these sizes exceeds; see :func:`plan`.
+
+    Short chunks split their keys and need scratch memory, which long ones do not: the largest chunk needs not the most.
+    """
+    chunks = {sizes["S"], min(sizes["S"], SPLIT_CHUNK)} if "S" in sizes else {0}
+    options: dict[str, Any] = {
+        "sm": sm,
+        "dtype": dtype,
+        "rows": rows,
+        "rotary": rotary,
+        "layout_version": layout_version,
+    }
+    return max(plan(operator, {**sizes, "S": chunk}, attributes, **options).workspace for chunk in chunks)
+
+
 @dataclass(frozen=True)
 class _Call:
     spec: PluginSpec
@@ -203,7 +229,7 @@ class _Call:
         extras: tuple[str, ...] = ("S",), warps: int = 4, stages: int = 2,
     ) -> Launch:  # fmt: skip
         """The ordinary launch: every input, then sizes as int32, then every output."""
-        names = {"S": "chunk", "E": "capacity"}
+        names = {"S": "chunk", "E": "capacity", "SPAN": "span"}
         spec = self.spec
         aliased = {spec.outputs[out].name for out in spec.aliases}
         types: list[tuple[str, str | None]] = [(t.name, self.pointer(t.dtype)) for t in spec.inputs]
@@ -317,9 +343,8 @@ def _entries(call: _Call, function: str, programs: Any, tiles: dict[str, int]) -
 
 @dataclass(frozen=True)
 class _ScoreTile:
-    """Entries of a program and of one of its blocks, warps, stages."""
+    """Entries of a block, warps, stages."""
 
-    span: int
     block: int
     warps: int
     stages: int
@@ -327,20 +352,24 @@ class _ScoreTile:
 
 def _score_tile(call: _Call) -> _ScoreTile:
     if call.single:  # as for attention; half the query's bytes are its rounding
-        return _ScoreTile(SCORE_SPAN, 32, 8, 1)
-    return _ScoreTile(SCORE_SPAN, 64 if call.sm in (90, 100, 103) else 128, 8, 2)
+        return _ScoreTile(32, 8, 1)
+    if call.sm == 90:  # measured on an H200; a decoded block cannot be loaded ahead
+        return _ScoreTile(64, 4, 3 if call.rows == DENSE else 2)
+    return _ScoreTile(128, 8, 2)
 
 
 def _index_scores(call: _Call) -> Plan:
-    tile = _score_tile(call)
+    tile, span = _score_tile(call), SCORE_SPANS[-1]
+    if not call.single and call["B"] * call["S"] * (call["E"] // SCORE_SPANS[0]) >= SCORE_PROGRAMS:
+        span = SCORE_SPANS[0]
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
-        "RATIO": call.attributes["ratio"], "SPAN": tile.span, "BN": tile.block, "ROW": call.row_size,
-        "FORMAT": call.rows,
+        "RATIO": call.attributes["ratio"], "BN": tile.block, "ROW": call.row_size, "FORMAT": call.rows,
     }  # fmt: skip
-    grid = (call.arithmetic.cdiv(call["E"], tile.span), call["S"], call["B"])
-    launch = call.launch(
-        "index_scores.index_scores", grid, constants, extras=("S", "E"), warps=tile.warps, stages=tile.stages
+    grid = (call.arithmetic.cdiv(call["E"], span), call["S"], call["B"])
+    parted = replace(call, sizes=call.sizes | {"SPAN": span})
+    launch = parted.launch(
+        "index_scores.index_scores", grid, constants, extras=("S", "E", "SPAN"), warps=tile.warps, stages=tile.stages
     )
     return Plan((launch,))
 
@@ -364,7 +393,7 @@ class _SelectTile:
 
 
 def _select_tile(call: _Call) -> _SelectTile:
-    return _SelectTile(2048, 16, 8)
+    return _SelectTile(2048, 64, 8)
 
 
 def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> Plan:
@@ -373,7 +402,9 @@ def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> P
     block = of.block
     parts = min(-(-call["E"] // SELECT_SPAN), max(1, min(SELECT_PARTS, -(-SELECT_PROGRAMS // rows))))
     span = -(-call["E"] // (parts * block)) * block
-    offsets = [0, 4 * rows * parts * 256 * _ITEM]
+    # Room for the most parts that as many rows or fewer have: what a call takes does not shrink as the batch grows.
+    counted = rows + SELECT_PROGRAMS
+    offsets = [0, 4 * counted * 256 * _ITEM]
     offsets += [offsets[1] + rows * 4 * 2 * _ITEM]
     work = tuple(Argument("workspace", offset) for offset in offsets)
     sizes = (Argument("int32", call["S"]), Argument("int32", call["E"]), Argument("int32", span))
@@ -391,7 +422,7 @@ def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> P
     grid = (parts, call["S"], call["B"])
     launches = [Launch(kernel, grid, given) for kernel in passes]
     launches.append(Launch(emit, grid, (*given, Argument("output", 0))))
-    return Plan(tuple(launches), offsets[2] + rows * parts * _ITEM)
+    return Plan(tuple(launches), offsets[2] + counted * _ITEM)
 
 
 @dataclass(frozen=True)
@@ -413,8 +444,9 @@ def _attention_tile(call: _Call) -> _Tile:
         return _Tile(16, 16, 4, 1)
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
-    if call.sm == 90 and call["H"] >= 64 and width <= 512:
-        return _Tile(64, 16 if packed else 32, stages=stages, parked=packed or call.dtype != "float32")
+    if call.sm == 90 and call["H"] >= 64 and width <= 512:  # measured on an H200
+        narrow = packed or call.dtype == "float32"
+        return _Tile(64, 32 if narrow else 64, stages=stages, parked=packed or call.dtype != "float32")
     if call.sm in (100, 103) and call["H"] >= 64 and width <= 512:
         return _Tile(64, 32, stages=stages)
     if call["H"] <= 16:

@@ -18,7 +18,7 @@ import numpy as np
 
 from foldkv.export.layouts import DENSE
 from foldkv.plugins.cuda import KernelImage, Launcher
-from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.launch import Plan, largest_workspace, plan
 from foldkv.plugins.spec import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
 
 _LIBRARIES: dict[str, Launcher] = {}
@@ -191,7 +191,7 @@ def _plugin_class(trt: Any) -> type:
                     self.observe(self.spec.operator, steps)
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return self._plan([tuple(tensor.max) for tensor in inputs]).workspace
+            return int(self._plan([tuple(tensor.max) for tensor in inputs], of=largest_workspace))
 
         def get_valid_tactics(self) -> list[int]:
             return []
@@ -232,10 +232,10 @@ def _plugin_class(trt: Any) -> type:
                 return tensor.dtype
             return str(self.values["dtype"]) if self.values["rows"] == DENSE else "int8"
 
-        def _plan(self, shapes: Sequence[Sequence[int]]) -> Plan:
+        def _plan(self, shapes: Sequence[Sequence[int]], of: Callable[..., Any] = plan) -> Any:
             values, spec = self.values, self.spec
             attributes = {name: values[name] for name in spec.attributes}
-            return plan(
+            return of(
                 spec.operator, spec.dimensions(shapes, rows=values["rows"]) | attributes, attributes, sm=values["sm"],
                 dtype=values["dtype"], rows=values["rows"], rotary=values["rotary"],
                 layout_version=values["layout_version"],

@@ -28,15 +28,17 @@ def test_the_reference_of_commands_is_current(generate: Any) -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == generate.reference(), "run `make docs`"
 
 
-def test_what_was_executed_where_is_what_the_results_say(generate: Any) -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text == generate.readme(text), "run `make docs`"
+def test_tables_of_gpus_are_what_the_results_say(generate: Any) -> None:
+    for page, make in generate.TABLES.items():
+        text = page.read_text()
+        assert text == generate.made_anew(text, make), "run `make docs`"
 
 
 def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
     step = {"status": "no GPU", "date": "2026-01-01", "reasons": ["no driver"], "rows": []}
     table = generate.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
     assert table == generate.executed([]) and table.count("**no GPU yet**") == 2 and "| never |" in table
+    assert generate.times([]) == ""
 
 
 def test_links_lead_somewhere() -> None:

@@ -542,7 +542,7 @@ class Form:
 def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -> list[Form]:
     """Every form that engines of a model launch, in all layouts and profiles, for a token per sequence and for a chunk.
 
-    Sequences of a batch are at different positions: one with more entries than are chosen, one that has not filled its
+    A chunk longer than the window is fed to what writes it. Sequences of a batch are at different positions: one with more entries than are chosen, one that has not filled its
     window, one between. ``million`` adds calls at the end of a context of 1,048,576 tokens.
     """
     found: dict[tuple[str, str, str], None] = {}
@@ -558,6 +558,10 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
         far = _longest(operator, geometry)
         forms.append(Form(operator, group, rows, "token", (far, 7, far // 3), (1, 1, 1), 1))
         forms.append(Form(operator, group, rows, "chunk", (far, 6), (4, 2), 9))
+        if operator == "FoldkvWindowUpdate":  # a chunk that fills the ring more than once
+            forms.append(
+                Form(operator, group, rows, "long", (far, 6), (2 * geometry.window + 9, 2), 2 * geometry.window + 9)
+            )
         if million and operator in ("FoldkvIndexScores", "FoldkvIndexSelect", "FoldkvDenseAttention"):
             forms.append(Form(operator, group, rows, "million", (1_048_574,), (1,), 1))
     return forms

@@ -6,7 +6,7 @@ files of at most ``--mib`` for a machine that takes no larger ones. Takes a few 
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import prepare_engine
 import prepare_kernels
 import prepare_model
 
-from foldkv.plugins.compile import compile_kernels
+from foldkv.plugins.compile import compile_kernels, store_kernels
 from foldkv.plugins.launch import Kernel
 
 PARTS = ("kernels", "model", "engine")
@@ -43,21 +43,14 @@ def main(output: Path, sm: int, only: tuple[str, ...], packed: Path | None, mib:
     if "model" in chosen:
         prepare_model.prepare(output, progress)
         kernels |= dict.fromkeys(prepare_model.kernels_needed(sm))
-    compile_kernels([(kernel, sm) for kernel in kernels], cache=output, progress=progress)
-    strip(output / "kernels")
+    if not only:
+        shutil.rmtree(output / "kernels", ignore_errors=True)  # of older sources
+    store_kernels(compile_kernels([(kernel, sm) for kernel in kernels], progress=progress), output)
     if "engine" in chosen:
         prepare_engine.prepare(output, progress)
     if packed is not None:
         for line in parcels.pack(output, packed, mib):
             progress(line)
-
-
-def strip(folder: Path) -> None:
-    """Leave the cubins: their PTX, which nothing here reads, is most of a kernel's file."""
-    for path in folder.glob("*.json"):
-        row = json.loads(path.read_text())
-        if row["ptx"]:
-            path.write_text(json.dumps(row | {"ptx": ""}))
 
 
 if __name__ == "__main__":

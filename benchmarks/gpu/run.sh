@@ -41,7 +41,7 @@ for name in "$@"; do
     engine) step engine 150 "$python" benchmarks/gpu/step_engine.py -o "$out/engine.json" ;;
     model) step model 120 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
     stability) step stability 60 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
-    sanitizer) step sanitizer 100 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
+    sanitizer) step sanitizer 150 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
     speed) step speed 150 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
     tune) step tune 130 "$python" benchmarks/gpu/tune.py measure -o "$out/tune.json" --seconds 110 ;;
     *) echo "unknown step $name" && failed=1 ;;

@@ -1,4 +1,4 @@
-"""Every kernel once under compute-sanitizer's memcheck: no access outside of its tensors, none that is misaligned.
+"""Every kernel once under compute-sanitizer: memcheck for accesses outside of tensors, racecheck for shared memory.
 
 ``python benchmarks/gpu/step_sanitizer.py -o OUT/sanitizer.json``. torch's allocator is switched off, so that each tensor is an
 allocation of its own and what lies behind it is nobody's.
@@ -19,21 +19,23 @@ import kit
 from foldkv.errors import MissingDependencyError
 from foldkv.plugins.cuda import cuda_driver
 
-WHAT = "compute-sanitizer memcheck over every kernel of the step kernels, nothing compared"
+WHAT = "compute-sanitizer's memcheck and racecheck over every kernel of the step kernels, nothing compared"
+TOOLS = ("memcheck", "racecheck")
 
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.option("--tool", default="memcheck", show_default=True)
-@click.option("--limit", default=90.0, show_default=True, help="Seconds for all models together.")
-def main(output: Path, tool: str, limit: float) -> None:
+@click.option("--tool", "tools", type=click.Choice(TOOLS), multiple=True, default=TOOLS, show_default=True)
+@click.option("--limit", default=60.0, show_default=True, help="Seconds for one model under one tool.")
+def main(output: Path, tools: tuple[str, ...], limit: float) -> None:
     """Run the step."""
     with kit.recorded(output, "sanitizer", WHAT) as recorder:
         cuda_driver()
         program = shutil.which("compute-sanitizer") or _beside_nvcc()
-        for model in ("tiny-v4", "v4-flash", "v4-pro"):
-            row, failure = check(program, tool, model, output.with_name(f"sanitized-{model}.json"), limit / 3)
-            recorder.add(row, failure=failure)
+        for tool in tools:
+            for model in ("tiny-v4", "v4-flash", "v4-pro"):
+                row, failure = check(program, tool, model, output.with_name(f"{tool}-{model}.json"), limit)
+                recorder.add(row, failure=failure)
 
 
 def _beside_nvcc() -> str:
@@ -55,7 +57,7 @@ def check(program: str, tool: str, model: str, result: Path, limit: float) -> tu
         text, code = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
         text, code = f"{error.stdout!r}", -1
-    summary = re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", text)
     ran = len(re.findall(r'^\{"model"', text, re.MULTILINE))
     row: dict[str, object] = {
         "model": model,
@@ -63,11 +65,11 @@ def check(program: str, tool: str, model: str, result: Path, limit: float) -> tu
         "forms": ran,
         "errors": int(summary[-1]) if summary else None,
     }
-    if code == 0 and summary and ran:
+    if code == 0 and summary and not int(summary[-1]) and ran:
         return row, ""
     first = re.findall(r"=+ (?:Invalid|Misaligned|Program hit|Potential|Uninit).*(?:\n=+ .*){0,6}", text)
     why = "out of time" if code == -1 else f"exit code {code}"
-    return row | {"output": text[-1500:]}, f"{model}: {why}; {first[0] if first else text[-200:]}"
+    return row | {"output": text[-1500:]}, f"{tool} {model}: {why}; {first[0] if first else text[-200:]}"
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     if operator == "FoldkvIndexScores":
         size = row_bytes(rows, of.index_width, 0)
         q, weights = (
-            normal(batch, 1, of.index_heads, of.index_width),
-            torch.rand(batch, 1, of.index_heads, device=where),
+            normal(batch, chunk, of.index_heads, of.index_width),
+            torch.rand(batch, chunk, of.index_heads, device=where),
         )
         inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
         moved = batch * (entries * (size + 4 * chunk) + q[0].numel() * 4)
@@ -135,11 +135,11 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     if operator == "FoldkvWindowUpdate":
         inputs = [
             state(device, batch, of.window, of.width, of.rotary, rows),
-            normal(batch, 1, of.width),
+            normal(batch, chunk, of.width),
             positions,
             ones,
         ]
-        return call(inputs, {}, batch * (2 * of.window + 1) * size)
+        return call(inputs, {}, batch * (2 * of.window + chunk) * size)
     if operator.startswith("FoldkvCompress"):
         online = "Online" in operator
         ratio = of.online_ratio if online else of.ratio
@@ -273,6 +273,7 @@ def replay(device: Device, runs: Sequence[Callable[[], Any]]) -> float:
             run()
         return (time.perf_counter() - start) / len(runs)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
     with torch.cuda.stream(side):
         for run in runs:
             run()

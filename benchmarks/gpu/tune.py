@@ -24,8 +24,8 @@ from device import Device, gpu
 from foldkv.errors import BuildError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.plugins import launch
-from foldkv.plugins.compile import compile_kernels
-from foldkv.plugins.launch import _ScoreTile, _SelectTile, _Tile
+from foldkv.plugins.compile import CompiledKernel, compile_kernels, store_kernels
+from foldkv.plugins.launch import Kernel, _ScoreTile, _SelectTile, _Tile
 
 #: Values of names in plugins/launch.py; a value of a function's name is what the function gives.
 Candidate = dict[str, Any]
@@ -36,9 +36,9 @@ def candidates(operator: str, rows: str) -> Iterator[Candidate]:
     yield {}
     packed = rows != DENSE
     if operator == "FoldkvIndexScores":
-        for span, block, warps, stages in itertools.product((256, 512, 1024), (32, 64, 128), (4,), (2, 3, 4)):
-            if not (packed and stages > 2) and (block, stages) != (128, 4):
-                yield {"_score_tile": _ScoreTile(span, block, warps, stages)}
+        for span, block, warps, stages in itertools.product((256, 512, 1024, 2048), (64, 128), (4, 8), (2, 3, 4)):
+            if not (packed and stages > 2):
+                yield {"_score_tile": _ScoreTile(block, warps, stages), "SCORE_SPANS": (span,)}
     elif operator == "FoldkvIndexSelect":
         for block, parts, warps in itertools.product((1024, 2048), (16, 64), (4, 8, 16)):
             for programs in (256, 512):
@@ -112,19 +112,25 @@ def compile_(sm: int, name: str, only: str) -> None:
                         wanted.setdefault(one.kernel, f"{operator} {rows} {candidate}")
     start, kernels = time.monotonic(), list(wanted)
     for i in range(0, len(kernels), 8):
-        for kernel in [kernels[i : i + 8], *([one] for one in kernels[i : i + 8])]:
-            try:
-                done = compile_kernels([(one, sm) for one in kernel], cache=kit.parcel())
-            except BuildError as error:
-                if len(kernel) == 1:
-                    click.echo(f"{wanted[kernel[0]]}: {str(error)[:200]}")
-                continue
-            for one in done:
-                if len(kernel) == 1 or one.spills:
-                    click.echo(f"{wanted[one.kernel]}: {one.registers} registers, {one.spills} B spilled")
-            if len(kernel) > 1:
-                break
-        click.echo(f"{min(i + 8, len(kernels))} of {len(kernels)} in {time.monotonic() - start:.0f} s")
+        some = kernels[i : i + 8]
+        try:
+            done = compile_kernels([(kernel, sm) for kernel in some])
+        except BuildError:
+            done = [one for kernel in some for one in _alone(kernel, sm, wanted[kernel])]
+        store_kernels(done, kit.parcel())
+        for one in done:
+            if one.spills:
+                click.echo(f"{wanted[one.kernel]}: {one.registers} registers, {one.spills} B spilled")
+        click.echo(f"{i + len(some)} of {len(kernels)} in {time.monotonic() - start:.0f} s")
+
+
+def _alone(kernel: Kernel, sm: int, candidate: str) -> list[CompiledKernel]:
+    """The kernel, or a line that says why there is none."""
+    try:
+        return compile_kernels([(kernel, sm)])
+    except BuildError as error:
+        click.echo(f"{candidate}: {str(error)[:200]}")
+        return []
 
 
 @main.command()

@@ -12,18 +12,18 @@ from foldkv.plugins.kernels.rows import read_index_rows
 
 @triton.jit
 def index_scores(
-    q, weights, index_entries, positions, active_context, chunk, capacity, scores,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RATIO: tl.constexpr, SPAN: tl.constexpr,
-    BN: tl.constexpr, ROW: tl.constexpr, FORMAT: tl.constexpr,
+    q, weights, index_entries, positions, active_context, chunk, capacity, span, scores,
+    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RATIO: tl.constexpr, BN: tl.constexpr,
+    ROW: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """q [B, S, H, D], weights [B, S, H] float32, index_entries [B, E, ROW] state type -> scores [B, S, E] float32.
 
-    Grid (ceil(E / SPAN), S, B). Places of entries that the query may not choose are left as they are.
+    Grid (ceil(E / span), S, B); how entries are parted changes no score. Places of entries that the query may not choose are left as they are.
     """
     s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     visible = tl.minimum((tl.load(positions + b) + s + 1) // RATIO, capacity)
-    first = tl.program_id(0) * SPAN
+    first = tl.program_id(0) * span
     if first < visible:
         h, d = tl.arange(0, BH), tl.arange(0, BD)
         row = b * chunk + s
@@ -34,7 +34,7 @@ def index_scores(
         high = query.to(kind)
         rest = (query - high.to(tl.float32)).to(kind)
         entries_b = index_entries + b * capacity * ROW
-        for low in range(first, tl.minimum(first + SPAN, visible), BN):
+        for low in range(first, tl.minimum(first + span, visible), BN):
             n = low + tl.arange(0, BN)
             key, factor = read_index_rows(entries_b, n, n < visible, D, BD, ROW, FORMAT)
             # Entries are the rows of the product: the query stays where it is, and heads are summed within a thread.

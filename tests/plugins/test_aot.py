@@ -191,7 +191,7 @@ def test_launches_at_every_size(answers: dict[Any, Answers], operator: str, rows
         grid, extras = said.launch(sizes)
         assert all(0 < size <= limit for size, limit in zip(grid, aot.GRID_LIMITS, strict=True))
         assert all(0 <= value < 2**31 for value in extras)
-        assert extras == [sizes[{"chunk": "S", "capacity": "E"}[name]] for name in names]
+        assert extras == [{"chunk": sizes["S"], "capacity": sizes["E"], "span": 256}[name] for name in names]
         assert grid == numbers(case, sizes, sm).launches[0].grid
     assert {one.dtype.name for one in said.extras} <= {"INT32"}
     assert 1 <= said.block[0] <= 1024 and said.block[1:] == (1, 1)
