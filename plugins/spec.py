@@ -111,6 +111,16 @@ class PluginSpec:
             sizes.setdefault(whole, size - sizes[part])
         return sizes
 
+    def output_shapes(self, sizes: Mapping[str, int], *, rows: str = DENSE) -> list[tuple[int, ...]]:
+        """The shapes of the outputs, from the size of every symbol."""
+        return [
+            tuple(
+                sum(int(sizes.get(part.strip(), part)) for part in str(dim).split("+"))
+                for dim in tensor.stored_dims(rows)
+            )
+            for tensor in self.outputs
+        ]
+
 
 _POSITIONS = (TensorSpec("positions", ("B",), "int32"), TensorSpec("num_tokens", ("B",), "int32"))
 _QUERY = TensorSpec("q", ("B", "S", "H", "D"))

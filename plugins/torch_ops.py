@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foldkv.errors import InputError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
-from foldkv.export.operators.registry import TORCH_NAMESPACE, operators
+from foldkv.export.operators.registry import operators
 from foldkv.export.spec import ModelSpec
 from foldkv.export.state import state_tensors
 from foldkv.plugins.cuda import Launcher
@@ -132,12 +132,13 @@ class KernelOperators:
             spec.operator, sizes, attributes, sm=self.sm, dtype=_DENSE_TYPES.get(stored, "bfloat16"), rows=rows,
             rotary=self.rotary,
         )  # fmt: skip
-        outputs = {}
-        for index, made in enumerate(spec.outputs):
-            if index not in spec.aliases:
-                dims = [str(dim).split("+") for dim in made.stored_dims(rows)]
-                shape = tuple(sum(sizes[part.strip()] for part in parts) for parts in dims)
-                outputs[index] = shape, stored if made.dtype == STATE else _TYPES[made.dtype]
+        outputs = {
+            index: (shape, stored if tensor.dtype == STATE else _TYPES[tensor.dtype])
+            for index, (tensor, shape) in enumerate(
+                zip(spec.outputs, spec.output_shapes(sizes, rows=rows), strict=True)
+            )
+            if index not in spec.aliases
+        }
         return _Prepared(steps, outputs)
 
     def _packed_format(self, spec: PluginSpec, shapes: Sequence[tuple[int, ...]]) -> str:
@@ -185,11 +186,11 @@ def use(implementations: Mapping[str, Implementation], device_type: str = "cuda"
         device_type: "cuda", or "cpu" to rehearse.
     """
     if device_type not in _IN_USE:
-        _IN_USE[device_type] = []
         for name, operator in operators().items():
-            torch_name = operator.torch_op.name()
-            torch.library.register_kernel(torch_name, device_type, _chooser(name, operator.eager, device_type))
-            assert torch_name.startswith(f"{TORCH_NAMESPACE}::")
+            torch.library.register_kernel(
+                operator.torch_op.name(), device_type, _chooser(name, operator.eager, device_type)
+            )
+        _IN_USE[device_type] = []
     in_use = _IN_USE[device_type]
     in_use.append(implementations)
     try:

@@ -192,6 +192,7 @@ class EngineExecutor:
             register_plugins(trt)
         self._logger = library_logger(trt)
         self._runtime = trt.Runtime(self._logger)
+        self._logger.reasons()  # of an engine before this one
         self._engine = self._runtime.deserialize_cuda_engine(bundle.engine.read_bytes())
         if self._engine is None:
             raise ArtifactError(
@@ -247,6 +248,7 @@ class EngineExecutor:
                 check(self._driver, copied)
         logits = np.empty((self._batch, logit_indices.shape[1], self._bundle.model.vocab_size), np.float32)
         address = self._space(names.logits, logits.nbytes)
+        self._logger.errors.clear()
         if not self._execution.execute_async_v3(self._stream):
             raise FoldkvError(
                 f"the engine {self._bundle.engine} failed on a chunk of {input_ids.shape[1]} tokens: "

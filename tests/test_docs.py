@@ -37,8 +37,25 @@ def test_tables_of_gpus_are_what_the_results_say(generate: Any) -> None:
 def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
     step = {"status": "no GPU", "date": "2026-01-01", "reasons": ["no driver"], "rows": []}
     table = generate.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
-    assert table == generate.executed([]) and table.count("**no GPU yet**") == 2 and "| never |" in table
+    assert table == generate.executed([]) and table.count("**no GPU yet**") == 2 and "| **never yet** |" in table
     assert generate.times([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "reasons", "says"),
+    [
+        ("passed", [], "**H9** (d) | with the `cpu` bundle |"),
+        ("not finished", [], "**never yet**; tried on H9 (d): not finished"),
+        (
+            "failed",
+            ["x: (The engine cannot run on this GPU, which has compute capability 9.0. More"],
+            "refused on H9 (d)",
+        ),
+    ],
+)
+def test_every_outcome_of_engines_is_told(generate: Any, status: str, reasons: list[str], says: str) -> None:
+    engine = {"status": status, "date": "d", "reasons": reasons, "rows": []}
+    assert says in generate.executed([{"device": "NVIDIA H9", "steps": {"engine": engine}}])
 
 
 def test_links_lead_somewhere() -> None:

@@ -122,12 +122,11 @@ class Case:
     def outputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the inputs, and outputs full of NaN (or -7); those in place are inputs."""
         inputs, sizes, spec = [value.clone() for value in self.inputs], self.sizes, PLUGINS[self.operator]
-        outputs = []
-        for index, tensor in enumerate(spec.outputs):
+        outputs, shapes = [], spec.output_shapes(sizes, rows=self.rows)
+        for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
             if index in spec.aliases:
                 outputs.append(inputs[spec.aliases[index]])
                 continue
-            shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(self.rows)]
             kind = (
                 (torch.bfloat16 if self.rows == DENSE else torch.int8)
                 if tensor.dtype == STATE
@@ -562,6 +561,10 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
             forms.append(
                 Form(operator, group, rows, "long", (far, 6), (2 * geometry.window + 9, 2), 2 * geometry.window + 9)
             )
+        if (
+            operator == "FoldkvIndexSelect"
+        ):  # more entries than one program selects from, and parts that depend on the batch
+            forms.append(Form(operator, group, rows, "parted", (36_003, 9_001, 4 * geometry.topk - 2), (1, 1, 1), 1))
         if million and operator in ("FoldkvIndexScores", "FoldkvIndexSelect", "FoldkvDenseAttention"):
             forms.append(Form(operator, group, rows, "million", (1_048_574,), (1,), 1))
     return forms
@@ -583,7 +586,7 @@ def drawn(forms: Sequence[Form], geometry: Geometry) -> Iterator[tuple[Form, Cas
 def _longest(operator: str, geometry: Geometry) -> int:
     """Tokens of the longest sequence of a batch: enough for what its operator does only then."""
     if operator == "FoldkvDenseAttention":
-        return 546 * geometry.online_ratio + geometry.online_ratio - 1  # two spans of keys
+        return 546 * geometry.online_ratio + geometry.online_ratio - 1  # three spans of keys
     if "Online" in operator:
         return 20 * geometry.online_ratio - 1  # this token closes a window
     if "Compress" in operator:

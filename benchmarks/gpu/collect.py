@@ -1,6 +1,7 @@
 """The result files of a run as one: ``python benchmarks/gpu/collect.py OUT`` writes OUT/gpu-DEVICE.json.
 
-Steps that a later run repeated replace those of an earlier one: ``collect.py OUT --into benchmarks/results``.
+Steps that a later run repeated replace those of an earlier one: ``collect.py OUT --into benchmarks/results``. A step keeps its
+own date, driver and versions.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ def main(out: Path, into: Path | None) -> None:
     steps = older.get("steps", {})
     for step in STEPS:
         if (out / f"{step}.json").exists():
-            same = ("date", "driver", "versions")
-            steps[step] = json.loads((out / f"{step}.json").read_text()) | {key: facts[key] for key in same}
+            steps[step] = json.loads((out / f"{step}.json").read_text())
     whole = {key: facts[key] for key in ("device", "sm", "memory")} | {
         "steps": {step: steps[step] for step in STEPS if step in steps}
     }

@@ -10,6 +10,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import subprocess
 import time
 import traceback
 from collections.abc import Iterator
@@ -45,7 +47,8 @@ class Recorder:
         """Write the file, with the status "not finished"."""
         self._path, self._start = path, time.monotonic()
         self.content: dict[str, Any] = {
-            "step": step, "what": what, "status": RUNNING, "date": time.strftime("%Y-%m-%d"), "reasons": [], "rows": [],
+            "step": step, "what": what, "status": RUNNING, "date": time.strftime("%Y-%m-%d"), "driver": driver_version(),
+            "versions": versions(), "reasons": [], "rows": [],
         }  # fmt: skip
         self.write()
 
@@ -101,6 +104,20 @@ def recorded(path: Path, step: str, what: str) -> Iterator[Recorder]:
         f"\n  {reason}" for reason in recorder.content["reasons"][:5]
     ))  # fmt: skip
     raise SystemExit(status != PASSED)
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver, or "" without one."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError):
+            return ""
+    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else ""
 
 
 def versions() -> dict[str, str]:

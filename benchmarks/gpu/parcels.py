@@ -89,11 +89,12 @@ def _unpack(parcels: Path, folder: Path) -> None:
 
 
 def unpack(parcels: Path, folder: Path) -> list[str]:
-    """Add to a folder what the parcels hold; a line for every file of which pieces are missing."""
+    """Add to a folder what the parcels hold, and delete them; a line for every file of which pieces are missing."""
     scratch = folder.with_name(f"{folder.name}.pieces")
     for parcel in sorted(parcels.glob("*.tar")):
         with tarfile.open(parcel) as tar:
             tar.extractall(scratch, filter="data")
+        parcel.unlink()  # its pieces are kept until they are joined
     lines = []
     for first in sorted(scratch.rglob(f"*{_PART}000-of-*.xz")):
         stem, _, counted = first.name.rpartition(_PART)
@@ -109,6 +110,8 @@ def unpack(parcels: Path, folder: Path) -> list[str]:
                 file.write(lzma.decompress(part.read_bytes()))
         for part in parts:
             part.unlink()
+    if not lines:
+        shutil.rmtree(scratch, ignore_errors=True)
     return lines
 
 

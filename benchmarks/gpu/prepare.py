@@ -1,7 +1,8 @@
 """Make the GPU kit's parcel on a machine without a GPU: references, compiled kernels, engines.
 
 ``python benchmarks/gpu/prepare.py`` writes build/gpu-kit for an H100 or H200 (``--sm 90``); ``--parcels`` also packs it into
-files of at most ``--mib`` for a machine that takes no larger ones. Takes a few minutes on two cores.
+files of at most ``--mib`` for a machine that takes no larger ones. The part ``engine`` fetches TensorRT-RTX's bindings for the
+GPU machine's Python from the package registry.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(output: Path, sm: int, only: tuple[str, ...], packed: Path | None, mib:
         shutil.rmtree(output / "kernels", ignore_errors=True)  # of older sources
     store_kernels(compile_kernels([(kernel, sm) for kernel in kernels], progress=progress), output)
     if "engine" in chosen:
-        prepare_engine.prepare(output, progress)
+        prepare_engine.prepare(output, progress, sm=sm)
     if packed is not None:
         for line in parcels.pack(output, packed, mib):
             progress(line)

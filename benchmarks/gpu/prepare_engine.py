@@ -4,9 +4,9 @@ All of it lies in ``PARCEL/engine``:
 
 - ``material.tar.xz``: probes and bundles, each with inputs and with what ONNX Runtime computes from them on the CPU;
 - ``python.tar.xz``: the Python packages of TensorRT-RTX for the GPU machine's Python;
-- ``library.xz.0`` and ``library.xz.1``: ``libtensorrt_rtx.so.1``, in two parts, so that each fits into a transfer of 64 MiB.
+- ``library.xz``: ``libtensorrt_rtx.so.1``.
 
-Plans name no compute capability: TensorRT-RTX has none for sm90. Kernels of plugins are compiled for sm90.
+Plans name no compute capability, so that they are tried on any GPU; kernels of plugins are compiled for the one that is asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import onnx
 import onnxruntime
 from kit import DEFAULT_PARCEL, ROOT
 from onnx import TensorProto, helper
-from step_engine import PARTS, sources
+from step_engine import PACKED, sources
 
 from foldkv.export.graph import export_checkpoint
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators
@@ -44,7 +44,7 @@ from foldkv.optimize.build import build_bundles
 from foldkv.optimize.engine import build_plan
 from foldkv.optimize.kernels import bundle_kernels
 from foldkv.optimize.spec import Shapes
-from foldkv.optimize.targets import load_targets
+from foldkv.optimize.targets import Target, load_targets
 from foldkv.plugins.inject import inject_nodes, set_library
 from foldkv.runtime.session import Session
 from foldkv.validation.cases import load_text
@@ -53,7 +53,6 @@ from foldkv.validation.metrics import compare_logits, summary
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
-SM = 90
 MODEL = ROOT / "examples" / "tiny-v4"
 #: Python of the GPU machine, for which the library's bindings are fetched.
 PYTHON, PLATFORM = "3.12", "manylinux_2_28_x86_64"
@@ -184,7 +183,7 @@ def plugin_probe() -> Probe:
 PROBES = (product_probe, plugin_probe)
 
 
-def prepare(folder: Path, progress: Progress = lambda _: None) -> None:
+def prepare(folder: Path, progress: Progress = lambda _: None, *, sm: int = 90) -> None:
     """Write ``folder/engine``. What is slow and does not change, the compressed library, is made once."""
     out = Path(folder) / "engine"
     out.mkdir(parents=True, exist_ok=True)
@@ -192,8 +191,8 @@ def prepare(folder: Path, progress: Progress = lambda _: None) -> None:
     with tempfile.TemporaryDirectory(prefix="foldkv-kit-") as scratch:
         material = Path(scratch) / "material"
         for make in PROBES:
-            write_probe(make(), material / "probes", progress=progress)
-        write_models(material / "models", Path(scratch), progress=progress)
+            write_probe(make(), material / "probes", sm=sm, progress=progress)
+        write_models(material / "models", Path(scratch), sm=sm, progress=progress)
         (material / "sources").write_text(made_of)
         if sources() != made_of:
             raise RuntimeError("kernels or plugins were changed while bundles were made of them; run it again")
@@ -209,9 +208,12 @@ def prepare(folder: Path, progress: Progress = lambda _: None) -> None:
 
 
 def write_probe(
-    probe: Probe, folder: Path, *, others: Sequence[int] = OTHERS, progress: Progress = lambda _: None
+    probe: Probe, folder: Path, *, sm: int = 90, others: Sequence[int] = OTHERS, progress: Progress = lambda _: None
 ) -> Path:
-    """The plans of a probe, its inputs, and its outputs as ONNX Runtime computes them; returns its folder."""
+    """The plans of a probe, its inputs, and its outputs as ONNX Runtime computes them; returns its folder.
+
+    ``sm`` is what the plugins' kernels are for; ``others`` are capabilities that further plans name.
+    """
     where = folder / probe.name
     where.mkdir(parents=True)
     inputs = {name: _given(probe, name, array) for name, array in probe.inputs.items()}
@@ -226,7 +228,7 @@ def write_probe(
     if any(node.domain == DOMAIN for node in model.graph.node):
         state = [{"input": "past.window", "group": "window"}]
         injection = inject_nodes(
-            model, state, rotary=2 * len(inputs["inv_freq"]), target="h100", sm=SM, dtype="bfloat16"
+            model, state, rotary=2 * len(inputs["inv_freq"]), target=_target(sm).name, sm=sm, dtype="bfloat16"
         )
         bundled = bundle_kernels(injection, where, progress=progress)
         assert bundled.kernels is not None
@@ -238,11 +240,11 @@ def write_probe(
         low, high = probe.sizes.get(name, (array.shape, array.shape))
         shapes[name] = [list(low), list(array.shape), list(high)]
     headers = {}
-    for sm in (None, *others):
-        plan = where / f"{'default' if sm is None else f'sm{sm}'}.plan"
+    for named in (None, *others):
+        plan = where / f"{'default' if named is None else f'sm{named}'}.plan"
         progress(f"probe {probe.name}: {plan.name}")
         headers[plan.name] = build_plan(
-            where / "model.onnx", plan, sm=sm, state=[], shapes=SHAPES, inputs=shapes, plugins=plugins
+            where / "model.onnx", plan, sm=named, state=[], shapes=SHAPES, inputs=shapes, plugins=plugins
         )["header"]
     arrays = {f"in:{name}": _stored(probe, name, array) for name, array in inputs.items()}
     np.savez(where / "data.npz", **arrays, **{f"out:{name}": array for name, array in expected.items()})
@@ -283,9 +285,17 @@ def _add_bodies(model: onnx.ModelProto) -> None:
 # --- models
 
 
-def write_models(folder: Path, scratch: Path, *, progress: Progress = lambda _: None) -> None:
+def _target(sm: int) -> Target:
+    """A GPU of that compute capability."""
+    found = [target for target in load_targets().values() if target.sm == sm]
+    if not found:
+        raise click.UsageError(f"no target has compute capability {sm / 10:.1f}; see `foldkv targets`")
+    return found[0]
+
+
+def write_models(folder: Path, scratch: Path, *, sm: int, progress: Progress = lambda _: None) -> None:
     """Bundles of the small model as engines, each with what the cpu bundle of the same graph computes."""
-    target = dataclasses.replace(load_targets()["h100"], backends=("tensorrt-rtx",))
+    target = dataclasses.replace(_target(sm), backends=("tensorrt-rtx",))
     text = load_text(None).encode()
     pieces = [text[1000 * i : 1000 * i + length - 1 + STEPS] for i, length in enumerate(PROMPTS)]
     prompts = [[256, *piece[:-STEPS]] for piece in pieces]
@@ -388,11 +398,11 @@ def write_packages(out: Path, *, progress: Progress = lambda _: None) -> None:
 
 
 def write_library(out: Path, *, progress: Progress = lambda _: None) -> None:
-    """``libtensorrt_rtx.so.1``, compressed, in two parts of equal size."""
+    """``libtensorrt_rtx.so.1``, compressed."""
     source = _package("tensorrt_rtx_libs") / "libtensorrt_rtx.so.1"
     content = source.read_bytes()
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    if all((out / part).exists() for part in PARTS) and facts.items() <= (_read(out / "library.json") or {}).items():
+    if (out / PACKED).exists() and facts.items() <= (_read(out / "library.json") or {}).items():
         return
     progress(f"compressing {source.name}, which takes minutes")
     filters = [
@@ -400,9 +410,7 @@ def write_library(out: Path, *, progress: Progress = lambda _: None) -> None:
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 << 20, "nice_len": 273},
     ]
     packed = lzma.compress(content, lzma.FORMAT_XZ, filters=filters)
-    half = -(-len(packed) // 2)
-    for part, piece in zip(PARTS, (packed[:half], packed[half:]), strict=True):
-        (out / part).write_bytes(piece)
+    (out / PACKED).write_bytes(packed)
     (out / "library.json").write_text(json.dumps(facts | {"packed": len(packed)}))
 
 
@@ -425,9 +433,10 @@ def _archive(folder: Path, file: Path) -> None:
 
 @click.command(help=__doc__)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=DEFAULT_PARCEL, help="The parcel's folder.")
-def main(out: Path) -> None:
+@click.option("--sm", default=90, show_default=True, help="Compute capability of the GPU.")
+def main(out: Path, sm: int) -> None:
     """Write what the step needs."""
-    prepare(out, click.echo)
+    prepare(out, click.echo, sm=sm)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ PYTHON="$environment/bin/python" FOLDKV_GPU_PARCELS=/nonexistent benchmarks/gpu/
 import json, pathlib, sys
 from_steps = {path.stem: json.loads(path.read_text()) for path in pathlib.Path(sys.argv[1]).glob("*.json")}
 steps = {name: content for name, content in from_steps.items() if "status" in content and "step" in content}
-wrong = {name: content["reasons"] for name, content in steps.items() if content["status"] != "no GPU"}
+wrong = {
+    name: content["reasons"]
+    for name, content in steps.items()
+    if content["status"] != "no GPU" or any("failure" in row for row in content["rows"])
+}
 missing = {"kernels", "engine", "model", "stability", "sanitizer", "speed"} - set(steps)
 print("rehearsed:", ", ".join(sorted(steps)))
 if wrong or missing:

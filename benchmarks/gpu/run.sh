@@ -3,8 +3,8 @@
 #
 #   PYTHON=python3 benchmarks/gpu/run.sh OUT [STEP...]
 #
-# Steps, in order of worth: kernels engine model stability sanitizer speed. Each has a time limit and a result file of its own in
-# OUT; one that fails does not stop the next. `tune` runs where it is named only. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
+# Steps, in order of worth: kernels engine model stability sanitizer speed. Each has a time limit, ten minutes together, and a
+# result file of its own in OUT; one that fails does not stop the next. `tune` runs where it is named only. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
 # it came in pieces (FOLDKV_GPU_PARCELS, build/gpu-parcels) they are joined first. Nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -37,12 +37,12 @@ step() { # NAME LIMIT COMMAND...
 [ $# -gt 0 ] || set -- kernels engine model stability sanitizer speed
 for name in "$@"; do
   case $name in
-    kernels) step kernels 90 "$python" benchmarks/gpu/step_kernels.py -o "$out/kernels.json" ;;
+    kernels) step kernels 60 "$python" benchmarks/gpu/step_kernels.py -o "$out/kernels.json" ;;
     engine) step engine 150 "$python" benchmarks/gpu/step_engine.py -o "$out/engine.json" ;;
-    model) step model 120 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
-    stability) step stability 60 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
-    sanitizer) step sanitizer 150 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
-    speed) step speed 150 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
+    model) step model 90 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
+    stability) step stability 45 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
+    sanitizer) step sanitizer 110 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
+    speed) step speed 140 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
     tune) step tune 130 "$python" benchmarks/gpu/tune.py measure -o "$out/tune.json" --seconds 110 ;;
     *) echo "unknown step $name" && failed=1 ;;
   esac

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -26,15 +27,18 @@ TOOLS = ("memcheck", "racecheck")
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--tool", "tools", type=click.Choice(TOOLS), multiple=True, default=TOOLS, show_default=True)
-@click.option("--limit", default=60.0, show_default=True, help="Seconds for one model under one tool.")
+@click.option("--limit", default=105.0, show_default=True, help="Seconds for all models and tools.")
 def main(output: Path, tools: tuple[str, ...], limit: float) -> None:
     """Run the step."""
     with kit.recorded(output, "sanitizer", WHAT) as recorder:
         cuda_driver()
+        end = time.monotonic() + limit
         program = shutil.which("compute-sanitizer") or _beside_nvcc()
         for tool in tools:
             for model in ("tiny-v4", "v4-flash", "v4-pro"):
-                row, failure = check(program, tool, model, output.with_name(f"{tool}-{model}.json"), limit)
+                row, failure = check(
+                    program, tool, model, output.with_name(f"{tool}-{model}.json"), max(1, end - time.monotonic())
+                )
                 recorder.add(row, failure=failure)
 
 
@@ -56,7 +60,8 @@ def check(program: str, tool: str, model: str, result: Path, limit: float) -> tu
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=environment)
         text, code = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
-        text, code = f"{error.stdout!r}", -1
+        parts = (error.stdout or b"", error.stderr or b"")
+        text, code = "".join(part if isinstance(part, str) else part.decode(errors="replace") for part in parts), -1
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", text)
     ran = len(re.findall(r'^\{"model"', text, re.MULTILINE))
     row: dict[str, object] = {

@@ -25,29 +25,31 @@ from torch import Tensor
 
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
 from foldkv.export.operators.rows import pack
+from foldkv.export.profiles import PROFILES
 from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.model import operator_calls
 from foldkv.plugins.spec import PLUGINS, STATE
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
-#: Calls in a graph, replays, and the bytes over which they are spread: more than twice the largest L2 cache.
-CALLS, ROUNDS, SPREAD = 20, 7, 192 << 20
+#: Calls in a graph, replays, the bytes over which they are spread (more than twice the largest L2 cache), and at most held.
+CALLS, ROUNDS, SPREAD, MEMORY = 20, 7, 192 << 20, 24 << 30
 #: Operators and row formats, those that matter most first.
 CASES = (
     ("FoldkvIndexScores", DENSE), ("FoldkvIndexSelect", DENSE), ("FoldkvSparseAttention", DENSE),
     ("FoldkvDenseAttention", DENSE), ("FoldkvIndexScores", INDEX_FP4), ("FoldkvSparseAttention", FP8_DS_MLA),
     ("FoldkvDenseAttention", FP8_DS_MLA), ("FoldkvIndexScores", INDEX_FP8), ("FoldkvCompress", DENSE),
-    ("FoldkvCompressOnline", DENSE), ("FoldkvWindowUpdate", DENSE),
+    ("FoldkvCompressOnline", DENSE), ("FoldkvWindowUpdate", DENSE), ("FoldkvWindowAttention", DENSE),
+    ("FoldkvCompress", FP8_DS_MLA), ("FoldkvCompressOnline", FP8_DS_MLA), ("FoldkvWindowUpdate", FP8_DS_MLA),
+    ("FoldkvWindowAttention", FP8_DS_MLA), ("FoldkvCompressFp8", DENSE), ("FoldkvCompressOnlineFp8", DENSE),
+    ("FoldkvCompressFp4", INDEX_FP4),
 )  # fmt: skip
 #: What is measured where: the corners first, so that a time limit cuts what lies between.
 CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
 
 
 class Call(NamedTuple):
-    """An operator with its inputs on the device, and the bytes and operations that no implementation can avoid.
-
-    ``state`` are the places of inputs that are large and that layers do not share.
-    """
+    """An operator with its inputs on the device, and the bytes and operations that no implementation can avoid."""
 
     operator: str
     inputs: list[Tensor]
@@ -74,14 +76,16 @@ def measure(
 ) -> None:  # fmt: skip
     """One row per operator, row format, model, context and batch."""
     end = time.monotonic() + seconds
-    chosen = [geometry for geometry, _ in models(kit.ROOT) if geometry.name in names]
+    chosen = [pair for pair in models(kit.ROOT) if pair[0].name in names]
     device = open_device()
     bandwidth, rate = copy_bandwidth(device), matmul_rate(device)
     recorder.fact(copy_gb_s=bandwidth / 1e9, bf16_tflop_s=rate / 1e12, not_measured=[])
     places = [(context, batch, 1) for context in contexts for batch in batches]
     for context, batch, chunk in [*places, *((context, 1, chunk) for context in contexts for chunk in chunks)]:
         for operator, rows in CASES:
-            for geometry in chosen:
+            for geometry, spec in chosen:
+                if operator not in {one.operator for profile in PROFILES for one in operator_calls(spec, profile)}:
+                    continue  # V4-Pro has no layer with a window alone
                 case = {"model": geometry.name, "context": context, "batch": batch, "chunk": chunk, "operator": operator,
                         "rows": rows}  # fmt: skip
                 if time.monotonic() > end:
@@ -121,10 +125,8 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     size = row_bytes(rows, of.width, of.rotary) if rows in (DENSE, FP8_DS_MLA) else 0
     if operator == "FoldkvIndexScores":
         size = row_bytes(rows, of.index_width, 0)
-        q, weights = (
-            normal(batch, chunk, of.index_heads, of.index_width),
-            torch.rand(batch, chunk, of.index_heads, device=where),
-        )
+        q = normal(batch, chunk, of.index_heads, of.index_width)
+        weights = torch.rand(batch, chunk, of.index_heads, device=where)
         inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
         moved = batch * (entries * (size + 4 * chunk) + q[0].numel() * 4)
         done = 2.0 * batch * chunk * entries * of.index_heads * of.index_width
@@ -133,26 +135,23 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         scores = normal(batch, chunk, entries)
         return call([scores, positions], {"ratio": of.ratio, "topk": of.topk}, 4.0 * scores.numel())
     if operator == "FoldkvWindowUpdate":
-        inputs = [
-            state(device, batch, of.window, of.width, of.rotary, rows),
-            normal(batch, chunk, of.width),
-            positions,
-            ones,
-        ]
+        held = state(device, batch, of.window, of.width, of.rotary, rows)
+        inputs = [held, normal(batch, chunk, of.width), positions, ones]
         return call(inputs, {}, batch * (2 * of.window + chunk) * size)
     if operator.startswith("FoldkvCompress"):
-        online = "Online" in operator
-        ratio = of.online_ratio if online else of.ratio
-        columns = of.width if online else 2 * of.width
-        carries = (
-            [normal(batch, 3, of.width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
-        )
+        online, mixed = "Online" in operator, operator.endswith("Fp4")
+        ratio, width = of.online_ratio if online else of.ratio, of.index_width if mixed else of.width
+        columns = width if online else 2 * width
+        carries = [normal(batch, 3, width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
         fresh = [normal(batch, chunk, columns) for _ in range(2)]
-        held = state(device, batch, context // ratio, of.width, of.rotary, rows)
-        inputs = [held, *carries, *fresh, normal(ratio, columns), normal(of.width), inv_freq, positions, ones]
-        # The token closes a window: what is open is read, an entry and the token's rows are written.
-        moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns) + batch * size
-        return call(inputs, {"ratio": ratio, "eps": 1e-6}, moved)
+        held = state(device, batch, context // ratio, width, of.rotary, rows)
+        inputs = [held, *carries, *fresh, normal(ratio, columns), normal(width), inv_freq, positions, ones]
+        inputs += [normal(width, width)] * mixed  # as dear as a Hadamard matrix
+        attributes: dict[str, Any] = {"rotary": of.rotary} if operator.endswith("Fp8") else {}
+        # The last token closes a window: what is open is read, entries and the tokens' rows are written.
+        size = row_bytes(rows, width, 0 if mixed else of.rotary)
+        moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
+        return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
     q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)
     ring = state(device, batch, of.window + chunk, of.width, of.rotary, rows)
     tail = [sinks, inv_freq, positions, ones]
@@ -161,7 +160,9 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         chosen = torch.stack(picked).reshape(batch, chunk, of.topk).int()
         keys = of.window + of.topk
         inputs = [q, ring, state(device, batch, entries, of.width, of.rotary, rows), chosen, *tail]
-        attributes: dict[str, Any] = {}
+        attributes = {}
+    elif operator == "FoldkvWindowAttention":
+        keys, inputs, attributes = of.window, [q, ring, *tail], {}
     else:
         keys = of.window + context // of.online_ratio
         inputs = [q, ring, state(device, batch, context // of.online_ratio, of.width, of.rotary, rows), *tail, limit]
@@ -183,11 +184,11 @@ def state(device: Device, batch: int, count: int, width: int, rotary: int, rows:
 def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, Any]:
     """Time of our kernels, the floor, and the peer's."""
     floor = max(call.bytes / bandwidth, call.operations / rate)
-    # A copy holds every tensor of the call: what is not read of them costs memory alone.
+    # As many copies as it takes to read other bytes than a cache holds, as far as memory goes: a copy holds every tensor.
     held = sum(tensor.numel() * tensor.element_size() for tensor in call.inputs)
     calls = [call] + [
         call._replace(inputs=[tensor.clone() for tensor in call.inputs])
-        for _ in range(min(CALLS, math.ceil(SPREAD / max(held, 1))) - 1)
+        for _ in range(min(CALLS, math.ceil(SPREAD / call.bytes), max(1, int(MEMORY / held))) - 1)
     ]
     launches = [ours(device, each) for each in calls]
     taken = replay(device, [launch for launch, _ in launches])
@@ -220,15 +221,14 @@ def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
     """A function that launches the operator's kernels on the current stream, and what it launches."""
     spec, sizes, steps = PLUGINS[call.operator], _sizes(call), steps_of(call, device.sm)
     launcher = device.load([steps])
-    outputs = []
-    for index, tensor in enumerate(spec.outputs):
+    outputs, shapes = [], spec.output_shapes(sizes, rows=call.rows)
+    for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
         if index in spec.aliases:
             outputs.append(call.inputs[spec.aliases[index]])
             continue
-        shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(call.rows)]
-        kind = torch.bfloat16 if tensor.dtype == STATE else _TYPES[tensor.dtype]
+        stored = torch.bfloat16 if call.rows == DENSE else torch.int8
         outputs.append(
-            device.place(torch.empty(shape, dtype=kind if call.rows == DENSE or tensor.dtype != STATE else torch.int8))
+            device.place(torch.empty(shape, dtype=stored if tensor.dtype == STATE else _TYPES[tensor.dtype]))
         )
     workspace = device.place(torch.empty(max(steps.workspace, 1), dtype=torch.uint8))
     addresses = [device.expose(tensor) for tensor in call.inputs], [tensor.data_ptr() for tensor in outputs]
@@ -255,7 +255,7 @@ def torch_step(call: Call) -> Callable[[], Tensor] | None:
     q, ring, entries = values[:3]
 
     def attend() -> Tensor:
-        far = entries
+        far = entries if call.operator != "FoldkvWindowAttention" else ring[:, :0]
         if call.operator == "FoldkvSparseAttention":
             far = entries.gather(1, values[3][:, 0, :, None].long().expand(-1, -1, entries.shape[-1]))
         keys = torch.cat((ring[:, 1:], far), dim=1)

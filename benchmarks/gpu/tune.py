@@ -18,7 +18,7 @@ import click
 import kit
 import step_speed
 import torch
-from cases import Geometry, models
+from cases import models
 from device import Device, gpu
 
 from foldkv.errors import BuildError
@@ -49,7 +49,7 @@ def candidates(operator: str, rows: str) -> Iterator[Candidate]:
                 }
     elif operator.endswith("Attention"):
         sparse = operator == "FoldkvSparseAttention"
-        spans: tuple[int | None, ...] = (64, 128, 256, 640) if sparse else (128, 256, 512)
+        spans = (64, 128, 256, 640) if sparse else (128, 256, 512)
         for tile, span in itertools.product(PACKED_TILES if packed else DENSE_TILES, spans):
             yield {"_attention_tile": tile, "SPARSE_SPAN" if sparse else "DENSE_SPAN": span}
 
@@ -80,13 +80,6 @@ def using(candidate: Candidate) -> Iterator[None]:
         yield
 
 
-def call_of(
-    device: Device, operator: str, rows: str, geometry: Geometry, place: tuple[int, int, int]
-) -> step_speed.Call:
-    """A call at one of the places."""
-    return step_speed.make(device, operator, rows, geometry, *place)
-
-
 @click.group()
 def main() -> None:
     """Compile or measure."""
@@ -104,7 +97,9 @@ def compile_(sm: int, name: str, only: str) -> None:
     for operator, rows in CASES:
         if not operator.endswith(only):
             continue
-        calls = [call_of(host, operator, rows, geometry, place) for place in ((1 << 16, 1, 1), (1 << 12, 1, 256))]
+        calls = [
+            step_speed.make(host, operator, rows, geometry, *place) for place in ((1 << 16, 1, 1), (1 << 12, 1, 256))
+        ]
         for candidate in candidates(operator, rows):
             with using(candidate):
                 for call in calls:
@@ -144,7 +139,9 @@ def measure(output: Path, name: str, seconds: float) -> None:
         geometry = next(geometry for geometry, _ in models(kit.ROOT) if geometry.name == name)
         device = gpu()
         for operator, rows in CASES:
-            calls = {place: call_of(device, operator, rows, geometry, place) for place in PLACES}
+            if time.monotonic() > end:
+                break
+            calls = {place: step_speed.make(device, operator, rows, geometry, *place) for place in PLACES}
             for candidate in candidates(operator, rows):
                 if time.monotonic() > end:
                     break

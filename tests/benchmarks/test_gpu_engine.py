@@ -159,18 +159,15 @@ def test_a_session_must_give_the_expected_logits_and_go_back_exactly(tmp_path: P
     assert failure.startswith("after a snapshot") and not notes["restored_same_bits"]
 
 
-def test_the_library_comes_in_two_parts_and_must_be_whole(tmp_path: Path) -> None:
+def test_the_library_must_be_whole(tmp_path: Path) -> None:
     source, target, content = tmp_path / "engine", tmp_path / "unpacked", bytes(range(256)) * 100
     (tmp_path / "site" / "tensorrt_rtx_libs").mkdir(parents=True)
     source.mkdir()
     for name in ("material.tar.xz", "python.tar.xz"):
         with tarfile.open(source / name, "w:xz") as archive:
             archive.add(tmp_path / "site", arcname=".")
-    packed = lzma.compress(content)
-    (source / "library.xz.0").write_bytes(packed[:50])
-    assert step_engine.unpack(source, target)["missing"] == ["library.xz.1", "library.json"]
-    (source / "library.xz.0").unlink()  # the next transfer need not bring it again
-    (source / "library.xz.1").write_bytes(packed[50:])
+    assert step_engine.unpack(source, target)["missing"] == ["library.xz", "library.json"]
+    (source / "library.xz").write_bytes(lzma.compress(content))
     facts = {"bytes": len(content), "sha256": "0" * 64}
     (source / "library.json").write_text(json.dumps(facts))
     with pytest.raises(RuntimeError, match="is not the one that was packed"):

@@ -71,7 +71,8 @@ def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> 
         assert row.threads == 32 * kernel.num_warps
         assert row.registers * row.threads <= 65_536, "a block's registers are those of its multiprocessor at most"
         # Where time was measured, it counts: on an H200 packed rows in blocks of 32 keys spill a little and take 16 % less.
-        most = 24 if sm == 90 else 0 if is_hot(kernel) else 16
+        packed = dict(kernel.constants).get("FORMAT", "dense") != "dense" and kernel.module == "attention"
+        most = 24 if sm == 90 and packed else 0 if is_hot(kernel) else 16
         assert row.spills <= most, (kernel, sm)
     assert {sm for (kernel, sm) in compiled if is_hot(kernel)} == set(DENSE_SMS)
 

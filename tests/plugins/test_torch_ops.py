@@ -79,18 +79,20 @@ def test_the_step_of_the_whole_model_in_the_interpreter(form: Form, setup: Setup
     assert row["agreed"] == [setup.steps] * len(setup.lengths)
 
 
+@pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
-def test_torchs_operator_launches_the_kernel_and_changes_no_input(operator: str, rows: str) -> None:
+def test_torchs_operator_launches_the_kernel_and_changes_no_input(operator: str, rows: str, step: int) -> None:
     case = make_case(operator, rows, start=[43, 7], real=[1, 1], chunk=1)
     wanted: list[Kernel] = []
 
     def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: Tensor | None) -> None:
+        assert all(tensor.data_ptr() % 16 == 0 and tensor.is_contiguous() for tensor in (*inputs, *outputs))
         wanted.extend(one.kernel for one in steps.launches)
         stand_in(wanted)[0](steps, inputs, outputs, workspace)
 
     kernels = KernelOperators(launch, 80, ROTARY)
-    # Neither contiguous nor at an aligned address.
-    inputs = [_shifted(value) for value in case.inputs]
+    inputs = [_shifted(value, step) for value in case.inputs]
+    assert any(value.data_ptr() % 16 for value in inputs)
     before = [value.clone() for value in inputs]
     values = [case.attributes[name] for name in PLUGINS[operator].attributes]
     with use_kernels(kernels, "cpu"):
@@ -101,10 +103,10 @@ def test_torchs_operator_launches_the_kernel_and_changes_no_input(operator: str,
         assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
 
 
-def _shifted(value: Tensor) -> Tensor:
-    """Equal values in a view that starts one element in and strides over every second one."""
-    wide = torch.zeros(2 * value.numel() + 1, dtype=value.dtype)
-    view = wide[1::2].view(value.shape) if value.numel() else value
+def _shifted(value: Tensor, step: int) -> Tensor:
+    """Equal values in a view that starts one element in and takes every ``step``-th one: misaligned, or not contiguous too."""
+    wide = torch.zeros(step * value.numel() + 1, dtype=value.dtype)
+    view = wide[1::step].view(value.shape) if value.numel() else value
     view.copy_(value)
     return view
 

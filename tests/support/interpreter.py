@@ -79,12 +79,11 @@ def run(
         attributes["rotary"] = rotary
     inputs = [value.clone().contiguous() for value in inputs]
     sizes = spec.dimensions([tuple(value.shape) for value in inputs], rows=rows) | attributes
-    outputs = []
-    for index, tensor in enumerate(spec.outputs):
+    outputs, shapes = [], spec.output_shapes(sizes, rows=rows)
+    for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
         if index in spec.aliases:
             outputs.append(inputs[spec.aliases[index]])
             continue
-        shape = [sum(sizes[part.strip()] for part in str(dim).split("+")) for dim in tensor.stored_dims(rows)]
         state = dtype if rows == DENSE else "int8"
         kind = DTYPES[state if tensor.dtype == STATE else tensor.dtype]
         outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
