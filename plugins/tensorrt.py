@@ -50,10 +50,13 @@ def register_plugins(trt: Any, *, observe: Callable[[str, Plan], None] | None = 
         observe: called with the operator and the launches at the largest sizes of every plugin that a build configures.
     """
     registry = trt.get_plugin_registry()
-    # Asked for one that it does not have, the registry logs an error.
-    known = {(one.name, one.plugin_version) for one in registry.all_creators if one.plugin_namespace == NAMESPACE}
+    # Asked for one that it does not have, the registry logs an error; that of lean TensorRT cannot be listed.
+    listed = getattr(registry, "all_creators", None)
+    known = {(one.name, one.plugin_version) for one in listed or () if one.plugin_namespace == NAMESPACE}
     for spec in PLUGINS.values():
-        if (spec.operator, spec.version) not in known:
+        if (spec.operator, spec.version) in known:
+            continue
+        if listed is not None or registry.get_creator(spec.operator, spec.version, NAMESPACE) is None:
             registry.register_creator(_creator_class(trt)(spec, observe), NAMESPACE)
 
 
