@@ -138,6 +138,7 @@ def test_results_of_several_runs_are_one_file(tmp_path: Path) -> None:
         (out / "facts.json").write_text(json.dumps(facts))
         content = {
             "status": "passed",
+            "driver": f"of the {run} run",
             "rows": [{"us": 1.23456789, "at": "/a/folder/file.py"}],
             "reasons": [],
             "seconds": 1,
