@@ -47,6 +47,6 @@ def inspect_artifact(path: Path) -> dict[str, Any]:
             "bytes": sum(file.stat().st_size for file in checkpoint.files),
             "tensors": len(checkpoint.headers),
             "parameters": parameter_count(checkpoint.spec),
-            "model": model_facts(checkpoint.spec),
+            "model": model_facts(checkpoint),
         }
     raise InputError(f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).")

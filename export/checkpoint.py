@@ -386,8 +386,28 @@ def _unusable(name: str, value: Tensor, experts: int) -> list[str]:
     return []
 
 
-def model_facts(spec: ModelSpec) -> dict[str, Any]:
-    """What a service needs to know of the model, as manifest values."""
+def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The ids that end a text: those of config.json, and those that generation_config.json, where there is one, adds.
+
+    Raises:
+        CheckpointError: generation_config.json is damaged, or an id of it is no token of the model.
+    """
+    spec, path = checkpoint.spec, checkpoint.folder / "generation_config.json"
+    if not path.is_file():
+        return spec.eos_token_ids
+    value = read_config(path).get("eos_token_id")
+    added = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < spec.vocab_size for token in added):
+        raise CheckpointError(
+            f"{path}: eos_token_id is {value!r}; expected a token id below {spec.vocab_size}, a list of them or null. "
+            "Correct it, or remove the key: config.json's ids are used then."
+        )
+    return tuple(dict.fromkeys((*spec.eos_token_ids, *added)))
+
+
+def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a service needs to know of the model, as manifest values; runtime/bundle.py reads them."""
+    spec = checkpoint.spec
     return {
         "architecture": "deepseek_v4",
         "vocab_size": spec.vocab_size,
@@ -398,5 +418,5 @@ def model_facts(spec: ModelSpec) -> dict[str, Any]:
         "index_topk": spec.index_topk,
         "max_position_embeddings": spec.max_position_embeddings,
         "bos_token_id": spec.bos_token_id,
-        "eos_token_ids": list(spec.eos_token_ids),
+        "eos_token_ids": list(end_tokens(checkpoint)),
     }

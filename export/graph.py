@@ -198,7 +198,7 @@ def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
         "weights": weights,
         "inputs": {"checkpoint": {"path": str(source.folder)}},
         "spec": graph_spec(profile),
-        "model": model_facts(source.spec),
+        "model": model_facts(source),
         "io": {name: name for name in (*INPUTS, LOGITS)},
         "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
     }

@@ -189,11 +189,10 @@ class _Table:
 
     def tokens(self, key: str) -> tuple[int, ...]:
         value = self._value.get(key)
-        many = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and token >= 0 for token in many):
-            self._report(key, "a token id or a list of them")
+        if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+            self._report(key, "a list of token ids")
             return ()
-        return tuple(many)
+        return tuple(value)
 
 
 def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
@@ -207,7 +206,7 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
         num_layers=model.integer("num_layers", 1),
         max_position_embeddings=model.integer("max_position_embeddings", 1),
         bos_token_id=model.token("bos_token_id"),
-        eos_token_ids=model.tokens("eos_token_id"),
+        eos_token_ids=model.tokens("eos_token_ids"),
     )
     names = GraphNames(**{key: io.text(key) for key in GraphNames.__dataclass_fields__})
     target, backend = root.table("target").text("name"), root.text("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foldkv.errors import CheckpointError
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, released_name
+from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, end_tokens, released_name
 
 
 @pytest.fixture
@@ -146,3 +147,21 @@ def test_a_damaged_folder_is_refused_with_its_reason(saved: Path, damage: Callab
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         Checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(None, (257,)), (257, (257,)), ([257, 3], (257, 3)), (5, (257, 5)), ([9, 3, 9], (257, 9, 3))]
+)
+def test_ids_of_both_files_end_a_text(tiny_checkpoint: Path, tmp_path: Path, value: Any, ids: tuple[int, ...]) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    assert end_tokens(Checkpoint(folder)) == (257,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value, "temperature": 1.0}))
+    assert end_tokens(Checkpoint(folder)) == ids
+
+
+@pytest.mark.parametrize("value", ["x", [1.5], [True], -1, 1 << 40])
+def test_ids_that_are_no_tokens_are_refused(tiny_checkpoint: Path, tmp_path: Path, value: Any) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is .*; expected a token id below"):
+        end_tokens(Checkpoint(folder))

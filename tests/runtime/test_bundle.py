@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foldkv.artifact import read_manifest
 from foldkv.errors import ArtifactError, FoldkvError
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
@@ -53,6 +55,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "has kind 'list'"),
     "another kind": (edit(lambda m: m.update(kind="foldkv.graph")), "has kind 'foldkv.graph'"),
     "a newer schema": (edit(lambda m: m.update(schema_version=2)), "schema_version 2"),
+    "no ids that end a text": (
+        edit(lambda m: m["model"].pop("eos_token_ids")),
+        "model.eos_token_ids is missing; expected a list",
+    ),
     "no model": (lambda f: (f / "model.onnx").unlink(), "model.onnx is missing"),
     "cut model": (lambda f: (f / "model.onnx").write_bytes(b"short"), "has 5 bytes"),
     "flipped bit in the model": (flip("model.onnx"), "changed after it was made"),
@@ -109,3 +115,12 @@ def test_text_comes_back_from_its_tokens_one_by_one_or_at_once(tiny_bundle: Path
     assert tokenizer.decode(tokens) == text
     stream = tokenizer.stream()
     assert "".join([*(stream.push(token) for token in tokens), stream.finish()]) == text
+
+
+def test_what_export_writes_of_the_model_is_what_the_runtime_reads(tiny_graph: Path, tiny_bundle: Path) -> None:
+    """Every fact by its name: one that is written under another would be missed without a word."""
+    written, read = read_manifest(tiny_graph, kind="foldkv.graph")["model"], asdict(load_bundle(tiny_bundle).model)
+    assert {
+        name: tuple(value) if isinstance(value, list) else value for name, value in written.items() if name in read
+    } == read
+    assert read["eos_token_ids"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,19 @@ def test_greedy_text_is_that_of_transformers_for_500_tokens(tiny_bundle: Path, t
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([PROMPT + new[:-1]]), use_cache=False).logits[0]
     assert logits[len(PROMPT) - 1 :].argmax(-1).tolist() == new
+
+
+def test_a_text_ends_where_the_bundle_says(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Without being told to: any of the ids that the bundle names ends a text, and is no part of it."""
+    with Session(tiny_bundle, context=128) as session:
+        whole = session.generate([OTHER], max_new_tokens=40, stop_tokens=[])[0]
+    end = next(token for place, token in enumerate(whole) if place and token not in whole[:place])
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["eos_token_ids"] = [0, end]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with Session(bundle, context=128) as session:
+        assert session.generate([OTHER], max_new_tokens=40)[0] == whole[: whole.index(end)] != []
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 31, 33, 256])
