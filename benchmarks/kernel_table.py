@@ -62,7 +62,7 @@ def form(layout: str, profile: str) -> str:
 def label(kernel: Kernel) -> str:
     """What tells a kernel from the others of its section, apart from its tiles."""
     constants = dict(kernel.constants)
-    shown = [f"{name}={constants[name]}" for name in ("D", "H", "K", "RATIO", "SPAN") if name in constants]
+    shown = [f"{name}={constants[name]}" for name in ("D", "H", "K", "RATIO", "SPAN", "STEP") if name in constants]
     return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
 
 
