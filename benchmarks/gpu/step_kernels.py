@@ -45,18 +45,23 @@ def measure(
         names: of the models; empty for all.
         check: compare the outputs.
         only: shapes to run ("token", ...); empty for all.
+
+    Raises:
+        RuntimeError: the parcel is of an older version and lacks what is expected of a form.
     """
-    device: Device | None = None
+    todo = []
     for geometry, spec in models(kit.ROOT):
         if names and geometry.name not in names:
             continue
-        forms = [
-            form for form in model_forms(spec, geometry, million=geometry.name == "v4-flash")
-            if not only or form.shape == only
-        ]  # fmt: skip
+        forms = model_forms(spec, geometry, million=geometry.name == "v4-flash")
+        forms = [form for form in forms if not only or form.shape == only]
         expected = load_expectations(expectation_file(geometry.name)) if check else {}
-        if device is None:
-            device = open_device()
+        missing = [form.name for form in forms if check and form.name not in expected]
+        if missing:
+            raise RuntimeError(f"the parcel lacks {geometry.name} {', '.join(missing)}: run prepare.py again")
+        todo.append((geometry, forms, expected))
+    device = open_device()
+    for geometry, forms, expected in todo:
         for form, case in drawn(forms, geometry):
             row = {"model": geometry.name, "operator": form.operator, "group": form.group, "rows": form.rows,
                    "shape": form.shape}  # fmt: skip
