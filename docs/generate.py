@@ -110,10 +110,9 @@ def executed(results: Sequence[Mapping[str, Any]]) -> str:
             f"GPU needed | {_engines(engine)} |"
         ),
         (
-            "| TensorRT 11 plugins (`IPluginV3`, and ahead of time) | declared | shapes, aliases, launches and argument order on TensorRT's own Python "
-            "package; no engine | through the interpreter |"
+            "| TensorRT 11 engines (h100, h200, b200, b300), with the same plugin classes | needs that GPU and TensorRT 11; **not done "
+            "yet** | - | - |"
         ),
-        "| TensorRT 11 engines (h100, h200, b200, b300) | on a machine with that GPU and TensorRT 11; **not done yet** | - | - |",
     ]  # fmt: skip
     return "\n".join(rows)
 

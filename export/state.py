@@ -15,7 +15,7 @@ from typing import Any
 from foldkv.export.layouts import ONLINE_ROWS
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)

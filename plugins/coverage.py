@@ -14,7 +14,8 @@ from foldkv.plugins.launch import kernels
 from foldkv.plugins.model import OperatorCall, operator_calls
 from foldkv.plugins.spec import PLUGINS
 
-DTYPES = ("bfloat16", "float16")
+#: Types of dense rows that engines keep.
+DTYPES = ("bfloat16",)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """What an operator launches: kernels with their constants, grids and arguments. No Triton, no TensorRT.
 
 This is the one home of it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
-all ask here, so that what is tested is what is launched. Sizes may be numbers or a backend's symbolic
-expressions; :class:`Arithmetic` says how to round up with either.
+all ask here, so that what is tested is what is launched.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from foldkv.errors import InputError
@@ -34,7 +33,7 @@ _VALUES = {
     "FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4,
     "FoldkvCompressOnline": DENSE, "FoldkvCompressOnlineFp8": FP8_DS_MLA,
 }  # fmt: skip
-_POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "float16": "*fp16"}
+_POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16"}
 _BYTES = "*i8"  # a packed row
 _ITEM = 4  # bytes of a float32 in the workspace
 
@@ -82,7 +81,7 @@ class Launch:
     """One kernel launch. ``grid`` has x, y and z."""
 
     kernel: Kernel
-    grid: tuple[Any, Any, Any]
+    grid: tuple[int, int, int]
     arguments: tuple[Argument, ...]
 
 
@@ -94,20 +93,9 @@ class Plan:
     workspace: int = 0
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How to divide and compare sizes; the default is for numbers."""
-
-    cdiv: Callable[[Any, Any], Any] = field(default=lambda a, b: -(-a // b))
-    maximum: Callable[[Any, Any], Any] = field(default=max)
-
-
-_NUMBERS = Arithmetic()
-
-
 def plan(
     operator: str,
-    sizes: Mapping[str, Any],
+    sizes: Mapping[str, int],
     attributes: Mapping[str, Any],
     *,
     sm: int,
@@ -115,8 +103,6 @@ def plan(
     rows: str = DENSE,
     rotary: int = 0,
     layout_version: int = LAYOUT_VERSION,
-    single: bool = False,
-    arithmetic: Arithmetic = _NUMBERS,
 ) -> Plan:
     """What a call of ``operator`` launches.
 
@@ -129,15 +115,13 @@ def plan(
         rows: row format of the state that the operator touches.
         rotary: rotated channels of a row, which packed formats keep apart.
         layout_version: version of that format.
-        single: exactly one launch and no workspace, as TensorRT's ahead-of-time plugins want it.
-        arithmetic: of the sizes.
 
     Raises:
         ValueError: sizes, a row format or a layout version that the kernels cannot take.
     """
     spec = PLUGINS[operator]
     values = {name: _float32(value) if isinstance(value, float) else value for name, value in attributes.items()}
-    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rotary, single, arithmetic)
+    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rotary)
     _check(call, layout_version)
     return _PLANS[operator](call)
 
@@ -191,16 +175,14 @@ def largest_workspace(
 @dataclass(frozen=True)
 class _Call:
     spec: PluginSpec
-    sizes: dict[str, Any]
+    sizes: dict[str, int]
     attributes: dict[str, Any]
     sm: int
     dtype: str
     rows: str
     rotary: int
-    single: bool
-    arithmetic: Arithmetic
 
-    def __getitem__(self, symbol: str) -> Any:
+    def __getitem__(self, symbol: str) -> int:
         return self.sizes[symbol]
 
     def pointer(self, tensor_dtype: str) -> str:
@@ -216,7 +198,7 @@ class _Call:
     @property
     def row_size(self) -> int:
         """Elements of the state's pointer in a row: channels, or bytes."""
-        width: int = self["D"]
+        width = self["D"]
         return width if self.rows == DENSE else row_bytes(self.rows, width, self.turned)
 
     @property
@@ -225,7 +207,7 @@ class _Call:
         return {"ROW": self.row_size, "ROTARY": self.turned, "FORMAT": self.rows}
 
     def launch(
-        self, function: str, grid: tuple[Any, Any, Any], constants: Mapping[str, int | float | str], *,
+        self, function: str, grid: tuple[int, int, int], constants: Mapping[str, int | float | str], *,
         extras: tuple[str, ...] = ("S",), warps: int = 4, stages: int = 2,
     ) -> Launch:  # fmt: skip
         """The ordinary launch: every input, then sizes as int32, then every output."""
@@ -245,6 +227,10 @@ def _float32(value: float) -> float:
     """What ONNX and TensorRT keep of an attribute, so that every way to a kernel gives it the same constants."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
+
+
+def _cdiv(size: int, of: int) -> int:
+    return -(-size // of)
 
 
 def _power(size: int, least: int = 1) -> int:
@@ -313,20 +299,20 @@ def _window_update(call: _Call) -> Plan:
 
 
 def _compress(call: _Call) -> Plan:
-    windows = call.arithmetic.cdiv(call["S"], call.attributes["ratio"])
+    windows = _cdiv(call["S"], call.attributes["ratio"])
     tiles = {"BM": min(8, _power(call["R"])), "BC": _power(call["C"]), "BR": 4}
     mixed = _VALUES[call.spec.operator] == INDEX_FP4
     function = "compress.compress_mixed" if mixed else "compress.compress"
-    return _entries(call, function, call.arithmetic.maximum(windows - 1, 1), tiles)
+    return _entries(call, function, max(windows - 1, 1), tiles)
 
 
 def _compress_online(call: _Call) -> Plan:
     ratio = call.attributes["ratio"]
     tiles = {"BM": min(8, _power(ratio))}
-    return _entries(call, "compress_online.compress_online", call.arithmetic.cdiv(call["S"], ratio), tiles)
+    return _entries(call, "compress_online.compress_online", _cdiv(call["S"], ratio), tiles)
 
 
-def _entries(call: _Call, function: str, programs: Any, tiles: dict[str, int]) -> Plan:
+def _entries(call: _Call, function: str, programs: int, tiles: dict[str, int]) -> Plan:
     """A compressing kernel with that many programs a sequence; how a window becomes a row is plugins/kernels/entry.py's."""
     values, width = _VALUES[call.spec.operator], call["D"]
     constants: dict[str, int | float | str] = {
@@ -351,8 +337,6 @@ class _ScoreTile:
 
 
 def _score_tile(call: _Call) -> _ScoreTile:
-    if call.single:  # as for attention; half the query's bytes are its rounding
-        return _ScoreTile(32, 8, 1)
     if call.sm == 90:  # measured on an H200; a decoded block cannot be loaded ahead
         return _ScoreTile(64, 4, 3 if call.rows == DENSE else 2)
     return _ScoreTile(128, 8, 2)
@@ -360,13 +344,13 @@ def _score_tile(call: _Call) -> _ScoreTile:
 
 def _index_scores(call: _Call) -> Plan:
     tile, span = _score_tile(call), SCORE_SPANS[-1]
-    if not call.single and call["B"] * call["S"] * (call["E"] // SCORE_SPANS[0]) >= SCORE_PROGRAMS:
+    if call["B"] * call["S"] * (call["E"] // SCORE_SPANS[0]) >= SCORE_PROGRAMS:
         span = SCORE_SPANS[0]
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
         "RATIO": call.attributes["ratio"], "BN": tile.block, "ROW": call.row_size, "FORMAT": call.rows,
     }  # fmt: skip
-    grid = (call.arithmetic.cdiv(call["E"], span), call["S"], call["B"])
+    grid = (_cdiv(call["E"], span), call["S"], call["B"])
     parted = replace(call, sizes=call.sizes | {"SPAN": span})
     launch = parted.launch(
         "index_scores.index_scores", grid, constants, extras=("S", "E", "SPAN"), warps=tile.warps, stages=tile.stages
@@ -376,7 +360,7 @@ def _index_scores(call: _Call) -> Plan:
 
 def _index_select(call: _Call) -> Plan:
     constants: dict[str, int | float | str] = {"K": call.attributes["topk"], "RATIO": call.attributes["ratio"]}
-    if not call.single and call["S"] <= SPLIT_CHUNK and call["E"] > SELECT_SPAN:
+    if call["S"] <= SPLIT_CHUNK and call["E"] > SELECT_SPAN:
         return _parted_select(call, constants)
     grid = (call["S"], call["B"], 1)
     whole = constants | {"BN": 4096}
@@ -400,8 +384,8 @@ def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> P
     """Four passes that count and one that emits, with programs enough for a GPU; how entries are parted changes no result."""
     rows, of = call["B"] * call["S"], _select_tile(call)
     block = of.block
-    parts = min(-(-call["E"] // SELECT_SPAN), max(1, min(SELECT_PARTS, -(-SELECT_PROGRAMS // rows))))
-    span = -(-call["E"] // (parts * block)) * block
+    parts = min(_cdiv(call["E"], SELECT_SPAN), max(1, min(SELECT_PARTS, _cdiv(SELECT_PROGRAMS, rows))))
+    span = _cdiv(call["E"], parts * block) * block
     # Room for the most parts that as many rows or fewer have: what a call takes does not shrink as the batch grows.
     counted = rows + SELECT_PROGRAMS
     offsets = [0, 4 * counted * 256 * _ITEM]
@@ -440,8 +424,6 @@ def _attention_tile(call: _Call) -> _Tile:
     """What fits each SM's shared memory and does not spill; see docs/kernels.md."""
     width, packed = _power(call["D"]), call.rows != DENSE
     stages = 1 if packed else 2  # a decoded tile cannot be loaded ahead, and its bytes would take shared memory
-    if call.single and width >= 256:  # TensorRT has no documented way to more shared memory than every kernel may use
-        return _Tile(16, 16, 4, 1)
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
     if call.sm == 90 and call["H"] >= 64 and width <= 512:  # measured on an H200
@@ -458,19 +440,19 @@ def _attention_tile(call: _Call) -> _Tile:
 
 
 def _attention(
-    call: _Call, function: str, far: Any, extras: tuple[str, ...], constants: dict[str, int], span: int
+    call: _Call, function: str, far: int, extras: tuple[str, ...], constants: dict[str, int], span: int
 ) -> Plan:
     of = _attention_tile(call)
-    places = -(-call["W"] // of.keys) * of.keys + far  # the window takes whole blocks
-    split = not call.single and call["S"] <= SPLIT_CHUNK and places > span
-    splits = call.arithmetic.cdiv(places, span) if split else 1
+    places = _cdiv(call["W"], of.keys) * of.keys + far  # the window takes whole blocks
+    split = call["S"] <= SPLIT_CHUNK and places > span
+    splits = _cdiv(places, span) if split else 1
     shape = {"W": call["W"], "H": call["H"], "D": call["D"], "BD": _power(call["D"], 16), "HALF": call["P"]}
     tile = {"SPAN": span if split else 0, "BH": of.heads, "BN": of.keys, "PARKED": int(of.parked)}
-    grid = (call["S"] * (-(-call["H"] // of.heads)), splits, call["B"])
+    grid = (call["S"] * _cdiv(call["H"], of.heads), splits, call["B"])
     main = call.launch(
         f"attention.{function}",
         grid,
-        constants | shape | call.row | tile,
+        {**constants, **shape, **call.row, **tile},
         extras=extras,
         warps=of.warps,
         stages=of.stages,

@@ -55,7 +55,7 @@ class PluginSpec:
         attributes: name to type (int or float), in the operator's order.
         aliases: output index to the index of the input whose buffer it updates in place.
         sms: compute capabilities that it holds kernels for.
-        dtypes: types of dense rows of the state ("bfloat16", "float16").
+        dtypes: types of dense rows of the state ("bfloat16").
         rows: row formats of the state that it reads and writes ("dense", ...); empty if it touches no state.
         layout_version: version of those formats.
     """
@@ -67,7 +67,7 @@ class PluginSpec:
     attributes: Mapping[str, type] = field(default_factory=dict)
     aliases: Mapping[int, int] = field(default_factory=dict)
     sms: frozenset[int] = frozenset({80, 86, 89, 90, 100, 103, 120, 121})
-    dtypes: frozenset[str] = frozenset({"bfloat16", "float16"})
+    dtypes: frozenset[str] = frozenset({"bfloat16"})
     rows: frozenset[str] = frozenset()
     layout_version: int = LAYOUT_VERSION
 

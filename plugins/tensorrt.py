@@ -120,7 +120,7 @@ def _field_array(value: Any) -> Any:
 @functools.cache
 def _plugin_class(trt: Any) -> type:
     kinds = {
-        "float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "bfloat16": trt.DataType.BF16,
+        "float32": trt.DataType.FLOAT, "bfloat16": trt.DataType.BF16,
         "int8": trt.DataType.INT8, "int32": trt.DataType.INT32, "int64": trt.DataType.INT64,
     }  # fmt: skip
 

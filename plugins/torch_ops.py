@@ -30,7 +30,7 @@ LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None],
 Implementation = Callable[..., Any]
 
 _ALIGNMENT = 16  # bytes, of every buffer; kernels are compiled with that knowledge (plugins/compile.py)
-_DENSE_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_DENSE_TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 #: Implementations in use by device type, then by the operator's ONNX name; the last one given wins.
 _IN_USE: dict[str, list[Mapping[str, Implementation]]] = {}

@@ -23,7 +23,7 @@ from foldkv.export.operators.packed import EXPERTS, PARTS, Matrix, _function
 #: Bytes in a word.
 WORD = 4
 _FORMATS = {name: format_ for format_, name in EXPERTS.items()}
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def geometry(matrices: Mapping[str, Matrix]) -> dict[str, list[int]]:
@@ -76,7 +76,7 @@ def routed_experts_words(format_: str, matrices: Mapping[str, Matrix], dtype: st
     Args:
         format_: "fp4" or "fp8".
         matrices: where w1, w2 and w3 lie in a row, in bytes; offsets are multiples of four.
-        dtype: "bfloat16", "float16" or "float32".
+        dtype: "bfloat16" or "float32".
     """
     kind = _DTYPES[dtype]
     elements = byte_pairs() if format_ == FP4 else byte_values(torch.float8_e4m3fn)

@@ -16,7 +16,7 @@ ONNX_OPSET = 20
 #: Custom domain of the operators; its version is the version of their meaning.
 OPSET = Opset(DOMAIN, 1)
 TORCH_NAMESPACE = "foldkv"
-_TENSOR_TYPES = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64", "int8")]
+_TENSOR_TYPES = [f"tensor({name})" for name in ("float", "bfloat16", "int32", "int64", "int8")]
 
 
 @dataclass(frozen=True)

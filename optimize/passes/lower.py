@@ -42,9 +42,8 @@ LOW_PRECISION = (
 )
 LOW_STATE = ("window", "entries", "index_entries")
 
-_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16,
-          "int8": ir.DataType.INT8}  # fmt: skip
-_PRECISIONS = ("float32", "bfloat16", "float16")
+_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}  # fmt: skip
+_PRECISIONS = ("float32", "bfloat16")
 # Folder beside the lowered graph in which the package's files of weights are linked, and what stays inside the graph.
 _SOURCE, _INLINE_BYTES = "graph", 256
 # What a weight may pass through before its product without becoming another matrix.

@@ -39,7 +39,7 @@ from foldkv.runtime.state import StateSpec, plan_bytes
 SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "bfloat16", False)
 OTHERS: dict[str, Any] = {
     "graph_sha256": "h", "weights_sha256": "x", "target": {"name": "a100", "sm": 86}, "backend": "tensorrt",
-    "backend_version": "1.8", "precision": "float16", "plugins": True, "kernel_compiler": "triton 4", "layout": "fp8",
+    "backend_version": "1.8", "precision": "float32", "plugins": True, "kernel_compiler": "triton 4", "layout": "fp8",
     "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99,
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 
 
 def run(
-    operator: str, inputs: Sequence[Tensor], *, sm: int = 80, dtype: str = "float32", single: bool = False,
+    operator: str, inputs: Sequence[Tensor], *, sm: int = 80, dtype: str = "float32",
     rows: str = DENSE, rotary: int = 0, **attributes: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The operator's outputs; inputs are not changed. Outputs are filled with NaN (or -7) before."""
@@ -87,7 +87,5 @@ def run(
         state = dtype if rows == DENSE else "int8"
         kind = DTYPES[state if tensor.dtype == STATE else tensor.dtype]
         outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
-    launch(
-        plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary, single=single), inputs, outputs
-    )
+    launch(plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), inputs, outputs)
     return outputs
