@@ -1,26 +1,23 @@
-"""Write docs/cli.md from the commands' own help, and the tables that come from the results of GPUs.
+"""Write docs/cli.md from the commands' own help, and the tables of README and docs from benchmarks/results.
 
 A test compares both with what is there. ``make docs``.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
+import result_tables
 
 from foldkv.cli import main
 from foldkv.validation.gates import PROFILE_GATES
 
-CLI = Path(__file__).parent / "cli.md"
-README = Path(__file__).parents[1] / "README.md"
-GPU = Path(__file__).parent / "gpu.md"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-BEGIN, END = "<!-- made by docs/generate.py: begin -->", "<!-- end -->"
+ROOT = Path(__file__).parents[1]
+CLI = ROOT / "docs" / "cli.md"
+#: Between these marks lies a table; the first names it.
+BEGIN, END = "<!-- made by docs/generate.py: {} -->", "<!-- end -->"
 
 PIPELINE = """## A pipeline file
 
@@ -83,130 +80,38 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-def executed(results: Sequence[Mapping[str, Any]]) -> str:
-    """README's table of what was executed where, from the files that benchmarks/gpu/collect.py makes."""
-    kernels, model, engine = (_steps(results, step) for step in ("kernels", "model", "engine"))
-    rows = [
-        "| path | built | executed | numerics |",
-        "|---|---|---|---|",
-        (
-            "| PyTorch modules with explicit state | - | CPU | equal to transformers: logits and caches, ten configurations of "
-            "length and chunking, every chunk edge |"
-        ),
-        (
-            "| ONNX graph and `cpu` bundle (ONNX Runtime) | CPU | CPU, in every `make test` and `make demo` | compared with "
-            "transformers |"
-        ),
-        (
-            f"| Triton kernels of every compressed-KV operator, dense and packed rows | CPU, for sm80 to sm121 | "
-            f"{_listed(kernels, _kernels)}; in Triton's interpreter in every `make test` | against the operators' definitions in "
-            "float64 |"
-        ),
-        (
-            f"| The small model in PyTorch with these kernels | - | {_listed(model, _model)} | against the same modules on the CPU |"
-        ),
-        (
-            f"| TensorRT-RTX engines, with plugins or with function bodies (`--plugins off`), for sm80, 86, 89, 120, 121 | CPU, no "
-            f"GPU needed | {_engines(engine)} |"
-        ),
-        (
-            "| TensorRT 11 engines (h100, h200, b200, b300), with the same plugin classes | needs that GPU and TensorRT 11; **not done "
-            "yet** | - | - |"
-        ),
-    ]  # fmt: skip
-    return "\n".join(rows)
-
-
-Step = tuple[str, Mapping[str, Any]]
-
-
-def _steps(results: Sequence[Mapping[str, Any]], step: str) -> list[Step]:
-    """Device and result of a step, where it was run on a GPU."""
-    found = [(result["device"].removeprefix("NVIDIA "), result["steps"].get(step)) for result in results]
-    return [(device, content) for device, content in found if content and content["status"] != "no GPU"]
-
-
-def _listed(steps: list[Step], say: Callable[[str, Mapping[str, Any]], str]) -> str:
-    return "; ".join(say(device, content) for device, content in steps) or "**no GPU yet**"
-
-
-def _kernels(device: str, content: Mapping[str, Any]) -> str:
-    return f"**{device}** ({content['date']}): {_right(content['rows'])} calls right"
-
-
-def _model(device: str, content: Mapping[str, Any]) -> str:
-    compared = [row for row in content["rows"] if "distance" in row]
-    return f"**{device}** ({content['date']}): logits in {_right(compared)} forms of its caches within bounds"
-
-
-def _right(rows: Sequence[Mapping[str, Any]]) -> str:
-    return f"{sum('failure' not in row for row in rows)} of {len(rows)}"
-
-
-def _engine(device: str, content: Mapping[str, Any]) -> str:
-    if content["status"] == "passed":
-        return f"**{device}** ({content['date']})"
-    why = re.search(r"The engine cannot run.*?compute capability \d+\.\d+", " ".join(content["reasons"]))
-    if why:
-        return f"refused on {device} ({content['date']}): “{why[0]}”"
-    return f"tried on {device} ({content['date']}): {content['status']}, see [docs/gpu.md](docs/gpu.md)"
-
-
-def _engines(steps: list[Step]) -> str:
-    """Two cells: where engines were executed, and what their numerics were compared with."""
-    if any(content["status"] == "passed" for _, content in steps):
-        return f"{_listed(steps, _engine)} | with the `cpu` bundle"
-    return f"**never yet**{''.join(f'; {_engine(device, content)}' for device, content in steps)} | **no**"
-
-
-#: What the table of times shows: context, batch, chunk.
-PLACES = ((1 << 16, 1, 1), (1 << 20, 1, 1), (1 << 16, 64, 1), (1 << 20, 16, 1), (1 << 20, 64, 1), (1 << 16, 1, 256))
-
-
-def times(results: Sequence[Mapping[str, Any]], model: str = "v4-flash") -> str:
-    """docs/gpu.md's table of times per device, of one model."""
-    parts = []
-    for device, content in _steps(results, "speed"):
-        parts.append(
-            f"**{device}**, {content['date']}, driver {content['driver']}, torch {content['versions']['torch']}, Triton "
-            f"{content['versions']['triton']}; copies {content['copy_gb_s']:,.0f} GB/s, bfloat16 products "
-            f"{content['bf16_tflop_s']:,.0f} TFLOP/s. V4-Flash, microseconds of one layer (share of the floor; torch):\n"
+#: The tables by page and by the name in their mark.
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"executed": lambda: result_tables.executed(result_tables.gpu_results())},
+    ROOT / "docs" / "gpu.md": {"times": lambda: result_tables.times(result_tables.gpu_results())},
+    ROOT / "docs" / "results.md": {
+        make.__name__: make
+        for make in (
+            result_tables.decode,
+            result_tables.experts,
+            result_tables.million,
+            result_tables.stages,
+            result_tables.exports,
         )
-        heads = [
-            f"{context >> 10}k x {batch}" + (f", chunk {chunk}" if chunk > 1 else "")
-            for context, batch, chunk in PLACES
-        ]
-        parts.append(f"| operator, rows | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
-        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row}
-        for name, rows_of in dict.fromkeys((row["operator"], row["rows"]) for row in rows.values()):
-            cells = [_time(rows.get((name, rows_of, *place))) for place in PLACES]
-            parts.append(f"| `{name.removeprefix('Foldkv')}` {rows_of} | {' | '.join(cells)} |")
-    return "\n".join(parts)
+    },
+}
 
 
-def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["operator"], row["rows"], row["context"], row["batch"], row["chunk"]
+def made_anew(text: str, makers: dict[str, Callable[[], str]]) -> str:
+    """A page with every table between its marks made anew.
 
-
-def _time(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    beside = f"; {row['torch_us']:.0f}" if row.get("torch_us") else ""
-    return f"{row['us']:.1f} ({100 * row['share_of_floor']:.0f} %{beside})"
-
-
-def made_anew(text: str, make: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
-    """A page whose table, between the marks, is made from the results of GPUs."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{make(results)}\n{END}{rest.split(END, 1)[1]}"
-
-
-#: Pages with a table from the results.
-TABLES = {README: executed, GPU: times}
+    Raises:
+        ValueError: a table has no place in the page.
+    """
+    for name, make in makers.items():
+        before, found, rest = text.partition(BEGIN.format(name))
+        if not found or END not in rest:
+            raise ValueError(f"there is no place for the table {name!r}: {BEGIN.format(name)} ... {END}")
+        text = f"{before}{found}\n{make()}\n{END}{rest.split(END, 1)[1]}"
+    return text
 
 
 if __name__ == "__main__":
     CLI.write_text(reference(), encoding="utf-8")
-    for page, make in TABLES.items():
-        page.write_text(made_anew(page.read_text(encoding="utf-8"), make), encoding="utf-8")
+    for page, makers in TABLES.items():
+        page.write_text(made_anew(page.read_text(encoding="utf-8"), makers), encoding="utf-8")

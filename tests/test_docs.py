@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import blocks, script
 
 from foldkv.artifact import read_manifest
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "tiny-v4" / "README.md"]
 
 
 @pytest.fixture(scope="module")
@@ -28,44 +33,45 @@ def test_the_reference_of_commands_is_current(generate: Any) -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == generate.reference(), "run `make docs`"
 
 
-def test_tables_of_gpus_are_what_the_results_say(generate: Any) -> None:
-    for page, make in generate.TABLES.items():
+def test_tables_are_what_the_results_say(generate: Any) -> None:
+    for page, makers in generate.TABLES.items():
         text = page.read_text()
-        assert text == generate.made_anew(text, make), "run `make docs`"
+        assert text == generate.made_anew(text, makers), "run `make docs`"
+        assert text.count("<!-- made by docs/generate.py: ") == len(makers)
+
+
+def test_a_table_without_a_place_is_an_error(generate: Any) -> None:
+    with pytest.raises(ValueError, match="no place for the table 'times'"):
+        generate.made_anew("# A page", {"times": str})
 
 
 def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
     step = {"status": "no GPU", "date": "2026-01-01", "reasons": ["no driver"], "rows": []}
-    table = generate.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
-    assert table == generate.executed([]) and table.count("**no GPU yet**") == 2 and "| **never yet** |" in table
-    assert generate.times([]) == ""
+    tables = generate.result_tables
+    table = tables.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
+    assert table == tables.executed([]) and table.count("**no GPU yet**") == 2 and "| **never yet** |" in table
+    assert tables.times([]) == ""
 
 
 @pytest.mark.parametrize(
     ("status", "reasons", "says"),
     [
-        ("passed", [], "**H9** (d) | with the `cpu` bundle |"),
+        ("passed", [], "**H9** (d) | the `cpu` bundle |"),
         ("not finished", [], "**never yet**; tried on H9 (d): not finished"),
         (
             "failed",
             ["x: (The engine cannot run on this GPU, which has compute capability 9.0. More"],
-            "refused on H9 (d)",
+            "H9 (compute capability 9.0) refused them (d)",
         ),
     ],
 )
 def test_every_outcome_of_engines_is_told(generate: Any, status: str, reasons: list[str], says: str) -> None:
     engine = {"status": status, "date": "d", "reasons": reasons, "rows": []}
-    assert says in generate.executed([{"device": "NVIDIA H9", "steps": {"engine": engine}}])
+    assert says in generate.result_tables.executed([{"device": "NVIDIA H9", "steps": {"engine": engine}}])
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *(ROOT / "docs").glob("*.md"),
-        ROOT / "examples/tiny-v4/README.md",
-    ]
-    for page in pages:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -85,3 +91,23 @@ def test_every_key_of_a_manifest_is_documented(tiny_graph: Path, tiny_bundle: Pa
     text = (ROOT / "docs" / "artifacts.md").read_text()
     keys = {*read_manifest(tiny_graph, kind="foldkv.graph"), *read_manifest(tiny_bundle, kind="foldkv.bundle")}
     assert not {key for key in keys if f"`{key}`" not in text}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_every_command_and_example_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    """In a folder that looks like the checkout, in which nothing is written back to it."""
+    for name in ("benchmarks", "docs", "examples", "export", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    paths = [str(Path(sys.prefix) / "bin"), os.environ["PATH"]]
+    done = subprocess.run(
+        ["bash", "-c", script(page)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{page.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_what_is_not_run_says_why() -> None:
+    reasons = {block.not_run for page in PAGES for block in blocks(page) if block.not_run}
+    assert all(len(reason.split()) > 1 for reason in reasons)

@@ -1,0 +1,202 @@
+"""The tables of README, docs/results.md and docs/gpu.md, each made from a file of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+Step = tuple[str, Mapping[str, Any]]
+
+
+def result(name: str) -> Any:
+    """A result file as JSON values."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def gpu_results() -> list[Any]:
+    """The results of every GPU that the kit was run on."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu-*.json"))]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:.1f} MiB"
+
+
+def executed(results: Sequence[Mapping[str, Any]]) -> str:
+    """What was executed where."""
+    kernels, model, engine = (_steps(results, step) for step in ("kernels", "model", "engine"))
+    rows = [
+        ("`cpu` bundle (ONNX Runtime)", "CPU, in every `make test` and `make demo`", "transformers"),
+        (
+            "Triton kernels of the compressed-KV plugins, compiled for sm80 to sm121",
+            f"{_listed(kernels, _kernels)}; in Triton's interpreter in every `make test`",
+            "the operators' definitions in float64",
+        ),
+        ("The small model in PyTorch with these kernels", _listed(model, _model), "the same modules on the CPU"),
+        ("TensorRT-RTX engines for sm80, 86, 89, 120, 121 (built without a GPU)", *_engines(engine)),
+        ("TensorRT 11 engines for h100, h200, b200, b300", "**never built, never run**", "**nothing**"),
+    ]
+    return _table(("part", "executed on", "compared with"), rows)
+
+
+def _steps(results: Sequence[Mapping[str, Any]], step: str) -> list[Step]:
+    """Device and result of a step, where it was run on a GPU."""
+    found = [(result["device"].removeprefix("NVIDIA "), result["steps"].get(step)) for result in results]
+    return [(device, content) for device, content in found if content and content["status"] != "no GPU"]
+
+
+def _listed(steps: list[Step], say: Callable[[str, Mapping[str, Any]], str]) -> str:
+    return "; ".join(say(device, content) for device, content in steps) or "**no GPU yet**"
+
+
+def _kernels(device: str, content: Mapping[str, Any]) -> str:
+    return f"**{device}** ({content['date']}): {_right(content['rows'])} calls right"
+
+
+def _model(device: str, content: Mapping[str, Any]) -> str:
+    compared = [row for row in content["rows"] if "distance" in row]
+    return f"**{device}** ({content['date']}): logits within bounds in {_right(compared)} forms of its caches"
+
+
+def _right(rows: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum('failure' not in row for row in rows)} of {len(rows)}"
+
+
+def _engine(device: str, content: Mapping[str, Any]) -> str:
+    if content["status"] == "passed":
+        return f"**{device}** ({content['date']})"
+    why = re.search(r"The engine cannot run.*?compute capability (\d+\.\d+)", " ".join(content["reasons"]))
+    if why:
+        return f"{device} (compute capability {why[1]}) refused them ({content['date']})"
+    return f"tried on {device} ({content['date']}): {content['status']}, see [docs/gpu.md](docs/gpu.md)"
+
+
+def _engines(steps: list[Step]) -> tuple[str, str]:
+    """Where engines were executed, and what their numerics were compared with."""
+    if any(content["status"] == "passed" for _, content in steps):
+        return _listed(steps, _engine), "the `cpu` bundle"
+    return f"**never yet**{''.join(f'; {_engine(device, content)}' for device, content in steps)}", "**nothing**"
+
+
+#: What the table of times shows: context, batch, chunk.
+PLACES = ((1 << 16, 1, 1), (1 << 20, 1, 1), (1 << 16, 64, 1), (1 << 20, 16, 1), (1 << 20, 64, 1), (1 << 16, 1, 256))
+
+
+def times(results: Sequence[Mapping[str, Any]], model: str = "v4-flash") -> str:
+    """Times of the kernels per device, of one model."""
+    parts = []
+    for device, content in _steps(results, "speed"):
+        parts.append(
+            f"**{device}**, {content['date']}, driver {content['driver']}, torch {content['versions']['torch']}, Triton "
+            f"{content['versions']['triton']}; copies {content['copy_gb_s']:,.0f} GB/s, bfloat16 products "
+            f"{content['bf16_tflop_s']:,.0f} TFLOP/s. V4-Flash, microseconds of one layer (share of the floor; torch):\n"
+        )
+        heads = [
+            f"{context >> 10}k x {batch}" + (f", chunk {chunk}" if chunk > 1 else "")
+            for context, batch, chunk in PLACES
+        ]
+        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row}
+        lines = [
+            [f"`{name.removeprefix('Foldkv')}` {rows_of}", *(_time(rows.get((name, rows_of, *at))) for at in PLACES)]
+            for name, rows_of in dict.fromkeys((row["operator"], row["rows"]) for row in rows.values())
+        ]
+        parts.append(_table(("operator, rows", *heads), lines))
+    return "\n".join(parts)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["operator"], row["rows"], row["context"], row["batch"], row["chunk"]
+
+
+def _time(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    beside = f"; {row['torch_us']:.0f}" if row.get("torch_us") else ""
+    return f"{row['us']:.1f} ({100 * row['share_of_floor']:.0f} %{beside})"
+
+
+def decode() -> str:
+    """A decode step of the cpu bundle beside transformers."""
+    rows = result("decode-cpu")["rows"]
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        grown = [f"{row[key] / rows[0][key]:.2f}" for key in ("foldkv_step_s", "transformers_step_s")]
+        prefill = row["transformers_prefill_s"] / row["foldkv_prefill_s"]
+        return [f"{row['context']:,}", f"{row['ratio']:.1f} x", *grown, f"{prefill:.1f} x"]
+
+    heads = (
+        "context",
+        "step: transformers / foldkv",
+        "growth, foldkv",
+        "growth, transformers",
+        "prefill: transformers / foldkv",
+    )
+    return _table(heads, map(line, rows))  # fmt: skip
+
+
+def experts() -> str:
+    """Steps and memory by the number of experts."""
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        ways = ("repack", "float32", "transformers")
+        step = [f"{1000 * row['step_seconds'][way]:.0f} ms" if way in row["step_seconds"] else "-" for way in ways]
+        memory = [_mib(row["resident_bytes"][way]["VmRSS"]) if way in row["resident_bytes"] else "-" for way in ways]
+        prefill = [f"{row['prefill_seconds'][way]:.1f} s" for way in ("repack", "transformers")]
+        return [f"{row['experts']}", *step, " / ".join(memory), " / ".join(prefill)]
+
+    heads = ("experts", "step, packed", "step, float32", "step, transformers", "memory: packed / float32 / transformers",
+             "prefill of 256: packed / transformers")  # fmt: skip
+    return _table(heads, map(line, result("moe-cpu")["rows"]))
+
+
+def million() -> str:
+    """The small model up to a million tokens."""
+    rows = result("million-cpu")["rows"]
+
+    def line(row: Mapping[str, Any], step: Mapping[str, Any]) -> list[str]:
+        over = row["peak_rss_bytes"] - row["state_bytes"]
+        known = "not run" if row["reference"] is None else f"{row['reference']}"
+        sizes = [_mib(row["state_bytes"]), _mib(row["peak_rss_bytes"]), _mib(over)]
+        return [
+            f"{row['context']:,}", *sizes, f"{step['growth']:.1f} x", f"{row['torch_kl_mean']:.1e}", f"{row['subject']}", known,
+        ]  # fmt: skip
+
+    heads = ("context", "state", "peak memory", "peak less state", "step, over that at 1,024", "KL, nats",
+             f"values retrieved, of {rows[0]['cases']}", "by transformers")  # fmt: skip
+    return _table(heads, (line(*pair) for pair in zip(rows, rows[-1]["decode"], strict=True)))
+
+
+def stages() -> str:
+    """Seconds and memory of each stage of the main job."""
+    rows = result("stages-cpu")["rows"]
+    lines = [[row["stage"], f"{row['seconds']:.1f} s", _mib(row["peak_rss_bytes"])] for row in rows]
+    return _table(("stage", "time", "peak memory"), lines)
+
+
+def exports() -> str:
+    """Export of full-size checkpoints from their headers, and of other tools."""
+    own = [
+        [f"foldkv, {row['model']}", f"{row['seconds']:.0f} s", _mib(row["peak_rss_bytes"]),
+         f"{row['package_bytes_written'] / 2**20:.1f} MiB", f"{sum(row['nodes'].values()):,}"]
+        for row in result("export-full")["rows"]
+    ]  # fmt: skip
+    peers = result("export-peers")
+    flash = [row for row in peers["rows"] if row["model"] == "deepseek-v4-flash" and "first" not in row["tool"]]
+    beside = [
+        [f"{row['tool']}, {row['model']} (beside each other)", f"{row['seconds']:.0f} s", _mib(row["peak_rss_bytes"]),
+         f"{row['bytes_written'] / 2**20:.1f} MiB", f"{sum(row['nodes'].values()):,}"]
+        for row in flash
+    ]  # fmt: skip
+    guess = peers["extrapolated"]["torch_export_all_layers_cpu_seconds"]
+    beside.append(["torch.onnx.export without a cache (estimate from three layers)", f"{guess} s", "-", "-", "-"])
+    return _table(("tool, model", "time", "peak memory", "written", "nodes"), own + beside)
