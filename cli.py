@@ -585,12 +585,13 @@ def _plot(
 
 @main.command("inspect")
 @click.argument("artifact", type=_folder)
+@_allow_unknown_key
 @_json
-def inspect_command(artifact: Path, as_json: bool) -> None:
+def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
     """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified."""
     from foldkv.inspection import inspect_artifact
 
-    _show(inspect_artifact(artifact), as_json)
+    _show(inspect_artifact(artifact, allow_unknown_keys=allow_unknown_keys), as_json)
 
 
 @main.command("doctor")

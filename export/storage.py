@@ -5,6 +5,7 @@ They are told from config.json, from the files of a folder, or from the names of
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -93,10 +94,7 @@ def _unread_quantisation(key: str, table: Mapping[str, Any]) -> Unread | None:
 
 def unread_in_folder(folder: Path) -> Unread | None:
     """What the files of a folder say: a quantisation of ModelOpt, or weights that are no safetensors where there are no others."""
-    if (file := folder / HF_QUANT_CONFIG).is_file():
-        text = file.read_text(encoding="utf-8", errors="replace")
-        match = re.search(r'"quant_algo"\s*:\s*"([^"]+)"', text)
-        kind = f"{match[1]} of NVIDIA ModelOpt" if match else _METHODS["modelopt"]
+    if (file := folder / HF_QUANT_CONFIG).is_file() and (kind := _quantised_by_modelopt(file)):
         return Unread(kind, f"the folder has a {HF_QUANT_CONFIG}")
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if weights == ["adapter_model.safetensors"]:
@@ -109,6 +107,16 @@ def unread_in_folder(folder: Path) -> Unread | None:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             return Unread(kind, f"the folder has {found[0]}{more} and no safetensors")
     return None
+
+
+def _quantised_by_modelopt(file: Path) -> str:
+    """What ModelOpt's file says of the weights; empty if it quantised none, but the KV cache for example."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))["quantization"]
+        kind = table["quant_algo"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return _METHODS["modelopt"]  # the file is there for a reason
+    return f"{kind} of NVIDIA ModelOpt" if kind else ""
 
 
 def unread_tensors(names: Iterable[str]) -> Unread | None:

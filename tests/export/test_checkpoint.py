@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foldkv.artifact import read_manifest
+from foldkv.config import ExportConfig, PipelineConfig
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint import INDEX, Checkpoint, decoder_from_checkpoint, end_tokens, released_name
 from foldkv.export.graph import KIND, export_checkpoint, link_files
 from foldkv.export.spec import ModelSpec
 from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.pipeline import is_export_of
 
 
 @pytest.fixture
@@ -274,6 +276,11 @@ def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permi
     assert made["allowed_unknown_keys"] == ["my_router"]
     assert json.loads((graph / "config.json").read_text()) == config
     assert ModelSpec.from_file(graph / "config.json") == expected
+    pipeline = PipelineConfig(version=1, checkpoint=str(folder), output=str(tmp_path))
+    with pytest.raises(CheckpointError, match="unknown key 'my_router'"):
+        is_export_of(pipeline, graph, read_manifest(graph, kind=KIND))
+    allowing = pipeline.model_copy(update={"export": ExportConfig(allow_unknown_keys=["my_router"])})
+    assert is_export_of(allowing, graph, read_manifest(graph, kind=KIND))
 
 
 @pytest.mark.parametrize(

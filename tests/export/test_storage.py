@@ -91,6 +91,13 @@ def modelopt(folder: Path) -> None:
     )
 
 
+def test_a_quantised_cache_does_not_concern_the_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_checkpoint, tmp_path)
+    table = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": table}))
+    Checkpoint(folder).check()
+
+
 def only(*names: str) -> Any:
     def spoil(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
