@@ -141,7 +141,7 @@ class KeyReport:
             if not hint:  # else the key is a slip, and to ignore it would lose what it says
                 self.unknown.append(name)
                 hint = nearest(leaf, read)
-            self.findings.append(f"unknown key {name!r} with value {_short(value)}{hint}")
+            self.findings.append(f"unknown key {name!r} with value {shortened(value)}{hint}")
 
     def judge_all(self, config: Mapping[str, Any], facts: Mapping[str, Any], read: Sequence[str]) -> None:
         """Decide on every key at the top of a file that is not in ``read``."""
@@ -191,6 +191,7 @@ def _harmless(leaf: str, value: Any, neutral: _Neutral | None, facts: Mapping[st
     return leaf in _BOOKKEEPING or leaf.startswith(_BOOKKEEPING_PREFIXES)
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

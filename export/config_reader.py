@@ -11,7 +11,6 @@ released checkpoints. All findings are listed in one error.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from foldkv.errors import CheckpointError, listing
 from foldkv.export.config_keys import KeyReport
-from foldkv.export.config_rope import ROPE_KEYS, read_rope
+from foldkv.export.config_rope import ROPE_KEYS, is_number, read_rope
 from foldkv.export.spec import CSA, HCA, LAYER_TYPES, SLIDING, ModelSpec
 from foldkv.export.storage import unread_file, unread_in_folder
 
@@ -158,9 +157,8 @@ class _Reader:
         self._check_fixed()
         fields: dict[str, Any] = {field: self._number(key, integral=True) for key, field in _INTEGERS.items()}
         fields |= {field: self._number(key, integral=False) for key, field in _NUMBERS.items()}
-        layers = fields["num_layers"] or 0
-        fields["layer_types"], fields["ratios"] = self._schedule(layers)
-        fields["hash_layers"] = self._hash_layers(layers)
+        fields["layer_types"], fields["ratios"] = self._schedule(fields["num_layers"] or 0)
+        fields["hash_layers"] = self._hash_layers(len(fields["layer_types"]))
         rope = read_rope(self.config, fields["head_dim"], fields["max_position_embeddings"], self.keys, self.findings)
         fields["rope_theta"], fields["compress_rope_theta"] = rope.theta, rope.compress_theta
         fields["rope_dim"], fields["yarn"] = rope.dim, rope.yarn
@@ -199,8 +197,7 @@ class _Reader:
         if value is None:
             self.findings.append(f"missing key {key!r}")
             return None
-        allowed = int if integral else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed) or not math.isfinite(value):
+        if not is_number(value) or (integral and not isinstance(value, int)):
             self.findings.append(f"{key} is {value!r}; expected {'an integer' if integral else 'a number'}")
             return None
         if value <= 0:
@@ -279,7 +276,7 @@ class _Reader:
         for kind, ratio in given.items():
             if kind not in _DEFAULT_RATES:
                 self.findings.append(f"compress_rates has {kind!r}; expected {CSA!r} or {HCA!r}")
-            elif isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
+            elif not is_number(ratio) or not isinstance(ratio, int) or ratio < 1:
                 self.findings.append(f"compress_rates[{kind!r}] is {ratio!r}; expected an integer of at least 1")
             else:
                 rates[kind] = ratio

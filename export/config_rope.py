@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from foldkv.export.config_keys import KeyReport
+from foldkv.export.config_keys import KeyReport, shortened
 from foldkv.export.spec import Yarn
 
 ROPE_KEYS = (
@@ -73,6 +73,11 @@ def read_rope(
     return next(iter(ropes.values())) if ropes else reader.table("rope_parameters", {})
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number to compute with: neither true nor false, finite, within 64 bits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -(2**63) < value < 2**63
+
+
 class _RopeReader:
     def __init__(
         self, config: Mapping[str, Any], head_dim: int | None, max_positions: int | None, keys: KeyReport,
@@ -87,10 +92,10 @@ class _RopeReader:
     def table(self, label: str, table: dict[str, Any]) -> Rope:
         """What one of the two tables means."""
         nested = [key for key in (_MAIN, _COMPRESS) if table.get(key) is not None]
-        if any(not isinstance(table[key], dict) for key in nested) or len(nested) == 1:
-            other = _COMPRESS if nested[0] == _MAIN else _MAIN
+        if nested and not all(isinstance(table.get(key), dict) for key in (_MAIN, _COMPRESS)):
+            found = " and ".join(f"{key!r} {shortened(table.get(key))}" for key in (_MAIN, _COMPRESS))
             self.findings.append(
-                f"{label} has {nested[0]!r} but no {other!r}, both objects; transformers ignores it then. Give both"
+                f"{label} has {found}; transformers ignores both then. Give both as objects, or neither"
             )
             return Rope()
         return self._nested(label, table) if nested else self._flat(label, table)
@@ -154,8 +159,8 @@ class _RopeReader:
             factor = self.config.get("partial_rotary_factor")
         if factor is None:
             self.findings.append(
-                f"{label} has no partial_rotary_factor, and nor has the file: transformers rotates all channels then, whatever "
-                "qk_rope_head_dim says. Add it"
+                f"{label} has no partial_rotary_factor; transformers then rotates all channels, whatever qk_rope_head_dim says. "
+                "Add it"
             )
             return None
         return self._width(f"{label}.partial_rotary_factor", factor)
@@ -179,7 +184,7 @@ class _RopeReader:
     def _top_level_dim(self) -> int:
         """Rotated channels as the keys beside the tables say, or 0."""
         factor, width = self.config.get("partial_rotary_factor"), self.config.get("qk_rope_head_dim")
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 2 or width % 2):
+        if width is not None and (not is_number(width) or not isinstance(width, int) or width < 2 or width % 2):
             self.findings.append(
                 f"qk_rope_head_dim is {width!r}; expected an even integer (or 'partial_rotary_factor')"
             )
@@ -205,7 +210,7 @@ class _RopeReader:
 
     def _width(self, name: str, factor: Any) -> int | None:
         """An even number of rotated channels from a factor, or None."""
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+        if not is_number(factor) or not 0 < factor <= 1:
             self.findings.append(f"{name} is {factor!r}; expected a number above 0 and at most 1")
             return None
         width = self._channels(factor)
@@ -219,14 +224,14 @@ class _RopeReader:
         return width
 
     def _channels(self, factor: Any) -> int | None:
-        if self.head_dim is None or isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        if self.head_dim is None or not is_number(factor):
             return None
         return int(self.head_dim * factor)
 
     def _positive(self, name: str, value: Any) -> float | None:
         if value is None:
             self.findings.append(f"missing key {name!r}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not is_number(value):
             self.findings.append(f"{name} is {value!r}; expected a number")
         elif value <= 0:
             self.findings.append(f"{name} is {value!r}; expected more than 0")
@@ -255,12 +260,12 @@ class _RopeReader:
         factor = table.get("factor")
         original = table.get("original_max_position_embeddings", self.max_positions)
         fast, slow = table.get("beta_fast") or 32, table.get("beta_slow") or 1
-        if not _number(factor) or factor < 1 or type(original) is not int or original < 1:
+        if not is_number(factor) or factor < 1 or not is_number(original) or type(original) is not int or original < 1:
             self.findings.append(
                 f"{label}: yarn factor {factor!r} with original_max_position_embeddings {original!r}; expected numbers of at least 1"
             )
             return None
-        if not _number(fast) or not _number(slow) or fast <= 0 or slow <= 0:
+        if not is_number(fast) or not is_number(slow) or fast <= 0 or slow <= 0:
             self.findings.append(f"{label}: beta_fast is {fast!r} and beta_slow is {slow!r}; expected numbers above 0")
             return None
         if table.get("truncate", True) is not True:
@@ -268,7 +273,9 @@ class _RopeReader:
                 f"{label}.truncate is {table['truncate']!r}; only truncated YaRN ranges can be exported"
             )
         scale = _attention_factor(table, factor, forced)
-        if scale != 1:
+        if not is_number(scale):
+            self.findings.append(f"{label}.attention_factor is {scale!r}; expected a number")
+        elif scale != 1:
             given = table.get("attention_factor")
             why = "has no attention_factor" if given is None else f"has the attention_factor {given!r}"
             self.findings.append(
@@ -306,17 +313,13 @@ class _RopeReader:
                 )
 
 
-def _number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _attention_factor(table: Mapping[str, Any], factor: float, forced: bool) -> Any:
     """What transformers multiplies cos and sin with (`_compute_yarn_parameters`)."""
     given = table.get("attention_factor", 1.0 if forced else None)
     if given is not None:
         return given
     first, second = table.get("mscale"), table.get("mscale_all_dim")
-    if _number(first) and _number(second) and first and second:
+    if is_number(first) and is_number(second) and first and second:
         return _mscale(factor, first) / _mscale(factor, second)
     return _mscale(factor, 1)
 

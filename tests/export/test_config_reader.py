@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,7 +273,10 @@ def branches(**compress: Any) -> dict[str, Any]:
             {"rope_scaling": RELEASED["rope_scaling"] | {"rope_type": "default"}},
             ("rope_scaling.rope_type is 'default'", "rope_scaling.type is 'yarn'"),
         ),
-        ({"rope_scaling": {"compress": branches()["compress"]}}, ("has 'compress' but no 'main'",)),
+        (
+            {"rope_scaling": {"compress": branches()["compress"]}},
+            ("rope_scaling has 'main' None and 'compress' {", "Give both as objects"),
+        ),
         (
             {"rope_scaling": None, "rope_parameters": branches() | {"factor": 40}},
             ("rope_parameters.factor is 40", "compress has 16"),
@@ -377,3 +381,30 @@ def test_a_name_is_offered_only_for_a_near_miss(key: str, hint: str) -> None:
     assert f"unknown key {key!r} with value 1{hint}\n" in text
     if key == "hiden_size":  # to ignore a slip would lose what it says
         assert "--allow-unknown-key" not in text
+
+
+ODD: list[Any] = [
+    None, True, -1, 0, 1.5, 10**400, float("inf"), float("nan"), "", "x", [], [[]], [None], [{}], {}, {"main": {}, "compress": {}},
+    {"main": [], "compress": {}}, {"rope_type": [], "factor": {}}, {CSA: [], HCA: 10**400}, ["x", 10**400],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*POOL, *FIXED, "my_router", "n_group", "num_experts", "eos_token_id"])
+def test_values_of_any_kind_are_read_or_refused(key: str) -> None:
+    for value in ODD:
+        with contextlib.suppress(CheckpointError):
+            ModelSpec.from_config(RELEASED | {key: value})
+
+
+@pytest.mark.parametrize("key", BRANCH_POOL)
+def test_values_of_any_kind_inside_the_tables_are_read_or_refused(key: str) -> None:
+    for value in ODD:
+        for label in ("rope_scaling", "rope_parameters"):
+            tables = [
+                RELEASED["rope_scaling"] | {key: value},
+                branches(**{key: value}),
+                {"rope_type": "default", key: value},
+            ]
+            for table in tables:
+                with contextlib.suppress(CheckpointError):
+                    ModelSpec.from_config(RELEASED | {"rope_scaling": None, label: table})
