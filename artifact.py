@@ -228,8 +228,8 @@ def _sha256_head(path: Path, size: int) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()
 
 
-def confined(folder: Path, name: str) -> Path:
-    """``folder/name``, if that stays inside ``folder``.
+def confined(folder: Path, name: str, *, follow_links: bool = False) -> Path:
+    """``folder/name``, if that stays inside ``folder``; with ``follow_links`` a link may lead out.
 
     Raises:
         ArtifactError: an absolute path, a ``..`` or a link that leads out.
@@ -238,6 +238,6 @@ def confined(folder: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or not name or "\\" in name or "\0" in name:
         raise ArtifactError(f"{folder}: file name {name!r} leads out of the artifact; it is refused.")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{path} is a link out of the artifact; it is refused.")
     return path

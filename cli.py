@@ -63,6 +63,13 @@ class _Group(click.Group):
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 _folder = click.Path(path_type=Path)
+_allow_unknown_key = click.option(
+    "--allow-unknown-key",
+    "allow_unknown_keys",
+    multiple=True,
+    metavar="NAME",
+    help="Ignore this key of config.json, though nobody knows what it changes; repeat it.",
+)
 
 
 def _progress() -> Callable[[str], None]:
@@ -123,7 +130,10 @@ def main(verbose: bool) -> None:
     show_default=True,
     help="Write weights in float32, use the checkpoint's files in place, or copy them as they are stored.",
 )
-def export_command(checkpoint: Path, output: Path, profile: str, weights: str) -> None:
+@_allow_unknown_key
+def export_command(
+    checkpoint: Path, output: Path, profile: str, weights: str, allow_unknown_keys: tuple[str, ...]
+) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
 
     With reference and repack quantised weights stay as they are, in engines too where the GPU's keep them, and every kind of
@@ -133,7 +143,10 @@ def export_command(checkpoint: Path, output: Path, profile: str, weights: str) -
     from foldkv.optimize.history import record_export
 
     start = time.monotonic()
-    path = export_checkpoint(checkpoint, output, profile=profile, weights=weights, progress=_progress())
+    path = export_checkpoint(
+        checkpoint, output, profile=profile, weights=weights, allow_unknown_keys=allow_unknown_keys,
+        progress=_progress(),
+    )  # fmt: skip
     record_export(path, time.monotonic() - start)
     click.echo(f"graph package: {path}")
 
@@ -278,10 +291,11 @@ def generate_command(
     multiple=True,
     help="Plant values in a stream of this many tokens too, for example 64k; repeat it. The reference reads up to 64k.",
 )
+@_allow_unknown_key
 @_json
 def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, contexts: tuple[int, ...],
-    as_json: bool,
+    allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what accuracy BUNDLE lost against the PyTorch reference; exit 1 if a gate fails."""
     from foldkv.validation.report import report_json
@@ -294,6 +308,7 @@ def validate_command(
         gates=_thresholds(gates),
         plan=Plan(contexts=contexts),
         text=text,
+        allow_unknown_keys=allow_unknown_keys,
         progress=_progress(),
     )
     if as_json:
@@ -391,10 +406,11 @@ def run_command(pipeline: Path, as_json: bool) -> None:
 @click.option(
     "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
 )
+@_allow_unknown_key
 @_json
 def plan_command(
     checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int, plugins: str,
-    plot: Path | None, as_json: bool,
+    plot: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Memory of CHECKPOINT, a folder or a bare config.json: caches and weights.
 
@@ -408,7 +424,7 @@ def plan_command(
     from foldkv.export.plot import check_plot_path
     from foldkv.export.spec import ModelSpec
 
-    spec = ModelSpec.from_file(checkpoint)
+    spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
     if plot is not None:
         check_plot_path(plot)
     if targets:
@@ -569,12 +585,13 @@ def _plot(
 
 @main.command("inspect")
 @click.argument("artifact", type=_folder)
+@_allow_unknown_key
 @_json
-def inspect_command(artifact: Path, as_json: bool) -> None:
+def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
     """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified."""
     from foldkv.inspection import inspect_artifact
 
-    _show(inspect_artifact(artifact), as_json)
+    _show(inspect_artifact(artifact, allow_unknown_keys=allow_unknown_keys), as_json)
 
 
 @main.command("doctor")
@@ -607,14 +624,15 @@ def doctor_command(as_json: bool) -> None:
     metavar="CHECKPOINT",
     help="Show instead which operators of this checkpoint, or bare config.json, have a plugin.",
 )
+@_allow_unknown_key
 @_json
-def targets_command(coverage: Path | None, as_json: bool) -> None:
+def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
     """The targets that bundles can be built for, and by which backend."""
     from foldkv.optimize.targets import load_targets
 
     targets = load_targets()
     if coverage is not None:
-        _print_coverage(coverage, sorted({t.sm for t in targets.values() if t.sm}), as_json)
+        _print_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
     if as_json:
         click.echo(json.dumps([target.to_dict() for target in targets.values()], indent=2))
@@ -626,12 +644,12 @@ def targets_command(coverage: Path | None, as_json: bool) -> None:
     _table(rows, numbers=(1, 2, 3))
 
 
-def _print_coverage(checkpoint: Path, sms: list[int], as_json: bool) -> None:
+def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:
     from foldkv.export.spec import ModelSpec
     from foldkv.plugins.coverage import coverage
     from foldkv.plugins.spec import BODIES
 
-    found = coverage(ModelSpec.from_file(checkpoint), sms)
+    found = coverage(ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys), sms)
     if as_json:
         click.echo(json.dumps({"plugins": [row.to_dict() for row in found], "bodies": BODIES}, indent=2))
         return

@@ -21,6 +21,7 @@ class ExportConfig(_Strict):
 
     profile: Literal["hf", "served"] = "hf"
     weights: Literal["float32", "reference", "repack"] = "float32"
+    allow_unknown_keys: list[str] = []
 
 
 class ShapesConfig(_Strict):

@@ -59,8 +59,11 @@ def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int =
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`", did you mean 'x'?"` for the known name closest to ``name``, or an empty string."""
+    """`" (did you mean 'x'?)"` for a known name that ``name`` may be a slip of, or an empty string.
+
+    It stands behind the name, inside a sentence. Names that merely have some letters in common are not offered.
+    """
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f" (did you mean {close[0]!r}?)" if close else ""

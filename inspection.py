@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def inspect_artifact(path: Path) -> dict[str, Any]:
+def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> dict[str, Any]:
     """The facts of an artifact whose files were verified by hash, or of a checkpoint from its headers.
+
+    Args:
+        path: of the artifact, or of the checkpoint's folder.
+        allow_unknown_keys: keys of a checkpoint's config.json to ignore that would be refused.
 
     Raises:
         InputError: neither an artifact nor a checkpoint.
@@ -40,7 +45,7 @@ def inspect_artifact(path: Path) -> dict[str, Any]:
         from foldkv.export.checkpoint import Checkpoint, model_facts
         from foldkv.export.plan import parameter_count
 
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, allow_unknown_keys=allow_unknown_keys)
         checkpoint.check()
         return {
             "kind": "checkpoint",

@@ -62,7 +62,7 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
             f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
         )
     shapes = _shapes(config)
-    Checkpoint(Path(config.checkpoint)).check()
+    Checkpoint(Path(config.checkpoint), allow_unknown_keys=config.export.allow_unknown_keys).check()
     output = Path(config.output)
     result = PipelineResult(graph=output / "graph")
     _timed(result, "export", lambda: _export(config, result.graph, progress))
@@ -104,6 +104,7 @@ def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
         out,
         profile=config.export.profile,
         weights=config.export.weights,
+        allow_unknown_keys=config.export.allow_unknown_keys,
         progress=lambda line: progress(f"export: {line}"),
     )
     record_export(out, time.monotonic() - start)
@@ -118,7 +119,7 @@ def is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) 
     settings = (manifest["foldkv_version"], manifest["spec"], manifest["tool_versions"], manifest["weights"])
     if settings != (foldkv.__version__, graph_spec(config.export.profile), tool_versions(), config.export.weights):
         return False
-    checkpoint = Checkpoint(Path(config.checkpoint))
+    checkpoint = Checkpoint(Path(config.checkpoint), allow_unknown_keys=config.export.allow_unknown_keys)
     # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
     expected = checkpoint.digest() if config.export.weights == "float32" else checkpoint.identity()
     return bool(manifest["inputs"]["checkpoint"]["sha256"] == expected) and same_files(graph, manifest, checkpoint)

@@ -2,15 +2,18 @@
 
 Three spellings of one checkpoint are read: the released names (``layers.0.attn.wq_a.weight``), the same
 as saved by transformers (``model.layers.0.attn.wq_a.weight``) and transformers' module names
-(``model.layers.0.self_attn.q_a_proj.weight``, experts stacked). A quantised weight (export/formats.py) has its scale
-beside it: ``layers.0.attn.wq_a.scale``, or ``…weight_scale_inv`` as transformers saves it. Everything that is missing,
-unexpected or of a wrong shape is listed in one error, from the headers alone, before any weight is read.
+(``model.layers.0.self_attn.q_a_proj.weight``, experts stacked, or one by one as other models of Hugging Face name them:
+``model.layers.0.mlp.experts.3.gate_proj.weight``). A quantised weight (export/formats.py) has its scale beside it:
+``layers.0.attn.wq_a.scale``, or ``…weight_scale_inv`` as transformers saves it. Everything that is missing,
+unexpected or of a wrong shape is listed in one error, from the headers alone, before any weight is read. Tensors that
+no layer of the decoder has, those of the draft head, need not be there, nor the files that hold nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ from torch import Tensor
 
 from foldkv.artifact import confined, sha256_file, sha256_json
 from foldkv.errors import ArtifactError, CheckpointError, listing
+from foldkv.export.config_reader import read_config, read_model, read_object
 from foldkv.export.formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
 from foldkv.export.model.decoder import Decoder, Layer
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.profiles import HF, SERVED
 from foldkv.export.shards import Shard, Stored, read_shard
-from foldkv.export.spec import CSA, ModelSpec, read_config
+from foldkv.export.spec import CSA, ModelSpec
+from foldkv.export.storage import refuse_unread_weights, unread_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,11 +68,16 @@ _RENAMES = [
         (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
         (r"\.experts\.gate_up_proj", ".experts.w13"),
         (r"\.experts\.down_proj", ".experts.w2"),
-        (r"\.weight_scale_inv$", ".scale"),  # of one weight, and of stacked experts, as transformers writes them
+        (r"\.weight_scale(_inv)?$", ".scale"),  # of one weight, and of stacked experts, as transformers writes them
         (r"\.experts\.(w13|w2)_scale_inv$", r".experts.\1.scale"),
     )
 ]
 _RELEASED_EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.(weight|scale)$")
+# Single experts under the names that other models of Hugging Face, and tools for them, give to theirs.
+_NAMED_EXPERT = re.compile(
+    r"(layers\.\d+)\.(?:mlp|ffn)\.(experts\.\d+)\.(gate|down|up)_proj\.(weight|scale|weight_scale(?:_inv)?)$"
+)
+_PARTS = {"gate": "w1", "down": "w2", "up": "w3"}
 _IGNORED = re.compile(r"^mtp\.")  # the draft head is no part of the decoder
 # Tensors that may be quantised: matrices of linear layers, and experts, alone or stacked.
 _MATRIX = re.compile(r"\.weight$|\.experts\.(w13|w2)$")
@@ -78,9 +88,17 @@ def released_name(name: str) -> str:
     name = name.removeprefix("model.")
     if _RELEASED_EXPERT.match(name):  # nearly all names of a large checkpoint
         return name
+    if expert := _NAMED_EXPERT.match(name):
+        layer, which, part, kind = expert.groups()
+        return f"{layer}.ffn.{which}.{_PARTS[part]}.{'weight' if kind == 'weight' else 'scale'}"
     for pattern, target in _RENAMES:
         name = pattern.sub(target, name)
     return name
+
+
+def _ignored(name: str) -> bool:
+    """Whether a tensor, by its name in a file, is none that the decoder has."""
+    return bool(_IGNORED.match(name.removeprefix("model.")))
 
 
 def _block(config: dict[str, Any]) -> tuple[int, int]:
@@ -99,18 +117,32 @@ def _block(config: dict[str, Any]) -> tuple[int, int]:
 class Checkpoint:
     """A checkpoint folder: config, tensor table from the headers, weights on demand.
 
+    Links are followed, as the cache of Hugging Face is made of them. With an index only the files that it names are
+    opened, and of those only the ones that hold a tensor of the decoder.
+
+    Args:
+        folder: with config.json and safetensors.
+        allow_unknown_keys: keys of config.json to ignore that would be refused because nobody knows them.
+
+    Attributes:
+        config: config.json without the keys that are ignored.
+        allowed_keys: which of ``allow_unknown_keys`` it has.
+        headers: released name -> where the tensor is stored; without the tensors that the decoder does not have.
+
     Raises:
         CheckpointError: config.json, the index or a safetensors file is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors."
             )
-        self.config = read_config(self.folder / "config.json")
-        self.spec = ModelSpec.from_config(self.config, source=str(self.folder / "config.json"))
+        config = read_config(self.folder)
+        refuse_unread_weights(self.folder, config)
+        reading = read_model(config, source=str(self.folder / "config.json"), allow_unknown_keys=allow_unknown_keys)
+        self.config, self.spec, self.allowed_keys = reading.config, reading.spec, reading.allowed
         self.block = _block(self.config)
         self._index: dict[str, str] | None = None
         self.shards: list[Shard] = []
@@ -123,22 +155,25 @@ class Checkpoint:
             single = self.folder / SINGLE
             if not single.is_file():
                 raise CheckpointError(
-                    f"{self.folder} has neither {SINGLE} nor {INDEX}. Only safetensors checkpoints are read: convert pickled weights first."
+                    f"{self.folder} has neither {SINGLE} nor {INDEX}. Download the checkpoint again, or convert its weights "
+                    "to safetensors."
                 )
             return [single]
-        table = read_config(index).get("weight_map")
+        table = read_object(index).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise CheckpointError(f"{index} has no 'weight_map' from tensor to file. Download the index again.")
-        self._index = table
+        self._index = {name: file for name, file in table.items() if not _ignored(name)}
         files, problems = [], []
-        for name in sorted(set(table.values())):
+        for name in sorted(set(self._index.values())):
             try:
-                path = confined(self.folder, name)
+                path = confined(self.folder, name, follow_links=True)
             except ArtifactError as error:
                 problems.append(str(error))
                 continue
             files.append(path)
-            if not path.is_file():
+            if path.is_symlink() and not path.exists():
+                problems.append(f"shard {name} is a link to {path.readlink()}, which is missing")
+            elif not path.is_file():
                 problems.append(f"shard {name} is missing")
         if problems:
             raise CheckpointError(
@@ -155,6 +190,8 @@ class Checkpoint:
             self.shards.append(shard)
             problems += findings
             for name, stored in shard.tensors.items():
+                if _ignored(name):
+                    continue
                 released = released_name(name)
                 if released in headers:
                     problems.append(f"tensor {released} is in {headers[released].file.name} and again in {path.name}")
@@ -169,7 +206,12 @@ class Checkpoint:
     def _compare_index(self) -> None:
         if self._index is None:
             return
-        held = {name: shard.file.relative_to(self.folder).as_posix() for shard in self.shards for name in shard.tensors}
+        held = {
+            name: shard.file.relative_to(self.folder).as_posix()
+            for shard in self.shards
+            for name in shard.tensors
+            if not _ignored(name)
+        }
         problems = [
             f"tensor {name} should be in {file}; it is in {held[name]}"
             if name in held
@@ -218,8 +260,10 @@ class Checkpoint:
         problems += [
             f"unexpected tensor {name} {list(stored.shape)} in {stored.file.name}"
             for name, stored in self.headers.items()
-            if name not in expected and name not in scales and not _IGNORED.match(name)
+            if name not in expected and name not in scales
         ]
+        if problems and (found := unread_tensors(self.headers)):
+            raise CheckpointError(found.message(self.folder))
         if problems:
             raise CheckpointError(
                 listing(
@@ -395,7 +439,7 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     spec, path = checkpoint.spec, checkpoint.folder / "generation_config.json"
     if not path.is_file():
         return spec.eos_token_ids
-    value = read_config(path).get("eos_token_id")
+    value = read_object(path).get("eos_token_id")
     added = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int and 0 <= token < spec.vocab_size for token in added):
         raise CheckpointError(

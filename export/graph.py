@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def export_checkpoint(
     *,
     profile: str = HF,
     weights: str = "float32",
+    allow_unknown_keys: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Export a checkpoint folder to a graph package and return its path.
@@ -60,6 +61,8 @@ def export_checkpoint(
             "reference" and "repack" keep weights as they are stored and write one function per kind of layer:
             "reference" links the checkpoint's files into the package and copies nothing; "repack" copies what the
             graph reads into the package, and goes on where an earlier attempt was interrupted.
+        allow_unknown_keys: keys of config.json to ignore that would be refused because nobody knows them. The package
+            records those that the file has.
         progress: called with one line per step.
 
     Raises:
@@ -69,7 +72,7 @@ def export_checkpoint(
     """
     if weights not in WEIGHT_MODES:
         raise InputError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHT_MODES)}.")
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
     check_profile(profile, source.spec)
     if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
@@ -196,7 +199,7 @@ def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
         "tool_versions": tool_versions(),
         "profile": profile,
         "weights": weights,
-        "inputs": {"checkpoint": {"path": str(source.folder)}},
+        "inputs": {"checkpoint": {"path": str(source.folder), "allowed_unknown_keys": list(source.allowed_keys)}},
         "spec": graph_spec(profile),
         "model": model_facts(source),
         "io": {name: name for name in (*INPUTS, LOGITS)},

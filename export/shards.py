@@ -88,6 +88,10 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
         with file.open("rb") as handle:
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if start == b"version ":
+                return Shard(file, size, "", 0, {}), [
+                    f"{file.name} is a pointer of Git LFS, not the file: run `git lfs pull`"
+                ]
             if not 0 <= length <= min(_MAX_HEADER, size - 8):
                 return Shard(file, size, "", 0, {}), [
                     f"{file.name} cannot be read: {size} bytes hold no safetensors header"

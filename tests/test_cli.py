@@ -146,3 +146,15 @@ def test_packed_rows_need_plugins_and_a_known_layout(tiny_graph: Path, tmp_path:
         result = CliRunner().invoke(main, [*build, *options])
         assert result.exit_code == 2 and message in result.output, result.output
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_key_that_nobody_knows_is_refused_or_allowed_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_checkpoint / "config.json").read_text()) | {"my_router": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(tiny_checkpoint.resolve() / "model.safetensors")
+    for command in (["plan", "--context", "4k"], ["targets", "--coverage"], ["inspect"]):
+        result = CliRunner().invoke(main, [*command, str(tmp_path)])
+        assert result.exit_code == 2 and "--allow-unknown-key my_router" in result.output, result.output
+        allowed = [command[0], "--allow-unknown-key", "my_router", *command[1:], str(tmp_path), "--json"]
+        result = CliRunner().invoke(main, allowed)
+        assert result.exit_code == 0 and json.loads(result.stdout), result.output

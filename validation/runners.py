@@ -43,8 +43,8 @@ class TransformersRunner:
         MissingDependencyError: transformers is not installed.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        Checkpoint(checkpoint).check()
+    def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
+        Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys).check()
         try:
             import transformers
         except ImportError:
@@ -137,10 +137,10 @@ class OracleRunner:
 
     name = "foldkv's oracle of the profile served, float32"
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         from foldkv.export.checkpoint import decoder_from_checkpoint
 
-        self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint))
+        self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """One pass over all tokens, without a cache."""

@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import itertools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def validate(
     plan: Plan | None = None,
     text: Path | None = None,
     key: str = "",
+    allow_unknown_keys: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> ValidationResult:
     """Measure a bundle against its checkpoint and write the report.
@@ -103,6 +104,7 @@ def validate(
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
         key: stored in the report's manifest, for a caller that wants to know later what it was made for.
+        allow_unknown_keys: keys of the reference's config.json to ignore, beside those that the export was allowed to.
         progress: called with one line per step.
 
     Raises:
@@ -119,8 +121,9 @@ def validate(
     chosen = resolve_gates(gates or {}, loaded.profile)
     _check_contexts(plan, loaded, gates or {})
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
-    checkpoint = Checkpoint(reference)
     made = manifest["inputs"]["checkpoint"]
+    allowed = (*made.get("allowed_unknown_keys", ()), *allow_unknown_keys)
+    checkpoint = Checkpoint(reference, allow_unknown_keys=allowed)
     expected, found = made["sha256"], checkpoint.identity() if made.get("of") == "headers" else checkpoint.digest()
     if found != expected:
         raise InputError(
@@ -131,8 +134,8 @@ def validate(
     with staged(Path(report), kind=KIND) as folder:
         progress("loading the subject and the reference")
         subject = SessionRunner(Path(bundle), context=plan.longest())
-        torch_reference = TransformersRunner(reference)
-        oracle = OracleRunner(reference) if loaded.profile == SERVED else None
+        torch_reference = TransformersRunner(reference, allow_unknown_keys=allowed)
+        oracle = OracleRunner(reference, allow_unknown_keys=allowed) if loaded.profile == SERVED else None
         result = _measure(subject, torch_reference, oracle, checkpoint, tokenizer, plan, words, progress)
         for context in plan.contexts:
             progress(f"values planted in {context:,} tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import small_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foldkv.artifact import read_manifest
+from foldkv.config import ExportConfig, PipelineConfig
 from foldkv.errors import CheckpointError
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, end_tokens, released_name
+from foldkv.export.checkpoint import INDEX, Checkpoint, decoder_from_checkpoint, end_tokens, released_name
+from foldkv.export.graph import KIND, export_checkpoint, link_files
+from foldkv.export.spec import ModelSpec
+from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.pipeline import is_export_of
 
 
 @pytest.fixture
@@ -127,7 +135,7 @@ def test_a_hash_table_that_names_no_expert_is_refused(saved: Path) -> None:
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
             "cannot be read",
         ),
-        (lambda f: (f / "model.safetensors").unlink(), "Only safetensors"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list"),
@@ -147,6 +155,132 @@ def test_a_damaged_folder_is_refused_with_its_reason(saved: Path, damage: Callab
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         Checkpoint(tmp_path / "nothing")
+
+
+def named_as_elsewhere(name: str) -> str:
+    """A released name as tools write it that give V4's single experts the names of other models."""
+    parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    kinds = {"weight": "weight", "scale": "weight_scale_inv"}
+    return "model." + re.sub(
+        r"\.ffn\.experts\.(\d+)\.(w[123])\.(weight|scale)$",
+        lambda match: f".mlp.experts.{match[1]}.{parts[match[2]]}.{kinds[match[3]]}",
+        name,
+    )
+
+
+@pytest.mark.parametrize("form", ["plain", "instruct", "base"])
+def test_single_experts_under_names_of_other_models_are_the_same_experts(
+    tiny_checkpoint: Path, tmp_path: Path, form: str
+) -> None:
+    released = small_checkpoint(tiny_checkpoint, tmp_path / "released", form)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(released, renamed)
+    table: dict[str, str] = {}
+    for file in renamed.glob("*.safetensors"):
+        tensors = {named_as_elsewhere(name): value for name, value in load_file(file).items()}
+        save_file(tensors, file)
+        table |= dict.fromkeys(tensors, file.name)
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in table
+    (renamed / INDEX).write_text(json.dumps({"weight_map": table}))
+    expected = weights(released)
+    found = weights(renamed)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    if form != "plain":  # the names are a mapping only, so weights can stay as they are stored
+        ours, theirs = repacked(Checkpoint(renamed))[0], repacked(Checkpoint(released))[0]
+        assert {n: ours[n].signature for n in ours} == {n: theirs[n].signature for n in theirs}
+        checkpoint = Checkpoint(renamed)
+        for name, source in referenced(checkpoint).items():
+            for part, matrix in source.matrices if isinstance(source, Packed) else ():
+                for expert, slot in enumerate(source.slots):
+                    at = source.codes.offset + slot * source.codes.shape[1] + matrix.codes
+                    assert checkpoint.headers[f"{name}.{expert}.{part}.weight"].offset == at
+
+
+def sharded(checkpoint: Path, out: Path) -> Path:
+    """A checkpoint with a shard per layer, the draft head in two more: one of its own, one beside the embedding."""
+    small_checkpoint(checkpoint, out, "plain")
+    table = json.loads((out / INDEX).read_text())["weight_map"]
+    with_embedding = out / table["embed.weight"]
+    save_file(load_file(with_embedding) | {"mtp.0.norm.weight": torch.ones(3)}, with_embedding)
+    table["mtp.0.norm.weight"] = with_embedding.name
+    save_file({"mtp.0.head.weight": torch.ones(3)}, out / "mtp.safetensors")
+    table["mtp.0.head.weight"] = "mtp.safetensors"
+    (out / INDEX).write_text(json.dumps({"weight_map": table}))
+    return out
+
+
+def test_the_draft_head_may_be_absent_or_unindexed(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = sharded(tiny_checkpoint, tmp_path / "sharded")
+    table = json.loads((folder / INDEX).read_text())["weight_map"]
+    whole = Checkpoint(folder)
+    whole.check()
+    (folder / "mtp.safetensors").unlink()  # a file that holds nothing else
+    assert Checkpoint(folder).identity() == whole.identity() and Checkpoint(folder).digest() == whole.digest()
+    for change in ({"mtp.1.norm.weight": table["embed.weight"]}, {"model.mtp.0.x": "gone.safetensors"}):
+        (folder / INDEX).write_text(json.dumps({"weight_map": table | change}))
+        Checkpoint(folder).check()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in table.items() if "mtp" not in k}}))
+    assert weights(folder).keys() == {name for name in weights(folder) if not name.startswith("mtp")}
+    (folder / INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in table.items() if k != "norm.weight"}}))
+    with pytest.raises(CheckpointError, match=r"tensor norm\.weight in .* is not in the index"):
+        Checkpoint(folder)
+
+
+def test_links_of_the_hugging_face_cache_are_followed_and_stray_files_ignored(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = sharded(tiny_checkpoint, tmp_path / "plain")
+    blobs, snapshot = tmp_path / "models--x--y" / "blobs", tmp_path / "models--x--y" / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain.iterdir())):
+        shutil.copy(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    for stray in ("pytorch_model.bin", "old.safetensors", "README.md", "V4.gguf"):
+        (snapshot / stray).write_bytes(b"stray")
+    (snapshot / "inference").mkdir()
+    (tmp_path / "link").symlink_to(snapshot, target_is_directory=True)
+    expected = weights(plain)
+    for folder in (snapshot, tmp_path / "link"):
+        assert Checkpoint(folder).digest() == Checkpoint(plain).digest()
+        assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
+    link_files(Checkpoint(snapshot), tmp_path / "graph")  # as --weights reference does
+    for file in (tmp_path / "graph" / "weights").iterdir():
+        assert not file.is_symlink() and file.samefile((snapshot / file.name).resolve())
+    missing = next(snapshot.glob("model-00002*"))
+    missing.resolve().unlink()
+    with pytest.raises(CheckpointError, match=rf"shard {missing.name} is a link to .*blobs.*, which is missing"):
+        Checkpoint(snapshot)
+
+
+def test_a_pointer_of_git_lfs_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="pointer of Git LFS"):
+        Checkpoint(saved)
+
+
+def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permission(
+    make_reference: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    make_reference(
+        5, num_hidden_layers=1, layer_types=["sliding_attention"], num_hash_layers=0, n_routed_experts=2
+    ).save_pretrained(folder)
+    expected = ModelSpec.from_file(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"my_router": 1, "unsloth_fixed": True}))
+    with pytest.raises(CheckpointError, match="unknown key 'my_router'"):
+        Checkpoint(folder)
+    graph = export_checkpoint(folder, tmp_path / "graph", allow_unknown_keys=["my_router", "absent"])
+    made = read_manifest(graph, kind=KIND)["inputs"]["checkpoint"]
+    assert made["allowed_unknown_keys"] == ["my_router"]
+    assert json.loads((graph / "config.json").read_text()) == config
+    assert ModelSpec.from_file(graph / "config.json") == expected
+    pipeline = PipelineConfig(version=1, checkpoint=str(folder), output=str(tmp_path))
+    with pytest.raises(CheckpointError, match="unknown key 'my_router'"):
+        is_export_of(pipeline, graph, read_manifest(graph, kind=KIND))
+    allowing = pipeline.model_copy(update={"export": ExportConfig(allow_unknown_keys=["my_router"])})
+    assert is_export_of(allowing, graph, read_manifest(graph, kind=KIND))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,27 @@ def close(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all()
     assert torch.allclose(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_thetas_inside_rope_parameters_are_those_that_the_model_turns_by(make_reference: Any, tmp_path: Path) -> None:
+    own = {"partial_rotary_factor": 0.5}
+    reference = make_reference(
+        7,
+        partial_rotary_factor=None,
+        rope_parameters={
+            "main": own | {"rope_type": "default", "rope_theta": 50.0},
+            "compress": own | {"rope_theta": 700.0, "attention_factor": 1.0, "rope_type": "yarn", "factor": 4,
+                               "original_max_position_embeddings": 64},
+        },
+    )  # fmt: skip
+    reference.save_pretrained(tmp_path)
+    decoder = decoder_from_checkpoint(Checkpoint(tmp_path))
+    ids = tokens(40, batch=2)
+    expected = reference(ids, use_cache=False).logits
+    close(run(decoder, ids, [17, 23])[0], expected)
+    for block in decoder.layers:  # the comparison sees the thetas
+        block.attn.inv_freq = block.attn.inv_freq.flip(0)
+    assert not torch.allclose(run(decoder, ids, [17, 23])[0], expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 31, 66])

@@ -43,7 +43,7 @@ def test_transformers_spelling_of_the_same_model_gives_the_same_spec() -> None:
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        ({"hiden_size": 1}, "unknown key 'hiden_size' (value 1), did you mean 'hidden_size'?"),
+        ({"hiden_size": 1}, "unknown key 'hiden_size' with value 1 (did you mean 'hidden_size'?)"),
         ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
@@ -64,7 +64,11 @@ def test_transformers_spelling_of_the_same_model_gives_the_same_spec() -> None:
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; expected an even integer"),
         ({"qk_rope_head_dim": 12}, "larger than head_dim 16 or index_head_dim 8"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling 'linear'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1}}, "unknown key 'mscale' in the rope scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0.7}}, "rope_scaling.mscale is 0.7: rotations or"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "x": 1}}, "unknown key 'rope_scaling.x' with value 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}}, "rope_scaling: beta_fast is 'x'"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling.factor is 2 but its rope_type is 'default'"),
+        ({"swiglu_limit": float("nan")}, "swiglu_limit is nan; expected a number"),
         ({"rope_scaling": {"type": "yarn"}}, "yarn factor None"),
         ({"o_groups": 3}, "o_groups 3 does not divide"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than n_routed_experts 8"),
