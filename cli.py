@@ -80,13 +80,9 @@ def _show(facts: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            click.echo(f"{name}:")
-            for key, item in value.items():
-                click.echo(f"  {key}: {item}")
-        else:
-            click.echo(f"{name}: {value}")
+    from foldkv.inspection import describe
+
+    click.echo(describe(facts))
 
 
 def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
@@ -655,7 +651,11 @@ def _plot(
 @click.argument("artifact", type=_folder)
 @_json
 def inspect_command(artifact: Path, as_json: bool) -> None:
-    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified."""
+    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified.
+
+    Of a bundle: shapes, layout, bytes of the state, engine and plugins; of a report: gates, figures, and what was measured; of a
+    graph package: nodes, operators and how it has its weights; of a checkpoint: geometry and how its tensors are stored.
+    """
     from foldkv.inspection import inspect_artifact
 
     _show(inspect_artifact(artifact), as_json)
@@ -693,21 +693,31 @@ def doctor_command(as_json: bool) -> None:
 )
 @_json
 def targets_command(coverage: Path | None, as_json: bool) -> None:
-    """The targets that bundles can be built for, and by which backend."""
+    """The targets that bundles can be built for, by which backend, and whether that works on this machine."""
+    from foldkv.optimize.choices import PLUGINS, Choice, missing_for
     from foldkv.optimize.targets import load_targets
 
     targets = load_targets()
     if coverage is not None:
         _print_coverage(coverage, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
+    missing = {
+        name: missing_for(Choice(target, PLUGINS and target.sm is not None, "dense"))
+        for name, target in targets.items()
+    }
     if as_json:
-        click.echo(json.dumps([target.to_dict() for target in targets.values()], indent=2))
+        here = [{"builds_here": not missing[name], "missing": missing[name]} for name in targets]
+        facts = [target.to_dict() | more for target, more in zip(targets.values(), here, strict=True)]
+        click.echo(json.dumps(facts, indent=2))
         return
-    rows = [["target", "sm", "memory", "GB/s", "precision", "backends"]]
+    rows = [["target", "sm", "memory", "GB/s", "precision", "backends", "built here"]]
     for t in targets.values():
         memory = f"{t.memory_gib} GiB" if t.memory_gib else ""
-        rows.append([t.name, str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)])
+        cells = [str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)]
+        rows.append([t.name, *cells, "no" if missing[t.name] else "yes"])
     _table(rows, numbers=(1, 2, 3))
+    if any(missing.values()):
+        click.echo("What is missing for a target: `foldkv targets --json`.")
 
 
 def _print_coverage(checkpoint: Path, sms: list[int], as_json: bool) -> None:

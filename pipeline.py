@@ -247,7 +247,7 @@ class _Pipeline:
             raise ArtifactError(
                 f"--only {self.only} reads {self.graph}, which is not current: {reason}. Run without --only, or --only export first."
             )
-        if self.only == VALIDATE and (reason := self.build_reasons([self.config.validation.target])[self.bundle.name]):
+        if self.only == VALIDATE and (reason := self.build_reasons(self.bundle.name)[self.bundle.name]):
             raise ArtifactError(
                 f"--only validate reads {self.bundle}, which is not current: {reason}. Run without --only, or --only build first."
             )
@@ -259,50 +259,11 @@ class _Pipeline:
         from foldkv.export.graph import KIND
 
         reason, manifest = reason_to_replace(self.graph, kind=KIND)
-        return reason if manifest is None else self._export_changes(manifest)
+        return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
 
-    def _export_changes(self, made: Mapping[str, Any]) -> str:
-        from foldkv.export.graph import graph_spec, tool_versions
-
-        wanted = self.config.export
-        if made["foldkv_version"] != foldkv.__version__:
-            return f"it was made by foldkv {made['foldkv_version']}; this is {foldkv.__version__}"
-        settings = {"profile": wanted.profile, "weights": wanted.weights}
-        changes = [f"export.{name} was {made[name]}, is {new}" for name, new in settings.items() if made[name] != new]
-        changes += [
-            f"{name} was {made['tool_versions'].get(name)}, is {new}"
-            for name, new in tool_versions().items()
-            if made["tool_versions"].get(name) != new
-        ]
-        if not changes and made["spec"] != graph_spec(wanted.profile):
-            changes.append("this foldkv exports in another way")
-        return "; ".join(changes) or self._checkpoint_changes(made)
-
-    def _checkpoint_changes(self, made: Mapping[str, Any]) -> str:
-        from foldkv.export.checkpoint import model_facts
-        from foldkv.export.graph import CONFIG, TOKENIZER, same_files
-
-        source = self.checkpoint
-        # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
-        expected = source.digest() if self.config.export.weights == "float32" else source.identity()
-        if made["inputs"]["checkpoint"]["sha256"] != expected:
-            old = json.loads((self.graph / CONFIG).read_text())
-            keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
-            what = f"config.json: {', '.join(keys)}" if keys else "its files"
-            return f"the checkpoint {source.folder} changed ({what})"
-        if not same_files(self.graph, dict(made), source):
-            return f"weight files of the checkpoint {source.folder} were replaced"
-        tokenizer = source.folder / TOKENIZER
-        digest = sha256_file(tokenizer) if tokenizer.is_file() else None
-        if made["files"].get(TOKENIZER, {}).get("sha256") != digest:
-            return f"{tokenizer} changed"
-        if made["model"] != json.loads(json.dumps(model_facts(source))):
-            return f"the special tokens of {source.folder} changed"
-        return ""
-
-    def build_reasons(self, targets: list[str] | None = None) -> dict[str, str]:
-        """By target why its bundle is not what would be built; the graph package must be there."""
-        return reasons_to_build(self.graph, self.bundles, targets or self.config.build.targets, **self.build_options())
+    def build_reasons(self, only: str | None = None) -> dict[str, str]:
+        """By target, or of one, why its bundle is not what would be built; the graph package must be there."""
+        return reasons_to_build(self.graph, self.bundles, self.config.build.targets, only=only, **self.build_options())
 
     def plan(self) -> Plan:
         """What `validate` measures."""
@@ -345,6 +306,47 @@ class _Pipeline:
             return f"{self.report} was not made by this pipeline"
         new = json.loads(self.validate_key())
         return "; ".join(_validate_change(name, old.get(name), new[name]) for name in new if old.get(name) != new[name])
+
+
+def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
+    """Why a graph package, whose manifest is ``made``, is not what would be exported; "" if it is."""
+    from foldkv.export.graph import graph_spec, tool_versions
+
+    wanted = config.export
+    if made["foldkv_version"] != foldkv.__version__:
+        return f"it was made by foldkv {made['foldkv_version']}; this is {foldkv.__version__}"
+    settings = {"profile": wanted.profile, "weights": wanted.weights}
+    changes = [f"export.{name} was {made[name]}, is {new}" for name, new in settings.items() if made[name] != new]
+    changes += [
+        f"{name} was {made['tool_versions'].get(name)}, is {new}"
+        for name, new in tool_versions().items()
+        if made["tool_versions"].get(name) != new
+    ]
+    if not changes and made["spec"] != graph_spec(wanted.profile):
+        changes.append("this foldkv exports in another way")
+    return "; ".join(changes) or _checkpoint_changes(source, graph, made, wanted.weights)
+
+
+def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
+    from foldkv.export.checkpoint import model_facts
+    from foldkv.export.graph import CONFIG, TOKENIZER, same_files
+
+    # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
+    expected = source.digest() if weights == "float32" else source.identity()
+    if made["inputs"]["checkpoint"]["sha256"] != expected:
+        old = json.loads((graph / CONFIG).read_text())
+        keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
+        what = f"config.json: {', '.join(keys)}" if keys else "its files"
+        return f"the checkpoint {source.folder} changed ({what})"
+    if not same_files(graph, dict(made), source):
+        return f"weight files of the checkpoint {source.folder} were replaced"
+    tokenizer = source.folder / TOKENIZER
+    digest = sha256_file(tokenizer) if tokenizer.is_file() else None
+    if made["files"].get(TOKENIZER, {}).get("sha256") != digest:
+        return f"{tokenizer} changed"
+    if made["model"] != json.loads(json.dumps(model_facts(source))):
+        return f"the special tokens of {source.folder} changed"
+    return ""
 
 
 def _validate_change(name: str, old: Any, new: Any) -> str:

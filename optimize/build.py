@@ -128,11 +128,19 @@ def reasons_to_build(
     plugins: bool | None = None,
     layout: str | None = None,
     shapes: Shapes | None = None,
+    only: str | None = None,
 ) -> dict[str, str]:
-    """By target why :func:`build_bundles` would build it, "" where it is unchanged; arguments and errors are the same."""
+    """By target why :func:`build_bundles` would build it, "" where it is unchanged; arguments and errors are the same.
+
+    With ``only``, the answer is for that one of the targets.
+    """
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
-    return {job.target.name: _reason_to_build(Path(out) / job.target.name, job.spec()) for job in planned}
+    return {
+        job.target.name: _reason_to_build(Path(out) / job.target.name, job.spec())
+        for job in planned
+        if only in (None, job.target.name)
+    }
 
 
 def _jobs(
