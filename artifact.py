@@ -106,7 +106,7 @@ def reason_to_replace(folder: Path, *, kind: str) -> tuple[str, dict[str, Any] |
         manifest = read_manifest(folder, kind=kind)
         verify_files(folder, manifest)
     except ArtifactError as error:
-        return f"damaged: {error}", None
+        return f"damaged: {str(error).removesuffix('.')}", None
     return "", manifest
 
 

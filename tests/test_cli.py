@@ -78,7 +78,8 @@ def test_plan_with_targets_says_the_same_as_table_and_as_json() -> None:
     line = next(line for line in text.splitlines() if line.startswith("rtx4090"))
     over, gpus = ada["over"]["fp8"], ada["gpus"]["fp8"]
     assert f"{over / 2**30:.2f} GiB over, {gpus} GPUs" in line and "not kept" not in line
-    assert text.count("no comparable runs yet") == 3 and "estimates" in text and "share the weights" in text
+    assert text.count("no comparable runs yet") == 2 and "estimates" in text and "share the weights" in text
+    assert "not on this machine" in next(line for line in text.splitlines() if line.startswith("build b200"))
 
 
 def test_plan_estimates_times_from_the_runs_of_this_machine(
@@ -184,4 +185,4 @@ def test_plan_marks_what_build_writes_and_finds_the_largest_context(tiny_checkpo
     assert facts["graph"] < 10_000_000 and not any(row["builds_here"] for row in facts["targets"])
     # With the weights there, their headers say how they are stored.
     tiny = json.loads(run("plan", tiny_checkpoint, "--target", "cpu", "--weights", "repack", "--json").stdout)
-    assert tiny["stored"] == "float32"
+    assert tiny["stored"] == "bf16" == tiny["targets"][0]["built_in"]  # config.json says float32
