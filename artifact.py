@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -55,15 +56,58 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
         staging.mkdir()
     except OSError as error:
-        raise InputError(
-            f"cannot write to {destination.parent}: {error.strerror or error}. "
-            "Choose an output folder that can be written."
-        ) from None
+        raise _not_writable(destination, error) from None
     try:
         yield staging
         _put_in_place(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_destination(destination: Path, *, kind: str) -> None:
+    """Check, without changing anything, that :func:`staged` could write an artifact there.
+
+    Raises:
+        InputError: ``destination`` is something else than an artifact of that kind, or its folder cannot be written.
+    """
+    destination = Path.cwd() / destination
+    _check_replaceable(destination, kind, replace=True)
+    folder = _existing(destination.parent)
+    try:
+        # Permissions do not tell of a read-only or a special file system; making a folder does.
+        Path(tempfile.mkdtemp(prefix=".foldkv-check-", dir=folder)).rmdir()
+    except OSError as error:
+        raise _not_writable(destination, error) from None
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can be written where a folder is or would be made."""
+    return shutil.disk_usage(_existing(Path.cwd() / folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _not_writable(destination: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write to {destination.parent}: {error.strerror or error}. Choose an output folder that can be written."
+    )
+
+
+def reason_to_replace(folder: Path, *, kind: str) -> tuple[str, dict[str, Any] | None]:
+    """Why there is no whole artifact of a kind in a folder, "" if there is; and its manifest if there is."""
+    if not (Path(folder) / MANIFEST).exists():
+        return f"{folder} does not exist", None
+    try:
+        manifest = read_manifest(folder, kind=kind)
+        verify_files(folder, manifest)
+    except ArtifactError as error:
+        return f"damaged: {str(error).removesuffix('.')}", None
+    return "", manifest
 
 
 def _check_replaceable(destination: Path, kind: str, replace: bool) -> None:

@@ -18,13 +18,14 @@ import click
 
 import foldkv
 from foldkv.errors import EXIT_INTERNAL, FoldkvError, InputError
+from foldkv.units import duration_text, read_tokens, size_text
 
 if TYPE_CHECKING:
     from foldkv.export.spec import ModelSpec
     from foldkv.optimize.fit import TargetPlan
+    from foldkv.optimize.formats import Package
     from foldkv.optimize.history import Estimate
-
-_UNITS = {"k": 1 << 10, "m": 1 << 20}
+    from foldkv.pipeline import Step
 
 
 class _Tokens(click.ParamType[int]):
@@ -33,14 +34,10 @@ class _Tokens(click.ParamType[int]):
     name = "tokens"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower()
-        unit = _UNITS.get(text[-1:], 1)
-        digits = text[:-1] if unit > 1 else text
-        if not digits.isdigit() or int(digits) * unit < 1:
-            self.fail(f"{value!r} is no number of tokens; expected for example 4096, 64k or 1M.", param, ctx)
-        return int(digits) * unit
+        try:
+            return read_tokens(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Group(click.Group):
@@ -72,6 +69,18 @@ _allow_unknown_key = click.option(
 )
 
 
+_plugins = click.option(
+    "--plugins",
+    type=click.Choice(["on", "off"]),
+    help="Give the compressed-KV operators of GPU targets to plugins, the default, or use function bodies.",
+)
+
+
+def _on(switch: str | None) -> bool | None:
+    """Of --plugins; None where it was not given."""
+    return None if switch is None else switch == "on"
+
+
 def _progress() -> Callable[[str], None]:
     """One line per step on stderr, so that stdout stays for results."""
     return lambda line: click.echo(line, err=True)
@@ -81,13 +90,9 @@ def _show(facts: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            click.echo(f"{name}:")
-            for key, item in value.items():
-                click.echo(f"  {key}: {item}")
-        else:
-            click.echo(f"{name}: {value}")
+    from foldkv.inspection import describe
+
+    click.echo(describe(facts))
 
 
 def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
@@ -98,13 +103,6 @@ def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         click.echo("  ".join(cells).rstrip())
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -166,7 +164,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 
     chosen = resolve_targets([target])[0]
     if chosen.sm is None:
-        raise InputError(f"target {target!r} is no GPU and takes no plugins; build it from the graph as it is.")
+        raise InputError(f"target {target!r} is not a GPU and takes no plugins; build it from the graph as it is.")
     injection = inject(
         graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=_progress()
     )
@@ -187,30 +185,24 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @click.option(
     "--target", "targets", multiple=True, required=True, help="What to build for; repeat it. See `foldkv targets`."
 )
-@click.option(
-    "--plugins",
-    type=click.Choice(["on", "off"]),
-    default="off",
-    show_default=True,
-    help="Give the compressed-KV operators of GPU targets to plugins, or use function bodies.",
-)
+@_plugins
 @click.option(
     "--layout",
-    default="dense",
-    show_default=True,
-    help="How cache rows are kept: dense; with plugins fp8 or fp8+fp4; on the cpu fp8+fp4 for the profile served.",
+    help="How cache rows are kept: dense, the default; with plugins fp8 or fp8+fp4; on the cpu fp8+fp4 for the profile served.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
 def build_command(
-    graph: Path, output: Path, targets: tuple[str, ...], plugins: str, layout: str, jobs: int | None
+    graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None
 ) -> None:
-    """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds."""
+    """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds.
+
+    What this machine cannot build is refused before anything is built. A bundle whose graph, settings and tools are unchanged is
+    left as it is.
+    """
     from foldkv.optimize.build import build_bundles
     from foldkv.optimize.history import record_builds
 
-    report = build_bundles(
-        graph, output, targets, plugins=plugins == "on", layout=layout, jobs=jobs, progress=_progress()
-    )
+    report = build_bundles(graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, progress=_progress())
     record_builds(graph, report.results)
     for result in report.results:
         where = result.reason if result.status == "failed" else str(result.folder)
@@ -342,13 +334,28 @@ def _print_gates(gates: list[dict[str, Any]]) -> None:
 
 @main.command("run")
 @click.argument("pipeline", type=_folder)
+@click.option("--dry-run", is_flag=True, help="Say what would be done and why, with estimates; nothing is written.")
+@click.option("--force", is_flag=True, help="Run stages that are unchanged, too.")
+@click.option(
+    "--only",
+    type=click.Choice(["export", "build", "validate"]),
+    help="Run this stage alone; what it reads must be there and current.",
+)
 @_json
-def run_command(pipeline: Path, as_json: bool) -> None:
-    """Run every stage of the file PIPELINE; unchanged stages are skipped."""
-    from foldkv.config import load_config
-    from foldkv.pipeline import run_pipeline
+def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as_json: bool) -> None:
+    """Run every stage of the file PIPELINE; unchanged stages are skipped.
 
-    result = run_pipeline(load_config(pipeline), progress=_progress())
+    What cannot succeed is refused before the first stage. A stage runs again where its inputs, its settings, foldkv or its tools
+    changed, or its artifact is damaged; `--dry-run` says which of these.
+    """
+    from foldkv.config import load_config
+    from foldkv.pipeline import preview, run_pipeline
+
+    config = load_config(pipeline)
+    if dry_run:
+        _print_steps(preview(config, only=only, force=force), Path(config.output), as_json)
+        return
+    result = run_pipeline(config, only=only, force=force, progress=_progress())
     if as_json:
         facts = {
             "graph": str(result.graph), "report": str(result.report) if result.report else None, "passed": result.passed,
@@ -381,66 +388,115 @@ def run_command(pipeline: Path, as_json: bool) -> None:
     sys.exit(result.exit_code)
 
 
+def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
+    from foldkv.artifact import free_bytes
+
+    need, free = sum(step.bytes or 0 for step in steps), free_bytes(output)
+    if as_json:
+        facts = {"steps": [step.to_dict() for step in steps], "bytes": need, "free_bytes": free}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    rows = [["stage", "", "time", "on disk", "why"]]
+    for step in steps:
+        name = f"{step.stage} {step.target}".strip()
+        if not step.reason:
+            rows.append([name, "unchanged", "", "", ""])
+            continue
+        size = size_text(step.bytes) if step.bytes is not None else ""
+        why = step.reason.splitlines()[0]
+        rows.append([name, "runs", "" if step.stage == "validate" else _estimated(step.seconds), size, why])
+    _table(rows, numbers=(3,))
+    if need:
+        click.echo(f"\nthis writes {size_text(need)} into {output}; free there: {size_text(free)}")
+
+
 @main.command("plan")
 @click.argument("checkpoint", type=_folder)
 @click.option(
     "--context", type=_Tokens(), default="1M", show_default=True, help="Tokens per sequence, for example 64k or 1M."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
-@click.option("--layout", help="One row format; default: all that the model, or the target, has.")
+@click.option(
+    "--layout", help="One row format; default: all that a target keeps. With --target: a name as `build` takes it."
+)
 @click.option("--target", "targets", multiple=True, help="Will it fit this? Repeat it. See `foldkv targets`.")
 @click.option(
     "--chunk",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="With --target: tokens of a sequence that go through the model at once.",
+    type=_Tokens(),
+    help="With --target: tokens of a sequence that go through the model at once; default: 256, or the context.",
 )
+@_plugins
+@click.option("--profile", help="With --target: of the graph, as `export` is given it; default: hf.")
 @click.option(
-    "--plugins",
-    type=click.Choice(["on", "off"]),
-    default="on",
-    show_default=True,
-    help="With --target: engines with plugins, or with function bodies.",
+    "--weights",
+    type=click.Choice(["float32", "reference", "repack"]),
+    help="With --target: as `export` is given it; default: float32.",
 )
+@click.option("--max-context", is_flag=True, help="With --target: the largest context that fits on one device.")
 @click.option(
     "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
 )
 @_allow_unknown_key
 @_json
 def plan_command(
-    checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int, plugins: str,
-    plot: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
+    checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int | None,
+    plugins: str | None, profile: str | None, weights: str | None, max_context: bool, plot: Path | None,
+    allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Memory of CHECKPOINT, a folder or a bare config.json: caches and weights.
 
-    The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 and nvfp4 rows they are
+    The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 rows they are
     counted as released (experts in fp4, the rest in fp8).
 
     With --target: caches, activations and weights on each target, in the formats that it keeps; how many GPUs that takes if
     the weights are shared out and each GPU holds all caches; disk; and time, estimated from earlier runs on this machine, which
-    export, build and run record in history.jsonl of FOLDKV_CACHE, by default ~/.cache/foldkv.
+    export, build and run record in history.jsonl of FOLDKV_CACHE, by default ~/.cache/foldkv. `build` writes the format that is
+    marked with *.
     """
     from foldkv.export.plot import check_plot_path
     from foldkv.export.spec import ModelSpec
+    from foldkv.optimize.fit import within_model
 
+    only_targets = {
+        "--chunk": chunk, "--plugins": plugins, "--profile": profile, "--weights": weights,
+        "--max-context": max_context or None,
+    }  # fmt: skip
+    given = [name for name, value in only_targets.items() if value is not None]
+    if given and not targets:
+        raise click.UsageError(f"{', '.join(given)} changes nothing without --target. Name a target, for example cpu.")
     spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
     if plot is not None:
         check_plot_path(plot)
+    planned = within_model(spec, context)
+    if chunk is not None and chunk > planned:
+        raise InputError(f"--chunk is {chunk:,}, more than the context of {planned:,} tokens. Give a smaller chunk.")
+    sizes = {"context": planned, "batch": batch, "asked": context}
     if targets:
-        _plan_targets(spec, targets, context, batch, layout, chunk, plugins == "on", as_json)
+        _plan_targets(
+            spec, _package(checkpoint, weights or "float32", allow_unknown_keys), targets,
+            sizes | {"chunk": chunk or min(256, planned)}, layout, as_json,
+            plugins=_on(plugins), profile=profile or "hf", max_context=max_context,
+        )  # fmt: skip
     else:
-        _plan_layouts(spec, context, batch, layout, as_json)
+        _plan_layouts(spec, sizes, layout, as_json)
     if plot is not None:
         _plot(plot, checkpoint, spec, batch, layout, targets)
         click.echo(f"plot: {plot}", err=as_json)
 
 
-def _plan_layouts(spec: ModelSpec, context: int, batch: int, layout: str | None, as_json: bool) -> None:
-    from foldkv.export.plan import PLANNED, parameter_count, plan_memory, weight_bytes
+def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
+    """The sizes that were planned, and the context that was asked for if it was more than the model takes."""
+    facts = dict(sizes)
+    asked = facts.pop("asked")
+    return facts | ({"context_asked": asked} if asked != facts["context"] else {})
 
+
+def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> None:
+    from foldkv.export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
+
+    context, batch = sizes["context"], sizes["batch"]
     plans = []
-    for name in [layout] if layout else PLANNED:
+    for name in [layout] if layout else OFFERED:
         try:
             plans.append(plan_memory(spec, context=context, batch=batch, layout=name))
         except InputError:
@@ -454,7 +510,7 @@ def _plan_layouts(spec: ModelSpec, context: int, batch: int, layout: str | None,
         }
         for plan in plans
     ]
-    facts = {"parameters": parameter_count(spec), "plans": rows_of}
+    facts = {"parameters": parameter_count(spec), **_sizes_facts(sizes), "plans": rows_of}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -466,82 +522,122 @@ def _plan_layouts(spec: ModelSpec, context: int, batch: int, layout: str | None,
         parts = [g["window"], g.get("entries", 0), g.get("index_entries", 0), carry, plan.total]
         weights = weight_bytes(spec, plan.layout)
         share = f"{100 * plan.share_of_v32:.2f} %"
-        rows.append([plan.layout, *(_size(part) for part in parts), share, _size(weights), _size(weights + plan.total)])
+        cells = [*(size_text(part) for part in parts), share, size_text(weights), size_text(weights + plan.total)]
+        rows.append([plan.layout, *cells])
     _table(rows, numbers=tuple(range(1, 9)))
+    if any(plan.layout not in OFFERED for plan in plans):
+        click.echo(f"No target keeps {layout} yet; these are the bytes that it would take.")
     click.echo(
-        f"V3.2 in fp8 at this context: {_size(plans[0].v32)}. The share compares the parts that grow with the context."
+        f"V3.2 in fp8 at this context: {size_text(plans[0].v32)}. The share compares the parts that grow with the context."
     )
 
 
 def _plan_targets(
-    spec: ModelSpec, names: tuple[str, ...], context: int, batch: int, layout: str | None, chunk: int, plugins: bool,
-    as_json: bool,
+    spec: ModelSpec, package: Package, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     from foldkv.export.plan import parameter_count
-    from foldkv.optimize.fit import graph_bytes, plan_targets
-    from foldkv.optimize.formats import FORMATS, weight_bytes_in
-    from foldkv.optimize.history import EXPORT, estimate, read_runs
+    from foldkv.optimize.fit import export_estimate, graph_bytes, plan_targets
+    from foldkv.optimize.formats import FORMATS
+    from foldkv.optimize.history import read_runs
     from foldkv.optimize.targets import resolve_targets
 
-    runs = read_runs()
-    plans = plan_targets(
-        spec,
-        resolve_targets(names),
-        layout=layout,
-        context=context,
-        batch=batch,
-        chunk=chunk,
-        plugins=plugins,
-        runs=runs,
-    )
-    export = estimate(runs, EXPORT, weight_bytes=weight_bytes_in(spec, "float32"), layers=spec.num_layers)
+    targets, runs = resolve_targets(names), read_runs()
+    options |= {name: sizes[name] for name in ("context", "batch", "chunk")}
+    plans = plan_targets(spec, targets, layout=layout, runs=runs, package=package, **options)
+    export, graph = export_estimate(spec, runs, package), graph_bytes(spec, package)
     if as_json:
         facts = {
-            "parameters": parameter_count(spec), "context": context, "batch": batch, "chunk": chunk,
-            "graph": graph_bytes(spec), "export_seconds": export.to_dict() if export else None,
+            "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], **vars(package),
+            "graph": graph, "export_seconds": export.to_dict() if export else None,
             "targets": [plan.to_dict() for plan in plans],
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
         return
-    click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}, chunks of {chunk}")
-    weights = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
-    formats = [f"{name}, {_size(size)}" for name, size in weights.items()]
-    rows = [["target", "memory", "rows", "caches", "activations", *formats]]
+    click.echo(
+        f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes['context']:,} tokens x {sizes['batch']}, chunks of {sizes['chunk']}"
+    )
+    held = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
+    rows = [
+        ["target", "memory", "rows", "caches", "activations", *(f"{n}, {size_text(size)}" for n, size in held.items())]
+    ]
     for plan in plans:
-        sizes = [_size(plan.capacity), plan.layout, _size(plan.caches), _size(plan.activation_bytes)]
-        rows.append([plan.target.name, *sizes, *(_verdict(plan, name) for name in weights)])
+        cells = [size_text(plan.capacity), plan.layout, size_text(plan.caches), size_text(plan.activation_bytes)]
+        rows.append([plan.target.name, *cells, *(_verdict(plan, name) for name in held)])
     _table(rows, numbers=(1, 3, 4))
-    _print_disk_and_time(plans, graph_bytes(spec), export)
+    if options["max_context"]:
+        _print_max_context(plans, list(held))
+    _print_disk_and_time(plans, graph, export)
     _print_assumptions(plans)
 
 
+def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
+    """What an export with ``--weights`` would keep its weights in."""
+    from foldkv.optimize.formats import Package
+
+    return Package(weights, "float32" if weights == "float32" else _stored_format(checkpoint, allow_unknown_keys))
+
+
+def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str:
+    """The format of the experts of a checkpoint, from its headers if its weights are there, else from config.json."""
+    from foldkv.export.config_reader import read_config
+    from foldkv.optimize.formats import stored_format
+
+    if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
+        return stored_format(read_config(checkpoint))
+    from foldkv.export.checkpoint import Checkpoint
+
+    source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
+    return stored_format(source.config, {name: stored.dtype for name, stored in source.headers.items()})
+
+
 def _verdict(plan: TargetPlan, format_: str) -> str:
-    """Whether the model fits with weights in a format; else by what one device is too small, and how many GPUs it takes."""
+    """Whether the model fits with weights in a format; else by what one device is too small, and how many GPUs it takes.
+
+    The format that a build writes is marked.
+    """
     if format_ not in plan.weights:
         return "not kept"
-    over, devices = plan.over(format_), plan.devices(format_)
+    over, devices, mark = plan.over(format_), plan.devices(format_), " *" if format_ == plan.built_in else ""
     if not over:
-        return "fits"
+        return f"fits{mark}"
     if plan.target.sm is None:
-        return f"{_size(over)} over"
+        return f"{size_text(over)} over{mark}"
     if devices is None:  # caches and activations alone are too large, however many share the weights
-        return f"{_size(plan.replicated - plan.capacity)} over on every GPU"
-    return f"{_size(over)} over, {devices} GPUs"
+        return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
+    return f"{size_text(over)} over, {devices} GPUs{mark}"
+
+
+def _print_max_context(plans: list[TargetPlan], formats: list[str]) -> None:
+    click.echo("\nlargest context that fits on one device")
+    rows = [["target", "rows", *formats]]
+    for plan in plans:
+        found = [plan.max_context.get(name) for name in formats]
+        cells = ["not kept" if tokens is None else f"{tokens:,}" if tokens else "none" for tokens in found]
+        rows.append([plan.target.name, plan.layout, *cells])
+    _table(rows, numbers=tuple(range(2, 2 + len(formats))))
 
 
 def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate | None) -> None:
     click.echo()
-    rows = [["stage", "on disk", "time"], ["export", _size(graph), _estimated(export)]]
+    rows = [["stage", "on disk", "time"], ["export", size_text(graph), _estimated(export)]]
     shown = {plan.target.name: plan for plan in plans}  # whatever its rows, a target's bundle weighs the same
-    rows += [[f"build {name}", _size(plan.bundle), _estimated(plan.build)] for name, plan in shown.items()]
+    rows += [
+        [
+            f"build {name}",
+            size_text(plan.bundle),
+            "not on this machine (see --json)" if plan.missing else _estimated(plan.build),
+        ]
+        for name, plan in shown.items()
+    ]
     _table(rows, numbers=(1,))
     click.echo()
 
 
 def _print_assumptions(plans: list[TargetPlan]) -> None:
     click.echo(
-        "`foldkv build` writes the widest format of a target from `export --weights float32`, and the checkpoint's own from "
-        "`--weights reference` or `repack`."
+        "`foldkv build` writes the format marked with *: the widest of a target from `export --weights float32`, the checkpoint's "
+        "own from `--weights reference` or `repack`."
     )
     if any(plan.target.sm for plan in plans):
         click.echo(
@@ -558,16 +654,9 @@ def _print_assumptions(plans: list[TargetPlan]) -> None:
 def _estimated(found: Estimate | None) -> str:
     if found is None:
         return "no comparable runs yet"
-    low, high = _duration(found.low), _duration(found.high)
+    low, high = duration_text(found.low), duration_text(found.high)
     span = high if low == high else f"{low} to {high}"
     return f"{span} (estimate from {found.runs} run{'s' if found.runs > 1 else ''} on this machine)"
-
-
-def _duration(seconds: float) -> str:
-    for unit, factor in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _plot(
@@ -588,7 +677,11 @@ def _plot(
 @_allow_unknown_key
 @_json
 def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
-    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified."""
+    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified.
+
+    Of a bundle: shapes, layout, bytes of the state, engine and plugins; of a report: gates, figures, and what was measured; of a
+    graph package: nodes, operators and how it has its weights; of a checkpoint: geometry and how its tensors are stored.
+    """
     from foldkv.inspection import inspect_artifact
 
     _show(inspect_artifact(artifact, allow_unknown_keys=allow_unknown_keys), as_json)
@@ -605,7 +698,7 @@ def doctor_command(as_json: bool) -> None:
         _show(facts, True)
         return
     click.echo(
-        f"Python {facts['python']}, {facts['processors']} processors, {_size(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices"
+        f"Python {facts['python']}, {facts['processors']} processors, {size_text(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices"
     )
     _table(
         [
@@ -627,21 +720,31 @@ def doctor_command(as_json: bool) -> None:
 @_allow_unknown_key
 @_json
 def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
-    """The targets that bundles can be built for, and by which backend."""
+    """The targets that bundles can be built for, by which backend, and whether that works on this machine."""
+    from foldkv.optimize.choices import PLUGINS, Choice, missing_for
     from foldkv.optimize.targets import load_targets
 
     targets = load_targets()
     if coverage is not None:
         _print_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
+    missing = {
+        name: missing_for(Choice(target, PLUGINS and target.sm is not None, "dense"))
+        for name, target in targets.items()
+    }
     if as_json:
-        click.echo(json.dumps([target.to_dict() for target in targets.values()], indent=2))
+        here = [{"builds_here": not missing[name], "missing": missing[name]} for name in targets]
+        facts = [target.to_dict() | more for target, more in zip(targets.values(), here, strict=True)]
+        click.echo(json.dumps(facts, indent=2))
         return
-    rows = [["target", "sm", "memory", "GB/s", "precision", "backends"]]
+    rows = [["target", "sm", "memory", "GB/s", "precision", "backends", "built here"]]
     for t in targets.values():
         memory = f"{t.memory_gib} GiB" if t.memory_gib else ""
-        rows.append([t.name, str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)])
+        cells = [str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)]
+        rows.append([t.name, *cells, "no" if missing[t.name] else "yes"])
     _table(rows, numbers=(1, 2, 3))
+    if any(missing.values()):
+        click.echo("What is missing for a target: `foldkv targets --json`.")
 
 
 def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:

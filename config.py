@@ -5,11 +5,24 @@ from __future__ import annotations
 import os.path
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from foldkv.errors import InputError, listing, nearest
+from foldkv.export.layouts import DENSE, cache_layout
+from foldkv.optimize.choices import PLUGINS
+from foldkv.units import read_tokens
+
+#: A number of tokens, as the command line reads it: 4096, "64k" or "1M".
+Tokens = Annotated[int, BeforeValidator(read_tokens)]
+
+
+def _known_layout(name: str) -> str:
+    try:
+        return cache_layout(name).name
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
 class _Strict(BaseModel):
@@ -28,16 +41,16 @@ class ShapesConfig(_Strict):
     """Sizes engines are built for, each [smallest, typical, largest]."""
 
     batch: list[int] = Field(default=[1, 1, 4], min_length=3, max_length=3)
-    chunk: list[int] = Field(default=[1, 1, 256], min_length=3, max_length=3)
-    context: list[int] = Field(default=[256, 4096, 65536], min_length=3, max_length=3)
+    chunk: list[Tokens] = Field(default=[1, 1, 256], min_length=3, max_length=3)
+    context: list[Tokens] = Field(default=[256, 4096, 65536], min_length=3, max_length=3)
 
 
 class BuildConfig(_Strict):
     """The build stage."""
 
     targets: list[str] = Field(default=["cpu"], min_length=1)
-    plugins: Literal["on", "off"] = "off"
-    layout: Literal["dense", "fp8", "fp8+fp4"] = "dense"
+    plugins: Literal["on", "off"] = "on" if PLUGINS else "off"
+    layout: Annotated[str, AfterValidator(_known_layout)] = DENSE
     jobs: int | None = Field(default=None, ge=1)
     shapes: ShapesConfig = ShapesConfig()
 
@@ -50,11 +63,11 @@ class ValidateConfig(_Strict):
     seed: int = Field(default=0, ge=0)
     gates: dict[str, float] = {}
     text: str | None = None
-    text_tokens: int = Field(default=384, ge=8)
+    text_tokens: Tokens = Field(default=384, ge=8)
     texts: int = Field(default=6, ge=1)
-    distances: list[int] = Field(default=[16, 64, 128, 256, 512], min_length=1)
+    distances: list[Tokens] = Field(default=[16, 64, 128, 256, 512], min_length=1)
     cases_per_distance: int = Field(default=20, ge=1)
-    contexts: list[int] = []
+    contexts: list[Tokens] = []
 
 
 class PipelineConfig(_Strict):
@@ -105,6 +118,8 @@ def _finding(item: Any) -> str:
         return f"unknown key {place!r}{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"missing key {place!r}"
+    if item["type"] == "value_error":  # of this package's own readers, which say what was found
+        return f"{place}: {item['ctx']['error']}".removesuffix(".")
     return f"{place} is {item['input']!r}: {item['msg']}"
 
 

@@ -1,27 +1,44 @@
 """The stages of a pipeline file, one after the other; what is unchanged is skipped.
 
 checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
+
+:func:`preview` says what a run would do and why, from the same questions that the run asks before each stage.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import foldkv
-from foldkv.artifact import read_manifest, sha256_file, sha256_json, verify_files
+from foldkv.artifact import check_destination, reason_to_replace, sha256_file
 from foldkv.config import PipelineConfig
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
-from foldkv.optimize.build import BuildReport, TargetResult, build_bundles
-from foldkv.optimize.history import record_builds, record_export
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError, MissingDependencyError
+from foldkv.optimize.build import KIND as BUNDLE_KIND
+from foldkv.optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
+from foldkv.optimize.choices import check_here, choose
+from foldkv.optimize.fit import export_estimate, graph_bytes, plan_target
+from foldkv.optimize.formats import Package, stored_format
+from foldkv.optimize.history import Estimate, read_runs, record_builds, record_export
 from foldkv.optimize.spec import Shapes
 from foldkv.optimize.targets import resolve_targets
 
+if TYPE_CHECKING:
+    from foldkv.export.checkpoint import Checkpoint
+    from foldkv.validation.validate import Plan
+
 Progress = Callable[[str], None]
+EXPORT, BUILD, VALIDATE = "export", "build", "validate"
+STAGES = (EXPORT, BUILD, VALIDATE)
+#: Packages that `validate` loads, and what installs them.
+_VALIDATE_NEEDS = {"torch": "export", "transformers": "export", "jinja2": "validation"}
+_FORCED = "--force"
 
 
 @dataclass
@@ -42,37 +59,80 @@ class PipelineResult:
         return code or (EXIT_GATE_FAILED if self.passed is False else EXIT_OK)
 
 
-def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None) -> PipelineResult:
-    """Run every stage of a pipeline; a stage whose inputs and settings are unchanged is skipped.
+@dataclass(frozen=True)
+class Step:
+    """What a run would do about one artifact.
+
+    Attributes:
+        stage: one of :data:`STAGES`.
+        target: of a build, else "".
+        folder: of the artifact.
+        reason: why it would be made anew; "" if it is unchanged and left as it is.
+        seconds: how long that may take, or None if nothing is known.
+        bytes: what the artifact takes on disk, or None if it is small.
+    """
+
+    stage: str
+    target: str
+    folder: Path
+    reason: str
+    seconds: Estimate | None = None
+    bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            "stage": self.stage, "target": self.target or None, "folder": str(self.folder), "runs": bool(self.reason),
+            "reason": self.reason, "seconds": self.seconds.to_dict() if self.seconds else None, "bytes": self.bytes,
+        }  # fmt: skip
+
+
+def run_pipeline(
+    config: PipelineConfig, *, only: str | None = None, force: bool = False, progress: Progress = lambda _: None
+) -> PipelineResult:
+    """Run the stages of a pipeline; a stage whose inputs and settings are unchanged is skipped.
+
+    Args:
+        config: of the pipeline.
+        only: one stage; what it reads must be there and current.
+        force: run stages that are unchanged, too.
+        progress: called with one line per step.
 
     Raises:
-        FoldkvError: what the stages raise; earlier artifacts stay.
+        FoldkvError: what cannot succeed, before the first stage starts; or what the stages raise: earlier artifacts stay.
     """
-    from foldkv.export.checkpoint import Checkpoint
-    from foldkv.validation.cases import load_text
-    from foldkv.validation.gates import resolve_gates
-
-    # What can be known to be wrong is refused before the first stage starts.
-    resolve_targets(config.build.targets)
-    resolve_gates(config.validation.gates, config.export.profile)
-    if config.validation.text is not None:
-        load_text(Path(config.validation.text))
-    if config.validation.enabled and config.validation.target not in config.build.targets:
-        raise InputError(
-            f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
-        )
-    shapes = _shapes(config)
-    Checkpoint(Path(config.checkpoint), allow_unknown_keys=config.export.allow_unknown_keys).check()
-    output = Path(config.output)
-    result = PipelineResult(graph=output / "graph")
-    _timed(result, "export", lambda: _export(config, result.graph, progress))
-    _timed(result, "build", lambda: _build(config, shapes, result, output / "bundles", progress))
-    built = {bundle.target: bundle for bundle in result.bundles if bundle.status != "failed"}
-    if config.validation.enabled and config.validation.target in built:
-        result.report = output / "report"
-        bundle = built[config.validation.target].folder
-        _timed(result, "validate", lambda: _validate(config, bundle, result, progress))
+    work = _Pipeline(config, only)
+    work.check()
+    result = PipelineResult(graph=work.graph)
+    if EXPORT in work.stages:
+        _timed(result, EXPORT, lambda: _export(work, force, progress))
+    if BUILD in work.stages:
+        _timed(result, BUILD, lambda: _build(work, result, force, progress))
+    built = {bundle.target for bundle in result.bundles if bundle.status != "failed"}
+    if VALIDATE in work.stages and (only == VALIDATE or config.validation.target in built):
+        result.report = work.report
+        _timed(result, VALIDATE, lambda: _validate(work, result, force, progress))
     return result
+
+
+def preview(config: PipelineConfig, *, only: str | None = None, force: bool = False) -> list[Step]:
+    """What :func:`run_pipeline` would do with the same arguments, and why. Nothing is written.
+
+    Raises:
+        FoldkvError: the run would be refused before its first stage.
+    """
+    work = _Pipeline(config, only)
+    work.check()
+    steps: list[Step] = []
+    if EXPORT in work.stages:
+        steps.append(_export_step(work, force))
+    if BUILD in work.stages:
+        steps += _build_steps(work, force, "the graph package is made anew" if any(s.reason for s in steps) else "")
+    if VALIDATE in work.stages:
+        changed = [step for step in steps if step.reason and step.target in ("", config.validation.target)]
+        reason = "the bundle is made anew" if changed else _FORCED if force else work.validate_reason()
+        steps.append(Step(VALIDATE, "", work.report, reason))
+    return steps
 
 
 def _timed(result: PipelineResult, stage: str, work: Callable[[], bool]) -> None:
@@ -81,104 +141,321 @@ def _timed(result: PipelineResult, stage: str, work: Callable[[], bool]) -> None
     result.stages[stage] = {"seconds": round(time.monotonic() - start, 2), "skipped": not done}
 
 
-def _current(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The manifest of a whole artifact there, or None."""
-    try:
-        manifest = read_manifest(folder, kind=kind)
-        verify_files(folder, manifest)
-    except ArtifactError:
-        return None
-    return manifest
+class _Pipeline:
+    """A pipeline file with what its stages ask of it."""
+
+    def __init__(self, config: PipelineConfig, only: str | None) -> None:
+        self.config = config
+        output = Path(config.output)
+        self.graph, self.bundles, self.report = output / "graph", output / "bundles", output / "report"
+        given = config.build.shapes
+        self.shapes = Shapes(*(tuple(sizes) for sizes in (given.batch, given.chunk, given.context)))  # type: ignore[arg-type]
+        if only not in (None, *STAGES):
+            raise InputError(f"stage {only!r} is not known; expected one of {', '.join(STAGES)}.")
+        if only == VALIDATE and not config.validation.enabled:
+            raise InputError(
+                "validate.enabled is false in this pipeline. Set it to true, or leave --only validate out."
+            )
+        self.only = only
+        wanted = STAGES if config.validation.enabled else (EXPORT, BUILD)
+        self.stages = wanted if only is None else (only,)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, from its headers."""
+        from foldkv.export.checkpoint import Checkpoint
+
+        return Checkpoint(Path(self.config.checkpoint), allow_unknown_keys=self.config.export.allow_unknown_keys)
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle that is validated."""
+        return self.bundles / self.config.validation.target
+
+    def build_options(self) -> dict[str, Any]:
+        """Arguments of ``build_bundles`` that decide the bundles."""
+        build = self.config.build
+        return {"plugins": build.plugins == "on", "layout": build.layout, "shapes": self.shapes}
+
+    # What can be known to be wrong is refused before the first stage starts.
+
+    def check(self) -> None:
+        """Refuse what cannot succeed; see :func:`run_pipeline`."""
+        from foldkv.export.graph import KIND as GRAPH_KIND
+        from foldkv.export.profiles import check_profile
+
+        config = self.config
+        targets = resolve_targets(config.build.targets)
+        self.checkpoint.check()
+        spec = self.checkpoint.spec
+        check_profile(config.export.profile, spec)
+        options = {name: value for name, value in self.build_options().items() if name != "shapes"}
+        choices = choose(spec, config.export.profile, targets, **options)
+        if config.validation.enabled:
+            self._check_validation()
+        if BUILD in self.stages:
+            check_here(choices)
+        if EXPORT in self.stages:
+            check_destination(self.graph, kind=GRAPH_KIND)
+        if BUILD in self.stages:
+            for target in targets:
+                check_destination(self.bundles / target.name, kind=BUNDLE_KIND)
+        if self.only in (BUILD, VALIDATE):
+            self._check_earlier()
+
+    def _check_validation(self) -> None:
+        from foldkv.export.graph import TOKENIZER
+        from foldkv.optimize.targets import load_targets
+        from foldkv.validation.cases import load_text
+        from foldkv.validation.gates import resolve_gates
+        from foldkv.validation.validate import KIND, check_contexts
+
+        wanted, profile = self.config.validation, self.config.export.profile
+        resolve_gates(wanted.gates, profile)
+        if wanted.text is not None:
+            load_text(Path(wanted.text))
+        if wanted.target not in self.config.build.targets:
+            raise InputError(
+                f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
+            )
+        if load_targets()[wanted.target].sm is not None:
+            raise InputError(
+                f"validate.target is {wanted.target!r}, a GPU. Only the bundle of the cpu target can be validated now: "
+                "set validate.target to 'cpu' and list it in build.targets, or set validate.enabled to false."
+            )
+        check_contexts(
+            self.plan(), self.checkpoint.spec.max_position_embeddings, wanted.gates, what=f"the model of {self.config.checkpoint}"
+        )  # fmt: skip
+        if not (self.checkpoint.folder / TOKENIZER).is_file():
+            raise InputError(
+                f"{self.checkpoint.folder} has no {TOKENIZER}, which validate needs. "
+                "Put the model's tokenizer there, or set validate.enabled to false."
+            )
+        if VALIDATE not in self.stages:
+            return
+        check_destination(self.report, kind=KIND)
+        missing = {name: extra for name, extra in _VALIDATE_NEEDS.items() if importlib.util.find_spec(name) is None}
+        if missing:
+            raise MissingDependencyError(
+                f"validate needs {', '.join(missing)}. Run `pip install 'foldkv[{','.join(sorted(set(missing.values())))}]'`, "
+                "or set validate.enabled to false."
+            )
+
+    def _check_earlier(self) -> None:
+        """What the only stage reads must be what a whole run would make."""
+        if reason := self.export_reason():
+            raise ArtifactError(
+                f"--only {self.only} reads {self.graph}, which is not current: {reason}. Run without --only, or --only export first."
+            )
+        if self.only == VALIDATE and (reason := self.build_reasons(self.bundle.name)[self.bundle.name]):
+            raise ArtifactError(
+                f"--only validate reads {self.bundle}, which is not current: {reason}. Run without --only, or --only build first."
+            )
+
+    # Why a stage would run.
+
+    def export_reason(self) -> str:
+        """Why the graph package is not what would be exported; "" if it is."""
+        from foldkv.export.graph import KIND
+
+        reason, manifest = reason_to_replace(self.graph, kind=KIND)
+        return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
+
+    def build_reasons(self, only: str | None = None) -> dict[str, str]:
+        """By target, or of one, why its bundle is not what would be built; the graph package must be there."""
+        return reasons_to_build(self.graph, self.bundles, self.config.build.targets, only=only, **self.build_options())
+
+    def plan(self) -> Plan:
+        """What `validate` measures."""
+        from foldkv.validation.validate import Plan
+
+        wanted = self.config.validation
+        return Plan(
+            wanted.seed,
+            wanted.texts,
+            wanted.text_tokens,
+            tuple(wanted.distances),
+            wanted.cases_per_distance,
+            tuple(wanted.contexts),
+        )
+
+    def validate_key(self) -> str:
+        """What a report is made for, as JSON."""
+        wanted = self.config.validation
+        key = {
+            "plan": asdict(self.plan()),
+            "gates": wanted.gates,
+            "text": sha256_file(Path(wanted.text)) if wanted.text else None,
+            "bundle": sha256_file(self.bundle / "manifest.json"),
+            "foldkv": foldkv.__version__,
+        }
+        return json.dumps(key, sort_keys=True)
+
+    def validate_reason(self) -> str:
+        """Why the report is not what would be measured; "" if it is. The bundle must be there."""
+        from foldkv.validation.validate import KIND
+
+        reason, manifest = reason_to_replace(self.report, kind=KIND)
+        if manifest is None or manifest.get("key") == self.validate_key():
+            return reason
+        try:
+            old = json.loads(str(manifest.get("key")))
+        except ValueError:
+            old = None
+        if not isinstance(old, dict):  # `foldkv validate` wrote it
+            return f"{self.report} was not made by this pipeline"
+        new = json.loads(self.validate_key())
+        return "; ".join(_validate_change(name, old.get(name), new[name]) for name in new if old.get(name) != new[name])
 
 
-def _export(config: PipelineConfig, out: Path, progress: Progress) -> bool:
-    from foldkv.export.graph import KIND, export_checkpoint
+def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
+    """Why a graph package, whose manifest is ``made``, is not what would be exported; "" if it is."""
+    from foldkv.export.graph import graph_spec, tool_versions
 
-    old = _current(out, KIND)
-    if old is not None and is_export_of(config, out, old):
-        progress(f"export: unchanged, {out}")
+    wanted = config.export
+    if made["foldkv_version"] != foldkv.__version__:
+        return f"it was made by foldkv {made['foldkv_version']}; this is {foldkv.__version__}"
+    settings = {"profile": wanted.profile, "weights": wanted.weights}
+    changes = [f"export.{name} was {made[name]}, is {new}" for name, new in settings.items() if made[name] != new]
+    changes += [
+        f"{name} was {made['tool_versions'].get(name)}, is {new}"
+        for name, new in tool_versions().items()
+        if made["tool_versions"].get(name) != new
+    ]
+    if not changes and made["spec"] != graph_spec(wanted.profile):
+        changes.append("this foldkv exports in another way")
+    return "; ".join(changes) or _checkpoint_changes(source, graph, made, wanted.weights)
+
+
+def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
+    from foldkv.export.checkpoint import model_facts
+    from foldkv.export.graph import CONFIG, TOKENIZER, same_files
+
+    # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
+    expected = source.digest() if weights == "float32" else source.identity()
+    if made["inputs"]["checkpoint"]["sha256"] != expected:
+        old = json.loads((graph / CONFIG).read_text())
+        keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
+        what = f"config.json: {', '.join(keys)}" if keys else "its files"
+        return f"the checkpoint {source.folder} changed ({what})"
+    if not same_files(graph, dict(made), source):
+        return f"weight files of the checkpoint {source.folder} were replaced"
+    tokenizer = source.folder / TOKENIZER
+    digest = sha256_file(tokenizer) if tokenizer.is_file() else None
+    if made["files"].get(TOKENIZER, {}).get("sha256") != digest:
+        return f"{tokenizer} changed"
+    if made["model"] != json.loads(json.dumps(model_facts(source))):
+        return f"the special tokens of {source.folder} changed"
+    return ""
+
+
+def _validate_change(name: str, old: Any, new: Any) -> str:
+    if name == "bundle":
+        return "the bundle changed"
+    if name == "text":
+        return "the text changed"
+    if name == "foldkv":
+        return f"it was made by foldkv {old}; this is {new}"
+    if not isinstance(old, dict):
+        return f"validate.{name} changed"
+    prefix = "validate." if name == "plan" else "validate.gates."
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    unset = "unset" if name == "plan" else "the default"
+    return "; ".join(f"{prefix}{key} was {old.get(key, unset)}, is {new.get(key, unset)}" for key in keys)
+
+
+def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
+    from foldkv.export.graph import export_checkpoint
+
+    reason = _FORCED if force else work.export_reason()
+    if not reason:
+        progress(f"export: unchanged, {work.graph}")
         return False
+    progress(f"export: {reason}")
     start = time.monotonic()
     export_checkpoint(
-        Path(config.checkpoint),
-        out,
-        profile=config.export.profile,
-        weights=config.export.weights,
-        allow_unknown_keys=config.export.allow_unknown_keys,
+        Path(work.config.checkpoint),
+        work.graph,
+        profile=work.config.export.profile,
+        weights=work.config.export.weights,
+        allow_unknown_keys=work.config.export.allow_unknown_keys,
         progress=lambda line: progress(f"export: {line}"),
     )
-    record_export(out, time.monotonic() - start)
+    record_export(work.graph, time.monotonic() - start)
     return True
 
 
-def is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a graph package is what these settings would export again."""
-    from foldkv.export.checkpoint import Checkpoint
-    from foldkv.export.graph import graph_spec, same_files, tool_versions
-
-    settings = (manifest["foldkv_version"], manifest["spec"], manifest["tool_versions"], manifest["weights"])
-    if settings != (foldkv.__version__, graph_spec(config.export.profile), tool_versions(), config.export.weights):
-        return False
-    checkpoint = Checkpoint(Path(config.checkpoint), allow_unknown_keys=config.export.allow_unknown_keys)
-    # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
-    expected = checkpoint.digest() if config.export.weights == "float32" else checkpoint.identity()
-    return bool(manifest["inputs"]["checkpoint"]["sha256"] == expected) and same_files(graph, manifest, checkpoint)
-
-
-def _shapes(config: PipelineConfig) -> Shapes:
-    given = config.build.shapes
-    return Shapes(*(tuple(sizes) for sizes in (given.batch, given.chunk, given.context)))  # type: ignore[arg-type]
-
-
-def _build(config: PipelineConfig, shapes: Shapes, result: PipelineResult, out: Path, progress: Progress) -> bool:
+def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
     report = build_bundles(
-        result.graph,
-        out,
-        config.build.targets,
-        plugins=config.build.plugins == "on",
-        layout=config.build.layout,
-        shapes=shapes,
-        jobs=config.build.jobs,
+        work.graph,
+        work.bundles,
+        work.config.build.targets,
+        **work.build_options(),
+        jobs=work.config.build.jobs,
+        force=force,
         progress=lambda line: progress(f"build: {line}"),
     )
-    record_builds(result.graph, report.results)
+    record_builds(work.graph, report.results)
     result.bundles = report.results
     return any(bundle.status != "unchanged" for bundle in report.results)
 
 
-def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, progress: Progress) -> bool:
+def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
     from foldkv.validation.report import JSON
-    from foldkv.validation.validate import KIND, Plan, validate
+    from foldkv.validation.validate import validate
 
-    assert result.report is not None
-    wanted = config.validation
-    plan = Plan(
-        wanted.seed,
-        wanted.texts,
-        wanted.text_tokens,
-        tuple(wanted.distances),
-        wanted.cases_per_distance,
-        tuple(wanted.contexts),
-    )
-    key = sha256_json(
-        {
-            "plan": asdict(plan),
-            "gates": wanted.gates,
-            "text": sha256_file(Path(wanted.text)) if wanted.text else None,
-            "bundle": sha256_file(bundle / "manifest.json"),
-            "foldkv": foldkv.__version__,
-        }
-    )
-    old = _current(result.report, KIND)
-    fresh = old is None or old.get("key") != key
-    if fresh:
+    wanted = work.config.validation
+    reason = _FORCED if force else work.validate_reason()
+    if reason:
+        progress(f"validate: {reason}")
         validate(
-            bundle, Path(config.checkpoint), result.report, gates=wanted.gates, plan=plan, key=key,
-            text=Path(wanted.text) if wanted.text else None,
+            work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
+            key=work.validate_key(), text=Path(wanted.text) if wanted.text else None,
             progress=lambda line: progress(f"validate: {line}"),
         )  # fmt: skip
     else:
-        progress(f"validate: unchanged, {result.report}")
-    content = json.loads((result.report / JSON).read_text())
+        progress(f"validate: unchanged, {work.report}")
+    content = json.loads((work.report / JSON).read_text())
     result.gates, result.passed = content["gates"], content["passed"]
-    return fresh
+    return bool(reason)
+
+
+# Estimates of a preview.
+
+
+def _package(work: _Pipeline) -> Package:
+    weights = work.config.export.weights
+    dtypes = {name: stored.dtype for name, stored in work.checkpoint.headers.items()}
+    return Package(weights, "float32" if weights == "float32" else stored_format(work.checkpoint.config, dtypes))
+
+
+def _export_step(work: _Pipeline, force: bool) -> Step:
+    reason = _FORCED if force else work.export_reason()
+    if not reason:
+        return Step(EXPORT, "", work.graph, "")
+    spec, package = work.checkpoint.spec, _package(work)
+    seconds = export_estimate(spec, read_runs(), package)
+    return Step(EXPORT, "", work.graph, reason, seconds, graph_bytes(spec, package))
+
+
+def _build_steps(work: _Pipeline, force: bool, earlier: str) -> list[Step]:
+    names = list(dict.fromkeys(work.config.build.targets))
+    reasons = dict.fromkeys(names, earlier or _FORCED) if earlier or force else work.build_reasons()
+    runs, steps = read_runs(), []
+    spec, shapes, config = work.checkpoint.spec, work.shapes, work.config
+    choices = choose(
+        spec, config.export.profile, resolve_targets(names), plugins=config.build.plugins == "on",
+        layout=config.build.layout,
+    )  # fmt: skip
+    for choice in choices:
+        name = choice.target.name
+        if not reasons[name]:
+            steps.append(Step(BUILD, name, work.bundles / name, ""))
+            continue
+        planned = plan_target(
+            spec, choice.target, context=min(shapes.context[2], spec.max_position_embeddings), layout=choice.layout,
+            batch=shapes.batch[2], chunk=shapes.chunk[2], plugins=config.build.plugins == "on",
+            profile=config.export.profile, runs=runs, package=_package(work),
+        )  # fmt: skip
+        steps.append(Step(BUILD, name, work.bundles / name, reasons[name], planned.build, planned.bundle))
+    return steps

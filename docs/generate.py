@@ -29,31 +29,37 @@ output = "out"                     # out/graph, out/bundles/<target>, out/report
 [export]
 profile = "hf"                     # "served": what deployed systems compute
 weights = "float32"                # "reference": the checkpoint's files in place, "repack": copied as they are stored
+allow_unknown_keys = []            # keys of config.json to ignore that would be refused because nobody knows them
 
 [build]
 targets = ["cpu", "a100"]
-plugins = "off"                    # "on": compressed-KV operators of GPU targets go to plugins
+plugins = "on"                     # "off": function bodies in engines of GPU targets, dense rows only
 layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph on the cpu
-jobs = 2                           # optional
+jobs = 2                           # builds at once; without it, what memory and processors allow
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size
 batch = [1, 1, 4]
 chunk = [1, 1, 256]
-context = [256, 4096, 65536]
+context = [256, 4096, "64k"]       # numbers of tokens are read as on the command line: 65536 or "64k", "1M"
 
 [validate]
 enabled = true
-target = "cpu"
+target = "cpu"                     # reports measure the bundle of the cpu; engines cannot be validated yet
 seed = 0
+text = "manual.txt"                # UTF-8 text to measure on; without it, sources of Python's standard library
 texts = 6
 text_tokens = 384
 distances = [16, 64, 128, 256, 512]
 cases_per_distance = 20
-contexts = []                      # long streams with planted values, for example [65536, 1048576]
-gates = { kl-mean = 1e-6 }
+contexts = ["64k"]                 # long streams with planted values; without it, none
+gates = { kl-mean = 1e-6 }         # thresholds that replace the defaults below
 ```
 
-A stage is skipped when the hashes of its inputs, its settings and the versions of its tools are unchanged.
+Every key is shown; only `version`, `checkpoint` and `output` are needed, and all other values but `targets`, `jobs`, `text`, `contexts` and `gates` are the defaults.
+
+What cannot succeed is refused before the first stage: targets that this machine cannot build for, layouts that a target cannot keep,
+missing packages, folders that cannot be written. A stage is skipped when the hashes of its inputs, its settings and the versions of
+its tools are unchanged. `foldkv run --dry-run` says which stages would run and why.
 """
 
 

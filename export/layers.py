@@ -18,6 +18,7 @@ from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foldkv.artifact import sha256_json
 from foldkv.errors import FoldkvError
 from foldkv.export.model.decoder import CHOSEN, TAP, Layer
 from foldkv.export.model.hadamard import hadamard_matrix
@@ -480,7 +481,7 @@ def _initializer(
         return _shared(
             model,
             shared,
-            f"slots.{hash(source.slots) & 0xFFFFFFFF:08x}",
+            f"slots.{sha256_json(list(source.slots))}",
             ir.tensor(list(source.slots), dtype=ir.DataType.INT64),
         )
     data: Data = getattr(source, "data" if parameter in sources else last)

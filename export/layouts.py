@@ -24,11 +24,15 @@ _ROW_ALIGNMENT = 8  # bytes, of rows with several parts
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The format of a row of ``window`` and ``entries``, and of a row of ``index_entries``."""
+    """The format of a row of ``window`` and ``entries``, and of a row of ``index_entries``.
+
+    ``built`` says whether engines of this version keep it; the others are formats of other systems, which are planned only.
+    """
 
     name: str
     rows: str
     index_rows: str
+    built: bool = True
 
     def format_of(self, group: str) -> str | None:
         """The format of a state group; None for carries, which are float32 in every layout."""
@@ -43,19 +47,22 @@ LAYOUTS = {
         CacheLayout("dense", DENSE, DENSE),
         CacheLayout("fp8", FP8_DS_MLA, INDEX_FP8),
         CacheLayout("fp8+fp4", FP8_DS_MLA, INDEX_FP4),
-        CacheLayout("nvfp4+fp4", NVFP4, INDEX_FP4),
+        CacheLayout("nvfp4+fp4", NVFP4, INDEX_FP4, built=False),
     )
 }
+#: The layouts that can be asked of a build, if the target and the graph have them (optimize/choices.py).
+BUILT = tuple(name for name, layout in LAYOUTS.items() if layout.built)
 
 
 def cache_layout(name: str) -> CacheLayout:
     """The layout of that name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or no target keeps it.
     """
-    if name not in LAYOUTS:
-        raise InputError(f"layout {name!r} is not known; expected one of {', '.join(LAYOUTS)}.")
+    if name not in BUILT:
+        found = "is kept by no target" if name in LAYOUTS else "is not known"
+        raise InputError(f"layout {name!r} {found}; expected one of {', '.join(BUILT)}.")
     return LAYOUTS[name]
 
 

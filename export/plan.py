@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
+from foldkv.export.layouts import BUILT, DENSE, LAYOUTS, row_bytes
 from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
 from foldkv.export.state import StateTensor, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
 _DENSE_ITEMS = {"float32": 4, "bf16": 2}  # bytes of a channel
+#: Row formats of engines and bundles; what else is planned belongs to other systems.
+OFFERED = (*_DENSE_ITEMS, *(name for name in BUILT if name != DENSE))
 PLANNED = (*_DENSE_ITEMS, *(name for name in LAYOUTS if name != DENSE))
+#: The most sequences, and the most tokens of a sequence at once: kernels count both in the y and z dimensions of their grids
+#: (plugins/launch.py), and CUDA allows 65,535 there.
+LARGEST_BATCH = LARGEST_CHUNK = 65_535
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,17 @@ class MemoryPlan:
         }  # fmt: skip
 
 
+def check_sizes(batch: int, chunk: int = 1) -> None:
+    """Check that an engine could take so many sequences, and so many tokens of each at once.
+
+    Raises:
+        InputError: less than 1, or more than a kernel can be launched for.
+    """
+    for name, size, largest in (("batch", batch, LARGEST_BATCH), ("chunk", chunk, LARGEST_CHUNK)):
+        if not 1 <= size <= largest:
+            raise InputError(f"{name} is {size:,}; expected 1 to {largest:,}.")
+
+
 def plan_memory(spec: ModelSpec, *, context: int, batch: int = 1, layout: str = "fp8+fp4") -> MemoryPlan:
     """The cache bytes of a model for ``context`` tokens per sequence and ``batch`` sequences.
 
@@ -60,8 +76,7 @@ def plan_memory(spec: ModelSpec, *, context: int, batch: int = 1, layout: str = 
         raise InputError(f"layout {layout!r} is not known; expected one of {', '.join(PLANNED)}.")
     if not 1 <= context <= spec.max_position_embeddings:
         raise InputError(f"context is {context}; this model takes 1 to {spec.max_position_embeddings} tokens.")
-    if batch < 1:
-        raise InputError(f"batch is {batch}; expected at least 1.")
+    check_sizes(batch)
     groups: dict[str, int] = {}
     growing = 0
     for tensor in state_tensors(spec):

@@ -25,7 +25,7 @@ from foldkv.export.model.indexer import Indexer
 from foldkv.export.model.norm import split_last
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
 
-_LEAST = 1e-4  # smaller largest magnitudes of a tile count as this
+_LEAST = 1e-4  # smaller largest magnitudes of a tile count as this (export/operators/rows.py says whose floor that is)
 #: Magnitudes of the codes in order, so that the code of a magnitude is its place.
 E4M3 = torch.tensor(
     [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1],

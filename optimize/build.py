@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -12,20 +13,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import foldkv
-from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
-from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
+from foldkv.artifact import (
+    check_destination,
+    read_manifest,
+    reason_to_replace,
+    sha256_file,
+    staged,
+    verify_files,
+    write_manifest,
+)
+from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, BuildError, FoldkvError, InputError
+from foldkv.export.graph import CONFIG, MODEL, TOKENIZER, flat_model
 from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.graph import MODEL, TOKENIZER, flat_model
-from foldkv.export.layouts import DENSE, cache_layout
+from foldkv.export.layouts import DENSE
 from foldkv.export.profiles import SERVED
+from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
+from foldkv.optimize.choices import PACKED, Choice, backend_version, check_here, choose
 from foldkv.optimize.kernels import Bundled
-from foldkv.optimize.passes.pack import PACKED, check_layout, pack_state
+from foldkv.optimize.passes.pack import pack_state
 from foldkv.optimize.plan import named_capability
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
@@ -66,58 +76,106 @@ def build_bundles(
     out: Path,
     targets: Sequence[str | Target],
     *,
-    plugins: bool = False,
-    layout: str = DENSE,
+    plugins: bool | None = None,
+    layout: str | None = None,
     shapes: Shapes | None = None,
     jobs: int | None = None,
+    force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
 
+    What cannot succeed is refused before anything is built. A build that fails later does not stop the others.
+
     Args:
         graph: a graph package, verified by hash before it is used.
+        out: folder that gets one bundle per target.
         targets: names of the table, or targets of your own.
-        plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. A graph
-            that was injected is built with plugins, for its target and for the cpu.
+        plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. None is the
+            default (optimize/choices.py). A graph that was injected is built with plugins, for its target and for the cpu.
         layout: name of the cache layout: of GPU targets other than "dense" only with plugins, of the cpu target only for a
-            graph of the profile "served". With plugins, the cpu target of another graph keeps dense rows.
+            graph of the profile "served". Beside GPU targets, the cpu target of another graph keeps dense rows. None is
+            "dense", or the layout of an injected graph.
         shapes: sizes that engines are built for.
         jobs: builds at once; the default is what memory and processors allow.
+        force: build bundles that are unchanged, too.
         progress: called with one line per step.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: unknown targets or layout, a layout without plugins, or ``out`` cannot be written.
+        InputError: unknown targets or layout, a layout that a target does not keep, or ``out`` cannot be written.
+        MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
-    chosen = resolve_targets(targets)
-    cache_layout(layout)
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     verify_files(graph, manifest)
-    shapes = shapes or Shapes()
-    if "injection" in manifest:
-        plugins, layout = True, manifest["injection"]["layout"]
-        others = [target.name for target in chosen if target.sm and target.name != manifest["injection"]["target"]]
-        if others:
-            raise InputError(
-                f"{graph} was injected for {manifest['injection']['target']}; {', '.join(others)} cannot be built from it. "
-                "Give the graph that export wrote."
-            )
-    if layout != DENSE and not plugins:
-        gpus = [target.name for target in chosen if target.sm is not None]
-        if gpus:
-            raise InputError(
-                f"layout {layout} needs plugins on {', '.join(gpus)}, which alone read packed rows there. Build with --plugins on."
-            )
-        check_layout(layout, manifest["profile"])
+    planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
+    check_here([job.choice for job in planned])
+    for job in planned:
+        check_destination(Path(out) / job.target.name, kind=KIND)
 
-    def one(target: Target) -> TargetResult:
-        gpu = target.sm is not None
-        packs = gpu or (layout in PACKED and manifest["profile"] == SERVED)
-        job = _Job(Path(graph), manifest, target, shapes, plugins and gpu, layout if packs else DENSE)
-        return _build_target(job, Path(out) / target.name, progress)
+    def one(job: _Job) -> TargetResult:
+        return _build_target(job, Path(out) / job.target.name, force, progress)
 
     with ThreadPoolExecutor(jobs or _parallel_builds(manifest)) as pool:
-        return BuildReport(list(pool.map(one, chosen)))
+        return BuildReport(list(pool.map(one, planned)))
+
+
+def reasons_to_build(
+    graph: Path,
+    out: Path,
+    targets: Sequence[str | Target],
+    *,
+    plugins: bool | None = None,
+    layout: str | None = None,
+    shapes: Shapes | None = None,
+    only: str | None = None,
+) -> dict[str, str]:
+    """By target why :func:`build_bundles` would build it, "" where it is unchanged; arguments and errors are the same.
+
+    With ``only``, the answer is for that one of the targets.
+    """
+    manifest = read_manifest(graph, kind=GRAPH_KIND)
+    planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
+    return {
+        job.target.name: _reason_to_build(Path(out) / job.target.name, job.spec())
+        for job in planned
+        if only in (None, job.target.name)
+    }
+
+
+def _jobs(
+    graph: Path, manifest: dict[str, Any], targets: Sequence[str | Target], plugins: bool | None, layout: str | None,
+    shapes: Shapes | None,
+) -> list[_Job]:  # fmt: skip
+    chosen = resolve_targets(targets)
+    if "injection" in manifest:
+        choices = _injected_choices(graph, manifest, chosen, plugins, layout)
+    else:
+        spec = ModelSpec.from_file(Path(graph) / CONFIG)
+        choices = choose(spec, manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
+    return [_Job(Path(graph), manifest, choice, shapes or Shapes()) for choice in choices]
+
+
+def _injected_choices(
+    graph: Path, manifest: dict[str, Any], targets: Sequence[Target], plugins: bool | None, layout: str | None
+) -> list[Choice]:
+    """The choices that injection has made."""
+    made = manifest["injection"]
+    others = [target.name for target in targets if target.sm and target.name != made["target"]]
+    if others:
+        raise InputError(
+            f"{graph} was injected for {made['target']}; {', '.join(others)} cannot be built from it. "
+            "Give the graph that export wrote."
+        )
+    if plugins is False or layout not in (None, made["layout"]):
+        raise InputError(
+            f"{graph} was injected with plugins and the layout {made['layout']}; it is built so. "
+            "Leave --plugins and --layout out, or give the graph that export wrote."
+        )
+    packs = made["layout"] in PACKED and manifest["profile"] == SERVED
+    return [
+        Choice(target, target.sm is not None, made["layout"] if target.sm or packs else DENSE) for target in targets
+    ]
 
 
 def _parallel_builds(manifest: dict[str, Any]) -> int:
@@ -133,10 +191,23 @@ class _Job:
 
     graph: Path
     manifest: dict[str, Any]
-    target: Target
+    choice: Choice
     shapes: Shapes
-    plugins: bool
-    layout: str
+
+    @property
+    def target(self) -> Target:
+        """What is built for."""
+        return self.choice.target
+
+    @property
+    def plugins(self) -> bool:
+        """Whether plugins compute what touches compressed KV."""
+        return self.choice.plugins
+
+    @property
+    def layout(self) -> str:
+        """Of the cache rows."""
+        return self.choice.layout
 
     def spec(self) -> BuildSpec:
         """The values that decide the bundle.
@@ -144,7 +215,6 @@ class _Job:
         Raises:
             MissingDependencyError: the backend, or the compiler of the plugins' kernels, cannot be used here.
         """
-        version = _backend_version(self.target)
         compiler = ""
         if self.plugins:
             from foldkv.plugins.compile import compiler_identity
@@ -155,7 +225,7 @@ class _Job:
             weights_sha256=_other_files_digest(self.manifest),
             target=self.target.to_dict(),
             backend=self.target.backend,
-            backend_version=version,
+            backend_version=backend_version(self.target),
             precision=self.target.precision,
             plugins=self.plugins,
             kernel_compiler=compiler,
@@ -164,7 +234,7 @@ class _Job:
         )
 
 
-def _build_target(job: _Job, folder: Path, progress: Callable[[str], None]) -> TargetResult:
+def _build_target(job: _Job, folder: Path, force: bool, progress: Callable[[str], None]) -> TargetResult:
     start = time.monotonic()
     target = job.target
 
@@ -174,7 +244,7 @@ def _build_target(job: _Job, folder: Path, progress: Callable[[str], None]) -> T
     try:
         spec = job.spec()
         with _only_builder(folder):
-            if _is_current(folder, spec.cache_key()):
+            if not force and not _reason_to_build(folder, spec):
                 progress(f"{target.name}: unchanged")
                 return done("unchanged")
             with staged(folder, kind=KIND) as work:
@@ -207,22 +277,47 @@ def _other_files_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 
-def _backend_version(target: Target) -> str:
-    if target.backend == "onnxruntime":
-        return version("onnxruntime")
-    from foldkv.optimize.engine import engine_version
+def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
+    """Why the bundle there is not what would be built; "" if it is."""
+    reason, manifest = reason_to_replace(folder, kind=KIND)
+    if manifest is None or (reason := _other_version(manifest)):
+        return reason
+    if manifest.get("cache_key") == spec.cache_key():
+        return ""
+    wanted = json.loads(json.dumps(asdict(spec)))
+    backend = manifest.get("backend")
+    made = {
+        **{name: manifest.get(name) for name in ("target", "backend", "precision", "layout", "shapes")},
+        "backend_version": manifest.get("tool_versions", {}).get(backend),
+        **manifest.get("spec", {}),
+    }
+    return "; ".join(_change(name, made.get(name), value) for name, value in wanted.items() if made.get(name) != value)
 
-    assert target.sm is not None
-    return engine_version(target.backend, target=target.name, sm=target.sm)
+
+def _other_version(manifest: dict[str, Any]) -> str:
+    made = manifest.get("foldkv_version")
+    return "" if made == foldkv.__version__ else f"it was made by foldkv {made}; this is {foldkv.__version__}"
 
 
-def _is_current(folder: Path, key: str) -> bool:
-    try:
-        manifest = read_manifest(folder, kind=KIND)
-        verify_files(folder, manifest)
-    except ArtifactError:
-        return False
-    return manifest.get("cache_key") == key and manifest.get("foldkv_version") == foldkv.__version__
+_CHANGES = {
+    "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
+    "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds in another way",
+    "target": "the table of targets changed",
+}  # fmt: skip
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    if name in _CHANGES:
+        return _CHANGES[name]
+    if name == "shapes" and isinstance(old, dict):
+        return "; ".join(_change(f"shapes.{key}", old.get(key), new[key]) for key in new if old.get(key) != new[key])
+    if name == "plugins":
+        old, new = ("on" if value else "off" for value in (old, new))
+    return f"{name} was {old}, is {new}"
+
+
+#: Of what decides a bundle, the fields that stand nowhere else in its manifest.
+_RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "recipe")
 
 
 def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
@@ -241,6 +336,7 @@ def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
             "checkpoint": manifest["inputs"]["checkpoint"],
         },
         "cache_key": spec.cache_key(),
+        "spec": {name: getattr(spec, name) for name in _RECORDED},
         "model": manifest["model"],
         "io": manifest["io"],
         "plugins": [],

@@ -26,6 +26,18 @@ RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
 MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 
 
+def cpu_version() -> str:
+    """The installed version of ONNX Runtime.
+
+    Raises:
+        MissingDependencyError: there is none.
+    """
+    try:
+        return importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError("bundles for the cpu need onnxruntime. Run `pip install onnxruntime`.") from None
+
+
 def engine_version(backend: str, *, target: str, sm: int) -> str:
     """The installed version of a backend, if it can build for ``sm`` here.
 

@@ -7,20 +7,24 @@ drives one GPU; the number is what a runtime that shards would take.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from foldkv.errors import InputError, listing
-from foldkv.export.layouts import DENSE, LAYOUTS
-from foldkv.export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, plan_memory
-from foldkv.export.profiles import HF
+from foldkv.export.layouts import DENSE
+from foldkv.export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
+from foldkv.export.profiles import HF, check_profile
 from foldkv.export.spec import ModelSpec
-from foldkv.optimize.formats import kept_formats, weight_bytes_in
-from foldkv.optimize.history import BUILD, Estimate, Run, estimate
+from foldkv.optimize.choices import Choice, choose, kept_layouts, missing_for
+from foldkv.optimize.formats import Package, kept_formats, weight_bytes_in
+from foldkv.optimize.history import BUILD, EXPORT, Estimate, Run, estimate
 from foldkv.optimize.targets import Target
-from foldkv.plugins.coverage import coverage
+
+_LOG = logging.getLogger(__name__)
+FLOAT32_PACKAGE = Package()
 
 # What the planner calls rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
@@ -40,10 +44,13 @@ class TargetPlan:
         memory: the caches.
         copies: of the caches: two in engines without plugins, whose function bodies do not write in place (runtime/engine.py).
         activations: of a chunk, at their largest moments.
-        weights: by format that the target keeps, from wide to narrow. ``foldkv build`` writes the first from a package with
-            weights in float32, the format of the checkpoint from one with weights as stored.
-        bundle: what the bundle takes on disk, in the first format.
+        plugins: whether plugins compute what touches compressed KV.
+        weights: by format that the target keeps, from wide to narrow.
+        built_in: the one of these formats that ``foldkv build`` writes.
+        bundle: what the bundle takes on disk, in that format.
         build: how long a build may take here, or None without a run to tell from.
+        missing: why this machine cannot build it, "" if it can.
+        max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
     """
 
     target: Target
@@ -52,9 +59,13 @@ class TargetPlan:
     memory: MemoryPlan
     copies: int
     activations: Activations
+    plugins: bool
     weights: dict[str, int]
+    built_in: str
     bundle: int
     build: Estimate | None
+    missing: str = ""
+    max_context: dict[str, int] = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -87,12 +98,13 @@ class TargetPlan:
             "target": self.target.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
             "caches": {"groups": self.memory.groups, "copies": self.copies, "total": self.caches},
             "activations": {**asdict(self.activations), "total": self.activation_bytes, "estimate": True},
-            "weights": self.weights, "built_in": next(iter(self.weights)),
+            "plugins": self.plugins, "weights": self.weights, "built_in": self.built_in,
             "over": {name: self.over(name) for name in self.weights},
             "fits": {name: self.over(name) == 0 for name in self.weights},
             "gpus": {name: self.devices(name) for name in self.weights} if gpu else None,
             "bundle": self.bundle, "build_seconds": self.build.to_dict() if self.build else None,
-        }  # fmt: skip
+            "builds_here": not self.missing, "missing": self.missing,
+        } | ({"max_context": self.max_context} if self.max_context else {})  # fmt: skip
 
 
 def plan_target(
@@ -103,96 +115,141 @@ def plan_target(
     layout: str = DENSE,
     batch: int = 1,
     chunk: int = 256,
-    plugins: bool = True,
+    plugins: bool | None = None,
+    profile: str = HF,
+    package: Package = FLOAT32_PACKAGE,
+    max_context: bool = False,
     runs: Sequence[Run] = (),
 ) -> TargetPlan:
-    """The figures of a model on one target.
+    """The figures of a model on one target, as ``build`` would build it.
 
     Args:
         spec: the model.
-        target: the machine; the cpu target keeps dense rows and has no plugins.
+        target: the machine.
         context: tokens per sequence.
-        layout: of the rows of GPU targets, as ``build`` names it.
+        layout: of the cache rows, as ``build`` names it.
         batch: sequences.
         chunk: tokens of a sequence that go through the model at once.
-        plugins: whether plugins compute what touches compressed KV.
+        plugins: whether GPU targets get plugins; None is the default of ``build``.
+        profile: of the graph.
+        package: how the graph package has its weights.
+        max_context: find the largest context that fits, too.
         runs: earlier runs on this machine, for the time.
 
     Raises:
-        InputError: a context or batch out of range, or a layout that the target does not keep.
+        InputError: sizes out of range, a profile that the model does not have, or a layout that the target does not keep.
     """
-    gpu = target.sm is not None
-    layout, plugins = (layout, plugins) if gpu else (DENSE, False)
-    gap = layout_gaps(spec, target, plugins=plugins).get(layout, "is not known")
-    if gap:
-        raise InputError(f"{target.name}: layout {layout} {gap}.")
-    rows = _DENSE_ROWS[target.precision] if layout == DENSE else layout
-    weights = {name: weight_bytes_in(spec, name, target.sm) for name in kept_formats(target.sm)}
-    written = next(iter(weights.values()))
-    code = (_ENGINE_WITH_PLUGINS if plugins else _ENGINE) if gpu else _CPU_GRAPH
+    check_profile(profile, spec)
+    check_sizes(batch, chunk)
+    [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
+    sizes = {name: weight_bytes_in(spec, name, target.sm) for name in kept_formats(target.sm)}
+    built_in = package.built_in(target.sm)
+    capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
+    memory, copies, live = _resident(spec, choice, context, batch, chunk)
+    code = (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) if target.sm is not None else _CPU_GRAPH
     return TargetPlan(
         target=target,
-        capacity=target.memory_gib << 30 if target.memory_gib else _machine_memory(),
+        capacity=capacity,
         layout=layout,
-        memory=plan_memory(spec, context=context, batch=batch, layout=rows),
-        copies=2 if gpu and not plugins else 1,
-        # Of a package with weights in float32, whose experts take most.
-        activations=activations(
-            spec, context=context, batch=batch, chunk=chunk, plugins=plugins, weight_item=2 if gpu else 4,
-            room=None if gpu else BLOCK_ROOM,
-        ),
-        weights=weights,
-        bundle=written + code * spec.num_layers,
+        memory=memory,
+        copies=copies,
+        activations=live,
+        plugins=choice.plugins,
+        weights=sizes,
+        built_in=built_in,
+        bundle=sizes[built_in] + code * spec.num_layers,
         build=estimate(
-            list(runs), BUILD, weight_bytes=weight_bytes_in(spec, "float32"), layers=spec.num_layers,
-            backend=target.backend, plugins=plugins,
+            list(runs), BUILD, weight_bytes=weight_bytes_in(spec, package.format), layers=spec.num_layers,
+            backend=target.backend, plugins=choice.plugins, weights=package.weights,
+        ),
+        missing=missing_for(choice),
+        max_context={
+            name: _largest_context(spec, choice, capacity - size, batch, chunk) for name, size in sizes.items()
+        } if max_context else {},
+    )  # fmt: skip
+
+
+def _resident(
+    spec: ModelSpec, choice: Choice, context: int, batch: int, chunk: int
+) -> tuple[MemoryPlan, int, Activations]:
+    """The caches, how many copies of them, and the activations."""
+    gpu = choice.target.sm is not None
+    rows = _DENSE_ROWS[choice.target.precision] if choice.layout == DENSE else choice.layout
+    return (
+        plan_memory(spec, context=context, batch=batch, layout=rows),
+        2 if gpu and not choice.plugins else 1,
+        # Of a package with weights in float32, whose experts take most.
+        activations(
+            spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if gpu else 4,
+            room=None if gpu else BLOCK_ROOM,
         ),
     )  # fmt: skip
 
 
-def graph_bytes(spec: ModelSpec) -> int:
-    """What the graph package takes on disk: every weight in float32."""
-    return weight_bytes_in(spec, "float32") + _GRAPH * spec.num_layers
+def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chunk: int) -> int:
+    """The most tokens per sequence whose caches and activations take no more than ``room`` bytes; 0 if one takes more."""
+    low, high = 0, spec.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        memory, copies, live = _resident(spec, choice, middle, batch, chunk)
+        if memory.total * copies + live.total(reuse=choice.target.sm is not None) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
-def layout_gaps(spec: ModelSpec, target: Target, *, plugins: bool) -> dict[str, str]:
-    """Per row layout why a target's engines do not keep it, "" where they do; asks the rules of injection.
+def graph_bytes(spec: ModelSpec, package: Package = FLOAT32_PACKAGE) -> int:
+    """What the graph package takes on disk; links of ``reference`` take nothing."""
+    held = 0 if package.weights == "reference" else weight_bytes_in(spec, package.format)
+    return held + _GRAPH * spec.num_layers
 
-    Dense rows are always kept: function bodies read them where a plugin does not.
-    """
-    gaps = dict.fromkeys(LAYOUTS, "")
-    for name in gaps:
-        if name == DENSE:
-            continue
-        if target.sm is None or not plugins:
-            gaps[name] = "needs plugins, which alone read packed rows"
-            continue
-        layout = LAYOUTS[name]
-        rows = [row for row in coverage(spec, [target.sm], (HF,)) if row.rows == layout.format_of(row.group)]
-        reasons = [f"{row.operator} {row.gaps[target.sm]}" for row in rows if row.gaps[target.sm]]
-        gaps[name] = f"is not kept ({reasons[0]})" if reasons else ""
-    return gaps
+
+def export_estimate(spec: ModelSpec, runs: Sequence[Run], package: Package = FLOAT32_PACKAGE) -> Estimate | None:
+    """How long an export may take here, or None without a run to tell from."""
+    held = weight_bytes_in(spec, package.format)
+    return estimate(list(runs), EXPORT, weight_bytes=held, layers=spec.num_layers, weights=package.weights)
+
+
+def within_model(spec: ModelSpec, context: int) -> int:
+    """The context, or the largest that the model takes, with a warning."""
+    largest = spec.max_position_embeddings
+    if context > largest:
+        _LOG.warning("this model takes at most %s tokens; planned is that, not %s.", f"{largest:,}", f"{context:,}")
+    return min(context, largest)
 
 
 def plan_targets(
-    spec: ModelSpec, targets: Sequence[Target], *, layout: str | None = None, plugins: bool = True, **sizes: Any
+    spec: ModelSpec,
+    targets: Sequence[Target],
+    *,
+    layout: str | None = None,
+    plugins: bool | None = None,
+    profile: str = HF,
+    **options: Any,
 ) -> list[TargetPlan]:
     """The figures per target and layout: the layout given, or every one that the target keeps.
 
     Raises:
         InputError: as :func:`plan_target`; all targets that refuse are listed.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not known to targets; expected one of {', '.join(LAYOUTS)}.")
+    check_profile(profile, spec)
+    if layout is not None:
+        chosen = [(one.target, [one.layout]) for one in choose(spec, profile, targets, plugins=plugins, layout=layout)]
+    else:
+        chosen = [(target, kept_layouts(spec, profile, target, plugins=plugins)) for target in targets]
+    if unbuilt := [target.name for target, names in chosen if not names]:
+        raise InputError(
+            f"{', '.join(unbuilt)}: no operator of this model has a plugin there. Plan with --plugins off."
+        )
     plans, findings = [], []
-    for target in targets:
-        kept = [name for name, gap in layout_gaps(spec, target, plugins=plugins).items() if not gap]
-        for name in kept if layout is None else [layout]:
+    for target, names in chosen:
+        for name in names:
             try:
-                plans.append(plan_target(spec, target, layout=name, plugins=plugins, **sizes))
+                plans.append(plan_target(spec, target, layout=name, plugins=plugins, profile=profile, **options))
             except InputError as error:
                 findings.append(str(error))
-    findings = list(dict.fromkeys(findings))  # a context out of range is the same for all
+    findings = list(dict.fromkeys(findings))  # a size out of range is the same for all
     if len(findings) == 1:
         raise InputError(findings[0])
     if findings:

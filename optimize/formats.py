@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from foldkv.export.plan import parameter_groups, table_bytes
 from foldkv.export.spec import CSA, ModelSpec
@@ -39,6 +40,7 @@ _WORDS = (
     "carried in int32 words, gathered and decoded (optimize/passes/weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
     "with as many bytes in the plan as in the file; nothing of it is particular to a GPU"
 )
+FLOAT32 = "float32"
 #: From wide to narrow; fp8 and fp4 as released: e4m3 with a scale per 128 x 128 block, which is below a thousandth and left
 #: out; experts e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
 FORMATS = {
@@ -66,8 +68,48 @@ def fp8_gap(sm: int) -> str:
 
 
 def kept_formats(sm: int | None) -> tuple[str, ...]:
-    """The formats that engines for a compute capability keep, from wide to narrow; float32 for None, the cpu."""
-    return ("float32",) if sm is None else tuple(name for name in FORMATS if name != "float32")
+    """The formats that bundles for a compute capability keep, from wide to narrow; None is the cpu, whose bundles keep all."""
+    return tuple(name for name in FORMATS if sm is None or name != FLOAT32)
+
+
+@dataclass(frozen=True)
+class Package:
+    """How a graph package has its weights: ``weights`` as ``foldkv export --weights`` is given it, ``stored`` the format of the
+    checkpoint's experts."""
+
+    weights: str = FLOAT32
+    stored: str = FLOAT32
+
+    @property
+    def format(self) -> str:
+        """The format of the package's own weights."""
+        return FLOAT32 if self.weights == FLOAT32 else self.stored
+
+    def built_in(self, sm: int | None) -> str:
+        """The format in which ``build`` writes a bundle for a compute capability, None for the cpu."""
+        return kept_formats(sm)[0] if self.format == FLOAT32 else self.format
+
+
+_EXPERT_DTYPES = {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "bf16"}
+_CONFIG_DTYPES = {"fp4": "fp4", "fp8": "fp8", "bfloat16": "bf16", "float16": "bf16"}
+
+
+def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = None) -> str:
+    """The format of a checkpoint's experts.
+
+    Args:
+        config: of its config.json.
+        dtypes: by released name that of every tensor, if the weights are there; config.json need not say it.
+    """
+    for name, dtype in (dtypes or {}).items():
+        if ".experts." in name and not name.endswith("scale"):
+            return _EXPERT_DTYPES.get(dtype, FLOAT32)
+    quantised = config.get("quantization_config")
+    names = [config.get("expert_dtype"), config.get("dtype"), config.get("torch_dtype")]
+    if isinstance(quantised, Mapping):
+        # The first release of V4-Flash names fp8 alone, and has its experts in fp4.
+        names[1:1] = [quantised.get("expert_dtype"), "fp4" if quantised.get("quant_method") == "fp8" else None]
+    return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
 
 
 def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How long exports and builds took on this machine, and what that says of another model. Standard library only.
+"""How long exports and builds took on this machine, and what that says of another model.
 
 One JSON line per run in ``history.jsonl`` of FOLDKV_CACHE (or ~/.cache/foldkv), written as well as can be: a run never
 fails or waits for it. Estimates are marked as such wherever they are shown.
@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,13 @@ _COMPARABLE = 64  # weights that many times larger or smaller say nothing: the b
 
 @dataclass(frozen=True)
 class Run:
-    """One stage that was done: "export" or "build", the backend of a build, whether with plugins, the float32 weights in
-    bytes, the layers, and how long it took in seconds."""
+    """One stage that was done: "export" or "build", the backend of a build, whether with plugins, how the package has its
+    weights (``foldkv export --weights``), their bytes with those of linked files, the layers, and how long it took in seconds."""
 
     stage: str
     backend: str
     plugins: bool
+    weights: str
     weight_bytes: int
     layers: int
     seconds: float
@@ -77,12 +78,21 @@ def record_builds(graph: Path, results: Iterable[TargetResult]) -> None:
 def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float) -> None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         manifest = json.loads((graph / MANIFEST).read_text())
-        weights = max(facts["bytes"] for facts in manifest["files"].values())  # the file of the weights
-        run = Run(stage, backend, plugins, weights, len(manifest["model"]["layer_types"]), round(seconds, 3))
+        layers = len(manifest["model"]["layer_types"])
+        run = Run(stage, backend, plugins, manifest["weights"], weight_bytes(manifest), layers, round(seconds, 3))
         path = history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:  # one short write: lines of two processes do not mix
             file.write(json.dumps({"when": int(time.time()), **asdict(run)}) + "\n")
+
+
+def weight_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of the weights of a graph package, in its own files and in those that it links."""
+    from foldkv.export.graph import WEIGHTS
+    from foldkv.export.weights import FOLDER
+
+    files = {**manifest["files"], **manifest.get("linked", {})}
+    return sum(facts["bytes"] for name, facts in files.items() if name == WEIGHTS or name.startswith(f"{FOLDER}/"))
 
 
 def read_runs() -> list[Run]:
@@ -105,7 +115,14 @@ def _run(line: str) -> Run | None:
 
 
 def estimate(
-    runs: list[Run], stage: str, *, weight_bytes: int, layers: int, backend: str = "", plugins: bool = False
+    runs: list[Run],
+    stage: str,
+    *,
+    weight_bytes: int,
+    layers: int,
+    backend: str = "",
+    plugins: bool = False,
+    weights: str = "float32",
 ) -> Estimate | None:
     """How long a stage may take, from the runs of that kind whose weights are nearest; None without a comparable run.
 
@@ -115,7 +132,7 @@ def estimate(
     alike = [
         run
         for run in runs
-        if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)
+        if (run.stage, run.backend, run.plugins, run.weights) == (stage, backend, plugins, weights)
         and 1 / _COMPARABLE <= run.weight_bytes / weight_bytes <= _COMPARABLE
     ]
     if not alike:

@@ -7,6 +7,7 @@ from typing import Any
 
 from foldkv.artifact import sha256_json
 from foldkv.errors import InputError
+from foldkv.export.plan import check_sizes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Shapes:
                 raise InputError(
                     f"shapes.{name} is {list(sizes)}; expected smallest <= typical <= largest, each at least 1."
                 )
+        check_sizes(self.batch[2], self.chunk[2])
         if self.chunk[2] > self.context[0]:
             raise InputError(
                 f"the largest chunk is {self.chunk[2]} and the smallest context {self.context[0]}; a chunk must fit into the context."

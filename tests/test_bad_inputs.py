@@ -188,7 +188,7 @@ row(
 row("build: no target", lambda w: ["build", str(w.graph), "-o", w.out], 2, "--target")
 row(
     "build: packed rows without plugins",
-    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "a100", "--layout", "fp8"],
+    lambda w: ["build", str(w.graph), "-o", w.out, "--target", "a100", "--plugins", "off", "--layout", "fp8"],
     2,
     "--plugins on",
 )
@@ -209,10 +209,10 @@ row(
     "inject: rows that no kernel reads",
     lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "a100", "--layout", "nvfp4+fp4"],
     2,
-    "foldkv targets --coverage",
+    "is kept by no target",
 )
 row("targets: coverage of nothing", lambda w: ["targets", "--coverage", "nowhere"], 2, "nowhere")
-row("inject: no GPU", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "cpu"], 2, "no GPU")
+row("inject: no GPU", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "cpu"], 2, "is not a GPU")
 row("inject: unknown target", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "rtx509"], 2, "rtx5090")
 
 
@@ -239,8 +239,8 @@ row("bundle: flipped bit", bundle(flip("weights.bin")), 2, "changed after it was
 row("bundle: unlisted file", bundle(lambda f: (f / "extra").write_text("x")), 2, "extra")
 row("generate: empty text", generate(text=""), 2, "empty")
 row("generate: no tokens wanted", generate("-n", "0"), 2, "-n")
-row("generate: context is text", generate("--context", "long"), 2, "no number of tokens")
-row("generate: context of 0", generate("--context", "0"), 2, "no number of tokens")
+row("generate: context is text", generate("--context", "long"), 2, "is not a number of tokens")
+row("generate: context of 0", generate("--context", "0"), 2, "is not a number of tokens")
 row("generate: context too small", generate("--context", "8", "-n", "32"), 2, "context of 8")
 row("generate: context beyond the model", generate("--context", "4M"), 2, "1048576")
 row("generate: temperature", generate("--temperature", "-1"), 2, "temperature")
@@ -311,7 +311,9 @@ row("pipeline: no checkpoint", pipeline(HEAD.replace("CHECKPOINT", "none")), 2, 
 # Plans and places
 
 row("plan: unknown layout", lambda w: ["plan", str(w.checkpoint), "--layout", "fp3"], 2, "fp3")
-row("plan: context of nothing", lambda w: ["plan", str(w.checkpoint), "--context", "-4"], 2, "no number of tokens")
+row(
+    "plan: context of nothing", lambda w: ["plan", str(w.checkpoint), "--context", "-4"], 2, "is not a number of tokens"
+)
 row("plan: unknown target", lambda w: ["plan", str(w.checkpoint), "--target", "h10"], 2, "did you mean 'h100'")
 row(
     "plan: layout of no target",

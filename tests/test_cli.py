@@ -78,7 +78,8 @@ def test_plan_with_targets_says_the_same_as_table_and_as_json() -> None:
     line = next(line for line in text.splitlines() if line.startswith("rtx4090"))
     over, gpus = ada["over"]["fp8"], ada["gpus"]["fp8"]
     assert f"{over / 2**30:.2f} GiB over, {gpus} GPUs" in line and "not kept" not in line
-    assert text.count("no comparable runs yet") == 3 and "estimates" in text and "share the weights" in text
+    assert text.count("no comparable runs yet") == 2 and "estimates" in text and "share the weights" in text
+    assert "not on this machine" in next(line for line in text.splitlines() if line.startswith("build b200"))
 
 
 def test_plan_estimates_times_from_the_runs_of_this_machine(
@@ -139,9 +140,9 @@ def test_generate_with_a_seed_is_repeatable_and_stops(tiny_bundle: Path) -> None
 def test_packed_rows_need_plugins_and_a_known_layout(tiny_graph: Path, tmp_path: Path) -> None:
     build = ["build", str(tiny_graph), "-o", str(tmp_path / "out"), "--target", "a100"]
     for options, message in (
-        (["--layout", "fp8"], "Build with --plugins on"),
-        (["--layout", "fp9", "--plugins", "on"], "expected one of dense, fp8, fp8+fp4"),
-        (["--layout", "nvfp4+fp4", "--plugins", "on"], "does not read rows in nvfp4"),
+        (["--layout", "fp8", "--plugins", "off"], "Build with --plugins on"),
+        (["--layout", "fp9"], "expected one of dense, fp8, fp8+fp4"),
+        (["--layout", "nvfp4+fp4"], "is kept by no target; expected one of dense, fp8, fp8+fp4."),
     ):
         result = CliRunner().invoke(main, [*build, *options])
         assert result.exit_code == 2 and message in result.output, result.output
@@ -158,3 +159,42 @@ def test_a_key_that_nobody_knows_is_refused_or_allowed_by_name(tiny_checkpoint: 
         allowed = [command[0], "--allow-unknown-key", "my_router", *command[1:], str(tmp_path), "--json"]
         result = CliRunner().invoke(main, allowed)
         assert result.exit_code == 0 and json.loads(result.stdout), result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunk", "64"], "--chunk changes nothing without --target"),
+        (["--plugins", "on", "--max-context"], "--plugins, --max-context changes nothing without --target"),
+        (["--profile", "served"], "--profile changes nothing without --target"),
+        (["--weights", "repack"], "--weights changes nothing without --target"),
+        (["--batch", "1000000000000"], "batch is 1,000,000,000,000; expected 1 to 65,535"),
+        (["--target", "cpu", "--batch", "1000000000000"], "expected 1 to 65,535"),
+        (["--target", "cpu", "--context", "1k", "--chunk", "2k"], "more than the context of 1,024 tokens"),
+        (["--target", "cpu", "--layout", "fp8+fp4"], "Export with --profile served"),
+    ],
+)
+def test_plan_refuses_what_changes_nothing_or_cannot_be(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["plan", str(FLASH), *options])
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_plan_says_what_it_clamps_and_offers_what_targets_keep() -> None:
+    facts = json.loads(run("plan", FLASH, "--context", "2M", "--json").stdout)
+    assert (facts["context"], facts["context_asked"]) == (1 << 20, 2 << 20)
+    assert [plan["layout"] for plan in facts["plans"]] == ["float32", "bf16", "fp8", "fp8+fp4"]
+    assert "context_asked" not in json.loads(run("plan", FLASH, "--json").stdout)
+    assert "No target keeps nvfp4+fp4" in run("plan", FLASH, "--layout", "nvfp4+fp4").stdout
+
+
+def test_plan_marks_what_build_writes_and_finds_the_largest_context(tiny_checkpoint: Path) -> None:
+    question = ("plan", FLASH, "--target", "b300", "--target", "h100", "--max-context", "--weights", "reference")
+    text = run(*question).stdout
+    assert "fits *" in next(line for line in text.splitlines() if line.startswith("b300"))
+    assert "1,048,576" in text.partition("largest context that fits")[2] and "not on this machine" in text
+    facts = json.loads(run(*question, "--json").stdout)
+    assert facts["stored"] == "fp4" and facts["targets"][0]["max_context"]["fp4"] == 1 << 20
+    assert facts["graph"] < 10_000_000 and not any(row["builds_here"] for row in facts["targets"])
+    # With the weights there, their headers say how they are stored.
+    tiny = json.loads(run("plan", tiny_checkpoint, "--target", "cpu", "--weights", "repack", "--json").stdout)
+    assert tiny["stored"] == "bf16" == tiny["targets"][0]["built_in"]  # config.json says float32

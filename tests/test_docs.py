@@ -8,13 +8,16 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pages import blocks, script
+from pydantic import BaseModel
 
 from foldkv.artifact import read_manifest
+from foldkv.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "tiny-v4" / "README.md"]
@@ -31,6 +34,24 @@ def generate() -> Any:
 
 def test_the_reference_of_commands_is_current(generate: Any) -> None:
     assert (ROOT / "docs" / "cli.md").read_text() == generate.reference(), "run `make docs`"
+
+
+def test_the_sample_pipeline_can_be_loaded_and_shows_every_key_with_its_default(generate: Any, tmp_path: Path) -> None:
+    sample = re.search(r"```toml\n(.*?)```", generate.PIPELINE, re.DOTALL)
+    assert sample
+    (tmp_path / "pipeline.toml").write_text(sample[1])
+    config = load_config(tmp_path / "pipeline.toml")
+
+    def check(model: Any, table: dict[str, Any], changed: set[str]) -> None:
+        fields = {field.alias or name: (name, field) for name, field in type(model).model_fields.items()}
+        assert table.keys() == fields.keys()
+        for key, (name, field) in fields.items():
+            if isinstance(table[key], dict) and isinstance(getattr(model, name), BaseModel):
+                check(getattr(model, name), table[key], changed)
+            elif key not in changed and not field.is_required():
+                assert getattr(model, name) == field.get_default(call_default_factory=True), key
+
+    check(config, tomllib.loads(sample[1]), {"jobs", "text", "contexts", "gates", "targets"})
 
 
 def test_tables_are_what_the_results_say(generate: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,12 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from foldkv.artifact import read_manifest, verify_files
+from foldkv.cli import main
 from foldkv.config import load_config
-from foldkv.pipeline import run_pipeline
+from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
+from foldkv.optimize.build import TargetResult
+from foldkv.optimize.history import record_builds, record_export
+from foldkv.pipeline import STAGES, preview, run_pipeline
 
 PIPELINE = """
 version = 1
@@ -114,7 +121,7 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
 
 def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(pipeline: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
-    pipeline.write_text(PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]'))
+    pipeline.write_text(PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"'))
     out = pipeline.parent / "out"
     command = [sys.executable, "-m", "foldkv", "run", str(pipeline)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
@@ -138,10 +145,243 @@ def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_
     assert not [path for path in out.rglob("*") if ".foldkv-" in path.name]
 
 
-def test_a_target_that_fails_does_not_stop_the_others(pipeline: Path) -> None:
-    pipeline.write_text(PIPELINE.replace('["cpu"]', '["h100", "cpu"]'))
-    result = run_pipeline(load_config(pipeline))
-    status = {bundle.target: bundle.status for bundle in result.bundles}
-    assert status == {"h100": "failed", "cpu": "built"}
-    assert result.exit_code == 3 and result.passed
-    assert whole(pipeline.parent / "out", "report")
+def refused(pipeline: Path, text: str, error: type[FoldkvError], finding: str) -> None:
+    """The run and its preview are refused alike, before anything is written."""
+    pipeline.write_text(text)
+    for go in (run_pipeline, preview):
+        with pytest.raises(error, match=finding) as caught:
+            go(load_config(pipeline))
+        assert caught.value.exit_code == (3 if error is MissingDependencyError else 2)
+    assert not (pipeline.parent / "out").exists()
+
+
+def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline: Path) -> None:
+    refused(pipeline, PIPELINE.replace('["cpu"]', '["h100", "cpu"]'), MissingDependencyError, "h100.*TensorRT 11")
+    three = PIPELINE.replace('["cpu"]', '["h100", "cpu", "b300"]')
+    refused(pipeline, three, MissingDependencyError, r"(?s)2 found.*h100: .*b300: ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "finding"),
+    [
+        ('["cpu"]', '["a1000"]', "unknown target 'a1000'"),
+        ('["cpu"]', '["rtx4090"]', "validate.target is 'cpu', which build.targets does not list"),
+        ("[validate]", '[validate]\ntarget = "h100"', "'h100', which build.targets does not list"),
+        ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes 1048576"),
+        ("[validate]", "[validate]\ncontexts = [64]", "64"),
+        ("[validate]", "[validate]\ngates = { kl-maen = 1 }", "unknown gate 'kl-maen', did you mean 'kl-mean'"),
+        ("[validate]", "[validate]\ngates = { long-context = 0 }", "none of those is measured"),
+        ("[validate]", '[validate]\ntext = "none.txt"', "none.txt cannot be read"),
+        ("[build]", '[build]\nlayout = "fp8"', "cpu: layout fp8 is not kept"),
+        ("[build]", '[build]\nshapes = { batch = [1, 1, 1000000] }', "batch is 1,000,000; expected 1 to 65,535"),
+        ('output = "out"', 'output = "pipeline.toml/out"', "cannot write to"),
+        ('output = "out"', 'output = "/proc/out"', "cannot write to"),
+    ],
+)  # fmt: skip
+def test_what_cannot_succeed_is_refused_before_the_first_stage(
+    pipeline: Path, old: str, new: str, finding: str
+) -> None:
+    refused(pipeline, PIPELINE.replace(old, new, 1), InputError, finding)
+
+
+def test_a_gpu_cannot_be_validated(pipeline: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
+    text = PIPELINE.replace('["cpu"]', '["cpu", "a100"]').replace("[validate]", '[validate]\ntarget = "a100"')
+    refused(pipeline, text, InputError, "Only the bundle of the cpu target can be validated")
+
+
+def test_what_later_stages_need_is_looked_for_first(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    refused(pipeline, PIPELINE, MissingDependencyError, r"transformers.*pip install 'foldkv\[export\]'")
+    monkeypatch.undo()
+    (pipeline.parent / "checkpoint" / "tokenizer.json").unlink()
+    refused(pipeline, PIPELINE, InputError, "has no tokenizer.json, which validate needs")
+
+
+def test_a_folder_of_someone_else_is_refused_before_the_first_stage(pipeline: Path) -> None:
+    mine = pipeline.parent / "out" / "report" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(InputError, match=r"report is not empty and holds no foldkv\.report"):
+        run_pipeline(load_config(pipeline))
+    assert [path for path in (pipeline.parent / "out").rglob("*") if path.is_file()] == [mine]
+
+
+def test_token_counts_are_read_as_the_command_line_reads_them(pipeline: Path) -> None:
+    pipeline.write_text(
+        PIPELINE.replace("[64]", '["1k", 64]')
+        + 'contexts = ["64k", 4096]\n[build.shapes]\ncontext = [256, "4k", "1M"]\nchunk = [1, 1, "256"]\n'
+    )
+    config = load_config(pipeline)
+    assert config.validation.contexts == [1 << 16, 4096] and config.validation.distances == [1024, 64]
+    assert config.build.shapes.context == [256, 4096, 1 << 20] and config.build.shapes.chunk == [1, 1, 256]
+    for bad in ('"64kb"', '"k"', "0", "-4", "1.5", "true", '""', '"\u0664"'):
+        pipeline.write_text(PIPELINE + f"contexts = [{bad}]\n")
+        with pytest.raises(InputError, match=r"validate\.contexts\.0: .* is not a number of tokens; expected"):
+            load_config(pipeline)
+
+
+# What a run would do, and why. One set of artifacts serves all questions: a preview writes nothing.
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "checkpoint").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copyfile(tiny_checkpoint / name, folder / "checkpoint" / name)
+    (folder / "pipeline.toml").write_text(PIPELINE)
+    assert run_pipeline(load_config(folder / "pipeline.toml")).passed
+    return folder
+
+
+def reasons(folder: Path, text: str = PIPELINE, **options: Any) -> dict[str, str]:
+    """Stage -> why it would run; a preview leaves every file as it is, and adds none."""
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
+
+    (folder / "pipeline.toml").write_text(text)
+    before = files()
+    steps = preview(load_config(folder / "pipeline.toml"), **options)
+    assert files() == before
+    return {step.stage: step.reason for step in steps}
+
+
+MADE_ANEW = {"build": "the graph package is made anew", "validate": "the bundle is made anew"}
+
+
+def test_a_first_run_is_previewed_with_estimates(pipeline: Path, tiny_graph: Path, tiny_bundle: Path) -> None:
+    record_export(tiny_graph, 3.0)
+    record_builds(tiny_graph, [TargetResult("cpu", "built", tiny_bundle, 5.0)])
+    steps = preview(load_config(pipeline))
+    assert [(step.stage, step.target, bool(step.reason)) for step in steps] == [
+        ("export", "", True), ("build", "cpu", True), ("validate", "", True)
+    ]  # fmt: skip
+    assert "does not exist" in steps[0].reason and not (pipeline.parent / "out").exists()
+    for step, folder in zip(steps, (tiny_graph, tiny_bundle), strict=False):
+        files = read_manifest(folder, kind=f"foldkv.{'graph' if step.stage == 'export' else 'bundle'}")["files"]
+        assert step.bytes == pytest.approx(sum(facts["bytes"] for facts in files.values()), rel=0.02)
+        assert step.seconds and step.seconds.low > 0 and step.to_dict()["seconds"]["estimate"]
+
+
+def test_nothing_would_be_done_twice_unless_forced(finished: Path) -> None:
+    assert reasons(finished) == {"export": "", "build": "", "validate": ""}
+    assert set(reasons(finished, force=True).values()) == {"--force", "the bundle is made anew"}
+    assert reasons(finished, force=True, only="validate") == {"validate": "--force"}
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "reason"),
+    [
+        ('profile = "served"', "export", "export.profile was hf, is served"),
+        ('weights = "repack"', "export", "export.weights was float32, is repack"),
+    ],
+)
+def test_a_changed_setting_of_export_is_the_reason(finished: Path, change: str, stage: str, reason: str) -> None:
+    found = reasons(finished, PIPELINE + f"[export]\n{change}\n")
+    assert found == MADE_ANEW | {stage: reason}
+
+
+def test_changed_settings_of_build_and_validate_are_the_reasons(finished: Path) -> None:
+    shapes = PIPELINE + "[build.shapes]\nbatch = [1, 2, 8]\n"
+    found = reasons(finished, shapes)
+    assert found["export"] == "" and found["build"] == "shapes.batch was [1, 1, 4], is [1, 2, 8]"
+    found = reasons(finished, PIPELINE + "gates = { kl-mean = 1e-5 }\nseed = 3\n")
+    assert found["build"] == "" and "validate.seed was 0, is 3" in found["validate"]
+    assert "validate.gates.kl-mean was the default, is 1e-05" in found["validate"]
+
+
+def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
+    folder = finished / "checkpoint"
+    cases: list[tuple[str, Any, str]] = [
+        ("config.json", lambda b: json.dumps(json.loads(b) | {"routed_scaling_factor": 1.25}).encode(), "config.json: routed_scaling_factor"),
+        ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "changed (its files)"),
+        ("tokenizer.json", lambda b: b + b" ", "tokenizer.json changed"),
+        ("generation_config.json", lambda _: b'{"eos_token_id": [7]}', "special tokens"),
+    ]  # fmt: skip
+    for name, change, reason in cases:
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(change(before or b""))
+        found = reasons(finished)
+        assert reason in found["export"], name
+        assert found | {"export": ""} == MADE_ANEW | {"export": ""}
+        if before is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(before)
+    assert set(reasons(finished).values()) == {""}
+
+
+def test_another_foldkv_or_tool_is_the_reason(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foldkv.__version__", "9.9")
+    found = reasons(finished)
+    assert found["export"] == "it was made by foldkv 0.1.0; this is 9.9"
+    monkeypatch.undo()
+    monkeypatch.setattr("foldkv.export.graph.tool_versions", lambda: {"torch": "9.9"})
+    assert reasons(finished)["export"].endswith(", is 9.9") and "torch was" in reasons(finished)["export"]
+    monkeypatch.undo()
+    monkeypatch.setattr("foldkv.optimize.engine.cpu_version", lambda: "9.9")
+    found = reasons(finished)
+    assert found["export"] == "" and "backend_version was" in found["build"]
+
+
+def test_a_damaged_artifact_is_the_reason_and_the_stage_before_it_is_left(finished: Path) -> None:
+    out = finished / "out"
+    for name, stage in (("graph", "export"), ("bundles/cpu", "build"), ("report", "validate")):
+        file = next(path for path in sorted((out / name).iterdir()) if path.name != "manifest.json")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = reasons(finished)
+        file.write_bytes(content)
+        assert found[stage].startswith("damaged: ") and file.name in found[stage]
+        order = list(found)
+        assert not any(found[earlier] for earlier in order[: order.index(stage)])
+        assert all(found.values()) == (stage == "export")
+
+
+def test_only_a_stage_runs_and_what_it_reads_must_be_current(finished: Path) -> None:
+    assert reasons(finished, only="build") == {"build": ""}
+    served = PIPELINE + '[export]\nprofile = "served"\n'
+    for only in ("build", "validate"):
+        for go in (run_pipeline, preview):
+            (finished / "pipeline.toml").write_text(served)
+            with pytest.raises(ArtifactError, match=r"graph, which is not current: export\.profile was hf, is served"):
+                go(load_config(finished / "pipeline.toml"), only=only)
+    (finished / "pipeline.toml").write_text(PIPELINE + "[build.shapes]\nbatch = [1, 2, 8]\n")
+    with pytest.raises(ArtifactError, match=r"cpu, which is not current: shapes\.batch .* --only build first"):
+        run_pipeline(load_config(finished / "pipeline.toml"), only="validate")
+    (finished / "pipeline.toml").write_text(PIPELINE)
+    for only in STAGES:
+        result = run_pipeline(load_config(finished / "pipeline.toml"), only=only)
+        assert result.stages[only]["skipped"] and list(result.stages) == [only] and result.exit_code == 0
+    with pytest.raises(InputError, match=r"validate\.enabled is false"):
+        (finished / "pipeline.toml").write_text(PIPELINE + "enabled = false\n")
+        run_pipeline(load_config(finished / "pipeline.toml"), only="validate")
+
+
+def test_only_a_stage_of_nothing_says_what_is_missing(pipeline: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"graph does not exist.*Run without --only, or --only export first"):
+        run_pipeline(load_config(pipeline), only="build")
+
+
+def test_the_command_shows_what_would_be_done(finished: Path) -> None:
+    path = finished / "pipeline.toml"
+    path.write_text(PIPELINE + "[build.shapes]\nbatch = [1, 2, 8]\n")
+    result = CliRunner().invoke(main, ["run", str(path), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    rows = {line.split("  ")[0]: line for line in result.output.splitlines()}
+    assert "unchanged" in rows["export"] and "shapes.batch was [1, 1, 4], is [1, 2, 8]" in rows["build cpu"]
+    assert "the bundle is made anew" in rows["validate"] and "free there: " in result.output
+    facts = json.loads(CliRunner().invoke(main, ["run", str(path), "--dry-run", "--json"]).stdout)
+    assert [step["runs"] for step in facts["steps"]] == [False, True, True]
+    assert facts["bytes"] == facts["steps"][1]["bytes"] < facts["free_bytes"]
+
+
+def test_force_runs_a_stage_that_is_unchanged(finished: Path) -> None:
+    (finished / "pipeline.toml").write_text(PIPELINE)
+    before = (finished / "out" / "bundles" / "cpu" / "manifest.json").stat().st_mtime_ns
+    result = run_pipeline(load_config(finished / "pipeline.toml"), only="build", force=True)
+    assert not result.stages["build"]["skipped"]
+    assert (finished / "out" / "bundles" / "cpu" / "manifest.json").stat().st_mtime_ns > before

@@ -19,7 +19,7 @@ from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.profiles import PROFILES, SERVED
 from foldkv.export.spec import CSA
-from foldkv.runtime.bundle import Bundle, load_bundle
+from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.cases import RetrievalCase, load_text, retrieval_cases, text_windows
 from foldkv.validation.gates import LONG_CONTEXT, Verdict, judge, resolve_gates
@@ -119,7 +119,8 @@ def validate(
     if loaded.profile not in PROFILES:
         raise ArtifactError(f"{bundle} has the profile {loaded.profile!r}; this version knows {', '.join(PROFILES)}.")
     chosen = resolve_gates(gates or {}, loaded.profile)
-    _check_contexts(plan, loaded, gates or {})
+    longest = loaded.largest("context") or loaded.model.max_position_embeddings
+    check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
     manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
     made = manifest["inputs"]["checkpoint"]
     allowed = (*made.get("allowed_unknown_keys", ()), *allow_unknown_keys)
@@ -164,14 +165,16 @@ def validate(
     return result
 
 
-def _check_contexts(plan: Plan, bundle: Bundle, gates: Mapping[str, float]) -> None:
-    longest = min(
-        bundle.model.max_position_embeddings, bundle.largest("context") or bundle.model.max_position_embeddings
-    )
+def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:
+    """Check the long contexts of a plan before anything is loaded; ``what`` takes ``longest`` tokens at most.
+
+    Raises:
+        InputError: a context is too short or too long, or the gate of long contexts has none that the reference reads.
+    """
     for context in plan.contexts:
         planted_stream(context, seed=plan.seed)
         if context > longest:
-            raise InputError(f"a context of {context} tokens was asked for; {bundle.folder} takes {longest} at most.")
+            raise InputError(f"a context of {context} tokens was asked for; {what} takes {longest} at most.")
     if LONG_CONTEXT in gates and not any(context <= REFERENCE_CONTEXT for context in plan.contexts):
         raise InputError(
             f"gate {LONG_CONTEXT} compares with the reference, which reads contexts of up to {REFERENCE_CONTEXT} tokens; none "

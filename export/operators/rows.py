@@ -1,8 +1,9 @@
 """What a packed row of the caches means: values to bytes and back, in torch. See export/layouts.py for the formats.
 
 Scales are the smallest power of two that brings a tile's largest magnitude into the format's range (at most 448 for
-e4m3, 6 for e2m1), with magnitudes below 1e-4 counted as that (the released model's ``act_quant``). Values are rounded
-to nearest even.
+e4m3, 6 for e2m1), with magnitudes below 1e-4 counted as that. Values are rounded to nearest even. For e4m3 this floor is
+that of the released model's ``act_quant``. For e2m1 it is that of DeepGEMM's ``per_token_cast_to_fp4``; the released
+``fp4_act_quant`` has its floor at 6 * 2**-126, so that a tile whose largest magnitude is below 1e-4 differs there.
 """
 
 from __future__ import annotations

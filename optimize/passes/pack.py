@@ -14,37 +14,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from foldkv.errors import InputError
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
 from foldkv.export.operators.attention import FoldkvSparseAttentionFp8
 from foldkv.export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
 from foldkv.export.operators.compress_online import FoldkvCompressOnlinePackedFp8
 from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
 from foldkv.export.operators.registry import DOMAIN
-from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
 from foldkv.optimize.passes.blocks import attach
 
-#: The layouts of packed rows that a served graph computes the values of.
-PACKED = tuple(name for name, layout in LAYOUTS.items() if (layout.rows, layout.index_rows) == (FP8_DS_MLA, INDEX_FP4))
 _ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")
 _BODIES = (
     FoldkvCompressPackedFp8, FoldkvCompressPackedFp4, FoldkvCompressOnlinePackedFp8, FoldkvSparseAttentionFp8, FoldkvPackFp8, FoldkvUnpackFp8, FoldkvUnpackFp4,
 )  # fmt: skip
-
-
-def check_layout(layout: str, profile: str) -> None:
-    """Check that a graph of that profile can keep its state so without plugins.
-
-    Raises:
-        InputError: it cannot; the message says what can.
-    """
-    if layout != DENSE and (profile != SERVED or layout not in PACKED):
-        raise InputError(
-            f"layout {layout} cannot be read without plugins from a graph of the profile {profile}: function bodies keep "
-            f"dense rows, or {', '.join(PACKED)} in a graph of the profile {SERVED}, whose rows have those values. "
-            "Export with --profile served, or build with --plugins on for a GPU."
-        )
 
 
 def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> list[StateTensor]:
@@ -53,7 +35,7 @@ def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotar
     Args:
         model: as ``foldkv export --profile served`` wrote it.
         state: its state tensors, in order.
-        layout: name of a layout in :data:`PACKED`.
+        layout: a layout of packed rows that a served graph keeps (optimize/choices.py).
         rotary: channels of a main row that RoPE turns.
     """
     packed = [_packed(tensor, layout, rotary) for tensor in state]

@@ -25,7 +25,10 @@ from foldkv.export.repack import repack
 from foldkv.export.state import state_tensors
 from foldkv.export.weights import Packed, referenced, repacked
 from foldkv.optimize.build import build_bundles
-from foldkv.pipeline import is_export_of
+from foldkv.optimize.fit import plan_target
+from foldkv.optimize.formats import Package, stored_format
+from foldkv.optimize.targets import load_targets
+from foldkv.pipeline import export_changes
 from foldkv.plugins.inject import inject
 from foldkv.runtime.session import Session
 
@@ -220,7 +223,7 @@ def test_a_graph_whose_weights_lie_elsewhere_is_refused(graphs: dict[str, Path],
     write_manifest(graph, kind=KIND, content=kept)  # as whoever changed the graph would
     with pytest.raises(ArtifactError, match=r"which the manifest does not list; it is refused"):
         inject(graph, tmp_path / "out", target="a100", sm=80, dtype="bfloat16")
-    [result] = build_bundles(graph, tmp_path / "bundles", ["a100"]).results
+    [result] = build_bundles(graph, tmp_path / "bundles", ["a100"], plugins=False).results
     assert result.status == "failed" and "does not list" in result.reason
 
 
@@ -230,6 +233,13 @@ def test_a_cpu_bundle_is_made_of_files_that_are_linked(
 ) -> None:
     [result] = build_bundles(graphs["reference"], tmp_path, ["cpu"]).results
     assert result.status == "built", result.reason
+    # Weights stay as they are stored, which is what plan says of the disk.
+    source = Checkpoint(checkpoint)
+    package = Package("reference", stored_format(source.config, {n: s.dtype for n, s in source.headers.items()}))
+    assert package.stored == "fp4"
+    planned = plan_target(source.spec, load_targets()["cpu"], context=64, package=package)
+    held = (result.folder / "weights.bin").stat().st_size
+    assert held == pytest.approx(planned.weights["fp4"], rel=0.2), (held, planned.weights)
     np.testing.assert_allclose(
         logits(result.folder, checkpoint), logits(graphs["float32"], checkpoint), atol=2e-4, rtol=0
     )
@@ -241,13 +251,15 @@ def test_a_pipeline_exports_again_when_what_it_would_export_has_changed(
 ) -> None:
     graph = graphs["reference"]
     settings = {"version": 1, "checkpoint": str(checkpoint), "output": "out"}
-    for weights, same in (("reference", True), ("repack", False), ("float32", False)):
+    made = read_manifest(graph, kind=KIND)
+    for weights, reason in (("reference", ""), ("repack", "was reference, is repack"), ("float32", "is float32")):
         config = PipelineConfig.model_validate(settings | {"export": {"weights": weights}})
-        assert is_export_of(config, graph, read_manifest(graph, kind=KIND)) == same
+        found = export_changes(config, Checkpoint(checkpoint), graph, made)
+        assert reason in found and bool(reason) == bool(found)
     # Files that were replaced, with the same headers, are other files.
     moved = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     config = PipelineConfig.model_validate(settings | {"checkpoint": str(moved), "export": {"weights": "reference"}})
-    assert not is_export_of(config, graph, read_manifest(graph, kind=KIND))
+    assert "were replaced" in export_changes(config, Checkpoint(moved), graph, made)
 
 
 @linked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 from foldkv.errors import InputError
 from foldkv.export.plan import parameter_count, parameter_groups, plan_memory
 from foldkv.export.spec import ModelSpec
-from foldkv.optimize.fit import TargetPlan, layout_gaps, plan_target, plan_targets
-from foldkv.optimize.formats import FORMATS, fp8_gap, kept_formats, weight_bytes_in
+from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
+from foldkv.optimize.formats import FORMATS, Package, fp8_gap, kept_formats, stored_format, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
 FLASH, PRO = (ModelSpec.from_file(DATA / f"deepseek-v4-{name}.json") for name in ("flash", "pro"))
+FLASH_CONFIG = json.loads((DATA / "deepseek-v4-flash.json").read_text())
 TARGETS = load_targets()
 GPUS = [target for target in TARGETS.values() if target.sm]
 
@@ -28,8 +30,8 @@ def plan(target: Target, **sizes: int) -> TargetPlan:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=str)
 def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
     kept = kept_formats(target.sm)
-    if target.sm is None:
-        assert kept == ("float32",)
+    if target.sm is None:  # a bundle of the cpu keeps weights as its package has them
+        assert kept == ("float32", "bf16", "fp8", "fp4")
         return
     assert kept == ("bf16", "fp8", "fp4")  # the first is what `build` writes of a float32 export
     assert all(FORMATS[name].source for name in kept)
@@ -95,14 +97,6 @@ def test_dense_rows_are_as_wide_as_the_target_computes() -> None:
         assert plan(TARGETS[name]).memory == plan_memory(FLASH, context=1 << 20, layout=rows)
 
 
-def test_layouts_are_those_that_build_takes() -> None:
-    kept = {name: not gap for name, gap in layout_gaps(FLASH, TARGETS["h200"], plugins=True).items()}
-    assert kept == {"dense": True, "fp8": True, "fp8+fp4": True, "nvfp4+fp4": False}
-    for target, plugins in (("h200", False), ("cpu", True)):
-        gaps = layout_gaps(FLASH, TARGETS[target], plugins=plugins)
-        assert [name for name, gap in gaps.items() if not gap] == ["dense"]
-
-
 def test_without_a_layout_every_kept_one_is_planned_and_the_cpu_stays_dense() -> None:
     plans = plan_targets(FLASH, [TARGETS["cpu"], TARGETS["a100"]], context=4096)
     assert [(p.target.name, p.layout) for p in plans] == [
@@ -112,17 +106,70 @@ def test_without_a_layout_every_kept_one_is_planned_and_the_cpu_stays_dense() ->
     assert [(p.target.name, p.layout) for p in plans] == [("cpu", "dense"), ("a100", "fp8")]
 
 
+def test_the_cpu_is_planned_with_the_packed_rows_that_build_gives_it() -> None:
+    plans = plan_targets(FLASH, [TARGETS["cpu"]], profile="served", context=4096)
+    assert [p.layout for p in plans] == ["dense", "fp8+fp4"]
+    assert plans[1].memory == plan_memory(FLASH, context=4096, layout="fp8+fp4")
+    with pytest.raises(InputError, match="cpu: layout fp8 is not kept"):
+        plan_targets(FLASH, [TARGETS["cpu"]], layout="fp8", context=4096)
+
+
+@pytest.mark.parametrize("weights", ["float32", "reference", "repack"])
+def test_the_bundle_is_counted_in_the_format_that_build_writes(weights: str) -> None:
+    package = Package(weights, "fp4")
+    for name, wide in (("cpu", "float32"), ("a100", "bf16"), ("rtx4090", "bf16")):
+        found = plan_target(FLASH, TARGETS[name], context=4096, package=package)
+        assert found.built_in == (wide if weights == "float32" else "fp4")
+        assert found.bundle >= found.weights[found.built_in] > 0.9 * found.bundle
+    held = {"float32": weight_bytes_in(FLASH, "float32"), "reference": 0, "repack": weight_bytes_in(FLASH, "fp4")}
+    assert 0 <= graph_bytes(FLASH, package) - held[weights] < 10_000_000
+
+
+def test_the_format_of_the_experts_is_read_off_headers_or_config() -> None:
+    assert stored_format(FLASH_CONFIG) == "fp4"
+    first = {key: value for key, value in FLASH_CONFIG.items() if key != "expert_dtype"}
+    assert stored_format(first) == "fp4" and stored_format({"torch_dtype": "bfloat16"}) == "bf16"
+    assert stored_format({}) == stored_format({"dtype": "float32"}) == "float32"
+    for dtype, name in (("I8", "fp4"), ("F8_E4M3", "fp8"), ("BF16", "bf16"), ("F32", "float32")):
+        assert stored_format(FLASH_CONFIG, {"layers.0.ffn.experts.0.w1.weight": dtype}) == name
+
+
+@pytest.mark.parametrize(("target", "batch"), [("b300", 1), ("b300", 8), ("rtx4090", 1)])
+def test_the_largest_context_fits_and_one_token_more_does_not(target: str, batch: int) -> None:
+    found = plan_target(FLASH, TARGETS[target], context=4096, batch=batch, chunk=64, max_context=True).max_context
+    for name, context in found.items():
+        if context:
+            assert plan(TARGETS[target], context=context, batch=batch, chunk=64).over(name) == 0
+        if context < FLASH.max_position_embeddings:
+            assert plan(TARGETS[target], context=context + 1, batch=batch, chunk=64).over(name) > 0
+    assert any(found.values()) == (target == "b300")
+
+
+def test_a_context_above_the_models_is_planned_as_the_largest_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert within_model(FLASH, 2 << 20) == 1 << 20 and "at most 1,048,576 tokens" in caplog.text
+    caplog.clear()
+    assert within_model(FLASH, 1 << 20) == 1 << 20 and not caplog.text
+
+
+def test_a_plan_says_what_this_machine_cannot_build() -> None:
+    for name, here in (("cpu", True), ("h100", False)):
+        found = plan(TARGETS[name]).to_dict()
+        assert found["builds_here"] == here == (not found["missing"])
+    assert "TensorRT 11" in plan(TARGETS["h100"]).missing
+
+
 @pytest.mark.parametrize(
     ("arguments", "finding"),
     [
-        ({"layout": "int3"}, "'int3' is not known to targets; expected one of dense, fp8"),
-        (
-            {"layout": "nvfp4+fp4"},
-            "h200: layout nvfp4.fp4 is not kept .*FoldkvWindowUpdate does not read rows in nvfp4",
-        ),
+        ({"layout": "int3"}, "'int3' is not known; expected one of dense, fp8, fp8"),
+        ({"layout": "nvfp4+fp4"}, "'nvfp4.fp4' is kept by no target; expected one of dense, fp8, fp8"),
         ({"layout": "fp8", "plugins": False}, "h200: layout fp8 needs plugins"),
+        ({"layout": "fp8", "profile": "served"}, "h200: layout fp8 is not kept: FoldkvCompressFp4 does not read"),
+        ({"profile": "bf16"}, "profile 'bf16' is not known"),
         ({"context": 2 << 20}, "takes 1 to 1048576 tokens"),
         ({"batch": 0}, "batch is 0"),
+        ({"batch": 10**12}, "batch is 1,000,000,000,000; expected 1 to 65,535"),
+        ({"chunk": 10**6}, "chunk is 1,000,000; expected 1 to 65,535"),
     ],
 )
 def test_a_wrong_question_is_refused_once(arguments: dict[str, object], finding: str) -> None:
@@ -132,5 +179,5 @@ def test_a_wrong_question_is_refused_once(arguments: dict[str, object], finding:
 
 
 def test_the_same_fault_of_several_targets_is_listed_by_target() -> None:
-    with pytest.raises(InputError, match=r"2 found(.|\n)*a100: layout nvfp4(.|\n)*h200: layout nvfp4"):
-        plan_targets(FLASH, [TARGETS["a100"], TARGETS["h200"]], layout="nvfp4+fp4", context=4096)
+    with pytest.raises(InputError, match=r"2 found(.|\n)*a100: layout fp8 needs(.|\n)*h200: layout fp8 needs"):
+        plan_targets(FLASH, [TARGETS["a100"], TARGETS["h200"]], layout="fp8", plugins=False, context=4096)

@@ -16,7 +16,7 @@ from foldkv.export.plan import plan_memory
 from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
 from foldkv.optimize.build import build_bundles
-from foldkv.optimize.passes.pack import check_layout, pack_state
+from foldkv.optimize.passes.pack import pack_state
 from foldkv.runtime.session import Session
 from foldkv.runtime.state import plan_bytes
 
@@ -99,17 +99,12 @@ def test_a_table_is_stored_once_and_no_row_is_decoded_before_it_is_cut_out(serve
         assert kinds <= {"GatherND", "ScatterND", "Shape"}, f"{name} is read whole by {kinds}"
 
 
-@pytest.mark.parametrize(("layout", "profile"), [("fp8+fp4", "hf"), ("fp8", "served"), ("nvfp4+fp4", "served")])
-def test_rows_that_the_graph_does_not_compute_cannot_be_packed(layout: str, profile: str) -> None:
-    with pytest.raises(InputError, match="cannot be read without plugins"):
-        check_layout(layout, profile)
-
-
 def test_packed_rows_without_plugins_are_refused_for_a_gpu_and_for_hf(
     served_graph: Path, tiny_graph: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="needs plugins on a100"):
-        build_bundles(served_graph, tmp_path, ["cpu", "a100"], layout="fp8+fp4")
-    with pytest.raises(InputError, match="Export with --profile served"):
-        build_bundles(tiny_graph, tmp_path, ["cpu"], layout="fp8+fp4")
+    with pytest.raises(InputError, match=r"a100: layout fp8.fp4 needs plugins"):
+        build_bundles(served_graph, tmp_path, ["cpu", "a100"], plugins=False, layout="fp8+fp4")
+    for plugins in (True, False):
+        with pytest.raises(InputError, match="Export with --profile served"):
+            build_bundles(tiny_graph, tmp_path, ["cpu"], plugins=plugins, layout="fp8+fp4")
     assert not any(tmp_path.iterdir())

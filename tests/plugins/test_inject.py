@@ -216,7 +216,7 @@ def test_the_command_prints_counts_and_reasons(tiny_graph: Path, tmp_path: Path)
     assert result.exit_code == 2 and "nvfp4" in result.output
     result = CliRunner().invoke(main, ["inject", str(tiny_graph), "--target", "cpu", "-o", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "no GPU" in result.output
+    assert "is not a GPU" in result.output
 
 
 def test_a_graph_that_was_injected_is_built_for_its_target_only(tiny_graph: Path, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""What a target is built with: plugins or function bodies, and the layout of its cache rows.
+
+``plan``, ``build`` and ``run`` ask here, so that what one of them says the others do. No graph is read and nothing is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foldkv.errors import InputError, MissingDependencyError, listing
+from foldkv.export.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
+from foldkv.export.profiles import SERVED
+from foldkv.export.spec import ModelSpec
+from foldkv.optimize.targets import Target
+from foldkv.plugins.coverage import coverage
+
+#: Whether GPU targets get plugins where nobody says. Only plugins keep packed rows and update caches in place; function bodies
+#: need every cache twice and activations that follow the context. The cpu target has none either way.
+PLUGINS = True
+#: Layouts of packed rows that function bodies read: those whose values a graph of the profile ``served`` computes.
+PACKED = tuple(name for name in BUILT if (LAYOUTS[name].rows, LAYOUTS[name].index_rows) == (FP8_DS_MLA, INDEX_FP4))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the bundle of one target is built."""
+
+    target: Target
+    plugins: bool
+    layout: str
+
+
+def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, plugins: bool) -> str:
+    """Why a target does not keep its caches in a layout; "" where it does. Plugins are asked by the rules of injection.
+
+    Args:
+        spec: the model.
+        profile: of the graph.
+        target: the machine.
+        layout: a name in ``BUILT``.
+        plugins: whether a GPU target gets plugins.
+    """
+    if target.sm is None:
+        if layout == DENSE or (layout in PACKED and profile == SERVED):
+            return ""
+        return (
+            f"layout {layout} is not kept: without plugins rows are dense, or {', '.join(PACKED)} in a graph of the profile "
+            f"{SERVED}, which computes those values. Export with --profile served, or choose the layout dense"
+        )
+    if not plugins:
+        return "" if layout == DENSE else f"layout {layout} needs plugins, which alone read packed rows on a GPU"
+    reasons = _plugin_gaps(spec, profile, target.sm, target.precision, layout)
+    return f"layout {layout} is not kept: {reasons[0]}" if reasons else ""
+
+
+def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout: str) -> list[str]:
+    """What keeps injection from giving the operators on rows of that layout to plugins."""
+    formats = LAYOUTS[layout]
+    asked = [
+        row
+        for row in coverage(spec, [sm], (profile,))
+        if row.rows == (formats.format_of(row.group) or DENSE) and row.dtype in ("", precision)
+    ]
+    gaps = [row for row in asked if row.gaps[sm]]
+    # A function body reads dense rows where an operator has no plugin; an engine with no plugin at all is not built.
+    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else [row for row in gaps if row.rows != DENSE]
+    return [f"{row.operator} {row.gaps[sm]}" for row in stops]
+
+
+def kept_layouts(spec: ModelSpec, profile: str, target: Target, *, plugins: bool | None = None) -> list[str]:
+    """The layouts that a target keeps, dense first; none where no operator of the model has a plugin there."""
+    wanted = PLUGINS if plugins is None else plugins
+    return [name for name in BUILT if not layout_gap(spec, profile, target, name, plugins=wanted)]
+
+
+def choose(
+    spec: ModelSpec,
+    profile: str,
+    targets: Sequence[Target],
+    *,
+    plugins: bool | None = None,
+    layout: str = DENSE,
+) -> list[Choice]:
+    """How the targets of one build are built.
+
+    A packed layout is meant for the GPUs where there are any: the cpu target beside them keeps dense rows if it cannot keep it.
+
+    Args:
+        spec: the model.
+        profile: of the graph.
+        targets: of one call.
+        plugins: whether GPU targets get plugins; None is the default.
+        layout: of cache rows.
+
+    Raises:
+        InputError: an unknown layout, or one that targets do not keep; all are listed.
+    """
+    cache_layout(layout)
+    wanted = PLUGINS if plugins is None else plugins
+    gpus = any(target.sm is not None for target in targets)
+    chosen, findings = [], []
+    for target in targets:
+        gap = layout_gap(spec, profile, target, layout, plugins=wanted)
+        if gap and (target.sm is not None or not gpus):
+            findings.append(f"{target.name}: {gap}")
+        chosen.append(Choice(target, wanted and target.sm is not None, DENSE if gap else layout))
+    if findings:
+        step = (
+            "Choose another layout or other targets; `foldkv targets --coverage CHECKPOINT` shows what plugins read."
+            if wanted
+            else "Build with --plugins on, or choose the layout dense."
+        )
+        raise InputError(
+            f"{findings[0]}. {step}" if len(findings) == 1 else listing("this cannot be built", findings, step)
+        )
+    return chosen
+
+
+def backend_version(target: Target) -> str:
+    """The installed version of the backend that builds for a target.
+
+    Raises:
+        MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
+    """
+    from foldkv.optimize.engine import cpu_version, engine_version
+
+    if target.sm is None:
+        return cpu_version()
+    return engine_version(target.backend, target=target.name, sm=target.sm)
+
+
+def missing_for(choice: Choice) -> str:
+    """Why this machine cannot build a bundle, or "" if it can."""
+    try:
+        backend_version(choice.target)
+        if choice.plugins:
+            from foldkv.plugins.compile import compiler_identity
+
+            compiler_identity()
+    except MissingDependencyError as error:
+        return str(error)
+    return ""
+
+
+def check_here(choices: Sequence[Choice]) -> None:
+    """Check that this machine can build all of them, before any is built.
+
+    Raises:
+        MissingDependencyError: it cannot; every target is named with its reason.
+    """
+    found = {choice.target.name: reason for choice in choices if (reason := missing_for(choice))}
+    if not found:
+        return
+    if len(found) == 1:
+        raise MissingDependencyError(next(iter(found.values())))
+    raise MissingDependencyError(
+        listing(
+            "these targets cannot be built here", [f"{name}: {reason}" for name, reason in found.items()],
+            "Leave them out here, and build them on a machine that has what is missing. Nothing was built.",
+        )
+    )  # fmt: skip

@@ -1,0 +1,37 @@
+"""Numbers as people write them: tokens in powers of 1024, bytes, seconds. Standard library only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TOKENS = {"k": 1 << 10, "m": 1 << 20}
+
+
+def read_tokens(value: Any) -> int:
+    """A number of tokens: 4096, "4096", "64k" or "1M" (powers of 1024). The command line and pipeline files read it so.
+
+    Raises:
+        ValueError: it is something else, or less than 1; the message says what was expected.
+    """
+    text = str(value).strip().lower() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    unit = _TOKENS.get(text[-1:], 1)
+    digits = text[:-1] if unit > 1 else text
+    if not (digits.isascii() and digits.isdigit()) or int(digits) < 1:
+        raise ValueError(f"{value!r} is not a number of tokens; expected for example 4096, 64k or 1M.")
+    return int(digits) * unit
+
+
+def size_text(count: float) -> str:
+    """Bytes in the largest unit that gives 1 or more."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the largest unit that gives 2 or more."""
+    for unit, factor in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
