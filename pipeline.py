@@ -119,6 +119,8 @@ def is_export_of(config: PipelineConfig, graph: Path, manifest: dict[str, Any]) 
     if settings != (foldkv.__version__, graph_spec(config.export.profile), tool_versions(), config.export.weights):
         return False
     checkpoint = Checkpoint(Path(config.checkpoint))
+    if manifest["inputs"]["checkpoint"].get("texts") != checkpoint.texts_digest():
+        return False
     # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
     expected = checkpoint.digest() if config.export.weights == "float32" else checkpoint.identity()
     return bool(manifest["inputs"]["checkpoint"]["sha256"] == expected) and same_files(graph, manifest, checkpoint)

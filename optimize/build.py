@@ -20,10 +20,11 @@ import foldkv
 from foldkv.artifact import read_manifest, sha256_file, staged, verify_files, write_manifest
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, ArtifactError, BuildError, FoldkvError, InputError
 from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.graph import MODEL, TOKENIZER, flat_model
+from foldkv.export.graph import MODEL, flat_model
 from foldkv.export.layouts import DENSE, cache_layout
 from foldkv.export.profiles import SERVED
 from foldkv.export.state import StateTensor
+from foldkv.export.tokenizer import TOKENIZER
 from foldkv.optimize.kernels import Bundled
 from foldkv.optimize.passes.pack import PACKED, check_layout, pack_state
 from foldkv.optimize.plan import named_capability
