@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,16 @@ def test_every_key_of_a_manifest_is_documented(tiny_graph: Path, tiny_bundle: Pa
     text = (ROOT / "docs" / "artifacts.md").read_text()
     keys = {*read_manifest(tiny_graph, kind="foldkv.graph"), *read_manifest(tiny_bundle, kind="foldkv.bundle")}
     assert not {key for key in keys if f"`{key}`" not in text}
+
+
+def test_the_examples_of_sessions_run_as_they_stand(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "cpu").symlink_to(tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "session.md").read_text(), re.DOTALL)
+    assert len(examples) > 4 and all(len(example.splitlines()) <= 11 for example in examples)
+    (tmp_path / "examples.py").write_text("\n".join(examples))
+    names = runpy.run_path("examples.py")
+    assert names["answer"].finish_reason in ("stop", "length") and "stop" in capsys.readouterr().out
