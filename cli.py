@@ -225,49 +225,49 @@ def build_command(
     help="Sample among the likeliest tokens that hold this share.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--stop", multiple=True, help="Stop when this text appears; repeat it.")
+@click.option("--stop", multiple=True, help="End before this text; repeat it.")
+@click.option(
+    "--add-special-tokens/--no-add-special-tokens",
+    default=True,
+    show_default=True,
+    help="Put the tokenizer's special tokens around TEXT, as AutoTokenizer does, or feed it as it is.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator; default: all processors.")
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
-    seed: int, stop: tuple[str, ...], as_json: bool,
+    seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
-    from foldkv.runtime.bundle import load_bundle
-    from foldkv.runtime.sampling import Sampling
-    from foldkv.runtime.session import Session
-    from foldkv.runtime.tokenizer import Tokenizer
+    from foldkv.runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = load_bundle(bundle)
     tokenizer = Tokenizer.from_bundle(loaded)
-    prompt = tokenizer.encode(text)
+    prompt = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if not prompt:
         raise InputError("the text is empty; give at least one character to continue.")
-    with Session(
-        bundle, context=context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
-    ) as session:
-        pieces, tokens, printed = tokenizer.stream(), [], ""
-        for _, token in session.stream(
-            [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=loaded.model.eos_token_ids
+    room = context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
+    with Session(bundle, context=room, threads=threads) as session:
+        pieces = []
+        for piece in stream_text(
+            session, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         ):
-            tokens.append(token)
-            piece = pieces.push(token)
-            printed += piece
+            pieces.append(piece)
             if not as_json:
-                click.echo(piece, nl=False)
-            if any(mark in printed for mark in stop):
-                break
-        rest = pieces.finish()
-        if as_json:
-            facts = {
-                "prompt_tokens": len(prompt),
-                "tokens": tokens,
-                "text": printed + rest,
-                "state_bytes": session.state_bytes,
-            }
-            click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        else:
-            click.echo(rest)
+                click.echo(piece.text, nl=False)
+        if not as_json:
+            click.echo()
+            return
+        facts = {
+            "prompt_tokens": len(prompt),
+            "tokens": [token for piece in pieces for token in piece.token_ids],
+            "text": "".join(piece.text for piece in pieces),
+            "finish_reason": pieces[-1].finish_reason,
+            "stop_reason": pieces[-1].stop_reason,
+            "state_bytes": session.state_bytes,
+        }
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
 @main.command("validate")

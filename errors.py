@@ -67,3 +67,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def short(value: object, most: int = 60) -> str:
+    """``repr`` of a value for a message, cut after ``most`` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -204,7 +204,7 @@ class _Pipeline:
             self._check_earlier()
 
     def _check_validation(self) -> None:
-        from foldkv.export.graph import TOKENIZER
+        from foldkv.export.tokenizer import TOKENIZER
         from foldkv.optimize.targets import load_targets
         from foldkv.validation.cases import load_text
         from foldkv.validation.gates import resolve_gates
@@ -329,7 +329,7 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
 
 def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
     from foldkv.export.checkpoint import model_facts
-    from foldkv.export.graph import CONFIG, TOKENIZER, same_files
+    from foldkv.export.graph import CONFIG, same_files
 
     # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
     expected = source.digest() if weights == "float32" else source.identity()
@@ -340,10 +340,8 @@ def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any]
         return f"the checkpoint {source.folder} changed ({what})"
     if not same_files(graph, dict(made), source):
         return f"weight files of the checkpoint {source.folder} were replaced"
-    tokenizer = source.folder / TOKENIZER
-    digest = sha256_file(tokenizer) if tokenizer.is_file() else None
-    if made["files"].get(TOKENIZER, {}).get("sha256") != digest:
-        return f"{tokenizer} changed"
+    if made["inputs"]["checkpoint"].get("texts") != source.texts_digest():
+        return f"the tokenizer or the generation_config.json of {source.folder} changed"
     if made["model"] != json.loads(json.dumps(model_facts(source))):
         return f"the special tokens of {source.folder} changed"
     return ""

@@ -31,6 +31,7 @@ from foldkv.export.profiles import HF, SERVED
 from foldkv.export.shards import Shard, Stored, read_shard
 from foldkv.export.spec import CSA, ModelSpec
 from foldkv.export.storage import refuse_unread_weights, unread_tensors
+from foldkv.export.tokenizer import TEXT_FILES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -237,6 +238,11 @@ class Checkpoint:
         for path in [self.folder / "config.json", *self.files]:
             total.update(f"{path.name}:{sha256_file(path)}\n".encode())
         return total.hexdigest()
+
+    def texts_digest(self) -> str:
+        """sha256 over the files that say how texts begin, end and are read: tokenizer and generation_config.json."""
+        paths = [self.folder / name for name in TEXT_FILES]
+        return sha256_json({path.name: sha256_file(path) for path in paths if path.is_file()})
 
     def identity(self) -> str:
         """sha256 over config.json, and name, size and header of every weight file: what can be told without reading weights."""

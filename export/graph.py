@@ -22,11 +22,12 @@ from foldkv.export.operators.registry import ONNX_OPSET
 from foldkv.export.profiles import HF, check_profile
 from foldkv.export.repack import repack
 from foldkv.export.state import state_tensors
+from foldkv.export.tokenizer import TOKENIZER, tokenizer_json
 from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 from foldkv.export.weights import FOLDER, referenced, repacked
 
 KIND = "foldkv.graph"
-MODEL, WEIGHTS, TOKENIZER, CONFIG = "model.onnx", "weights.bin", "tokenizer.json", "config.json"
+MODEL, WEIGHTS, CONFIG = "model.onnx", "weights.bin", "config.json"
 WEIGHT_MODES = ("float32", "reference", "repack")
 # Tensors below this stay inside model.onnx, where a person who opens the graph can read them.
 _INLINE_BYTES = 1024
@@ -39,7 +40,9 @@ def graph_spec(profile: str) -> dict[str, Any]:
 
 def tool_versions() -> dict[str, str]:
     """Versions of the tools that make a graph."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
+    return {
+        name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript", "transformers")
+    }
 
 
 def export_checkpoint(
@@ -188,9 +191,8 @@ def link_file(source: Path, link: Path, *, advice: str) -> None:
 
 def _copy_texts(source: Checkpoint, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
-    tokenizer = source.folder / TOKENIZER
-    if tokenizer.is_file():
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    if (tokenizer := tokenizer_json(source.folder)) is not None:
+        (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
 def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
@@ -199,7 +201,13 @@ def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
         "tool_versions": tool_versions(),
         "profile": profile,
         "weights": weights,
-        "inputs": {"checkpoint": {"path": str(source.folder), "allowed_unknown_keys": list(source.allowed_keys)}},
+        "inputs": {
+            "checkpoint": {
+                "path": str(source.folder),
+                "texts": source.texts_digest(),
+                "allowed_unknown_keys": list(source.allowed_keys),
+            }
+        },
         "spec": graph_spec(profile),
         "model": model_facts(source),
         "io": {name: name for name in (*INPUTS, LOGITS)},

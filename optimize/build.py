@@ -27,12 +27,13 @@ from foldkv.artifact import (
     write_manifest,
 )
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, BuildError, FoldkvError, InputError
-from foldkv.export.graph import CONFIG, MODEL, TOKENIZER, flat_model
+from foldkv.export.graph import CONFIG, MODEL, flat_model
 from foldkv.export.graph import KIND as GRAPH_KIND
 from foldkv.export.layouts import DENSE
 from foldkv.export.profiles import SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
+from foldkv.export.tokenizer import TOKENIZER
 from foldkv.optimize.choices import PACKED, Choice, backend_version, check_here, choose
 from foldkv.optimize.kernels import Bundled
 from foldkv.optimize.passes.pack import pack_state

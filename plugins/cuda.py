@@ -6,8 +6,9 @@ for nothing, so that it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,39 @@ def check(driver: Any, result: tuple[Any, ...]) -> Any:
         _, name = driver.cuGetErrorName(status)
         raise FoldkvError(f"the CUDA driver failed: {name.decode() if name else int(status)}")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+class Device:
+    """The first GPU with its primary context, for any thread.
+
+    A context is current per thread: one that opens a session makes it current for itself only. Calls of the driver, and of
+    libraries over it, therefore belong inside ``with device.current():``.
+    """
+
+    def __init__(self, driver: Any = None) -> None:
+        """Retain the primary context; ``driver`` is the driver API, :func:`cuda_driver` by default.
+
+        Raises:
+            FoldkvError: the driver refuses.
+            MissingDependencyError: no driver.
+        """
+        self.driver = driver = driver or cuda_driver()
+        self._device = check(driver, driver.cuDeviceGet(0))
+        self._context = check(driver, driver.cuDevicePrimaryCtxRetain(self._device))
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context the calling thread's own, and the one that it had before again at the end."""
+        check(self.driver, self.driver.cuCtxPushCurrent(self._context))
+        try:
+            yield
+        finally:
+            # Unchecked: after a sticky error every call fails, and the first error is the one to tell.
+            self.driver.cuCtxPopCurrent()
+
+    def close(self) -> None:
+        """Release the context."""
+        check(self.driver, self.driver.cuDevicePrimaryCtxRelease(self._device))
 
 
 class Launcher:

@@ -49,6 +49,9 @@ class Executor(Protocol):
             Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES.
         """
 
+    def forget(self) -> None:
+        """Clear what the buffers of inputs and logits hold of the last chunk."""
+
     def close(self) -> None:
         """Free what the executor holds."""
 
@@ -127,6 +130,11 @@ class OnnxRuntimeExecutor:
                 "if memory ran out, use a smaller chunk."
             ) from error
         return self._logits
+
+    def forget(self) -> None:
+        """See :meth:`Executor.forget`."""
+        for array in (self._input_ids, self._positions, self._num_tokens, self._logit_indices, self._logits):
+            array.fill(0)
 
     def close(self) -> None:
         """Drop the model and the bindings."""

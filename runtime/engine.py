@@ -4,10 +4,14 @@ The engine's plugins launch the kernels that the bundle carries. Of state that a
 one buffer, as its alias wants it. What a function body computes is compiled for inputs and outputs that do not overlap:
 there they are two buffers, which change places after every run. Small inputs and the logits go through buffers that are made
 once per shape.
+
+Every call makes the GPU's context current for the thread that it comes from, so that a session may be opened on one thread and
+used on another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -20,12 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
-from foldkv.plugins.cuda import check, cuda_driver
+from foldkv.plugins.cuda import Device, check
 from foldkv.plugins.tensorrt import provide_kernels, register_plugins
 from foldkv.runtime.backend import FloatArray, IntArray
 from foldkv.runtime.bundle import ENGINE_MODULES, Bundle
 from foldkv.runtime.plugins import bundle_kernels
-from foldkv.runtime.state import STATE_TYPES, StateSpec, StateTensor, fill_value
+from foldkv.runtime.state import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
 
 _ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
 _MAIN, _INDEX = (frozenset({"FoldkvCompress", f"FoldkvCompress{suffix}"}) for suffix in ("Fp8", "Fp4"))
@@ -87,29 +91,29 @@ class DeviceBuffers:
     ``addresses`` is where the state lies, ``targets`` where the next run writes it.
     """
 
-    def __init__(self, driver: Any, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
+    def __init__(self, device: Device, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
         """Allocate and fill. ``in_place`` are the names of tensors that need no second buffer.
 
         Raises:
             InputError: the GPU cannot hold the state.
         """
-        self._driver, self.spec, self._context, self._batch = driver, spec, context, batch
+        self._device, self._driver, self.spec, self._context, self._batch = device, device.driver, spec, context, batch
         self.addresses: dict[str, int] = {}
         self._second: dict[str, int] = {}
         places = [(tensor, self.addresses) for tensor in spec.tensors]
         places += [(tensor, self._second) for tensor in spec.tensors if tensor.name not in in_place]
-        for tensor, addresses in places:
-            status, address = driver.cuMemAlloc(tensor.bytes(context, batch))
-            if int(status) != 0:
-                self.close()
-                need = sum(one.bytes(context, batch) for one, _ in places)
-                raise InputError(
-                    f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
-                    "which the GPU cannot give. Choose a smaller context or batch."
-                )
-            addresses[tensor.name] = int(address)
-        for tensor in spec.tensors:
-            self._fill(tensor, 0, batch * tensor.capacity(context))
+        with device.current():
+            for tensor, addresses in places:
+                status, address = self._driver.cuMemAlloc(tensor.bytes(context, batch))
+                if int(status) != 0:
+                    self.close()
+                    need = sum(one.bytes(context, batch) for one, _ in places)
+                    raise InputError(
+                        f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
+                        "which the GPU cannot give. Choose a smaller context or batch."
+                    )
+                addresses[tensor.name] = int(address)
+                self._fill(tensor, int(address), batch * tensor.capacity(context))
 
     @property
     def bytes(self) -> int:
@@ -128,45 +132,53 @@ class DeviceBuffers:
             self._second[name], self.addresses[name] = self.addresses[name], address
 
     def clear(self, slot: int, tokens: int) -> None:
-        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
-        for tensor in self.spec.tensors:
-            self._fill(tensor, slot * tensor.capacity(self._context), tensor.used_rows(tokens))
+        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again, in both buffers."""
+        with self._device.current():
+            for addresses in (self.addresses, self._second):
+                for tensor in self.spec.tensors:
+                    if tensor.name in addresses:
+                        self._fill(tensor, self._slot(tensor, addresses, slot), tensor.used_rows(tokens))
 
-    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
-        copies = []
-        for tensor in self.spec.tensors:
-            storage = STATE_TYPES[tensor.dtype].storage
-            copy = np.empty((self._batch, tensor.used_rows(max(tokens)), tensor.width), storage)
-            for slot in range(self._batch):
-                address = self._row(tensor, slot * tensor.capacity(self._context))
-                check(self._driver, self._driver.cuMemcpyDtoH(copy[slot].ctypes.data, address, copy[slot].nbytes))
-            copy.flags.writeable = False
-            copies.append(copy)
-        return tuple(copies)
+    def copy_used(self, tokens: Sequence[int]) -> Copies:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+        with self._device.current():
+            return tuple(
+                tuple(self._copy(tensor, slot, tensor.used_rows(held)) for tensor in self.spec.tensors)
+                for slot, held in enumerate(tokens)
+            )
 
-    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
-        """Write what :meth:`copy_used` gave back, into the same buffers."""
-        for tensor, copy in zip(self.spec.tensors, copies, strict=True):
-            for slot in range(self._batch):
-                address = self._row(tensor, slot * tensor.capacity(self._context))
-                check(self._driver, self._driver.cuMemcpyHtoD(address, copy[slot].ctypes.data, copy[slot].nbytes))
+    def put_used(self, copies: Copies) -> None:
+        """Write what :meth:`copy_used` gave back, into the same slots."""
+        with self._device.current():
+            for slot, rows in enumerate(copies):
+                for tensor, copy in zip(self.spec.tensors, rows, strict=True):
+                    address = self._slot(tensor, self.addresses, slot)
+                    check(self._driver, self._driver.cuMemcpyHtoD(address, copy.ctypes.data, copy.nbytes))
 
     def close(self) -> None:
         """Free the memory."""
-        for address in (*self.addresses.values(), *self._second.values()):
-            check(self._driver, self._driver.cuMemFree(address))
+        with self._device.current():
+            for address in (*self.addresses.values(), *self._second.values()):
+                check(self._driver, self._driver.cuMemFree(address))
         self.addresses, self._second = {}, {}
 
-    def _row(self, tensor: StateTensor, row: int) -> int:
-        return self.addresses[tensor.name] + row * tensor.width * STATE_TYPES[tensor.dtype].item_bytes
+    def _slot(self, tensor: StateTensor, addresses: dict[str, int], slot: int) -> int:
+        """Where the rows of a slot begin."""
+        return addresses[tensor.name] + slot * tensor.bytes(self._context)
 
-    def _fill(self, tensor: StateTensor, row: int, rows: int) -> None:
+    def _copy(self, tensor: StateTensor, slot: int, rows: int) -> npt.NDArray[Any]:
+        copy = np.empty((rows, tensor.width), STATE_TYPES[tensor.dtype].storage)
+        address = self._slot(tensor, self.addresses, slot)
+        check(self._driver, self._driver.cuMemcpyDtoH(copy.ctypes.data, address, copy.nbytes))
+        copy.flags.writeable = False
+        return copy
+
+    def _fill(self, tensor: StateTensor, address: int, rows: int) -> None:
         item = STATE_TYPES[tensor.dtype].item_bytes
         pattern = np.array(fill_value(tensor), STATE_TYPES[tensor.dtype].storage).view(f"uint{8 * item}")
         fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
         if rows:
-            check(self._driver, fill(self._row(tensor, row), int(pattern), rows * tensor.width))
+            check(self._driver, fill(address, int(pattern), rows * tensor.width))
 
 
 class EngineExecutor:
@@ -182,15 +194,25 @@ class EngineExecutor:
         """
         _check_shapes(bundle, context, batch)
         self._bundle, self._batch = bundle, batch
-        self._driver = driver = cuda_driver()
-        self._device = check(driver, driver.cuDeviceGet(0))
-        check(driver, driver.cuCtxSetCurrent(check(driver, driver.cuDevicePrimaryCtxRetain(self._device))))
+        self._device = device = Device()
+        self._driver = device.driver
+        self._small: dict[str, tuple[int, int]] = {}  # name to device address and bytes
+        with contextlib.ExitStack() as opened:
+            opened.callback(device.close)
+            with device.current():
+                self._open(context, batch, opened)
+            self._opened = opened.pop_all()
+
+    def _open(self, context: int, batch: int, opened: contextlib.ExitStack) -> None:
+        """Load and allocate; what is to be given back again goes to ``opened``."""
+        driver, bundle = self._driver, self._bundle
         trt = _library(bundle)
         table = bundle.manifest.get("kernels")
         if table is not None:
             provide_kernels(table["library"], bundle_kernels(bundle.folder, bundle.manifest), driver=driver)
             register_plugins(trt)
         self._logger = library_logger(trt)
+        opened.callback(self._drop_engine)
         self._runtime = trt.Runtime(self._logger)
         self._logger.reasons()  # of an engine before this one
         self._engine = self._runtime.deserialize_cuda_engine(bundle.engine.read_bytes())
@@ -202,13 +224,14 @@ class EngineExecutor:
         if self._execution is None:
             raise ArtifactError(f"{bundle.engine} cannot be executed here: {self._logger.reasons()}. Build it again.")
         self._stream = int(check(driver, driver.cuStreamCreate(0)))
+        opened.callback(self._destroy_stream)
         self._on_host = {
             name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
         }
         plugins = [row["name"] for row in bundle.manifest.get("plugins") or []]
         in_place = updated_in_place(bundle.state, plugins)
-        self.buffers = DeviceBuffers(driver, bundle.state, context, batch, in_place=in_place)
-        self._small: dict[str, tuple[int, int]] = {}  # name to device address and bytes
+        self.buffers = DeviceBuffers(self._device, bundle.state, context, batch, in_place=in_place)
+        opened.callback(self._free)
         for tensor in bundle.state.tensors:
             shape = (batch, tensor.capacity(context), tensor.width)
             self._set_shape(tensor.input, shape)
@@ -230,6 +253,17 @@ class EngineExecutor:
         Raises:
             FoldkvError: the engine failed; the state may be half updated.
         """
+        with self._device.current():
+            return self._run(input_ids, positions, num_tokens, active_context, logit_indices)
+
+    def _run(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+    ) -> FloatArray:
         names = self._bundle.io
         arrays: dict[str, npt.NDArray[Any]] = {
             names.input_ids: np.ascontiguousarray(input_ids, np.int64),
@@ -260,17 +294,32 @@ class EngineExecutor:
         self._bind(self._moving)
         return logits
 
+    def forget(self) -> None:
+        """See :meth:`foldkv.runtime.backend.Executor.forget`."""
+        with self._device.current():
+            for address, size in self._small.values():
+                check(self._driver, self._driver.cuMemsetD8(address, 0, size))
+
     def close(self) -> None:
-        """Free engine, state and stream. The kernels stay loaded for other sessions of the process."""
-        if self._stream:
+        """Free engine, state and stream; closing twice is fine. The kernels stay loaded for other sessions of the process."""
+        self._opened.close()
+
+    def _free(self) -> None:
+        """Free the state and the small buffers when the GPU is done with them."""
+        with self._device.current():
             check(self._driver, self._driver.cuStreamSynchronize(self._stream))
-            self._execution = self._engine = self._runtime = None
             self.buffers.close()
             for address, _ in self._small.values():
                 check(self._driver, self._driver.cuMemFree(address))
+        self._small = {}
+
+    def _destroy_stream(self) -> None:
+        with self._device.current():
             check(self._driver, self._driver.cuStreamDestroy(self._stream))
-            check(self._driver, self._driver.cuDevicePrimaryCtxRelease(self._device))
-            self._small, self._stream = {}, 0
+
+    def _drop_engine(self) -> None:
+        with self._device.current():
+            self._execution = self._engine = self._runtime = None
 
     def _bind(self, tensors: Sequence[StateTensor]) -> None:
         """Let the next run read and write these tensors where the buffers are."""

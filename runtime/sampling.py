@@ -7,7 +7,9 @@ else is in the batch.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -107,8 +109,8 @@ def _largest(logits: npt.NDArray[np.float32], count: int | None) -> npt.NDArray[
     return candidates[order][:count]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 #: The most likely token, always.

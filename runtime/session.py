@@ -1,17 +1,22 @@
 """A session: one bundle, its state for a batch of sequences, and decoding on top.
 
 From prompts to tokens: ``generate`` and ``stream`` over ``prefill`` and ``decode``, all of them over
-``forward``, which feeds any number of tokens to each slot of the batch at the slot's own position.
+``forward``, which feeds any number of tokens to each slot of the batch at the slot's own position. Text is a layer of its
+own above this one: :mod:`foldkv.runtime.text`.
 
-A session is for one thread at a time: it has one state. Two calls at once are refused, not queued. Use
+The token that a stream gave out last is part of its slot's sequence though it was not fed yet: whatever is fed to the slot
+next comes after it. So a conversation that is fed turn by turn is the conversation that is fed at once.
+
+A session is for one thread at a time, any thread: it has one state. Two calls at once are refused, not queued. Use
 a session per thread (the weight file's pages are shared by the system where ONNX Runtime maps them).
 """
 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,13 +25,15 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import CapacityError, FoldkvError, InputError
+from foldkv.errors import CapacityError, FoldkvError, InputError, short
 from foldkv.runtime.backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
 from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
 from foldkv.runtime.sampling import GREEDY, Sampler, Sampling
 from foldkv.runtime.state import Buffers, StateBuffers
 
 Logits = Literal["last", "all"]
+#: Why a sequence ended: a stop token or a stop string, or as many tokens as were asked for.
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,25 @@ class Snapshot:
     """A copy of a session's state, for :meth:`Session.restore`; independent of what the session does next.
 
     Only rows in use are copied, so that its size follows the tokens held, not the context planned.
+
+    Attributes:
+        digest: of the bundle.
+        context: tokens that each slot could hold.
+        positions: tokens in the caches of each slot.
+        pending: the token of each slot that was given out and not fed, or None.
+        rows: by slot and state tensor [used, width].
     """
 
     digest: str
     context: int
     positions: tuple[int, ...]
-    rows: tuple[npt.NDArray[Any], ...]
+    pending: tuple[int | None, ...]
+    rows: tuple[tuple[npt.NDArray[Any], ...], ...]
 
     @property
     def bytes(self) -> int:
         """Bytes of the copied rows."""
-        return sum(rows.nbytes for rows in self.rows)
+        return sum(rows.nbytes for slot in self.rows for rows in slot)
 
 
 class Session:
@@ -85,7 +100,11 @@ class Session:
         for name, value in (("context", context), ("batch", batch), ("threads", threads), ("chunk", chunk)):
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
-        self.bundle: Bundle = load_bundle(Path(bundle))
+        try:
+            folder = Path(bundle)
+        except TypeError:
+            raise InputError(f"bundle must be the path of a folder, got {short(bundle)}.") from None
+        self.bundle: Bundle = load_bundle(folder)
         require_backend(self.bundle)
         longest = self.bundle.model.max_position_embeddings
         if context is not None and context > longest:
@@ -97,6 +116,7 @@ class Session:
         self._buffers, executor = _open(self.bundle, self.context, batch, threads)
         self._executor: Executor | None = executor
         self._positions: IntArray = np.zeros(batch, np.int64)
+        self._pending: list[int | None] = [None] * batch
         self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
         self._lock = threading.Lock()
         self._torn = False  # a run failed half way: the state is neither before nor after it
@@ -120,8 +140,13 @@ class Session:
 
     @property
     def positions(self) -> IntArray:
-        """Tokens that each slot holds: int64 [batch], a copy."""
+        """Tokens in the caches of each slot: int64 [batch], a copy."""
         return self._positions.copy()
+
+    @property
+    def pending(self) -> tuple[int | None, ...]:
+        """Per slot the token that a stream gave out last and that is not in the caches yet; it is fed before what comes next."""
+        return tuple(self._pending)
 
     @property
     def state_bytes(self) -> int:
@@ -132,14 +157,14 @@ class Session:
     # Feeding tokens
 
     def forward(self, chunks: Sequence[Sequence[int]], *, logits: Logits = "last") -> list[FloatArray]:
-        """Feed tokens to each slot at its position: any number per slot, also none.
+        """Feed tokens to each slot after what it holds: any number per slot, also none.
 
         Args:
             chunks: token ids, one sequence per slot; an empty one leaves its slot untouched.
             logits: those after each slot's last token, or after every token.
 
         Returns:
-            Per slot float32 [n, V] for "all"; [1, V] for "last", or [0, V] if the slot got no token.
+            Per slot float32 [n, V] for "all", n the tokens of its chunk; [1, V] for "last", or [0, V] if the slot got no token.
 
         Raises:
             CapacityError: a slot would exceed the context. No slot was changed.
@@ -149,9 +174,7 @@ class Session:
         if logits not in ("last", "all"):
             raise InputError(f"logits must be 'last' or 'all', got {logits!r}.")
         tokens = self._checked(chunks)
-        self._check_capacity([len(chunk) for chunk in tokens])
-        with self._exclusive() as executor:
-            return self._feed(executor, tokens, logits)
+        return self._after_pending(tokens, [slot for slot, chunk in enumerate(tokens) if len(chunk)], logits)
 
     @overload
     def prefill(self, prompts: Sequence[Sequence[int]], *, logits: Literal["last"] = "last") -> FloatArray: ...
@@ -166,7 +189,7 @@ class Session:
         Raises:
             As :meth:`forward`; InputError also for an empty prompt.
         """
-        self._refuse_empty(prompts)
+        self._refuse_empty(_sequence("prompts", prompts))
         after = self.forward(prompts, logits=logits)
         return after if logits == "all" else np.concatenate(after)
 
@@ -176,7 +199,7 @@ class Session:
         Raises:
             As :meth:`forward`.
         """
-        return np.concatenate(self.forward([[token] for token in tokens]))
+        return np.concatenate(self.forward([[token] for token in _sequence("tokens", tokens)]))
 
     # Generation
 
@@ -191,15 +214,16 @@ class Session:
         resume: bool = False,
     ) -> list[list[int]]:
         """The new tokens of each prompt; arguments and errors are those of :meth:`stream`."""
-        new: list[list[int]] = [[] for _ in prompts]
-        for slot, token in self.stream(
+        stream = self.stream(
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop_tokens=stop_tokens,
             requests=requests,
             resume=resume,
-        ):
+        )
+        new: list[list[int]] = [[] for _ in prompts]
+        for slot, token in stream:
             new[slot].append(token)
         return new
 
@@ -212,11 +236,11 @@ class Session:
         stop_tokens: Collection[int] | None = None,
         requests: Sequence[int] | None = None,
         resume: bool = False,
-    ) -> Iterator[tuple[int, int]]:
+    ) -> TokenStream:
         """Generate, giving each token out as ``(slot, token)`` as soon as it is chosen.
 
         Prompt ``i`` goes to slot ``i``; slots beyond the prompts stay unused. A slot that is finished costs
-        no state. The last token of a slot is given out but not fed: its position is prompt + new - 1.
+        no state. Nothing is changed before the first token is asked for.
 
         Args:
             prompts: at most ``batch`` of them, each of at least one token id.
@@ -226,7 +250,9 @@ class Session:
                 tokens of the model, an empty collection never stops.
             requests: a number per prompt that separates the random draws; the default is 0, 1, ... A
                 prompt with the same number and seed draws the same tokens in any slot and any batch.
-            resume: go on after what the slots hold, instead of clearing the session first.
+            resume: go on after what the slots hold, instead of clearing the session first. A slot holds what was fed
+                to it and every token that it gave out, also the last one; of a stop token, which was not given out,
+                it holds nothing. A prompt may be empty then, to go on where a stream ended for its length.
 
         Raises:
             CapacityError: a prompt and ``max_new_tokens`` do not fit into the context. Nothing was changed.
@@ -235,50 +261,31 @@ class Session:
         """
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be an integer of 1 or more, got {max_new_tokens!r}.")
-        if not 1 <= len(prompts) <= self.batch:
-            raise InputError(f"got {len(prompts)} prompts; this session takes 1 to {self.batch} (its batch).")
-        self._refuse_empty(prompts)
-        numbers = list(range(len(prompts))) if requests is None else list(requests)
-        if len(numbers) != len(prompts) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise InputError(
-                f"requests must be {len(prompts)} integers of 0 or more, one per prompt, got {requests!r}."
-            )
-        tokens = self._checked([*prompts, *[()] * (self.batch - len(prompts))])
-        ahead = [len(chunk) + max_new_tokens - 1 if len(chunk) else 0 for chunk in tokens]
+        if type(resume) is not bool:
+            raise InputError(f"resume must be True or False, got {resume!r}.")
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), got {short(sampling)}.")
+        given = _sequence("prompts", prompts)
+        if not 1 <= len(given) <= self.batch:
+            raise InputError(f"got {len(given)} prompts; this session takes 1 to {self.batch} (its batch).")
+        pending = self._pending if resume else [None] * self.batch
+        self._refuse_empty(given, pending)
+        numbers = self._requests(requests, len(given))
+        stops = self._stops(stop_tokens)
+        tokens = self._checked([*given, *[()] * (self.batch - len(given))])
+        active = range(len(given))
+        ahead = [len(tokens[slot]) + (pending[slot] is not None) + max_new_tokens - 1 for slot in active]
         self._check_capacity(ahead, self._positions if resume else np.zeros_like(self._positions))
-        stops = frozenset(self.bundle.model.eos_token_ids if stop_tokens is None else stop_tokens)
         samplers = [Sampler(sampling, number) for number in numbers]
-        return self._stream(tokens, max_new_tokens, samplers, stops, resume)
-
-    def _stream(
-        self, tokens: list[IntArray], most: int, samplers: list[Sampler], stops: frozenset[int], resume: bool
-    ) -> Iterator[tuple[int, int]]:
-        if not resume:
-            self.reset()
-        active = list(range(len(samplers)))
-        for _ in range(most):
-            rows = self.forward(tokens)  # type: ignore[arg-type]  # arrays are sequences of ints to it
-            own = self._steps
-            chosen = {slot: samplers[slot](rows[slot][0]) for slot in active}
-            active = [slot for slot in active if chosen[slot] not in stops]
-            if not active:
-                return
-            for slot in active:
-                yield slot, chosen[slot]
-                if self._steps != own:
-                    raise InputError(
-                        "the session was used while a stream was open, so that the stream cannot go on. "
-                        "Finish or drop the stream first, or use a session of its own."
-                    )
-            tokens = [np.array([chosen[slot]] if slot in active else [], np.int64) for slot in range(self.batch)]
+        return TokenStream(self, tokens, max_new_tokens, samplers, stops, resume)
 
     # The state as a value
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state as it is now."""
+        """A copy of the state as it is now, tokens that were given out and not fed included."""
         with self._exclusive():
-            rows = self._buffers.copy_used(self._positions.tolist())
-            return Snapshot(self.bundle.digest, self.context, tuple(self._positions.tolist()), rows)
+            held = tuple(self._positions.tolist())
+            return Snapshot(self.bundle.digest, self.context, held, self.pending, self._buffers.copy_used(held))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this session, or of one with the same bundle, context and batch.
@@ -288,6 +295,8 @@ class Session:
         Raises:
             InputError: the snapshot is of another bundle, context or batch. Nothing was changed.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise InputError(f"expected what snapshot() returned, got {short(snapshot)}.")
         for name, found, wanted in (
             ("bundle", snapshot.digest[:16], self.bundle.digest[:16]),
             ("context", snapshot.context, self.context),
@@ -298,9 +307,11 @@ class Session:
                     f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a like session."
                 )
         with self._exclusive(mend=True):
+            np.maximum(self._written, snapshot.positions, out=self._written)
+            self._torn = True
             self._buffers.put_used(snapshot.rows)
             self._positions[:] = snapshot.positions
-            np.maximum(self._written, self._positions, out=self._written)
+            self._pending = list(snapshot.pending)
             self._torn = False
             self._steps += 1
 
@@ -310,20 +321,22 @@ class Session:
         Raises:
             InputError: a slot number out of range; or only some slots while a failed run has damaged the state.
         """
-        wanted = range(self.batch) if slots is None else sorted(set(slots))
-        if not all(slot in range(self.batch) for slot in wanted):
-            raise InputError(f"slots must be among 0 to {self.batch - 1}, got {list(wanted)}.")
-        with self._exclusive(mend=len(wanted) == self.batch):
+        wanted = list(range(self.batch)) if slots is None else _sequence("slots", slots)
+        if not all(type(slot) is int and 0 <= slot < self.batch for slot in wanted):
+            raise InputError(f"slots must be among 0 to {self.batch - 1}, got {short(slots)}.")
+        with self._exclusive(mend=len(set(wanted)) == self.batch) as executor:
             for slot in wanted:
                 self._buffers.clear(slot, int(self._written[slot]))
                 self._positions[slot] = self._written[slot] = 0
+                self._pending[slot] = None
+            executor.forget()
             self._torn = False
             self._steps += 1
 
     # Checks, all of them before the state is touched
 
     def _checked(self, chunks: Sequence[Sequence[int]]) -> list[IntArray]:
-        if len(chunks) != self.batch:
+        if len(_sequence("chunks", chunks)) != self.batch:
             raise InputError(f"got tokens for {len(chunks)} slots; this session has {self.batch} (its batch).")
         return [self._token_ids(slot, chunk) for slot, chunk in enumerate(chunks)]
 
@@ -334,8 +347,10 @@ class Session:
             ids = np.asarray(None)
         if ids.ndim == 1 and ids.size == 0:
             return np.zeros(0, np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(f"slot {slot}: expected a sequence of integer token ids, got {_short(chunk)}.")
+        # numpy reads True among integers as 1.
+        truths = not isinstance(chunk, np.ndarray) and bool in set(map(type, chunk)) if ids.ndim else False
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or truths:
+            raise InputError(f"slot {slot}: expected a sequence of integer token ids, got {short(chunk)}.")
         wrong = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
         if wrong.size:
             where = int(wrong[0])
@@ -345,9 +360,30 @@ class Session:
             )
         return ids.astype(np.int64)
 
-    def _refuse_empty(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _stops(self, stop_tokens: Collection[int] | None) -> frozenset[int]:
+        if stop_tokens is None:
+            return frozenset(self.bundle.model.eos_token_ids)
+        given = _sequence("stop_tokens", stop_tokens)
+        try:
+            stops = [-1 if isinstance(token, bool) else operator.index(token) for token in given]
+        except TypeError:
+            stops = [-1]
+        if not all(0 <= token < self.vocab_size for token in stops):
+            raise InputError(
+                f"stop_tokens must be token ids, 0 to {self.vocab_size - 1}, got {short(stop_tokens)}. "
+                "For a text that ends a sequence use `stop` of foldkv.runtime.generate_text."
+            )
+        return frozenset(stops)
+
+    def _requests(self, requests: Sequence[int] | None, count: int) -> list[int]:
+        numbers = list(range(count)) if requests is None else _sequence("requests", requests)
+        if len(numbers) != count or not all(type(number) is int and number >= 0 for number in numbers):
+            raise InputError(f"requests must be {count} integers of 0 or more, one per prompt, got {short(requests)}.")
+        return numbers
+
+    def _refuse_empty(self, prompts: Sequence[Sequence[int]], pending: Sequence[int | None] | None = None) -> None:
         for slot, prompt in enumerate(prompts):
-            if np.ndim(prompt) == 1 and len(prompt) == 0:
+            if np.ndim(prompt) == 1 and len(prompt) == 0 and (pending is None or pending[slot] is None):
                 raise InputError(
                     f"prompt {slot} is empty; give at least one token, such as the beginning-of-sequence token."
                 )
@@ -379,6 +415,22 @@ class Session:
 
     # The one loop through the model
 
+    def _after_pending(self, tokens: list[IntArray], slots: Collection[int], logits: Logits) -> list[FloatArray]:
+        """Feed to ``slots`` what they gave out and did not take yet, then their tokens; logits are those of :meth:`forward`."""
+        pending = [self._pending[slot] if slot in slots else None for slot in range(self.batch)]
+        fed = [
+            chunk if first is None else np.concatenate([np.array([first]), chunk])
+            for first, chunk in zip(pending, tokens, strict=True)
+        ]
+        self._check_capacity([len(chunk) for chunk in fed])
+        with self._exclusive() as executor:
+            rows = self._feed(executor, fed, logits)
+            for slot in slots:
+                self._pending[slot] = None
+        if logits == "all":
+            return [row[int(first is not None) :] for first, row in zip(pending, rows, strict=True)]
+        return rows
+
     def _feed(self, executor: Executor, tokens: list[IntArray], logits: Logits) -> list[FloatArray]:
         lengths = np.array([len(chunk) for chunk in tokens])
         keep = lengths if logits == "all" else np.minimum(lengths, 1)
@@ -395,6 +447,8 @@ class Session:
             else:
                 indices = np.maximum(num_tokens - 1, 0)[:, None]
             after = self._positions + num_tokens
+            # Before the run: one that fails half way has written some of it.
+            np.maximum(self._written, after, out=self._written)
             self._torn = True
             chunk_logits = executor.run(
                 input_ids, self._positions, num_tokens, int(after.max()), indices,
@@ -402,7 +456,6 @@ class Session:
                 trim=length > 1 and start + length == longest,
             )  # fmt: skip
             self._positions[:] = after
-            np.maximum(self._written, after, out=self._written)
             self._steps += 1
             self._torn = False
             for slot, count in enumerate(num_tokens):
@@ -411,6 +464,77 @@ class Session:
                 elif count and start + count == lengths[slot]:
                     results[slot][0] = chunk_logits[slot, 0]
         return results
+
+
+class TokenStream(Iterator[tuple[int, int]]):
+    """The tokens of :meth:`Session.stream`, each as ``(slot, token)`` as soon as it is chosen.
+
+    Attributes:
+        finish_reasons: per prompt why it ended: "stop" for a stop token, or because :meth:`stop` was called; "length"; None as
+            long as it has not ended.
+        stop_tokens: per prompt the stop token that ended it, which was not given out, or None.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompts: list[IntArray],
+        most: int,
+        samplers: list[Sampler],
+        stops: frozenset[int],
+        resume: bool,
+    ) -> None:
+        """From checked arguments: :meth:`Session.stream` makes it."""
+        self.finish_reasons: list[FinishReason | None] = [None] * len(samplers)
+        self.stop_tokens: list[int | None] = [None] * len(samplers)
+        self._tokens = self._run(session, prompts, most, samplers, stops, resume)
+
+    def __next__(self) -> tuple[int, int]:
+        return next(self._tokens)
+
+    def stop(self, slot: int) -> None:
+        """End one slot: it gives out no more tokens. The others go on."""
+        if self.finish_reasons[slot] is None:
+            self.finish_reasons[slot] = "stop"
+
+    def close(self) -> None:
+        """Drop the rest. Each slot holds the tokens that it gave out, and ``resume`` goes on after them."""
+        self._tokens.close()
+
+    def _run(
+        self,
+        session: Session,
+        prompts: list[IntArray],
+        most: int,
+        samplers: list[Sampler],
+        stops: frozenset[int],
+        resume: bool,
+    ) -> Generator[tuple[int, int]]:
+        if not resume:
+            session.reset()
+        reasons, nothing = self.finish_reasons, [np.zeros(0, np.int64)] * session.batch
+        for count in range(1, most + 1):
+            active = [slot for slot, reason in enumerate(reasons) if reason is None]
+            rows = session._after_pending(prompts if count == 1 else nothing, active, "last")
+            own = session._steps
+            chosen = {slot: samplers[slot](rows[slot][0]) for slot in active}
+            for slot in active:
+                if chosen[slot] in stops:
+                    reasons[slot], self.stop_tokens[slot] = "stop", chosen[slot]
+            for slot in active:
+                if reasons[slot] is not None:
+                    continue
+                if count == most:
+                    reasons[slot] = "length"
+                session._pending[slot] = chosen[slot]
+                yield slot, chosen[slot]
+                if session._steps != own:
+                    raise InputError(
+                        "the session was used while a stream was open, so that the stream cannot go on. "
+                        "Finish or drop the stream first, or use a session of its own."
+                    )
+            if None not in reasons:
+                return
 
 
 def _open(bundle: Bundle, context: int, batch: int, threads: int | None) -> tuple[Buffers, Executor]:
@@ -424,6 +548,8 @@ def _open(bundle: Bundle, context: int, batch: int, threads: int | None) -> tupl
     return engine.buffers, engine
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _sequence(name: str, value: Any) -> list[Any]:
+    """The items of a list, tuple, set or array that a caller gave."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InputError(f"{name} must be a list, got {short(value)}.")
+    return list(value)

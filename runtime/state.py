@@ -144,6 +144,10 @@ def plan_bytes(state: StateSpec, context: int, batch: int = 1) -> dict[str, int]
     return plan
 
 
+#: Rows of the state by slot and tensor, [used, width] each.
+Copies = tuple[tuple[npt.NDArray[Any], ...], ...]
+
+
 class Buffers(Protocol):
     """What a session needs of the memory that holds its state."""
 
@@ -154,11 +158,11 @@ class Buffers(Protocol):
     def clear(self, slot: int, tokens: int) -> None:
         """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
 
-    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
+    def copy_used(self, tokens: Sequence[int]) -> Copies:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
 
-    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
-        """Write what :meth:`copy_used` gave back, into the same buffers."""
+    def put_used(self, copies: Copies) -> None:
+        """Write what :meth:`copy_used` gave back, into the same slots."""
 
 
 class StateBuffers:
@@ -192,20 +196,24 @@ class StateBuffers:
         for tensor in self.spec.tensors:
             self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = fill_value(tensor)
 
-    def copy_used(self, tokens: Sequence[int]) -> tuple[npt.NDArray[Any], ...]:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: [batch, used, width] per tensor."""
-        longest = max(tokens)
-        copies = []
-        for tensor in self.spec.tensors:
-            copy = self.arrays[tensor.name][:, : tensor.used_rows(longest)].copy()
-            copy.flags.writeable = False
-            copies.append(copy)
-        return tuple(copies)
+    def copy_used(self, tokens: Sequence[int]) -> Copies:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+        return tuple(
+            tuple(_frozen(self.arrays[tensor.name][slot, : tensor.used_rows(held)]) for tensor in self.spec.tensors)
+            for slot, held in enumerate(tokens)
+        )
 
-    def put_used(self, copies: Sequence[npt.NDArray[Any]]) -> None:
-        """Write what :meth:`copy_used` gave back, into the same buffers."""
-        for tensor, copy in zip(self.spec.tensors, copies, strict=True):
-            self.arrays[tensor.name][:, : copy.shape[1]] = copy
+    def put_used(self, copies: Copies) -> None:
+        """Write what :meth:`copy_used` gave back, into the same slots."""
+        for slot, rows in enumerate(copies):
+            for tensor, copy in zip(self.spec.tensors, rows, strict=True):
+                self.arrays[tensor.name][slot, : len(copy)] = copy
+
+
+def _frozen(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    copy = rows.copy()
+    copy.flags.writeable = False
+    return copy
 
 
 def fill_value(tensor: StateTensor) -> Any:

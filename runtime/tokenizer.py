@@ -1,18 +1,20 @@
-"""Text to token ids and back, also token by token without ever splitting a character.
+"""Text to token ids and back, as transformers does it, at once or token by token.
 
-Reads the ``tokenizer.json`` of a bundle with the ``tokenizers`` library.
+Reads the ``tokenizer.json`` of a bundle with the ``tokenizers`` library; export has written it in the form that
+``AutoTokenizer`` gives it, so that transformers is not needed here.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import ArtifactError, InputError, MissingDependencyError, short
 from foldkv.runtime.bundle import Bundle
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+from foldkv.runtime.detokenizer import TextStream
 
 
 class Tokenizer:
@@ -31,10 +33,15 @@ class Tokenizer:
             raise MissingDependencyError("text needs the package tokenizers: pip install tokenizers") from None
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+            # transformers cuts and fills up only where a call asks for it, whatever the file says.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare exceptions
             raise ArtifactError(
                 f"{path} is not a tokenizer.json that can be read: {error}. Make the bundle again."
             ) from None
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Tokenizer:
@@ -55,61 +62,71 @@ class Tokenizer:
         """Tokens known, special ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The token ids of a text; special tokens that are spelled out in it are recognised.
+    @property
+    def decoder(self) -> Any:
+        """The decoder of the library, or None."""
+        return self._tokenizer.decoder
 
-        ``add_special_tokens`` adds those that the tokenizer's template puts around every text.
+    @functools.cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The special tokens that :meth:`encode` puts before every text; often the one that begins a sequence, or none."""
+        text = self._tokenizer.encode("a")
+        return tuple(text.ids[: (*text.special_tokens_mask, 0).index(0)])
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text: those of ``AutoTokenizer.from_pretrained(checkpoint)(text)``.
+
+        Special tokens that are spelled out in the text are recognised. ``add_special_tokens=False`` leaves out those that the
+        tokenizer puts around every text, such as the one that begins a sequence.
 
         Raises:
             InputError: ``text`` is not text, or holds a surrogate that UTF-8 cannot carry.
         """
+        if type(add_special_tokens) is not bool:
+            raise InputError(f"add_special_tokens must be True or False, got {add_special_tokens!r}.")
+        if not isinstance(text, str):
+            raise InputError(f"the text must be a str, got {type(text).__name__}.")
         try:
             text.encode()
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except (TypeError, AttributeError, UnicodeEncodeError) as error:
+        except UnicodeEncodeError as error:
             raise InputError(f"the text cannot be encoded: {error}. Give valid Unicode text.") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing.
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        """A decoder for one sequence of tokens that arrive one by one."""
-        return TextStream(self, skip_special_tokens=skip_special_tokens)
+        Raises:
+            InputError: an id is no integer of 0 or more.
+        """
+        return str(self._tokenizer.decode(_ids(tokens), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token: int, *, skip_special_tokens: bool = False) -> str | None:
+        """A token as the vocabulary spells it; None for an unknown id, and for a special token that is to be skipped.
+
+        Raises:
+            InputError: ``token`` is no integer of 0 or more.
+        """
+        # This is called for every token of a text: what is plainly an id needs no further check.
+        known = token if type(token) is int and 0 <= token < 1 << 32 else _ids((token,))[0]
+        text: str | None = self._tokenizer.id_to_token(known)
+        return None if skip_special_tokens and text in self._special else text
+
+    def stream(self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> TextStream:
+        """A decoder for one sequence of tokens that arrive one by one; the pieces together are :meth:`decode` of all tokens.
+
+        With ``prompt``, tokens that come before them, the pieces are what the tokens add to the prompt's text, a leading space
+        included.
+        """
+        return TextStream(self, skip_special_tokens=skip_special_tokens, prompt=prompt)
 
 
-class TextStream:
-    """Text of tokens that arrive one by one; the pieces together are ``decode`` of all tokens.
-
-    A character that is still incomplete is held back until the token that completes it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._window: list[int] = []
-        self._context = 0  # tokens at the start of the window that only give context (leading spaces)
-        self._sent = 0  # characters of the window's text that were returned already
-
-    def push(self, token: int) -> str:
-        """The text that the token makes final; often a word, sometimes nothing."""
-        self._window.append(token)
-        text = self._text()
-        # Of an incomplete character only the last one of the text can still change: all before it is final.
-        complete = not text.endswith(_REPLACEMENT)
-        final = text if complete else text[:-1]
-        piece = final[self._sent :]
-        self._sent = max(self._sent, len(final))
-        if complete and piece:
-            del self._window[: self._context]
-            self._context = len(self._window)
-            self._sent = len(self._text())
-        return piece
-
-    def finish(self) -> str:
-        """What is still held back: U+FFFD if the last character never became complete."""
-        piece = self._text()[self._sent :]
-        self._window, self._context, self._sent = [], 0, 0
-        return piece
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """Token ids as the library takes them."""
+    try:
+        given = list(tokens)
+        ids = [-1 if isinstance(token, bool) else operator.index(token) for token in given]
+    except TypeError:
+        ids = [-1]
+    if not all(0 <= known < 1 << 32 for known in ids):
+        raise InputError(f"token ids must be integers of 0 or more, got {short(tokens)}.")
+    return ids

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import foldkv
+from foldkv.artifact import write_manifest
 from foldkv.cli import main
 
 DATA = Path(__file__).parent / "data"
@@ -122,10 +126,23 @@ def test_targets_and_doctor_speak_json() -> None:
     assert "onnxruntime" in run("doctor").output
 
 
+def with_template(bundle: Path, out: Path) -> Path:
+    """A copy of a bundle whose tokenizer puts <bos> before every text."""
+    shutil.copytree(bundle, out)
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    tokenizer.save(str(out / "tokenizer.json"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    rest = {key: value for key, value in manifest.items() if key not in ("schema_version", "kind", "files")}
+    write_manifest(out, kind="foldkv.bundle", content=rest)
+    return out
+
+
 def test_generate_prints_the_text_and_nothing_else(tiny_bundle: Path) -> None:
     facts = json.loads(run("generate", tiny_bundle, "def f(", "-n", 8, "--json").output)
     assert len(facts["tokens"]) == 8 and facts["state_bytes"] > 0 and facts["prompt_tokens"] == 6
-    assert run("generate", tiny_bundle, "def f(", "-n", 8).stdout == facts["text"] + "\n"
+    assert facts["finish_reason"] == "length" and facts["stop_reason"] is None
+    assert run("generate", tiny_bundle, "def f(", "-n", 8, "--threads", 1).stdout == facts["text"] + "\n"
 
 
 def test_generate_with_a_seed_is_repeatable_and_stops(tiny_bundle: Path) -> None:
@@ -134,7 +151,18 @@ def test_generate_with_a_seed_is_repeatable_and_stops(tiny_bundle: Path) -> None
     assert first == run("generate", tiny_bundle, "def f(", *options).stdout
     assert first != run("generate", tiny_bundle, "def f(", *options[:-1], 4).stdout
     stopped = run("generate", tiny_bundle, "def f(", *options, "--stop", first[5]).stdout
-    assert first.startswith(stopped.rstrip("\n")) and len(stopped) < len(first)
+    assert stopped == first[: first.index(first[5])] + "\n"
+    facts = json.loads(run("generate", tiny_bundle, "def f(", *options, "--stop", first[5:7], "--json").output)
+    assert (facts["finish_reason"], facts["stop_reason"]) == ("stop", first[5:7])
+    assert facts["text"] == first[: first.index(first[5:7])]
+
+
+def test_generate_feeds_the_tokenizers_special_tokens_or_the_raw_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_template(tiny_bundle, tmp_path / "bundle")
+    for option, count in (("--add-special-tokens", 4), ("--no-add-special-tokens", 3)):
+        facts = json.loads(run("generate", bundle, "def", "-n", 1, option, "--json").output)
+        assert facts["prompt_tokens"] == count
+    assert json.loads(run("generate", bundle, "", "-n", 1, "--json").output)["prompt_tokens"] == 1
 
 
 def test_packed_rows_need_plugins_and_a_known_layout(tiny_graph: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +45,19 @@ def retrieval_cases(distances: list[int], per_distance: int, *, seed: int) -> li
     return cases
 
 
-def text_windows(tokens: list[int], length: int, count: int, *, seed: int) -> list[list[int]]:
-    """``count`` windows of ``length`` tokens, spread over the text; fewer if the text is short."""
+def text_windows(
+    tokens: list[int], length: int, count: int, *, seed: int, prefix: Sequence[int] = ()
+) -> list[list[int]]:
+    """``count`` windows of ``length`` tokens, spread over the text; fewer if the text is short.
+
+    Each begins with ``prefix``, the special tokens that the tokenizer puts before a text: models are served with them.
+    """
+    length -= len(prefix)
     if len(tokens) <= length:
-        return [tokens]
+        return [[*prefix, *tokens]]
     rng = random.Random(seed)
     span = len(tokens) - length
-    return [tokens[start : start + length] for start in sorted(rng.sample(range(span), min(count, span)))]
+    return [[*prefix, *tokens[start : start + length]] for start in sorted(rng.sample(range(span), min(count, span)))]
 
 
 def load_text(path: Path | None) -> str:

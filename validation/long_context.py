@@ -135,13 +135,14 @@ def measure_depths(
     Raises:
         InputError: the tokenizer does not give one token per byte, or the context is too short.
     """
-    stream = planted_stream(context, seed=seed)
-    tokens, tail = tokenizer.encode(stream.text), tokenizer.encode(stream.tail)
+    stream = planted_stream(context - len(tokenizer.prefix), seed=seed)
+    tokens, tail = (tokenizer.encode(text, add_special_tokens=False) for text in (stream.text, stream.tail))
     if len(tail) != len(stream.tail) or len(tokens) != len(stream.text):
         raise InputError(
             "long contexts are measured on streams of single bytes, and this tokenizer joins bytes to tokens. "
             "Validate without --context."
         )
+    tokens = [*tokenizer.prefix, *tokens]
     mine = subject.tail_logits(tokens, tail)
     theirs = reference.tail_logits(tokens, tail) if reference is not None else None
     right = answered(stream, tail, mine)

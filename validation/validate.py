@@ -186,7 +186,10 @@ def _measure(
     subject: SessionRunner, reference: TransformersRunner, oracle: OracleRunner | None, checkpoint: Checkpoint,
     tokenizer: Tokenizer, plan: Plan, text: str, progress: Callable[[str], None],
 ) -> ValidationResult:  # fmt: skip
-    texts = text_windows(tokenizer.encode(text), plan.text_tokens, plan.texts, seed=plan.seed)
+    texts = text_windows(
+        tokenizer.encode(text, add_special_tokens=False), plan.text_tokens, plan.texts, seed=plan.seed,
+        prefix=tokenizer.prefix,
+    )  # fmt: skip
     figures: list[TokenFigures] = []
     worst: list[dict[str, Any]] = []
     not_finite, chunk_error = 0, 0.0
@@ -257,7 +260,9 @@ def _measure(
 
 def _answers(runner: Runner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
     """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
+    # What a tokenizer puts after a text would stand between question and answer.
+    prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in (case.prompt, case.answer))
+    prompt = [*tokenizer.prefix, *prompt]
     logits = runner.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
     return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
 

@@ -15,11 +15,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
+from engine import HostDriver, library
 from onnx_ir.passes.common import InlinePass
 from onnxscript import FLOAT, script
+from recorded import Recorded
 
 from foldkv.artifact import read_manifest, verify_files
-from foldkv.errors import BuildError, InputError, MissingDependencyError
+from foldkv.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
 from foldkv.export.plan import plan_memory
 from foldkv.export.spec import ModelSpec
@@ -31,9 +33,14 @@ from foldkv.optimize.passes.lower import lowered_graph
 from foldkv.optimize.plan import check_plan, read_plan_header
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import load_targets
+from foldkv.plugins import cuda as cuda_module
+from foldkv.plugins.cuda import KernelImage
 from foldkv.plugins.inject import inject
 from foldkv.plugins.spec import PLUGINS
+from foldkv.runtime import bundle as bundle_module
+from foldkv.runtime import engine as engine_module
 from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.session import Session
 from foldkv.runtime.state import StateSpec, plan_bytes
 
 SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "bfloat16", False)
@@ -177,6 +184,27 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
         *{"fp8+fp4": ("fp8_ds_mla", "index_fp4")}.get(layout, ()),
     ):
         assert plan.count(text.encode()) >= (17 if text == manifest["kernels"]["library"] else 2)
+
+
+def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
+    plugin_engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the engine itself, which the stand-in of the library refuses."""
+    folder = next(iter(plugin_engines.values()))
+    manifest, driver = Recorded(read_manifest(folder, kind="foldkv.bundle")), HostDriver()
+    version = manifest["tool_versions"]["tensorrt-rtx"]
+    monkeypatch.setattr(bundle_module, "read_manifest", lambda folder, kind: manifest)
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: manifest["target"]["sm"])
+    monkeypatch.setattr(cuda_module, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(engine_module.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(engine_module.importlib, "import_module", lambda name: library(driver))
+    kernels: list[KernelImage] = []
+    monkeypatch.setattr(engine_module, "provide_kernels", lambda name, images, driver: kernels.extend(images))
+    monkeypatch.setattr(engine_module, "register_plugins", lambda trt: None)
+    with pytest.raises(ArtifactError, match="cannot be deserialised here"):
+        Session(folder)
+    assert manifest.missing <= {"linked"} and kernels
+    assert {"shapes.context", "kernels.library", "plugins[].kernels", "engine.plugin_layers"} <= manifest.read
 
 
 def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph: Path, tmp_path: Path) -> None:

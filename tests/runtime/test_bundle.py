@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded import Recorded
 
 from foldkv.artifact import read_manifest
 from foldkv.errors import ArtifactError, FoldkvError
+from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
 from foldkv.runtime.tokenizer import Tokenizer
@@ -124,3 +126,14 @@ def test_what_export_writes_of_the_model_is_what_the_runtime_reads(tiny_graph: P
         name: tuple(value) if isinstance(value, list) else value for name, value in written.items() if name in read
     } == read
     assert read["eos_token_ids"]
+
+
+def test_every_key_that_a_session_reads_is_written_by_build(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key with a default would be missed without a word. Engines: tests/optimize/test_build.py."""
+    manifest = Recorded(read_manifest(tiny_bundle, kind="foldkv.bundle"))
+    monkeypatch.setattr(bundle_module, "read_manifest", lambda folder, kind: manifest)
+    with Session(tiny_bundle, context=64) as session:
+        session.generate([[65]], max_new_tokens=1)
+        Tokenizer.from_bundle(session.bundle)
+    assert manifest.missing <= {"linked"}
+    assert {"model.eos_token_ids", "io.logits", "state[].width", "engine.file", "plugins", "backend"} <= manifest.read

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine import HostDriver, library
 
 from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.plugins import cuda as cuda_module
+from foldkv.plugins.cuda import Device
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
 from foldkv.runtime.bundle import load_bundle
@@ -37,11 +42,16 @@ def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version:
     return folder
 
 
+def assert_given_back(driver: HostDriver) -> None:
+    """Every byte, the stream and the context."""
+    assert driver.blocks == {} and set(driver.opened.values()) == {0}
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
     driver = HostDriver()
-    monkeypatch.setattr(engine_module, "cuda_driver", lambda: driver)
-    monkeypatch.setattr(engine_module, "_library", lambda bundle: library())
+    monkeypatch.setattr(cuda_module, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(engine_module, "_library", lambda bundle: library(driver))
     monkeypatch.setattr(bundle_module, "device_capability", lambda: 80)
     return driver
 
@@ -64,7 +74,7 @@ def test_a_session_over_an_engine_decodes_as_one_over_a_graph(
         theirs.reset([1])
         np.testing.assert_allclose(ours.forward([[], [70, 71]])[1], theirs.forward([[], [70, 71]])[1], atol=1e-4)
         assert ours.generate(PROMPTS, max_new_tokens=8) == theirs.generate(PROMPTS, max_new_tokens=8)
-    assert gpu.blocks == {}, "every byte is given back"
+    assert_given_back(gpu)
 
 
 def test_only_state_that_a_plugin_writes_is_one_buffer(tiny_bundle: Path, gpu: HostDriver) -> None:
@@ -75,7 +85,7 @@ def test_only_state_that_a_plugin_writes_is_one_buffer(tiny_bundle: Path, gpu: H
     served = {"FoldkvWindowUpdate", "FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
     assert updated_in_place(state, served) == names
     assert updated_in_place(state, ["FoldkvCompressOnline"]) == {"2.entries", "2.carry"}
-    buffers = DeviceBuffers(gpu, state, 256, 1, in_place=["2.carry"])
+    buffers = DeviceBuffers(Device(gpu), state, 256, 1, in_place=["2.carry"])
     before, targets = dict(buffers.addresses), buffers.targets
     assert {name for name in names if before[name] == targets[name]} == {"2.carry"}
     buffers.written()
@@ -93,7 +103,7 @@ def test_the_default_context_is_what_the_engine_was_built_for(
     for sizes in ({"context": 2048}, {"context": 32}, {"context": 256, "batch": 5}):
         with pytest.raises(InputError, match="was built for"):
             Session(folder, **sizes)
-    assert gpu.blocks == {}
+    assert_given_back(gpu)
 
 
 def test_state_that_the_gpu_cannot_hold_is_refused_and_given_back(
@@ -102,12 +112,57 @@ def test_state_that_the_gpu_cannot_hold_is_refused_and_given_back(
     gpu.limit = 100_000
     with pytest.raises(InputError, match=r"needs \d+ bytes .* which the GPU cannot give"):
         Session(make_bundle(tiny_bundle, tmp_path), context=1024)
-    assert gpu.blocks == {}
+    assert_given_back(gpu)
 
 
 def test_an_engine_that_cannot_be_opened_is_an_error(tiny_bundle: Path, tmp_path: Path, gpu: HostDriver) -> None:
     with pytest.raises(ArtifactError, match="cannot be deserialised here: no plan of any version"):
         Session(make_bundle(tiny_bundle, tmp_path, plan="no engine"), context=256)
+    assert_given_back(gpu)
+
+
+def test_a_session_serves_threads_that_it_was_not_opened_on(tiny_bundle: Path, tmp_path: Path, gpu: HostDriver) -> None:
+    """Every call that reaches the driver, each from a thread of its own; none of them keeps the context."""
+    folder, left = make_bundle(tiny_bundle, tmp_path), []
+
+    def elsewhere(call: Callable[[], Any]) -> Any:
+        def run() -> Any:
+            found = call()
+            left.append(list(gpu.contexts))
+            return found
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+    session = elsewhere(lambda: Session(folder, context=256, batch=2))
+    new = elsewhere(lambda: session.generate(PROMPTS, max_new_tokens=4))
+    snapshot = elsewhere(session.snapshot)
+    after = elsewhere(lambda: session.decode([65, 66]))
+    elsewhere(lambda: session.restore(snapshot))
+    np.testing.assert_array_equal(elsewhere(lambda: session.decode([65, 66])), after)
+    elsewhere(session.reset)
+    assert elsewhere(lambda: session.generate(PROMPTS, max_new_tokens=4)) == new
+    gpu.cuCtxPushCurrent(5)  # the caller's own context stays the caller's
+    session.decode([65, 66])
+    assert gpu.contexts == [5]
+    gpu.cuCtxPopCurrent()
+    elsewhere(session.close)
+    assert left == [[]] * len(left)
+    assert_given_back(gpu)
+
+
+def test_a_reset_leaves_nothing_of_the_text_on_the_gpu(tiny_bundle: Path, tmp_path: Path, gpu: HostDriver) -> None:
+    """Neither in the state, nor in the second buffers of what is not updated in place, nor in those of inputs and logits."""
+    folder = make_bundle(tiny_bundle, tmp_path)
+    with Session(folder, context=256, batch=2) as session:
+        fresh = [block.clone() for block in gpu.blocks.values()]
+        session.generate(PROMPTS, max_new_tokens=5)
+        assert any(not torch.equal(new, old) for new, old in zip(gpu.blocks.values(), fresh, strict=False))
+        session.reset()
+        after = list(gpu.blocks.values())
+        for new, old in zip(after, fresh, strict=False):
+            assert torch.equal(new, old)
+        assert len(after) > len(fresh) and not any(block.any() for block in after[len(fresh) :])
 
 
 def test_another_gpu_or_another_version_is_told(
@@ -119,7 +174,7 @@ def test_another_gpu_or_another_version_is_told(
         Session(folder, context=256)
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(bundle_module, "device_capability", lambda: 80)
-    monkeypatch.setattr(engine_module, "cuda_driver", HostDriver)
+    monkeypatch.setattr(cuda_module, "cuda_driver", HostDriver)
     with pytest.raises(MissingDependencyError, match=r"was built by tensorrt-rtx 1\.0; installed is 1\.7"):
         Session(folder, context=256)
 
@@ -134,14 +189,18 @@ def test_device_buffers_hold_what_host_buffers_hold(dtype: str) -> None:
         )
     )
     driver, names = HostDriver(), [tensor.name for tensor in spec.tensors]
-    ours, theirs = DeviceBuffers(driver, spec, 64, 3, in_place=names), StateBuffers(spec, 64, 3)
+    ours, theirs = DeviceBuffers(Device(driver), spec, 64, 3, in_place=names), StateBuffers(spec, 64, 3)
     assert ours.bytes == theirs.bytes == sum(block.numel() for block in driver.blocks.values())
     rng = np.random.default_rng(0)
-    written = [rng.integers(0, 100, copy.shape).astype(copy.dtype) for copy in theirs.copy_used([40, 40, 40])]
+    written = tuple(
+        tuple(rng.integers(0, 100, copy.shape).astype(copy.dtype) for copy in slot)
+        for slot in theirs.copy_used([40, 11, 40])
+    )
     for buffers in (ours, theirs):
         buffers.put_used(written)
         buffers.clear(1, 9)
-    for one, other in zip(ours.copy_used([64, 64, 64]), theirs.copy_used([64, 64, 64]), strict=True):
+    held = zip(ours.copy_used([64, 64, 64]), theirs.copy_used([64, 64, 64]), strict=True)
+    for one, other in ((one, other) for slots in held for one, other in zip(*slots, strict=True)):
         np.testing.assert_array_equal(one, other)
     ours.close()
     assert driver.blocks == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,11 +53,22 @@ def test_a_seed_and_a_request_fix_the_draws() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
-)
-def test_a_value_out_of_range_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=next(iter(options))):
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": True},
+        {"temperature": "1"}, {"temperature": None}, {"temperature": np.float32("nan")}, {"top_k": 0}, {"top_k": True}, {"top_k": 2.0},
+        {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}, {"top_p": True}, {"top_p": None}, {"seed": -1},
+        {"seed": 1.0}, {"seed": False}, {"seed": None},
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
         Sampling(**options)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert draws(Sampling(temperature=np.float32(0.5), top_p=np.float64(0.5)), 5) == draws(
+        Sampling(temperature=0.5, top_p=0.5), 5
+    )
 
 
 def test_logits_that_are_no_numbers_are_an_error() -> None:

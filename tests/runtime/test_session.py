@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ from foldkv.artifact import read_manifest
 from foldkv.errors import CapacityError, FoldkvError, InputError
 from foldkv.export.spec import ModelSpec
 from foldkv.export.state import state_tensors, total_bytes
+from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.sampling import Sampling
-from foldkv.runtime.session import Session
+from foldkv.runtime.session import Session, Snapshot
 
 PROMPT = list(b"def scale(values, factor):\n    return [value * factor for value in values]\n\n\ndef ")
 OTHER = list(b"Licensed under the Apache License, Version 2.0")
@@ -118,7 +121,7 @@ def test_exceeding_the_context_is_refused_before_the_state_is_touched(tiny_bundl
             session.stream([PROMPT], max_new_tokens=room + 2)
         after = session.snapshot()
         assert after.positions == before.positions
-        for left, right in zip(before.rows, after.rows, strict=True):
+        for left, right in zip(before.rows[0], after.rows[0], strict=True):
             np.testing.assert_array_equal(left, right)
         large.prefill([PROMPT])
         np.testing.assert_allclose(session.prefill([[65] * room]), large.prefill([[65] * room]), atol=1e-4)
@@ -135,11 +138,85 @@ def test_the_bytes_of_the_state_are_the_planned_ones(
         assert session.state_bytes == planned
 
 
-def test_a_reset_session_is_a_new_one(tiny_bundle: Path) -> None:
-    with Session(tiny_bundle, context=256, batch=2) as session, Session(tiny_bundle, context=256, batch=2) as fresh:
-        session.prefill([PROMPT * 2, OTHER])
-        session.reset()
-        np.testing.assert_array_equal(session.prefill([OTHER, PROMPT]), fresh.prefill([OTHER, PROMPT]))
+def arrays(session: Session) -> dict[str, np.ndarray]:
+    return session._buffers.arrays  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layout", ["hf", "dense", "fp8+fp4"])
+def test_a_reset_leaves_nothing_of_the_text_in_any_buffer(
+    tiny_bundle: Path, served_bundles: dict[str, Path], layout: str
+) -> None:
+    """After any calls: the buffers are those of a new session, of all slots or of those that were reset."""
+    bundle, rng = tiny_bundle if layout == "hf" else served_bundles[layout], random.Random(layout)
+    sizes = {"context": 128, "batch": 3, "chunk": 16, "threads": 1}
+    with Session(bundle, **sizes) as session, Session(bundle, **sizes) as other, Session(bundle, **sizes) as fresh:
+        new = {name: array.copy() for name, array in arrays(fresh).items()}
+        kept: list[Snapshot] = []
+
+        def text() -> list[list[int]]:
+            return [rng.choices(range(256), k=rng.choice([0, 1, 5, 37])) for _ in range(3)]
+
+        for _ in range(8):
+            one = rng.choice([session, other])
+            call = rng.choice(["forward", "fail", "snapshot", "restore", "generate", "reset"])
+            if call == "forward" and one.positions.max() < 80:
+                one.forward(text())
+            elif call == "fail" and one.positions.max() < 80:
+                fail_half_way(one, text())
+            elif call == "snapshot":
+                kept.append(one.snapshot())
+            elif call == "restore" and kept:
+                one.restore(rng.choice(kept))  # of either session
+            elif call == "generate":
+                one.generate([[1, 2, *part] for part in text()], max_new_tokens=3, stop_tokens=[])
+            elif call == "reset":
+                one.reset([slot := rng.randrange(3)])
+                assert all(np.array_equal(array[slot], new[name][slot]) for name, array in arrays(one).items())
+        for one in (session, other):
+            one.reset()
+            for name, array in arrays(one).items():
+                np.testing.assert_array_equal(array, new[name], err_msg=name)
+            executor: Any = one._executor
+            assert not executor._input_ids.any() and not executor._logits.any()
+            assert one.positions.tolist() == [0, 0, 0] and one.pending == (None, None, None)
+        tokens = text()
+        for ours, theirs in zip(session.forward(tokens), fresh.forward(tokens), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def fail_half_way(session: Session, text: list[list[int]]) -> None:
+    """A run that has written the state and then fails; a snapshot from before mends the session."""
+    before, executor = session.snapshot(), session._executor
+    assert executor is not None
+    run = executor.run
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        run(*arguments, **options)
+        raise FoldkvError("out of memory")
+
+    executor.run = failing  # type: ignore[method-assign]
+    try:
+        if any(text):
+            with pytest.raises(FoldkvError, match="out of memory"):
+                session.forward(text)
+            with pytest.raises(FoldkvError, match="left the state damaged"):
+                session.snapshot()
+    finally:
+        executor.run = run  # type: ignore[method-assign]
+    session.restore(before)
+
+
+def test_a_ragged_snapshot_holds_no_more_than_each_slot_does(tiny_bundle: Path) -> None:
+    with Session(tiny_bundle, context=256, batch=2) as session:
+        session.prefill([PROMPT, PROMPT])
+        session.reset([1])
+        session.forward([[], OTHER[:6]])
+        both = session.snapshot()
+        session.reset([0])
+        one = session.snapshot()
+    assert both.bytes > one.bytes
+    rows = [tensor.used_rows(6) for tensor in load_bundle(tiny_bundle).state.tensors]
+    assert [len(copy) for copy in both.rows[1]] == rows
 
 
 def test_resetting_one_slot_leaves_the_other(tiny_bundle: Path) -> None:
@@ -161,6 +238,106 @@ def test_streams_give_what_generate_gives_and_stop_at_stop_tokens(tiny_bundle: P
         assert stopped == tokens[: tokens.index(stop)]
 
 
+def fed(bundle: Path, tokens: list[int]) -> np.ndarray:
+    """Logits after a text that is fed at once."""
+    with Session(bundle, context=512) as session:
+        return session.prefill([tokens])[0]
+
+
+def test_a_conversation_turn_by_turn_is_the_conversation_at_once(tiny_bundle: Path) -> None:
+    """Whatever feeds the next turn: generate, forward with all its logits, decode."""
+    turns = [PROMPT[:20], OTHER[:11], PROMPT[:7]]
+    with Session(tiny_bundle, context=512, batch=2) as session:
+        held: list[int] = []
+        for number, turn in enumerate(turns):
+            new = session.generate([turn, OTHER], max_new_tokens=9, stop_tokens=[], resume=number > 0)[0]
+            held += [*turn, *new]
+            assert session.positions[0] == len(held) - 1 and session.pending[0] == held[-1]
+        with Session(tiny_bundle, context=512) as whole:
+            assert whole.generate([held[:-9]], max_new_tokens=9, stop_tokens=[])[0] == held[-9:]
+        at_once = session.snapshot()
+        held += OTHER
+        np.testing.assert_allclose(session.forward([OTHER, []])[0][0], fed(tiny_bundle, held), atol=1e-4)
+        assert session.pending == (None, at_once.pending[1]), "a slot that gets no token stays as it is"
+        session.restore(at_once)
+        rows = session.forward([OTHER, []], logits="all")[0]
+        assert len(rows) == len(OTHER), "the row of the token before them is not theirs"
+        np.testing.assert_allclose(rows[-1], fed(tiny_bundle, held), atol=1e-4)
+        session.restore(at_once)
+        for token in OTHER:
+            after = session.decode([token, 65])
+        np.testing.assert_allclose(after[0], fed(tiny_bundle, held), atol=1e-4)
+
+
+def test_a_stop_token_is_no_part_of_what_a_slot_holds(tiny_bundle: Path) -> None:
+    with Session(tiny_bundle, context=256) as session:
+        whole = session.generate([OTHER], max_new_tokens=30, stop_tokens=[])[0]
+        stop = next(token for place, token in enumerate(whole) if place > 3 and token not in whole[:place])
+        stream = session.stream([OTHER], max_new_tokens=30, stop_tokens=[stop])
+        new = [token for _, token in stream]
+        assert (stream.finish_reasons, stream.stop_tokens) == (["stop"], [stop])
+        assert session.positions[0] == len(OTHER) + len(new) and session.pending == (None,)
+        np.testing.assert_allclose(session.decode([65])[0], fed(tiny_bundle, [*OTHER, *new, 65]), atol=1e-4)
+
+
+def test_a_stream_that_is_dropped_leaves_what_it_gave_out(tiny_bundle: Path) -> None:
+    """Also in the middle of a round: the slots after the last one that gave a token out hold one less."""
+    with Session(tiny_bundle, context=256, batch=2) as session:
+        stream, given = session.stream([PROMPT, OTHER], max_new_tokens=20, stop_tokens=[]), ([], [])
+        for _ in range(7):
+            slot, token = next(stream)
+            given[slot].append(token)
+        stream.close()
+        assert [len(tokens) for tokens in given] == [4, 3] and stream.finish_reasons == [None, None]
+        snapshot = session.snapshot()
+        after = session.forward([[66], [67]])
+        np.testing.assert_allclose(after[0][0], fed(tiny_bundle, [*PROMPT, *given[0], 66]), atol=1e-4)
+        np.testing.assert_allclose(after[1][0], fed(tiny_bundle, [*OTHER, *given[1], 67]), atol=1e-4)
+        with Session(tiny_bundle, context=256, batch=2) as other:
+            other.restore(snapshot)
+            assert other.pending == snapshot.pending and snapshot.pending[0] == given[0][-1]
+            np.testing.assert_array_equal(other.forward([[66], [67]])[0], after[0])
+        session.restore(snapshot)
+        session.reset([0])
+        assert session.pending == (None, snapshot.pending[1])
+
+
+def test_an_empty_prompt_goes_on_where_the_length_ended_a_text(tiny_bundle: Path) -> None:
+    with Session(tiny_bundle, context=256) as session:
+        whole = session.generate([PROMPT], max_new_tokens=20, stop_tokens=[])[0]
+        stream = session.stream([PROMPT], max_new_tokens=8, stop_tokens=[])
+        first = [token for _, token in stream]
+        assert stream.finish_reasons == ["length"]
+        assert first + session.generate([[]], max_new_tokens=12, stop_tokens=[], resume=True)[0] == whole
+        session.reset()
+        with pytest.raises(InputError, match="prompt 0 is empty"):
+            session.generate([[]], max_new_tokens=1, resume=True)
+
+
+def test_one_slot_can_be_ended_while_the_others_go_on(tiny_bundle: Path) -> None:
+    with Session(tiny_bundle, context=256, batch=2) as session:
+        expected = session.generate([PROMPT, OTHER], max_new_tokens=10, stop_tokens=[])
+        stream, given = session.stream([PROMPT, OTHER], max_new_tokens=10, stop_tokens=[]), ([], [])
+        for slot, token in stream:
+            given[slot].append(token)
+            if len(given[0]) == 3:
+                stream.stop(0)
+        assert given == (expected[0][:3], expected[1]) and stream.finish_reasons == ["stop", "length"]
+        assert session.positions.tolist() == [len(PROMPT) + 2, len(OTHER) + 9]
+
+
+def test_the_token_before_counts_for_the_capacity(tiny_bundle: Path) -> None:
+    with Session(tiny_bundle, context=96) as session:
+        session.generate([PROMPT[:40]], max_new_tokens=5, stop_tokens=[])
+        room = 96 - 45
+        with pytest.raises(CapacityError):
+            session.stream([[65] * room], max_new_tokens=2, resume=True)
+        with pytest.raises(CapacityError):
+            session.forward([[65] * (room + 1)])
+        session.generate([[65] * room], max_new_tokens=1, stop_tokens=[], resume=True)
+        assert session.positions[0] == 96
+
+
 def test_a_stream_notices_that_the_session_was_used(tiny_bundle: Path) -> None:
     with Session(tiny_bundle, context=256) as session:
         stream = session.stream([PROMPT], max_new_tokens=5, stop_tokens=[])
@@ -170,38 +347,87 @@ def test_a_stream_notices_that_the_session_was_used(tiny_bundle: Path) -> None:
             next(stream)
 
 
+def generate(**options: Any) -> Callable[[Session], object]:
+    return lambda session: session.generate(**{"prompts": [PROMPT], "max_new_tokens": 1, **options})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.generate([[]], max_new_tokens=3), "prompt 0 is empty"),
-        (lambda s: s.generate([PROMPT], max_new_tokens=0), "max_new_tokens must be an integer of 1 or more"),
-        (lambda s: s.generate([PROMPT, PROMPT], max_new_tokens=1), "got 2 prompts"),
+        (generate(prompts=[[]]), "prompt 0 is empty"),
+        (generate(max_new_tokens=0), "max_new_tokens must be an integer of 1 or more"),
+        (generate(max_new_tokens=True), "max_new_tokens must be an integer of 1 or more, got True"),
+        (generate(max_new_tokens=2.0), "max_new_tokens must be an integer of 1 or more, got 2.0"),
+        (generate(prompts=[PROMPT, PROMPT]), "got 2 prompts"),
+        (generate(prompts=[]), "got 0 prompts"),
+        (generate(prompts="text"), "prompts must be a list, got 'text'"),
+        (generate(prompts=7), "prompts must be a list, got 7"),
+        (generate(prompts=[7]), "slot 0: expected a sequence of integer token ids, got 7"),
+        (generate(prompts=[[1, True]]), "slot 0: expected a sequence of integer token ids"),
+        (generate(prompts=[[None]]), "slot 0: expected a sequence of integer token ids"),
+        (generate(prompts=[[1 << 70]]), "slot 0: expected a sequence of integer token ids"),
+        (generate(requests=[-1]), "requests must be 1 integers"),
+        (generate(requests=3), "requests must be a list, got 3"),
+        (generate(requests=[True]), "requests must be 1 integers"),
+        (generate(stop_tokens=[258]), r"stop_tokens must be token ids, 0 to 257, got \[258\]"),
+        (generate(stop_tokens=[-1]), "stop_tokens must be token ids"),
+        (generate(stop_tokens=["</s>"]), "stop_tokens must be token ids.* For a text that ends a sequence use `stop`"),
+        (generate(stop_tokens=[True]), "stop_tokens must be token ids"),
+        (generate(stop_tokens=[1.0]), "stop_tokens must be token ids"),
+        (generate(stop_tokens=257), "stop_tokens must be a list, got 257"),
+        (generate(stop_tokens="ab"), "stop_tokens must be a list, got 'ab'"),
+        (generate(sampling=0.7), "sampling must be a Sampling"),
+        (generate(resume="no"), "resume must be True or False, got 'no'"),
         (lambda s: s.prefill([[258]]), "token 0 has the id 258; the vocabulary has the ids 0 to 257"),
         (lambda s: s.prefill([[-1]]), "has the id -1"),
         (lambda s: s.prefill([[1.5]]), "expected a sequence of integer token ids"),
         (lambda s: s.prefill(["text"]), "expected a sequence of integer token ids"),
+        (lambda s: s.prefill(None), "prompts must be a list, got None"),
+        (lambda s: s.decode(5), "tokens must be a list, got 5"),
+        (lambda s: s.decode([True]), "expected a sequence of integer token ids"),
         (lambda s: s.forward([[1], [2]]), "got tokens for 2 slots"),
+        (lambda s: s.forward(3), "chunks must be a list, got 3"),
         (lambda s: s.forward([[1]], logits="some"), "logits must be"),
         (lambda s: s.reset([3]), "slots must be among 0 to 0"),
-        (lambda s: s.generate([PROMPT], max_new_tokens=1, requests=[-1]), "requests must be"),
+        (lambda s: s.reset(0), "slots must be a list, got 0"),
+        (lambda s: s.reset([False]), "slots must be among 0 to 0"),
+        (lambda s: s.reset(["a"]), "slots must be among 0 to 0"),
+        (lambda s: s.restore(None), "expected what snapshot"),
     ],
 )
 def test_a_wrong_argument_is_one_error_and_changes_nothing(
-    tiny_bundle: Path, call: Callable[[Session], object], message: str
+    shared_session: Session, call: Callable[[Session], object], message: str
 ) -> None:
+    with pytest.raises(InputError, match=message):
+        call(shared_session)
+    assert shared_session.positions.tolist() == [len(OTHER)]
+
+
+@pytest.fixture(scope="module")
+def shared_session(tiny_bundle: Path) -> Iterator[Session]:
+    """One that holds a text and that no test changes."""
     with Session(tiny_bundle, context=128) as session:
         session.prefill([OTHER])
-        with pytest.raises(InputError, match=message):
-            call(session)
-        assert session.positions.tolist() == [len(OTHER)]
+        yield session
+
+
+def test_numbers_of_numpy_are_numbers(shared_session: Session) -> None:
+    stream = shared_session.stream([np.array(PROMPT)], max_new_tokens=1, stop_tokens=np.array([1, 2]))
+    assert stream.finish_reasons == [None]
+    shared_session.stream([PROMPT], max_new_tokens=1, stop_tokens={np.int64(3)})
 
 
 @pytest.mark.parametrize(
-    "options", [{"context": 0}, {"context": 1 << 30}, {"batch": 0}, {"chunk": True}, {"threads": -1}]
+    "options", [{"context": 0}, {"context": 1 << 30}, {"batch": 0}, {"chunk": True}, {"threads": -1}, {"batch": 1.0}]
 )
-def test_a_wrong_option_is_refused(tiny_bundle: Path, options: dict[str, int]) -> None:
+def test_a_wrong_option_is_refused(tiny_bundle: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
         Session(tiny_bundle, **options)
+
+
+def test_a_bundle_that_is_no_path_is_refused() -> None:
+    with pytest.raises(InputError, match="bundle must be the path of a folder, got 7"):
+        Session(7)  # type: ignore[arg-type]
 
 
 def test_a_closed_session_says_so(tiny_bundle: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import threading
 import types
 from typing import Any
 
@@ -18,36 +19,76 @@ from driver import CUresult, FakeDriver
 _TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 
 
+CONTEXT = 1
+
+
 class HostDriver(FakeDriver):
-    """The driver with memory of its own; ``limit`` is what it can give, in bytes."""
+    """The driver with memory of its own; ``limit`` is what it can give, in bytes.
+
+    Contexts are per thread, as CUDA's are: once the primary context is retained, a call from a thread in which none is current is
+    refused. ``opened`` counts what is to be given back: the primary context and streams.
+    """
 
     def __init__(self, limit: int = 1 << 40) -> None:
         super().__init__({})
         self.blocks: dict[int, torch.Tensor] = {}
         self.limit = limit
+        self.opened = {"context": 0, "stream": 0}
+        self._thread, self._retained = threading.local(), False
+
+    @property
+    def contexts(self) -> list[int]:
+        """The calling thread's contexts, the current one last."""
+        if not hasattr(self._thread, "contexts"):
+            self._thread.contexts = []
+        found: list[int] = self._thread.contexts
+        return found
+
+    def _status(self, status: CUresult = CUresult.CUDA_SUCCESS) -> CUresult:
+        """What a call gives that needs a context."""
+        return status if self.contexts or not self._retained else CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+    def check_context(self) -> None:
+        """Fail as a library does that works in the current context."""
+        assert self._status() == CUresult.CUDA_SUCCESS, "no context is current in this thread"
 
     def cuDeviceGet(self, ordinal: int) -> tuple[CUresult, int]:
         return CUresult.CUDA_SUCCESS, ordinal
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[CUresult, int]:
-        return CUresult.CUDA_SUCCESS, 1
+        self._retained = True
+        self.opened["context"] += 1
+        return CUresult.CUDA_SUCCESS, CONTEXT
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[CUresult]:
+        self.opened["context"] -= 1
         return (CUresult.CUDA_SUCCESS,)
 
     def cuCtxSetCurrent(self, context: int) -> tuple[CUresult]:
+        self.contexts[-1:] = [context]
         return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[CUresult]:
+        self.contexts.append(context)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[CUresult, int]:
+        return (self._status(), self.contexts.pop())
 
     def cuStreamCreate(self, flags: int) -> tuple[CUresult, int]:
-        return CUresult.CUDA_SUCCESS, 77
+        self.opened["stream"] += 1
+        return self._status(), 77
 
     def cuStreamSynchronize(self, stream: int) -> tuple[CUresult]:
-        return (CUresult.CUDA_SUCCESS,)
+        return (self._status(),)
 
     def cuStreamDestroy(self, stream: int) -> tuple[CUresult]:
-        return (CUresult.CUDA_SUCCESS,)
+        self.opened["stream"] -= 1
+        return (self._status(),)
 
     def cuMemAlloc(self, size: int) -> tuple[CUresult, int]:
+        if self._status() != CUresult.CUDA_SUCCESS:
+            return self._status(), 0
         if sum(block.numel() for block in self.blocks.values()) + size > self.limit:
             return CUresult.CUDA_ERROR_INVALID_VALUE, 0
         block = torch.full((size,), 0xFF, dtype=torch.uint8)  # what was never written is not zero
@@ -56,16 +97,18 @@ class HostDriver(FakeDriver):
 
     def cuMemFree(self, address: int) -> tuple[CUresult]:
         del self.blocks[address]
-        return (CUresult.CUDA_SUCCESS,)
+        return (self._status(),)
 
-    def _inside(self, address: int, size: int) -> bool:
-        return any(address - start >= 0 and address + size <= start + len(b) for start, b in self.blocks.items())
+    def _move(self, target: int, source: Any, size: int, device: int) -> tuple[CUresult]:
+        """Copy, if a context is current and the device's side lies inside a block."""
+        inside = any(device - start >= 0 and device + size <= start + len(b) for start, b in self.blocks.items())
+        status = self._status(CUresult.CUDA_SUCCESS if inside else CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+        if status == CUresult.CUDA_SUCCESS:
+            ctypes.memmove(target, source, size)
+        return (status,)
 
     def _set(self, address: int, value: int, count: int, item: int) -> tuple[CUresult]:
-        if not self._inside(address, count * item):
-            return (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
-        ctypes.memmove(address, np.full(count, value, f"uint{8 * item}").tobytes(), count * item)
-        return (CUresult.CUDA_SUCCESS,)
+        return self._move(address, np.full(count, value, f"uint{8 * item}").tobytes(), count * item, address)
 
     def cuMemsetD8(self, address: int, value: int, count: int) -> tuple[CUresult]:
         return self._set(address, value, count, 1)
@@ -77,16 +120,10 @@ class HostDriver(FakeDriver):
         return self._set(address, value, count, 4)
 
     def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[CUresult]:
-        if not self._inside(target, size):
-            return (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
-        ctypes.memmove(target, source, size)
-        return (CUresult.CUDA_SUCCESS,)
+        return self._move(target, source, size, target)
 
     def cuMemcpyDtoH(self, target: int, source: int, size: int) -> tuple[CUresult]:
-        if not self._inside(source, size):
-            return (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS,)
-        ctypes.memmove(target, source, size)
-        return (CUresult.CUDA_SUCCESS,)
+        return self._move(target, source, size, source)
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
         assert stream == 77
@@ -98,8 +135,8 @@ class HostDriver(FakeDriver):
 
 
 class _Execution:
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, trt: Any, session: Any) -> None:
+        self.trt, self.session = trt, session
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -112,6 +149,7 @@ class _Execution:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        self.trt.check_context()
         feeds = {}
         for value in self.session.get_inputs():
             kind = np.dtype(_TYPES[value.type])
@@ -148,12 +186,14 @@ class _Engine:
         return location.HOST if name == "active_context" else location.DEVICE
 
     def create_execution_context(self) -> _Execution:
-        return _Execution(self.session)
+        self.trt.check_context()
+        return _Execution(self.trt, self.session)
 
 
-def library() -> Any:
-    """The module ``tensorrt`` as the executor uses it; a plan is the path of a model."""
+def library(driver: HostDriver | None = None) -> Any:
+    """The module ``tensorrt`` as the executor uses it; a plan is the path of a model. It works in the driver's context."""
     trt: Any = types.ModuleType("tensorrt")
+    trt.check_context = driver.check_context if driver else lambda: None
     trt.TensorLocation = types.SimpleNamespace(HOST=1, DEVICE=0)
 
     class Severity(enum.Enum):

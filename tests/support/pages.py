@@ -8,6 +8,7 @@ from pathlib import Path
 
 #: Before a block that no test can run; the reason stands behind it.
 NOT_RUN = "<!-- not run by the tests: "
+_END = "END_OF_EXAMPLES"
 _BLOCK = re.compile(
     r"^(?P<mark><!-- .*? -->\n+)?```(?P<language>sh|python)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -33,13 +34,19 @@ def blocks(page: Path) -> list[Block]:
 
 
 def script(page: Path) -> str:
-    """A bash script of everything in a page that can be run, in order; it ends at the first error."""
-    parts = ["set -euo pipefail"]
-    for number, block in enumerate(blocks(page), 1):
+    """A bash script of everything in a page that can be run, in order; it ends at the first error.
+
+    Examples in Python with no command between them are one program.
+    """
+    parts, ran = ["set -euo pipefail"], ""
+    for block in blocks(page):
         if block.not_run:
             continue
         if block.language == "sh":
             parts.append(block.code)
+        elif ran == "python":  # goes on where the example before ended
+            parts[-1] = parts[-1].removesuffix(_END) + block.code + _END
         else:
-            parts.append(f"python - <<'END_OF_BLOCK_{number}'\n{block.code}END_OF_BLOCK_{number}")
+            parts.append(f"python - <<'{_END}'\n{block.code}{_END}")
+        ran = block.language
     return "\n".join(parts)

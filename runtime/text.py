@@ -1,0 +1,249 @@
+"""Text in, text out: a layer of its own above the token ids of a session.
+
+A prompt is encoded, its session's stream decoded piece by piece, and a text ends before a stop string, wherever the tokens cut
+it. The names are vLLM's: ``stop``, ``finish_reason``, ``stop_reason``, ``skip_special_tokens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foldkv.errors import InputError, short
+from foldkv.runtime.detokenizer import possible_start
+from foldkv.runtime.sampling import GREEDY, Sampling
+from foldkv.runtime.session import FinishReason, Session, TokenStream
+from foldkv.runtime.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after one prompt, or a piece of it.
+
+    Attributes:
+        index: number of the prompt, and the session's slot.
+        text: the text, which ends before a stop string.
+        token_ids: the tokens that the session gave out, those of a stop string included: what its slot holds.
+        finish_reason: "stop" or "length"; None for a piece after which more comes.
+        stop_reason: the stop string, or the one of ``stop_tokens`` that ended the text; None at the end of sequence of the model.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+def generate_text(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Collection[int] | None = None,
+    add_special_tokens: bool | None = None,
+    skip_special_tokens: bool = True,
+    requests: Sequence[int] | None = None,
+    resume: bool = False,
+) -> list[Completion]:
+    """The completion of each prompt; arguments and errors are those of :func:`stream_text`."""
+    pieces: dict[int, list[Completion]] = {}
+    stream = stream_text(
+        session,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        stop_tokens=stop_tokens,
+        add_special_tokens=add_special_tokens,
+        skip_special_tokens=skip_special_tokens,
+        requests=requests,
+        resume=resume,
+    )
+    for piece in stream:
+        pieces.setdefault(piece.index, []).append(piece)
+    return [
+        Completion(
+            index,
+            "".join(piece.text for piece in parts),
+            tuple(token for piece in parts for token in piece.token_ids),
+            parts[-1].finish_reason,
+            parts[-1].stop_reason,
+        )
+        for index, parts in sorted(pieces.items())
+    ]
+
+
+def stream_text(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: str | Sequence[str] = (),
+    stop_tokens: Collection[int] | None = None,
+    add_special_tokens: bool | None = None,
+    skip_special_tokens: bool = True,
+    requests: Sequence[int] | None = None,
+    resume: bool = False,
+) -> Iterator[Completion]:
+    """Generate, giving out text as soon as it is final: as :class:`Completion`, piece by piece.
+
+    The pieces of a prompt together are its completion; the last one has the ``finish_reason``. Text that may be the start of a
+    stop string is held back until it is clear that it is none. Prompt and text joined are the text of all tokens: a text
+    begins with the space that the tokens have there.
+
+    Args:
+        session: gets prompt ``i`` in slot ``i``.
+        tokenizer: of the session's bundle.
+        prompts: one prompt, or up to as many as the session's batch: text, or token ids that are taken as they are.
+        max_new_tokens: the most for each prompt.
+        sampling: how tokens are chosen.
+        stop: a text ends before any of these. If several could end it, the one that is complete first does, and of those
+            that are complete at once the longest.
+        stop_tokens, requests: see :meth:`foldkv.runtime.session.Session.stream`.
+        add_special_tokens: put the special tokens of the tokenizer around texts, as ``AutoTokenizer`` does. None does so
+            where the slot is empty, so that a conversation begins with them and goes on without.
+        skip_special_tokens: leave special tokens out of the text. A stop string cannot match what is left out: use
+            ``stop_tokens``.
+        resume: go on after what the slots hold: the text before, and every token of its ``token_ids``, those of a stop
+            string included.
+
+    Raises:
+        CapacityError, InputError: as :meth:`foldkv.runtime.session.Session.stream`; InputError also for an empty stop string.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(f"tokenizer must be Tokenizer.from_bundle(session.bundle), got {short(tokenizer)}.")
+    for name, value in (("skip_special_tokens", skip_special_tokens), ("resume", resume)):
+        if type(value) is not bool:
+            raise InputError(f"{name} must be True or False, got {value!r}.")
+    if add_special_tokens is not None and type(add_special_tokens) is not bool:
+        raise InputError(f"add_special_tokens must be True, False or None, got {add_special_tokens!r}.")
+    marks = _stop_strings(stop)
+    encoded: list[list[int]] = []
+    for slot, prompt in enumerate(_prompts(prompts)):
+        empty = (
+            not resume or slot >= session.batch or bool(session.positions[slot] == 0 and session.pending[slot] is None)
+        )
+        special = empty if add_special_tokens is None else add_special_tokens
+        encoded.append(
+            tokenizer.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else list(prompt)
+        )
+    tokens = session.stream(
+        encoded,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        requests=requests,
+        resume=resume,
+    )
+    before = [_held(session, slot) if resume else [] for slot in range(len(encoded))]
+    writers = [
+        _Writer(slot, tokenizer, [*held, *prompt], marks, skip_special_tokens)
+        for slot, (held, prompt) in enumerate(zip(before, encoded, strict=True))
+    ]
+    return _pieces(tokens, writers, told=stop_tokens is not None)
+
+
+def _pieces(tokens: TokenStream, writers: list[_Writer], *, told: bool) -> Iterator[Completion]:
+    """The pieces of all prompts; ``told`` says that the caller named the stop tokens."""
+    try:
+        for slot, token in tokens:
+            piece = writers[slot].push(token)
+            if piece is not None:
+                if piece.finish_reason is not None:
+                    tokens.stop(slot)
+                yield piece
+            yield from _ended(tokens, writers, told)
+        yield from _ended(tokens, writers, told)
+    finally:
+        tokens.close()
+
+
+def _ended(tokens: TokenStream, writers: list[_Writer], told: bool) -> Iterator[Completion]:
+    for writer in writers:
+        reason = tokens.finish_reasons[writer.index]
+        if reason is not None and not writer.ended:
+            yield writer.finish(reason, tokens.stop_tokens[writer.index] if told else None)
+
+
+def _held(session: Session, slot: int) -> list[int]:
+    pending = session.pending[slot]
+    return [] if pending is None else [pending]
+
+
+class _Writer:
+    """The text of one prompt's tokens, up to a stop string."""
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, before: list[int], stop: tuple[str, ...], skip_special_tokens: bool
+    ) -> None:
+        self.index, self.ended = index, False
+        self._stream = tokenizer.stream(skip_special_tokens=skip_special_tokens, prompt=before)
+        self._stop, self._held = stop, ""
+        self._tokens: list[int] = []  # given out since the last piece
+
+    def push(self, token: int) -> Completion | None:
+        """The piece that the token makes final, if there is text in it; it is the last one if a stop string is complete."""
+        self._tokens.append(token)
+        text, mark = self._released(self._stream.push(token))
+        if mark is not None:
+            return self._piece(text, "stop", mark)
+        return self._piece(text) if text else None
+
+    def finish(self, reason: FinishReason, stop_token: int | None) -> Completion:
+        """The last piece, with all that was held back."""
+        text, mark = self._released(self._stream.finish())
+        if mark is not None:
+            return self._piece(text, "stop", mark)
+        return self._piece(text + self._held, reason, stop_token)
+
+    def _released(self, text: str) -> tuple[str, str | None]:
+        """What of the text held back and of ``text`` can be given out, and the stop string that ends it."""
+        text = self._held + text
+        found = [(at + len(mark), at, mark) for mark in self._stop if (at := text.find(mark)) >= 0]
+        if found:
+            _, at, mark = min(found)
+            self._held = ""
+            return text[:at], mark
+        kept = len(text) - possible_start(text, self._stop)
+        self._held = text[kept:]
+        return text[:kept], None
+
+    def _piece(self, text: str, reason: FinishReason | None = None, stop_reason: int | str | None = None) -> Completion:
+        tokens, self._tokens = tuple(self._tokens), []
+        self.ended = reason is not None
+        return Completion(self.index, text, tokens, reason, stop_reason)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    given = _list(prompts)
+    if given and not any(isinstance(one, str | bytes) or hasattr(one, "__len__") for one in given):
+        return [given]  # numbers: one prompt of token ids
+    return [one if isinstance(one, str) else _list(one) for one in given]
+
+
+def _list(value: object) -> list[Any]:
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        raise InputError(f"prompts must be texts or lists of token ids, got {short(value)}.")
+    return list(value)
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not isinstance(stop, Iterable) or not all(isinstance(mark, str) for mark in stop):
+        raise InputError(f"stop must be a text or a list of texts, got {short(stop)}. For tokens use stop_tokens.")
+    if "" in stop:
+        raise InputError("a stop string is empty, which would end every text before its start. Leave it out.")
+    return tuple(dict.fromkeys(stop))
