@@ -5,15 +5,14 @@ checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import foldkv
-from foldkv.artifact import read_manifest, sha256_file, sha256_json, verify_files
+from foldkv.artifact import read_manifest, verify_files
 from foldkv.config import PipelineConfig
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.optimize.build import BuildReport, TargetResult, build_bundles
@@ -26,14 +25,25 @@ Progress = Callable[[str], None]
 
 @dataclass
 class PipelineResult:
-    """Where the artifacts are, what each stage did and took (seconds), and what the gates said."""
+    """Where the artifacts are, what each stage did and took (seconds), and the content of the report, empty without one."""
 
     graph: Path
     bundles: list[TargetResult] = field(default_factory=list)
     report: Path | None = None
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
     passed: bool | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> list[dict[str, Any]]:
+        """What the gates said."""
+        return list(self.judged.get("gates", []))
+
+    @property
+    def not_validated(self) -> list[str]:
+        """Targets with a bundle that no report speaks of."""
+        validated = self.judged["provenance"]["target"] if self.judged else None
+        return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target != validated]
 
     @property
     def exit_code(self) -> int:
@@ -49,6 +59,7 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
         FoldkvError: what the stages raise; earlier artifacts stay.
     """
     from foldkv.export.checkpoint import Checkpoint
+    from foldkv.validation.baseline import read_report
     from foldkv.validation.cases import load_text
     from foldkv.validation.gates import resolve_gates
 
@@ -57,6 +68,12 @@ def run_pipeline(config: PipelineConfig, *, progress: Progress = lambda _: None)
     resolve_gates(config.validation.gates, config.export.profile)
     if config.validation.text is not None:
         load_text(Path(config.validation.text))
+    if (baseline := config.validation.baseline) is not None:
+        read_report(Path(baseline))
+        if Path(baseline).resolve().is_relative_to((Path(config.output) / "report").resolve()):
+            raise InputError(
+                f"validate.baseline is {baseline}, the report that this run replaces. Copy it elsewhere and name the copy."
+            )
     if config.validation.enabled and config.validation.target not in config.build.targets:
         raise InputError(
             f"validate.target is {config.validation.target!r}, which build.targets does not list ({', '.join(config.build.targets)})."
@@ -146,8 +163,9 @@ def _build(config: PipelineConfig, shapes: Shapes, result: PipelineResult, out: 
 
 
 def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, progress: Progress) -> bool:
-    from foldkv.validation.report import JSON
-    from foldkv.validation.validate import KIND, Plan, validate
+    from foldkv.validation.plan import Plan
+    from foldkv.validation.result import to_json
+    from foldkv.validation.validate import MEASURED, UNCHANGED, validate
 
     assert result.report is not None
     wanted = config.validation
@@ -159,25 +177,13 @@ def _validate(config: PipelineConfig, bundle: Path, result: PipelineResult, prog
         wanted.cases_per_distance,
         tuple(wanted.contexts),
     )
-    key = sha256_json(
-        {
-            "plan": asdict(plan),
-            "gates": wanted.gates,
-            "text": sha256_file(Path(wanted.text)) if wanted.text else None,
-            "bundle": sha256_file(bundle / "manifest.json"),
-            "foldkv": foldkv.__version__,
-        }
-    )
-    old = _current(result.report, KIND)
-    fresh = old is None or old.get("key") != key
-    if fresh:
-        validate(
-            bundle, Path(config.checkpoint), result.report, gates=wanted.gates, plan=plan, key=key,
-            text=Path(wanted.text) if wanted.text else None,
-            progress=lambda line: progress(f"validate: {line}"),
-        )  # fmt: skip
-    else:
-        progress(f"validate: unchanged, {result.report}")
-    content = json.loads((result.report / JSON).read_text())
-    result.gates, result.passed = content["gates"], content["passed"]
-    return fresh
+    found = validate(
+        bundle, Path(config.checkpoint), result.report, gates=wanted.gates, plan=plan, threads=wanted.threads, keep=True,
+        text=Path(wanted.text) if wanted.text else None,
+        baseline=Path(wanted.baseline) if wanted.baseline else None,
+        progress=lambda line: progress(f"validate: {line}"),
+    )  # fmt: skip
+    if found.source != MEASURED:
+        progress(f"validate: {found.source}, {result.report}")
+    result.judged, result.passed = to_json(found), found.passed
+    return found.source != UNCHANGED
