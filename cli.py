@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input, 3 the en
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -320,6 +321,7 @@ def validate_command(
 
     Exit 1 if a gate fails, or if one holds on too little evidence ("not informative").
     """
+    _wait_passively()
     from foldkv.validation.plan import Plan
     from foldkv.validation.result import to_json
     from foldkv.validation.validate import validate
@@ -341,6 +343,14 @@ def validate_command(
         _print_report(to_json(result))
         click.echo(f"report: {report / 'report.html'}")
     sys.exit(result.exit_code)
+
+
+def _wait_passively() -> None:
+    """Let torch's idle threads sleep: two libraries whose threads wait actively collapse on a busy machine.
+
+    OpenMP reads the setting when torch is loaded, so it comes first; one of the user's own stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
@@ -394,6 +404,7 @@ def _print_comparison(found: dict[str, Any]) -> None:
 @_json
 def run_command(pipeline: Path, as_json: bool) -> None:
     """Run every stage of the file PIPELINE; unchanged stages are skipped."""
+    _wait_passively()
     from foldkv.config import load_config
     from foldkv.pipeline import run_pipeline
 

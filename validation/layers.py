@@ -88,6 +88,7 @@ def _tapped(bundle: Bundle, names: list[str], threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(Path(bundle.engine).parent.resolve())
     )

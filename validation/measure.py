@@ -95,7 +95,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Callable[[str], None
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
         "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
-        "text_windows": len(texts[0]) / max(sides.checkpoint.spec.ratios),
+        "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
         "layer_error_max": max(figure.error for figure in layers),
         "retrieval_reference": float(solved[0].mean()),
         "retrieval_answered": float(solved[0].sum()),
