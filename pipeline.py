@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import foldkv
-from foldkv.artifact import check_destination, reason_to_replace, sha256_file
+from foldkv.artifact import check_destination, reason_to_replace, sha256_file, sha256_json
 from foldkv.config import PipelineConfig
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError, MissingDependencyError
 from foldkv.optimize.build import KIND as BUNDLE_KIND
@@ -31,7 +31,7 @@ from foldkv.optimize.targets import resolve_targets
 
 if TYPE_CHECKING:
     from foldkv.export.checkpoint import Checkpoint
-    from foldkv.validation.validate import Plan
+    from foldkv.validation.plan import Plan
 
 Progress = Callable[[str], None]
 EXPORT, BUILD, VALIDATE = "export", "build", "validate"
@@ -43,14 +43,25 @@ _FORCED = "--force"
 
 @dataclass
 class PipelineResult:
-    """Where the artifacts are, what each stage did and took (seconds), and what the gates said."""
+    """Where the artifacts are, what each stage did and took (seconds), and the content of the report, empty without one."""
 
     graph: Path
     bundles: list[TargetResult] = field(default_factory=list)
     report: Path | None = None
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
     passed: bool | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> list[dict[str, Any]]:
+        """What the gates said."""
+        return list(self.judged.get("gates", []))
+
+    @property
+    def not_validated(self) -> list[str]:
+        """Targets with a bundle that no report speaks of."""
+        validated = self.judged["provenance"]["target"] if self.judged else None
+        return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target != validated]
 
     @property
     def exit_code(self) -> int:
@@ -206,14 +217,21 @@ class _Pipeline:
     def _check_validation(self) -> None:
         from foldkv.export.tokenizer import TOKENIZER
         from foldkv.optimize.targets import load_targets
+        from foldkv.validation.baseline import KIND, read_report
         from foldkv.validation.cases import load_text
         from foldkv.validation.gates import resolve_gates
-        from foldkv.validation.validate import KIND, check_contexts
+        from foldkv.validation.validate import check_contexts
 
         wanted, profile = self.config.validation, self.config.export.profile
         resolve_gates(wanted.gates, profile)
         if wanted.text is not None:
             load_text(Path(wanted.text))
+        if wanted.baseline is not None:
+            read_report(Path(wanted.baseline))
+            if Path(wanted.baseline).resolve().is_relative_to(self.report.resolve()):
+                raise InputError(
+                    f"validate.baseline is {wanted.baseline}, the report that this run replaces. Copy it elsewhere and name the copy."
+                )
         if wanted.target not in self.config.build.targets:
             raise InputError(
                 f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
@@ -267,7 +285,7 @@ class _Pipeline:
 
     def plan(self) -> Plan:
         """What `validate` measures."""
-        from foldkv.validation.validate import Plan
+        from foldkv.validation.plan import Plan
 
         wanted = self.config.validation
         return Plan(
@@ -281,11 +299,14 @@ class _Pipeline:
 
     def validate_key(self) -> str:
         """What a report is made for, as JSON."""
+        from foldkv.validation.baseline import read_report
+
         wanted = self.config.validation
         key = {
             "plan": asdict(self.plan()),
             "gates": wanted.gates,
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
+            "baseline": sha256_json(read_report(Path(wanted.baseline))) if wanted.baseline else None,
             "bundle": sha256_file(self.bundle / "manifest.json"),
             "foldkv": foldkv.__version__,
         }
@@ -293,7 +314,7 @@ class _Pipeline:
 
     def validate_reason(self) -> str:
         """Why the report is not what would be measured; "" if it is. The bundle must be there."""
-        from foldkv.validation.validate import KIND
+        from foldkv.validation.baseline import KIND
 
         reason, manifest = reason_to_replace(self.report, kind=KIND)
         if manifest is None or manifest.get("key") == self.validate_key():
@@ -399,22 +420,27 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
 
 
 def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
-    from foldkv.validation.report import JSON
-    from foldkv.validation.validate import validate
+    from foldkv.validation.baseline import JSON
+    from foldkv.validation.validate import MEASURED, validate
 
     wanted = work.config.validation
     reason = _FORCED if force else work.validate_reason()
     if reason:
         progress(f"validate: {reason}")
-        validate(
+        found = validate(
             work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
-            key=work.validate_key(), text=Path(wanted.text) if wanted.text else None,
+            threads=wanted.threads, keep=not force, key=work.validate_key(),
+            text=Path(wanted.text) if wanted.text else None,
+            baseline=Path(wanted.baseline) if wanted.baseline else None,
+            allow_unknown_keys=work.config.export.allow_unknown_keys,
             progress=lambda line: progress(f"validate: {line}"),
         )  # fmt: skip
+        if found.source != MEASURED:
+            progress(f"validate: {found.source}, {work.report}")
     else:
         progress(f"validate: unchanged, {work.report}")
-    content = json.loads((work.report / JSON).read_text())
-    result.gates, result.passed = content["gates"], content["passed"]
+    result.judged = json.loads((work.report / JSON).read_text(encoding="utf-8"))
+    result.passed = result.judged["passed"]
     return bool(reason)
 
 
