@@ -72,9 +72,10 @@ class _Watched:
 
         decoder, count = decoder_from_checkpoint(Checkpoint(checkpoint)), len(self.tail)
         state = []
-        for tensor, rows in zip(self.session.bundle.state.tensors, self.snapshots[self.positions].rows, strict=True):
+        [slot] = self.snapshots[self.positions].rows
+        for tensor, rows in zip(self.session.bundle.state.tensors, slot, strict=True):
             state.append(torch.zeros(1, tensor.capacity(self.session.context), tensor.width))
-            state[-1][:, : rows.shape[1]] = torch.from_numpy(rows.copy())
+            state[-1][0, : len(rows)] = torch.from_numpy(rows.copy())
         with torch.no_grad():
             logits, _ = decoder(
                 torch.tensor([self.tail]), torch.tensor([self.positions], dtype=torch.int32),
