@@ -420,28 +420,25 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
 
 
 def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
-    from foldkv.validation.baseline import JSON
-    from foldkv.validation.validate import MEASURED, validate
+    from foldkv.validation.result import to_json
+    from foldkv.validation.validate import MEASURED, UNCHANGED, validate
 
     wanted = work.config.validation
-    reason = _FORCED if force else work.validate_reason()
-    if reason:
+    if reason := _FORCED if force else work.validate_reason():
         progress(f"validate: {reason}")
-        found = validate(
-            work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
-            threads=wanted.threads, keep=not force, key=work.validate_key(),
-            text=Path(wanted.text) if wanted.text else None,
-            baseline=Path(wanted.baseline) if wanted.baseline else None,
-            allow_unknown_keys=work.config.export.allow_unknown_keys,
-            progress=lambda line: progress(f"validate: {line}"),
-        )  # fmt: skip
-        if found.source != MEASURED:
-            progress(f"validate: {found.source}, {work.report}")
-    else:
-        progress(f"validate: unchanged, {work.report}")
-    result.judged = json.loads((work.report / JSON).read_text(encoding="utf-8"))
-    result.passed = result.judged["passed"]
-    return bool(reason)
+    # Asked in any case: what was built beside the bundle since then stands in the report too.
+    found = validate(
+        work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
+        threads=wanted.threads, keep=not force, key=work.validate_key(),
+        text=Path(wanted.text) if wanted.text else None,
+        baseline=Path(wanted.baseline) if wanted.baseline else None,
+        allow_unknown_keys=work.config.export.allow_unknown_keys,
+        progress=lambda line: progress(f"validate: {line}"),
+    )  # fmt: skip
+    if found.source != MEASURED:
+        progress(f"validate: {found.source}, {work.report}")
+    result.judged, result.passed = to_json(found), found.passed
+    return found.source != UNCHANGED
 
 
 # Estimates of a preview.
