@@ -8,22 +8,30 @@ format.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foldkv.errors import ArtifactError, InputError
+from foldkv.errors import ArtifactError, InputError, system_failure
+from foldkv.progress import Say, silent
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 _STAGING_MARK = ".foldkv-staging-"
 _RETIRED_MARK = ".foldkv-retired-"
+_POLL = 0.1  # seconds between two looks at a lock
+# Staging folders of this process, and what keeps it from ending between two renames.
+_unfinished: set[Path] = set()
+_commit = threading.Lock()
 
 
 def sha256_file(path: Path) -> str:
@@ -46,29 +54,89 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
     left-over of an interrupted write: a user's own folder is never deleted.
 
     Raises:
-        InputError: ``destination`` exists and is something else, or its parent cannot be written.
+        InputError: ``destination`` exists and is something else.
+        SystemFailure: the operating system refused to write there, the disk is full for example.
     """
     destination = Path.cwd() / destination
-    _check_replaceable(destination, kind, replace)
+    staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
     try:
+        _check_replaceable(destination, kind, replace)
         destination.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(destination)
-        staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+        _unfinished.add(staging)
         staging.mkdir()
-    except OSError as error:
-        raise _not_writable(destination, error) from None
-    try:
         yield staging
-        _put_in_place(staging, destination)
+        with _commit:
+            _put_in_place(staging, destination)
+    except OSError as error:
+        if error.filename is not None:  # the staging folder is nothing that a user knows
+            error.filename = str(error.filename).replace(str(staging), str(destination))
+        raise system_failure(error, destination) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _unfinished.discard(staging)
+
+
+def abandon_unfinished() -> None:
+    """Remove what this process has not put in place yet, for a process that ends at once, also with threads that write.
+
+    Nothing is put in place after it.
+    """
+    _commit.acquire(timeout=0.5)
+    for staging in list(_unfinished):
+        for path in staging.parent.glob(f"{staging.name}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_writer(destination: Path, progress: Say = silent) -> Iterator[None]:
+    """One writer per artifact at a time, across processes and threads; the lock goes with the process that holds it.
+
+    Says who holds the lock while it waits.
+
+    Raises:
+        SystemFailure: the folder that holds ``destination`` cannot be made or written.
+    """
+    destination = Path.cwd() / destination
+    path = destination.parent / f".{destination.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as error:
+        raise system_failure(error, path) from None
+    with lock:
+        if not _locked(lock.fileno()):
+            progress(f"waiting for {_holder(path)}, which writes {destination}")
+            while not _locked(lock.fileno()):
+                time.sleep(_POLL)
+        with contextlib.suppress(OSError):  # for those who wait; the lock holds without it
+            lock.truncate(0)
+            lock.write(json.dumps({"pid": os.getpid(), "since": int(time.time())}))
+            lock.flush()
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        row = json.loads(path.read_text())
+        return f"process {int(row['pid'])} (since {time.strftime('%H:%M:%S', time.localtime(row['since']))})"
+    return "another process"
 
 
 def check_destination(destination: Path, *, kind: str) -> None:
     """Check, without changing anything, that :func:`staged` could write an artifact there.
 
     Raises:
-        InputError: ``destination`` is something else than an artifact of that kind, or its folder cannot be written.
+        InputError: ``destination`` is something else than an artifact of that kind.
+        SystemFailure: its folder cannot be written.
     """
     destination = Path.cwd() / destination
     _check_replaceable(destination, kind, replace=True)
@@ -77,7 +145,7 @@ def check_destination(destination: Path, *, kind: str) -> None:
         # Permissions do not tell of a read-only or a special file system; making a folder does.
         Path(tempfile.mkdtemp(prefix=".foldkv-check-", dir=folder)).rmdir()
     except OSError as error:
-        raise _not_writable(destination, error) from None
+        raise system_failure(error, destination.parent) from None
 
 
 def free_bytes(folder: Path) -> int:
@@ -90,12 +158,6 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _not_writable(destination: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write to {destination.parent}: {error.strerror or error}. Choose an output folder that can be written."
-    )
 
 
 def reason_to_replace(folder: Path, *, kind: str) -> tuple[str, dict[str, Any] | None]:
@@ -151,12 +213,12 @@ def _remove_leftovers(destination: Path) -> None:
 
 def _put_in_place(staging: Path, destination: Path) -> None:
     retired = destination.parent / f"{destination.name}{_RETIRED_MARK}{os.getpid()}-{secrets.token_hex(4)}"
-    if destination.exists():
-        destination.rename(retired)
     try:
+        if destination.exists():
+            destination.rename(retired)
         staging.rename(destination)
-    except OSError:
-        if retired.exists():
+    except BaseException:  # an interrupt too
+        if retired.exists() and not destination.exists():
             retired.rename(destination)
         raise
     shutil.rmtree(retired, ignore_errors=True)

@@ -1,24 +1,24 @@
 """The command line: parses, calls one library function per command, prints what it returned.
 
-Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input, 3 the environment lacks something,
-4 internal error.
+errors.py lists the exit codes; shell.py turns errors into them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import foldkv
-from foldkv.errors import EXIT_INTERNAL, FoldkvError, InputError
+from foldkv.errors import FoldkvError, InputError
+from foldkv.progress import Progress
+from foldkv.shell import Group, progress
 from foldkv.units import duration_text, read_tokens, size_text
 
 if TYPE_CHECKING:
@@ -39,24 +39,6 @@ class _Tokens(click.ParamType[int]):
             return read_tokens(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-class _Group(click.Group):
-    """Turns every error into one message and its exit code; -v shows the traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click ends quietly where the reader of a pipe has gone
-        except Exception as error:  # noqa: BLE001 - the last resort of the command line
-            if ctx.params.get("verbose"):
-                traceback.print_exc()
-            if isinstance(error, FoldkvError):
-                click.echo(f"error: {error}", err=True)
-                ctx.exit(error.exit_code)
-            click.echo(f"internal error: {type(error).__name__}: {error}\nRun again with -v and report it.", err=True)
-            ctx.exit(EXIT_INTERNAL)
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -82,11 +64,6 @@ def _on(switch: str | None) -> bool | None:
     return None if switch is None else switch == "on"
 
 
-def _progress() -> Callable[[str], None]:
-    """One line per step on stderr, so that stdout stays for results."""
-    return lambda line: click.echo(line, err=True)
-
-
 def _show(facts: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -106,8 +83,8 @@ def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("-v", "--verbose", is_flag=True, help="Show a traceback with an error.")
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-v", "--verbose", is_flag=True, help="Show more: what packages say, and tracebacks.")
 @click.version_option(foldkv.__version__, prog_name="foldkv")
 def main(verbose: bool) -> None:
     """DeepSeek-V4-class checkpoints to engines that keep the KV cache compressed."""
@@ -130,24 +107,50 @@ def main(verbose: bool) -> None:
     help="Write weights in float32, use the checkpoint's files in place, or copy them as they are stored.",
 )
 @_allow_unknown_key
+@_json
 def export_command(
-    checkpoint: Path, output: Path, profile: str, weights: str, allow_unknown_keys: tuple[str, ...]
+    checkpoint: Path, output: Path, profile: str, weights: str, allow_unknown_keys: tuple[str, ...], as_json: bool
 ) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
 
     With reference and repack quantised weights stay as they are, in engines too where the GPU's keep them, and every kind of
     layer is one function; reference copies no weight and needs the checkpoint's file system. Bundles and plugins are made of all.
     """
-    from foldkv.export.graph import export_checkpoint
+    from foldkv.artifact import read_manifest
+    from foldkv.export.graph import KIND, export_checkpoint
     from foldkv.optimize.history import record_export
 
-    start = time.monotonic()
+    report, start = progress(), time.monotonic()
+    _expect_export(report, checkpoint, weights, allow_unknown_keys)
     path = export_checkpoint(
-        checkpoint, output, profile=profile, weights=weights, allow_unknown_keys=allow_unknown_keys,
-        progress=_progress(),
-    )  # fmt: skip
-    record_export(path, time.monotonic() - start)
-    click.echo(f"graph package: {path}")
+        checkpoint, output, profile=profile, weights=weights, allow_unknown_keys=allow_unknown_keys, progress=report
+    )
+    seconds = time.monotonic() - start
+    record_export(path, seconds)
+    if as_json:
+        manifest = read_manifest(path, kind=KIND)
+        facts = {
+            "graph": str(path),
+            "seconds": round(seconds, 2),
+            "bytes": sum(f["bytes"] for f in manifest["files"].values()),
+        }
+        _show(facts | {name: manifest[name] for name in ("profile", "weights", "operators")}, True)
+    else:
+        click.echo(f"graph package: {path}")
+
+
+def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> None:
+    """Tell how long comparable exports took. A checkpoint that cannot be read is export's to refuse."""
+    from foldkv.export.spec import ModelSpec
+    from foldkv.optimize.fit import export_estimate
+    from foldkv.optimize.history import read_runs
+
+    with contextlib.suppress(FoldkvError, OSError):
+        package = _package(checkpoint, weights, allow_unknown_keys)
+        spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
+        expected = export_estimate(spec, read_runs(), package)
+        if expected is not None:
+            report.expect(expected.low, expected.high)
 
 
 @main.command("inject")
@@ -167,7 +170,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     if chosen.sm is None:
         raise InputError(f"target {target!r} is not a GPU and takes no plugins; build it from the graph as it is.")
     injection = inject(
-        graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=_progress()
+        graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=progress()
     )
     if as_json:
         click.echo(json.dumps(injection.facts(), indent=2))
@@ -192,9 +195,11 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     help="How cache rows are kept: dense, the default; with plugins fp8 or fp8+fp4; on the cpu fp8+fp4 for the profile served.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
+@_json
 def build_command(
-    graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None
-) -> None:
+    graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds.
 
     What this machine cannot build is refused before anything is built. A bundle whose graph, settings and tools are unchanged is
@@ -203,8 +208,11 @@ def build_command(
     from foldkv.optimize.build import build_bundles
     from foldkv.optimize.history import record_builds
 
-    report = build_bundles(graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, progress=_progress())
+    report = build_bundles(graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, progress=progress())
     record_builds(graph, report.results)
+    if as_json:
+        _show({"bundles": [result.to_dict() for result in report.results]}, True)
+        sys.exit(report.exit_code)
     for result in report.results:
         where = result.reason if result.status == "failed" else str(result.folder)
         click.echo(f"{result.target}: {result.status} ({result.seconds:.1f} s): {where}")
@@ -342,7 +350,7 @@ def validate_command(
         allow_unknown_keys=allow_unknown_keys,
         baseline=baseline,
         threads=threads,
-        progress=_progress(),
+        progress=progress(),
     )
     if as_json:
         click.echo(json.dumps(to_json(result), indent=2, ensure_ascii=False))
@@ -430,11 +438,11 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     if dry_run:
         _print_steps(preview(config, only=only, force=force), Path(config.output), as_json)
         return
-    result = run_pipeline(config, only=only, force=force, progress=_progress())
+    result = run_pipeline(config, only=only, force=force, progress=progress())
     if as_json:
         facts = {
             "graph": str(result.graph), "report": str(result.report) if result.report else None, "passed": result.passed,
-            "bundles": [{"target": b.target, "status": b.status, "folder": str(b.folder), "reason": b.reason} for b in result.bundles],
+            "bundles": [bundle.to_dict() for bundle in result.bundles],
             "gates": result.gates, "headline": result.judged.get("headline"), "notes": result.judged.get("notes", []),
             "not_validated": result.not_validated, "stages": result.stages,
         }  # fmt: skip
@@ -549,16 +557,19 @@ def plan_command(
         raise InputError(f"--chunk is {chunk:,}, more than the context of {planned:,} tokens. Give a smaller chunk.")
     sizes = {"context": planned, "batch": batch, "asked": context}
     if targets:
-        _plan_targets(
+        facts = _plan_targets(
             spec, _package(checkpoint, weights or "float32", allow_unknown_keys), targets,
             sizes | {"chunk": chunk or min(256, planned)}, layout, as_json,
             plugins=_on(plugins), profile=profile or "hf", max_context=max_context,
         )  # fmt: skip
     else:
-        _plan_layouts(spec, sizes, layout, as_json)
+        facts = _plan_layouts(spec, sizes, layout, as_json)
     if plot is not None:
         _plot(plot, checkpoint, spec, batch, layout, targets)
-        click.echo(f"plot: {plot}", err=as_json)
+    if as_json:
+        _show(facts | ({"plot": str(plot)} if plot is not None else {}), True)
+    elif plot is not None:
+        click.echo(f"plot: {plot}")
 
 
 def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
@@ -568,7 +579,8 @@ def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
     return facts | ({"context_asked": asked} if asked != facts["context"] else {})
 
 
-def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> None:
+def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> dict[str, Any]:
+    """The facts; printed as a table unless they are to be JSON."""
     from foldkv.export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
 
     context, batch = sizes["context"], sizes["batch"]
@@ -589,8 +601,7 @@ def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as
     ]
     facts = {"parameters": parameter_count(spec), **_sizes_facts(sizes), "plans": rows_of}
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
+        return facts
     click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}")
     rows = [["layout", "window", "entries", "index", "carry", "caches", "of V3.2", "weights", "total"]]
     for plan in plans:
@@ -607,12 +618,14 @@ def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as
     click.echo(
         f"V3.2 in fp8 at this context: {size_text(plans[0].v32)}. The share compares the parts that grow with the context."
     )
+    return facts
 
 
 def _plan_targets(
     spec: ModelSpec, package: Package, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """The facts; printed as tables unless they are to be JSON."""
     from foldkv.export.plan import parameter_count
     from foldkv.optimize.fit import export_estimate, graph_bytes, plan_targets
     from foldkv.optimize.formats import FORMATS
@@ -623,14 +636,13 @@ def _plan_targets(
     options |= {name: sizes[name] for name in ("context", "batch", "chunk")}
     plans = plan_targets(spec, targets, layout=layout, runs=runs, package=package, **options)
     export, graph = export_estimate(spec, runs, package), graph_bytes(spec, package)
+    facts = {
+        "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], **vars(package),
+        "graph": graph, "export_seconds": export.to_dict() if export else None,
+        "targets": [plan.to_dict() for plan in plans],
+    }  # fmt: skip
     if as_json:
-        facts = {
-            "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], **vars(package),
-            "graph": graph, "export_seconds": export.to_dict() if export else None,
-            "targets": [plan.to_dict() for plan in plans],
-        }  # fmt: skip
-        click.echo(json.dumps(facts, indent=2))
-        return
+        return facts
     click.echo(
         f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes['context']:,} tokens x {sizes['batch']}, chunks of {sizes['chunk']}"
     )
@@ -646,6 +658,7 @@ def _plan_targets(
         _print_max_context(plans, list(held))
     _print_disk_and_time(plans, graph, export)
     _print_assumptions(plans)
+    return facts
 
 
 def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
@@ -777,14 +790,19 @@ def doctor_command(as_json: bool) -> None:
     click.echo(
         f"Python {facts['python']}, {facts['processors']} processors, {size_text(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices"
     )
-    _table(
-        [
-            ["package", "version", "for"],
-            *([row["package"], row["version"] or "missing", row["for"]] for row in facts["packages"]),
-        ]
-    )
+    rows = [["package", "version", "needed", "for"]]
+    for row in facts["packages"]:
+        rows.append([row["package"], row["version"] or "missing", row["needs"], row["for"]])
+    _table(rows)
+    click.echo()
     for name, works in facts["can"].items():
-        click.echo(f"{name}: {'yes' if works else 'no'}")
+        lacks = facts["lacks"][name]
+        click.echo(f"{name}: {'yes' if works else 'no, needs ' + ', '.join(lacks['what'])}")
+        if lacks["install"]:
+            click.echo(f"  {lacks['install']}")
+    for row in facts["packages"]:
+        if row["problem"]:
+            click.echo(f"{row['package']} is installed, but cannot be imported: {row['problem']}")
 
 
 @main.command("targets")

@@ -2,55 +2,85 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 import os
 import platform
+import signal
+import subprocess
+import sys
 from typing import Any
 
-# (package, what needs it)
-_PACKAGES = (
-    ("onnxruntime", "generate, cpu bundles"),
-    ("tokenizers", "generate"),
-    ("torch", "export, validate"),
-    ("transformers", "validate"),
-    ("onnx", "export"),
-    ("onnxscript", "export"),
-    ("jinja2", "validate"),
-    ("tensorrt-rtx", "engines for sm80, 86, 89, 120, 121"),
-    ("tensorrt", "engines for sm90, 100, 103; builds on a GPU"),
-    ("triton", "kernels of the plugins"),
-    ("cuda-bindings", "running engines"),
-)
+from foldkv.packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
+
+# Found is not usable: a library of a package may be missing. Imports may end a process, and take memory.
+_TRY = """
+import importlib, json, sys
+sys.path[:] = json.loads(sys.argv[1])
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+        problem = ""
+    except BaseException as error:
+        problem = f"{type(error).__name__}: {error}"
+    print(json.dumps([name, problem]), file=sys.__stdout__, flush=True)
+"""
 
 
 def examine() -> dict[str, Any]:
     """Facts on Python, packages, processors, memory and GPUs; nothing is changed and no GPU is touched."""
-    packages = []
-    for name, purpose in _PACKAGES:
-        try:
-            found: str | None = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = None
-        packages.append({"package": name, "version": found, "for": purpose})
     from foldkv.plugins.cuda import device_capability, device_count
 
+    absent = set(missing(modules()))
+    problems = import_problems([module for module in modules() if module not in absent])
+    devices = device_count()
+    lacks = {}
+    for name, feature in FEATURES.items():
+        without = [module for module in feature.modules if module in absent]
+        broken = [module for module in feature.modules if module in problems]
+        what = [package_of(module) for module in without]
+        what += [f"{package_of(module)}, which cannot be imported" for module in broken]
+        what += ["a GPU"] if feature.gpu and not devices else []
+        lacks[name] = {"what": what, "install": pip_line(without) if without else ""}
     return {
         "python": platform.python_version(),
         "processors": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cuda_devices": device_count(),
+        "cuda_devices": devices,
         "compute_capability": device_capability(),
-        "packages": packages,
-        "can": {
-            "generate": _all(packages, "onnxruntime", "tokenizers"),
-            "export": _all(packages, "torch", "onnx", "onnxscript"),
-            "validate": _all(packages, "torch", "transformers", "jinja2", "onnxruntime"),
-            "build cpu": _all(packages, "onnxruntime"),
-            "build GPU engines": _all(packages, "tensorrt-rtx"),
-            "build with plugins": _all(packages, "tensorrt-rtx", "triton"),
-        },
+        "packages": [
+            {
+                "package": package_of(module),
+                "version": None if module in absent else version_of(module) or "unknown",
+                "needs": requirement(module).removeprefix(package_of(module)),
+                "problem": problems.get(module, ""),
+                "for": purpose(module),
+            }
+            for module in modules()
+        ],
+        "can": {name: not row["what"] for name, row in lacks.items()},
+        "lacks": lacks,
     }
 
 
-def _all(packages: list[dict[str, Any]], *names: str) -> bool:
-    return all(row["version"] for row in packages if row["package"] in names)
+def import_problems(names: list[str]) -> dict[str, str]:
+    """Modules that cannot be imported, with the reason; they are imported in a process of their own."""
+    problems: dict[str, str] = {}
+    waiting = list(names)
+    while waiting:
+        command = [sys.executable, "-c", _TRY, json.dumps(sys.path), *waiting]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        for line in done.stdout.splitlines():
+            try:
+                name, problem = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # packages write to stdout too
+            waiting.remove(name)
+            if problem:
+                problems[name] = problem[:400]
+        if waiting and done.returncode:
+            code = done.returncode
+            ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+            problems[waiting.pop(0)] = f"the import ended the process {ended}"
+        elif waiting:
+            break
+    return problems

@@ -1,18 +1,23 @@
 """The errors a user can cause, each bound to the exit code of the command line.
 
-Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input, 3 the environment lacks
-something, 4 internal error (anything that is not a :class:`FoldkvError`).
+Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input (an error of the operating system too: a full disk,
+a forbidden folder), 3 the environment lacks something, 4 internal error (anything that is not a :class:`FoldkvError`),
+128 + the signal's number when a signal ended the command: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_ENVIRONMENT = 3
 EXIT_INTERNAL = 4
+EXIT_SIGNAL = 128  # and the number of the signal
 
 
 class FoldkvError(Exception):
@@ -22,6 +27,10 @@ class FoldkvError(Exception):
     """
 
     exit_code = EXIT_BAD_INPUT
+
+    def facts(self) -> dict[str, Any]:
+        """The error as JSON values: what `--json` prints under "error"."""
+        return {"type": type(self).__name__, "message": str(self), "exit_code": self.exit_code}
 
 
 class InputError(FoldkvError):
@@ -48,6 +57,60 @@ class MissingDependencyError(FoldkvError):
     """A package, a library or a device that the command needs is not here."""
 
     exit_code = EXIT_ENVIRONMENT
+
+    def __init__(self, message: str, *, packages: Sequence[str] = (), install: str = "") -> None:
+        """The message; where packages are missing their names, and the line that installs them."""
+        super().__init__(message)
+        self.packages, self.install = tuple(packages), install
+
+    def facts(self) -> dict[str, Any]:
+        """As of every error, with ``packages`` and ``install`` where packages are missing."""
+        named = {"packages": list(self.packages), "install": self.install} if self.packages else {}
+        return super().facts() | named
+
+
+class SystemFailure(InputError):
+    """The operating system refused to read or write: a full disk, a forbidden folder, a file where a folder must be."""
+
+    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
+        """The message, with the path and the system's reason as in errno.h ("ENOSPC")."""
+        super().__init__(message)
+        self.path, self.reason = path, reason
+
+    def facts(self) -> dict[str, Any]:
+        """As of every error, with ``path`` and ``reason``."""
+        return super().facts() | {"path": self.path, "reason": self.reason}
+
+
+_NEXT_STEPS = {
+    errno.ENOSPC: "Free some room, or choose a place on another disk.",
+    errno.EDQUOT: "Free some room, or choose a place on another disk.",
+    errno.EACCES: "Choose a place that you may use, or have its permissions changed.",
+    errno.EPERM: "Choose a place that you may use, or have its permissions changed.",
+    errno.EROFS: "Choose a place on a file system that can be written.",
+    errno.ENOTDIR: "A part of the path is a file; choose another place.",
+    errno.EEXIST: "A part of the path is a file; choose another place.",
+    errno.EISDIR: "Give a file, not a folder.",
+    errno.ENOENT: "Check the path.",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
+}
+
+
+def system_failure(error: OSError, place: str | Path = "") -> SystemFailure:
+    """An error of the operating system as one of foldkv: what, where, why, and what to do next.
+
+    Args:
+        error: as it was raised.
+        place: what was being written or read, for errors that name no file: that of a full disk does not.
+    """
+    named = [str(name) for name in (error.filename, error.filename2) if name not in (None, "")]
+    path = " -> ".join(named) or str(place)
+    why = error.strerror or str(error) or type(error).__name__
+    step = _NEXT_STEPS.get(error.errno or 0, "")
+    return SystemFailure(
+        f"{path}: {why}.{f' {step}' if step else ''}" if path else f"the system refused: {why}.{f' {step}' if step else ''}",
+        path=path, reason=errno.errorcode.get(error.errno or 0, type(error).__name__),
+    )  # fmt: skip
 
 
 def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int = 20) -> str:

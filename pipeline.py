@@ -7,7 +7,6 @@ checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import foldkv
 from foldkv.artifact import check_destination, reason_to_replace, sha256_file, sha256_json
 from foldkv.config import PipelineConfig
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.optimize.build import KIND as BUNDLE_KIND
 from foldkv.optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
 from foldkv.optimize.choices import check_here, choose
@@ -28,16 +27,15 @@ from foldkv.optimize.formats import Package, stored_format
 from foldkv.optimize.history import Estimate, read_runs, record_builds, record_export
 from foldkv.optimize.spec import Shapes
 from foldkv.optimize.targets import resolve_targets
+from foldkv.packages import require
+from foldkv.progress import Progress, Say, silent
 
 if TYPE_CHECKING:
     from foldkv.export.checkpoint import Checkpoint
     from foldkv.validation.plan import Plan
 
-Progress = Callable[[str], None]
 EXPORT, BUILD, VALIDATE = "export", "build", "validate"
 STAGES = (EXPORT, BUILD, VALIDATE)
-#: Packages that `validate` loads, and what installs them.
-_VALIDATE_NEEDS = {"torch": "export", "transformers": "export", "jinja2": "validation"}
 _FORCED = "--force"
 
 
@@ -99,7 +97,7 @@ class Step:
 
 
 def run_pipeline(
-    config: PipelineConfig, *, only: str | None = None, force: bool = False, progress: Progress = lambda _: None
+    config: PipelineConfig, *, only: str | None = None, force: bool = False, progress: Say = silent
 ) -> PipelineResult:
     """Run the stages of a pipeline; a stage whose inputs and settings are unchanged is skipped.
 
@@ -107,22 +105,22 @@ def run_pipeline(
         config: of the pipeline.
         only: one stage; what it reads must be there and current.
         force: run stages that are unchanged, too.
-        progress: called with one line per step.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         FoldkvError: what cannot succeed, before the first stage starts; or what the stages raise: earlier artifacts stay.
     """
-    work = _Pipeline(config, only)
+    work, report = _Pipeline(config, only), Progress.of(progress)
     work.check()
     result = PipelineResult(graph=work.graph)
     if EXPORT in work.stages:
-        _timed(result, EXPORT, lambda: _export(work, force, progress))
+        _timed(result, EXPORT, report, lambda part: _export(work, force, part))
     if BUILD in work.stages:
-        _timed(result, BUILD, lambda: _build(work, result, force, progress))
+        _timed(result, BUILD, report, lambda part: _build(work, result, force, part))
     built = {bundle.target for bundle in result.bundles if bundle.status != "failed"}
     if VALIDATE in work.stages and (only == VALIDATE or config.validation.target in built):
         result.report = work.report
-        _timed(result, VALIDATE, lambda: _validate(work, result, force, progress))
+        _timed(result, VALIDATE, report, lambda part: _validate(work, result, force, part))
     return result
 
 
@@ -146,9 +144,10 @@ def preview(config: PipelineConfig, *, only: str | None = None, force: bool = Fa
     return steps
 
 
-def _timed(result: PipelineResult, stage: str, work: Callable[[], bool]) -> None:
+def _timed(result: PipelineResult, stage: str, report: Progress, work: Callable[[Progress], bool]) -> None:
     start = time.monotonic()
-    done = work()
+    with report.part(stage) as part:
+        done = work(part)
     result.stages[stage] = {"seconds": round(time.monotonic() - start, 2), "skipped": not done}
 
 
@@ -252,12 +251,7 @@ class _Pipeline:
         if VALIDATE not in self.stages:
             return
         check_destination(self.report, kind=KIND)
-        missing = {name: extra for name, extra in _VALIDATE_NEEDS.items() if importlib.util.find_spec(name) is None}
-        if missing:
-            raise MissingDependencyError(
-                f"validate needs {', '.join(missing)}. Run `pip install 'foldkv[{','.join(sorted(set(missing.values())))}]'`, "
-                "or set validate.enabled to false."
-            )
+        require("validate", otherwise="or set validate.enabled to false")
 
     def _check_earlier(self) -> None:
         """What the only stage reads must be what a whole run would make."""
@@ -388,9 +382,12 @@ def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
 
     reason = _FORCED if force else work.export_reason()
     if not reason:
-        progress(f"export: unchanged, {work.graph}")
+        progress(f"unchanged, {work.graph}")
         return False
-    progress(f"export: {reason}")
+    progress(reason)
+    expected = export_estimate(work.checkpoint.spec, read_runs(), _package(work))
+    if expected is not None:
+        progress.expect(expected.low, expected.high)
     start = time.monotonic()
     export_checkpoint(
         Path(work.config.checkpoint),
@@ -398,7 +395,7 @@ def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
         profile=work.config.export.profile,
         weights=work.config.export.weights,
         allow_unknown_keys=work.config.export.allow_unknown_keys,
-        progress=lambda line: progress(f"export: {line}"),
+        progress=progress,
     )
     record_export(work.graph, time.monotonic() - start)
     return True
@@ -412,7 +409,7 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
         **work.build_options(),
         jobs=work.config.build.jobs,
         force=force,
-        progress=lambda line: progress(f"build: {line}"),
+        progress=progress,
     )
     record_builds(work.graph, report.results)
     result.bundles = report.results
@@ -425,7 +422,7 @@ def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Pr
 
     wanted = work.config.validation
     if reason := _FORCED if force else work.validate_reason():
-        progress(f"validate: {reason}")
+        progress(reason)
     # Asked in any case: what was built beside the bundle since then stands in the report too.
     found = validate(
         work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
@@ -433,10 +430,10 @@ def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Pr
         text=Path(wanted.text) if wanted.text else None,
         baseline=Path(wanted.baseline) if wanted.baseline else None,
         allow_unknown_keys=work.config.export.allow_unknown_keys,
-        progress=lambda line: progress(f"validate: {line}"),
+        progress=progress,
     )  # fmt: skip
     if found.source != MEASURED:
-        progress(f"validate: {found.source}, {work.report}")
+        progress(f"{found.source}, {work.report}")
     result.judged, result.passed = to_json(found), found.passed
     return found.source != UNCHANGED
 

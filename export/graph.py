@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 import foldkv
-from foldkv.artifact import read_manifest, staged, write_manifest
+from foldkv.artifact import only_writer, read_manifest, staged, write_manifest
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
 from foldkv.export.layers import PREFIX, flat, layer_counts, layered_model, operators_of
@@ -25,6 +25,7 @@ from foldkv.export.state import state_tensors
 from foldkv.export.tokenizer import TOKENIZER, tokenizer_json
 from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 from foldkv.export.weights import FOLDER, referenced, repacked
+from foldkv.progress import Progress, Say, silent
 
 KIND = "foldkv.graph"
 MODEL, WEIGHTS, CONFIG = "model.onnx", "weights.bin", "config.json"
@@ -52,7 +53,7 @@ def export_checkpoint(
     profile: str = HF,
     weights: str = "float32",
     allow_unknown_keys: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> Path:
     """Export a checkpoint folder to a graph package and return its path.
 
@@ -66,7 +67,7 @@ def export_checkpoint(
             graph reads into the package, and goes on where an earlier attempt was interrupted.
         allow_unknown_keys: keys of config.json to ignore that would be refused because nobody knows them. The package
             records those that the file has.
-        progress: called with one line per step.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported so; every finding is listed.
@@ -79,13 +80,14 @@ def export_checkpoint(
     check_profile(profile, source.spec)
     if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
-    progress(f"reading {len(source.headers)} tensors from {source.folder}")
+    report = Progress.of(progress)
+    report(f"reading {len(source.headers)} tensors from {source.folder}")
     write = _write_float32 if weights == "float32" else _write_stored
-    write(source, Path(out), profile, weights, progress)
+    write(source, Path(out), profile, weights, report)
     return Path(out)
 
 
-def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, progress: Callable[[str], None]) -> None:
+def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, progress: Progress) -> None:
     decoder = decoder_from_checkpoint(source, profile)
     with staged(out, kind=KIND) as folder:
         progress(f"tracing {source.spec.num_layers} layers")
@@ -99,7 +101,7 @@ def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, pr
         write_manifest(folder, kind=KIND, content=content)
 
 
-def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, progress: Callable[[str], None]) -> None:
+def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, progress: Progress) -> None:
     """Write a package whose weights stay as they are stored. None is read but by copying."""
     source.check()
     placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
@@ -107,9 +109,10 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
     identity = source.identity()
     content["inputs"]["checkpoint"] |= {"sha256": identity, "of": "headers"}
     work = out.absolute().with_name(f"{out.name}.foldkv-repack")
-    with staged(out, kind=KIND) as folder:
+    # Copies that an earlier attempt has left are gone on with: by one process at a time.
+    with only_writer(out, progress), staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
-        model = layered_model(source.spec, placed, profile)
+        model = layered_model(source.spec, placed, profile, progress=progress)
         ir.save(model, folder / MODEL)
         content |= {"operators": operators_of(model), "layers": layer_counts(model)}
         del model

@@ -32,6 +32,7 @@ from foldkv.export.spec import CSA, HCA, ModelSpec
 from foldkv.export.state import state_tensors
 from foldkv.export.trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
 from foldkv.export.weights import Data, Packed, Plain, Quantised, Source, Weights
+from foldkv.progress import Progress, Say, silent
 
 PREFIX = "FoldkvLayer"
 #: What layers of a kind have alike and no checkpoint holds: by name in a layer, from the model and the kind of attention.
@@ -91,17 +92,19 @@ class Kind:
     stored: tuple[tuple[str, object], ...]
 
 
-def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF) -> ir.Model:
+def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF, *, progress: Say = silent) -> ir.Model:
     """The model with one function per kind of layer and its weights where ``weights`` says they lie; none is read.
 
     Args:
         spec: the model.
         weights: where each weight lies, and how it is stored.
         profile: which numerics, see export/profiles.py.
+        progress: a :class:`~foldkv.progress.Progress` learns how many kinds are traced.
 
     Raises:
         FoldkvError: an operator was lost on the way, which would be an internal fault.
     """
+    report, total = Progress.of(progress), len({_kind(spec, layer, weights)[0] for layer in range(spec.num_layers)})
     model = _ends(spec)
     streams, tokens = model.graph.outputs[2], model.graph.outputs[1]
     del model.graph.outputs[1:]
@@ -124,6 +127,7 @@ def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF) -> ir.Mo
     for layer in range(spec.num_layers):
         kind, sources = _kind(spec, layer, weights)
         if kind not in kinds:
+            report.steps(len(kinds), total, "kinds of layers")
             kinds[kind] = _add_kind(model, spec, layer, profile, _function_name(kind, kinds), sources)
         name, parameters = kinds[kind]
         given = {"streams": streams, "tokens": tokens} | inputs

@@ -14,7 +14,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from foldkv.errors import InputError
+from foldkv.errors import InputError, system_failure
 from foldkv.export.plan import V32_BYTES_PER_TOKEN, plan_memory
 from foldkv.export.spec import ModelSpec
 
@@ -80,7 +80,8 @@ def write_plot(
         limits: bytes by name, drawn as horizontal lines: the memory of one GPU.
 
     Raises:
-        InputError: another suffix, the file cannot be written, or as :func:`memory_curves`.
+        InputError: another suffix, or as :func:`memory_curves`.
+        SystemFailure: the file cannot be written.
     """
     check_plot_path(path)
     curves = memory_curves(models, batch=batch, layout=layout)
@@ -90,7 +91,7 @@ def write_plot(
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}. Give a file in a folder that exists.") from None
+        raise system_failure(error, path) from None
 
 
 def check_plot_path(path: Path) -> None:
@@ -101,8 +102,15 @@ def check_plot_path(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"a plot is written as {' or '.join(SUFFIXES)}; {path} ends in {path.suffix or 'nothing'!r}.")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written. Give a file in a folder that exists and can be written.")
+    for wrong, why in (
+        (path.is_dir(), "it is a folder"),
+        (not path.parent.is_dir(), f"{path.parent} is not a folder"),
+        (not os.access(path.parent, os.W_OK), f"{path.parent} is not yours to write"),
+    ):
+        if wrong:
+            raise InputError(
+                f"{path} cannot be written: {why}. Give a file in a folder that exists and can be written."
+            )
 
 
 def plot_svg(curves: Sequence[Curve], title: str, limits: Mapping[str, int]) -> str:

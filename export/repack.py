@@ -1,4 +1,4 @@
-"""Copy tensors of a checkpoint into a package's own weight files: streamed, with a progress line, resumable.
+"""Copy tensors of a checkpoint into a package's own weight files: streamed, resumable.
 
 A file is written under another name and renamed when it is whole and on disk. After an interruption, files that a
 journal names with the same plan are kept, and the rest is written again.
@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from foldkv.artifact import sha256_json
-from foldkv.errors import CheckpointError, InputError
+from foldkv.errors import CheckpointError, InputError, system_failure
 from foldkv.export.weights import Copy
+from foldkv.progress import BYTES, Progress, Say, silent
 
 JOURNAL = "journal.json"
 _CHUNK = 16 << 20
-_EVERY = 2.0  # seconds between progress lines
 
 
 def repack(
@@ -28,8 +27,7 @@ def repack(
     work: Path,
     *,
     identity: str,
-    progress: Callable[[str], None] = lambda _: None,
-    clock: Callable[[], float] = time.monotonic,
+    progress: Say = silent,
 ) -> dict[str, str]:
     """Write every file that ``copies`` name below ``work``; returns their sha256 by name.
 
@@ -39,8 +37,7 @@ def repack(
         copies: what goes where; the files' gaps are zero.
         work: folder, kept between attempts.
         identity: of the checkpoint; files of another one are written again.
-        progress: called with a line of bytes, speed and time left every two seconds.
-        clock: seconds, for tests.
+        progress: called with one line; a :class:`~foldkv.progress.Progress` learns of the bytes.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -53,14 +50,13 @@ def repack(
     sizes = {name: max(part.offset + part.stored.bytes for part in parts) for name, parts in files.items()}
     work.mkdir(parents=True, exist_ok=True)
     done = _finished(work, plans, sizes)
-    report = _Progress(sum(sizes.values()), sum(sizes[name] for name in done), progress, clock)
-    _require_room(work, report.total - report.kept)
+    copied = _Copied(sum(sizes.values()), sum(sizes[name] for name in done), Progress.of(progress))
+    _require_room(work, copied.total - copied.at)
     for name, parts in files.items():
         if name not in done:
-            digest = _write(work / name, sorted(parts, key=lambda part: part.offset), report)
+            digest = _write(work / name, sorted(parts, key=lambda part: part.offset), copied)
             done[name] = {"plan": plans[name], "sha256": digest}
             _record(work, done)
-    report.line()
     return {name: facts["sha256"] for name, facts in done.items()}
 
 
@@ -99,7 +95,7 @@ def _require_room(work: Path, needed: int) -> None:
         )
 
 
-def _write(path: Path, parts: Sequence[Copy], report: _Progress) -> str:
+def _write(path: Path, parts: Sequence[Copy], copied: _Copied) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     part_file = path.with_name(f"{path.name}.part")
     digest, at = hashlib.sha256(), 0
@@ -109,18 +105,18 @@ def _write(path: Path, parts: Sequence[Copy], report: _Progress) -> str:
                 gap = bytes(part.offset - at)
                 out.write(gap)
                 digest.update(gap)
-                _stream(part, out.write, digest.update, report)
+                _stream(part, out.write, digest.update, copied)
                 at = part.offset + part.stored.bytes
-                report.advance(len(gap))
+                copied.advance(len(gap))
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise InputError(f"{part_file} cannot be written: {error.strerror}. Free some room and run it again.") from None
+        raise system_failure(error, part_file) from None
     part_file.replace(path)
     return digest.hexdigest()
 
 
-def _stream(part: Copy, write: Callable[[bytes], object], update: Callable[[bytes], object], report: _Progress) -> None:
+def _stream(part: Copy, write: Callable[[bytes], object], update: Callable[[bytes], object], copied: _Copied) -> None:
     left = part.stored.bytes
     with part.stored.file.open("rb") as source:
         source.seek(part.stored.offset)
@@ -131,27 +127,17 @@ def _stream(part: Copy, write: Callable[[bytes], object], update: Callable[[byte
             write(chunk)
             update(chunk)
             left -= len(chunk)
-            report.advance(len(chunk))
+            copied.advance(len(chunk))
 
 
-class _Progress:
-    """Bytes, speed and time left, one line every two seconds."""
+class _Copied:
+    """How many bytes are copied, those kept from before among them."""
 
-    def __init__(self, total: int, kept: int, progress: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self.total, self.kept, self.at = total, kept, kept
-        self._progress, self._clock = progress, clock
-        self._start = self._last = clock()
+    def __init__(self, total: int, kept: int, progress: Progress) -> None:
+        self.total, self.at, self._progress = total, kept, progress
+        before = f" ({kept / 2**30:.1f} GiB kept from before)" if kept else ""
+        progress(f"copying {total / 2**30:.1f} GiB of weights{before}")
 
     def advance(self, size: int) -> None:
         self.at += size
-        if self._clock() - self._last >= _EVERY:
-            self.line()
-
-    def line(self) -> None:
-        self._last = self._clock()
-        speed = (self.at - self.kept) / max(1e-9, self._last - self._start)
-        left = f", {(self.total - self.at) / speed:.0f} s left" if speed and self.at < self.total else ""
-        kept = f" ({self.kept / 2**30:.1f} GiB kept from before)" if self.kept else ""
-        self._progress(
-            f"weights: {self.at / 2**30:.1f} of {self.total / 2**30:.1f} GiB{kept}, {speed / 2**20:.0f} MiB/s{left}"
-        )
+        self._progress.steps(self.at, self.total, BYTES)

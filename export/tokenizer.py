@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import MissingDependencyError
+from foldkv.packages import require
 
 TOKENIZER = "tokenizer.json"
 #: Files of a checkpoint that say how its texts begin, end and are read.
@@ -37,12 +37,9 @@ def tokenizer_json(folder: Path) -> str | None:
     """
     if not (folder / TOKENIZER).is_file():
         return None
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingDependencyError(
-            "export reads the tokenizer through transformers. Run `pip install 'foldkv[export]'`."
-        ) from None
+    require("export")
+    from transformers import AutoTokenizer
+
     try:
         # A checkpoint's own code is never run.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import resource
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import foldkv
 from foldkv.artifact import (
     check_destination,
+    only_writer,
     read_manifest,
     reason_to_replace,
     sha256_file,
@@ -26,7 +26,7 @@ from foldkv.artifact import (
     verify_files,
     write_manifest,
 )
-from foldkv.errors import EXIT_BAD_INPUT, EXIT_OK, BuildError, FoldkvError, InputError
+from foldkv.errors import EXIT_OK, BuildError, InputError
 from foldkv.export.graph import CONFIG, MODEL, flat_model
 from foldkv.export.graph import KIND as GRAPH_KIND
 from foldkv.export.layouts import DENSE
@@ -35,11 +35,15 @@ from foldkv.export.spec import ModelSpec
 from foldkv.export.state import StateTensor
 from foldkv.export.tokenizer import TOKENIZER
 from foldkv.optimize.choices import PACKED, Choice, backend_version, check_here, choose
+from foldkv.optimize.engine import RTX, end_children
+from foldkv.optimize.history import expected_build
 from foldkv.optimize.kernels import Bundled
 from foldkv.optimize.passes.pack import pack_state
 from foldkv.optimize.plan import named_capability
 from foldkv.optimize.spec import BuildSpec, Shapes
 from foldkv.optimize.targets import Target, resolve_targets
+from foldkv.packages import as_user_error
+from foldkv.progress import Progress, Say, silent
 
 KIND = "foldkv.bundle"
 PLAN = "engine.plan"
@@ -57,6 +61,10 @@ class TargetResult:
     seconds: float
     reason: str = ""
     exit_code: int = EXIT_OK
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**vars(self), "folder": str(self.folder), "seconds": round(self.seconds, 2)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def build_bundles(
     shapes: Shapes | None = None,
     jobs: int | None = None,
     force: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
 
@@ -100,7 +108,7 @@ def build_bundles(
         shapes: sizes that engines are built for.
         jobs: builds at once; the default is what memory and processors allow.
         force: build bundles that are unchanged, too.
-        progress: called with one line per step.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         ArtifactError: the graph package is damaged.
@@ -114,11 +122,26 @@ def build_bundles(
     for job in planned:
         check_destination(Path(out) / job.target.name, kind=KIND)
 
-    def one(job: _Job) -> TargetResult:
-        return _build_target(job, Path(out) / job.target.name, force, progress)
+    report, counting, done = Progress.of(progress), threading.Lock(), list[Target]()
 
-    with ThreadPoolExecutor(jobs or _parallel_builds(manifest)) as pool:
+    def one(job: _Job) -> TargetResult:
+        result = _build_target(job, Path(out) / job.target.name, force, report)
+        with counting:
+            done.append(job.target)
+            report.steps(len(done), len(planned), "targets")
+        return result
+
+    if len(planned) > 1:
+        report.steps(0, len(planned), "targets")
+    pool = ThreadPoolExecutor(jobs or _parallel_builds(manifest))
+    try:
         return BuildReport(list(pool.map(one, planned)))
+    except BaseException:  # an interrupt: nobody waits for the others, which may take minutes
+        pool.shutdown(wait=False, cancel_futures=True)
+        end_children()
+        raise
+    finally:
+        pool.shutdown(wait=False)
 
 
 def reasons_to_build(
@@ -235,41 +258,38 @@ class _Job:
         )
 
 
-def _build_target(job: _Job, folder: Path, force: bool, progress: Callable[[str], None]) -> TargetResult:
+def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> TargetResult:
     start = time.monotonic()
     target = job.target
 
     def done(status: str, reason: str = "", exit_code: int = EXIT_OK) -> TargetResult:
         return TargetResult(target.name, status, folder, time.monotonic() - start, reason, exit_code)
 
-    try:
-        spec = job.spec()
-        with _only_builder(folder):
-            if not force and not _reason_to_build(folder, spec):
-                progress(f"{target.name}: unchanged")
-                return done("unchanged")
-            with staged(folder, kind=KIND) as work:
-                build = _write_cpu if target.backend == "onnxruntime" else _write_engine
-                content = build(job, work, lambda line: progress(f"{target.name}: {line}"))
-                content["build"]["seconds"] = round(time.monotonic() - start, 3)
-                write_manifest(work, kind=KIND, content=_common(job, spec) | content)
-        layers = content["engine"].get("plugin_layers")
-        progress(
-            f"{target.name}: built in {time.monotonic() - start:.1f} s{f' with {layers} plugin layers' if layers else ''}"
-        )
-        return done("built")
-    except FoldkvError as error:
-        progress(f"{target.name}: failed: {error}")
-        return done("failed", str(error), error.exit_code or EXIT_BAD_INPUT)
-
-
-@contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """One builder per folder at a time, across processes; the lock goes with the process that holds it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with report.part(target.name) as progress:
+        try:
+            spec = job.spec()
+            with only_writer(folder, progress):
+                if not force and not _reason_to_build(folder, spec):
+                    progress("unchanged")
+                    return done("unchanged")
+                expected = expected_build(job.manifest, target.backend, job.plugins)
+                if expected is not None:
+                    progress.expect(expected.low, expected.high)
+                with staged(folder, kind=KIND) as work:
+                    build = _write_cpu if target.backend == "onnxruntime" else _write_engine
+                    content = build(job, work, progress)
+                    content["build"]["seconds"] = round(time.monotonic() - start, 3)
+                    write_manifest(work, kind=KIND, content=_common(job, spec) | content)
+            layers = content["engine"].get("plugin_layers")
+            plugins = f" with {layers} plugin layers" if layers else ""
+            progress(f"built in {time.monotonic() - start:.1f} s{plugins}")
+            return done("built")
+        except Exception as error:
+            failure = as_user_error(error, job.choice.feature)
+            if failure is None:
+                raise
+            progress(f"failed: {failure}")
+            return done("failed", str(failure), failure.exit_code)
 
 
 def _other_files_digest(manifest: dict[str, Any]) -> str:
@@ -351,7 +371,7 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
             shutil.copyfile(graph / name, work / name)
 
 
-def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     import onnxruntime
 
     from foldkv.optimize.passes.cpu import cpu_graph
@@ -383,8 +403,8 @@ def _write_cpu(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[s
     }
 
 
-def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    from foldkv.optimize.engine import RTX, build_plan
+def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
+    from foldkv.optimize.engine import build_plan
     from foldkv.optimize.passes.lower import lowered_graph
     from foldkv.plugins.inject import rotary_channels
 
@@ -425,7 +445,7 @@ def _write_engine(job: _Job, work: Path, progress: Callable[[str], None]) -> dic
     }  # fmt: skip
 
 
-def _inject(job: _Job, work: Path, progress: Callable[[str], None]) -> tuple[Any, Bundled]:
+def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     """The injected model, and the kernels that it launches, compiled into the bundle."""
     from foldkv.optimize.kernels import bundle_kernels
     from foldkv.plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection

@@ -13,6 +13,7 @@ from foldkv.export.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, 
 from foldkv.export.profiles import SERVED
 from foldkv.export.spec import ModelSpec
 from foldkv.optimize.targets import Target
+from foldkv.packages import pip_line, require, version_of
 from foldkv.plugins.coverage import coverage
 
 #: Whether GPU targets get plugins where nobody says. Only plugins keep packed rows and update caches in place; function bodies
@@ -29,6 +30,12 @@ class Choice:
     target: Target
     plugins: bool
     layout: str
+
+    @property
+    def feature(self) -> str:
+        """What the build is called in the table of packages."""
+        library = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(self.target.backend)
+        return f"build {library} engines{' with plugins' if self.plugins else ''}" if library else "build cpu"
 
 
 def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, plugins: bool) -> str:
@@ -123,24 +130,29 @@ def backend_version(target: Target) -> str:
     Raises:
         MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
     """
-    from foldkv.optimize.engine import cpu_version, engine_version
+    from foldkv.optimize.engine import engine_version
 
     if target.sm is None:
-        return cpu_version()
+        require("build cpu")
+        return version_of("onnxruntime") or ""
     return engine_version(target.backend, target=target.name, sm=target.sm)
 
 
 def missing_for(choice: Choice) -> str:
     """Why this machine cannot build a bundle, or "" if it can."""
-    try:
-        backend_version(choice.target)
-        if choice.plugins:
-            from foldkv.plugins.compile import compiler_identity
+    return str(_missing_for(choice) or "")
 
-            compiler_identity()
+
+def _missing_for(choice: Choice) -> MissingDependencyError | None:
+    try:
+        # TensorRT 11 lacks more than a package as a rule; its own check names all of that.
+        if choice.target.backend != "tensorrt":
+            require(choice.feature)
+        backend_version(choice.target)
+        require(choice.feature)
     except MissingDependencyError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def check_here(choices: Sequence[Choice]) -> None:
@@ -149,14 +161,16 @@ def check_here(choices: Sequence[Choice]) -> None:
     Raises:
         MissingDependencyError: it cannot; every target is named with its reason.
     """
-    found = {choice.target.name: reason for choice in choices if (reason := missing_for(choice))}
+    found = {choice.target.name: error for choice in choices if (error := _missing_for(choice))}
     if not found:
         return
     if len(found) == 1:
-        raise MissingDependencyError(next(iter(found.values())))
+        raise next(iter(found.values()))
+    packages = list(dict.fromkeys(package for error in found.values() for package in error.packages))
     raise MissingDependencyError(
         listing(
-            "these targets cannot be built here", [f"{name}: {reason}" for name, reason in found.items()],
+            "these targets cannot be built here", [f"{name}: {error}" for name, error in found.items()],
             "Leave them out here, and build them on a machine that has what is missing. Nothing was built.",
-        )
+        ),
+        packages=packages, install=pip_line(packages) if packages else "",
     )  # fmt: skip

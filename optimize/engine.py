@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,15 @@ from foldkv.errors import BuildError, MissingDependencyError, listing
 from foldkv.export.state import StateTensor
 from foldkv.optimize.plan import check_plan
 from foldkv.optimize.spec import Shapes
+from foldkv.packages import pip_line, require
 from foldkv.plugins.cuda import device_capability
+from foldkv.progress import Say, silent
 
 _TENSORRT_MAJOR = 11
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
 #: Backend to the module that it is, which is also the name of its distribution.
 MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
-
-
-def cpu_version() -> str:
-    """The installed version of ONNX Runtime.
-
-    Raises:
-        MissingDependencyError: there is none.
-    """
-    try:
-        return importlib.metadata.version("onnxruntime")
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingDependencyError("bundles for the cpu need onnxruntime. Run `pip install onnxruntime`.") from None
+_children: set[subprocess.Popen[str]] = set()
 
 
 def engine_version(backend: str, *, target: str, sm: int) -> str:
@@ -50,16 +42,13 @@ def engine_version(backend: str, *, target: str, sm: int) -> str:
         version = ""
     if backend == RTX:
         if not version:
-            raise MissingDependencyError(
-                "TensorRT-RTX is not installed; engines for GPUs need it. Run `pip install 'foldkv[rtx]'` "
-                "(no GPU is needed to build)."
-            )
+            require("build TensorRT-RTX engines")
         return version
     missing = []
     if not version:
-        missing.append("the package tensorrt, version 11: pip install 'foldkv[tensorrt]'")
+        missing.append(f"the package tensorrt, version {_TENSORRT_MAJOR}: {pip_line([MODULES[TENSORRT]])}")
     elif int(version.split(".")[0]) < _TENSORRT_MAJOR:
-        missing.append(f"TensorRT {_TENSORRT_MAJOR}; installed is {version}: pip install 'foldkv[tensorrt]'")
+        missing.append(f"TensorRT {_TENSORRT_MAJOR}; installed is {version}: {pip_line([MODULES[TENSORRT]])}")
     capability = device_capability()
     if capability != sm:
         found = f"the one here has {capability / 10:.1f}" if capability else "there is none here"
@@ -67,7 +56,10 @@ def engine_version(backend: str, *, target: str, sm: int) -> str:
     if missing:
         title = f"{target} (sm{sm}) is a target of TensorRT {_TENSORRT_MAJOR} (TensorRT-RTX has no engines for it), which is not usable here"
         step = f"On a machine that has these, run `foldkv build GRAPH --target {target} -o OUT`; the graph package can be copied there."
-        raise MissingDependencyError(listing(title, missing, step))
+        package = [] if version else [MODULES[TENSORRT]]
+        raise MissingDependencyError(
+            listing(title, missing, step), packages=package, install=pip_line(package) if package else ""
+        )
     return version
 
 
@@ -97,7 +89,7 @@ def build_plan(
     backend: str = RTX,
     plugins: int = 0,
     memory_bytes: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> dict[str, Any]:
     """Build one plan and write it to ``plan``.
 
@@ -152,12 +144,31 @@ def _child_environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _run_child(request: Path, environment: Mapping[str, str], progress: Callable[[str], None]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _registered(child: subprocess.Popen[str]) -> Iterator[None]:
+    _children.add(child)
+    try:
+        yield
+    except BaseException:
+        child.kill()  # leaving a Popen waits for it
+        raise
+    finally:
+        _children.discard(child)
+
+
+def end_children() -> None:
+    """End every engine build of this process; those who wait for them get a BuildError."""
+    for child in list(_children):
+        child.kill()
+
+
+def _run_child(request: Path, environment: Mapping[str, str], progress: Say) -> dict[str, Any]:
     command = [sys.executable, "-m", "foldkv.optimize.engine_worker", str(request)]
     result: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as child,
+        _registered(child),
     ):
         assert child.stdout is not None
         for line in child.stdout:

@@ -86,6 +86,14 @@ def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float
             file.write(json.dumps({"when": int(time.time()), **asdict(run)}) + "\n")
 
 
+def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> Estimate | None:
+    """How long a bundle takes to build from the graph package of this manifest; None without a comparable run."""
+    return estimate(
+        read_runs(), BUILD, weight_bytes=weight_bytes(manifest), layers=len(manifest["model"]["layer_types"]),
+        backend=backend, plugins=plugins, weights=manifest["weights"],
+    )  # fmt: skip
+
+
 def weight_bytes(manifest: Mapping[str, Any]) -> int:
     """Bytes of the weights of a graph package, in its own files and in those that it links."""
     from foldkv.export.graph import WEIGHTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from foldkv.artifact import sha256_json
 from foldkv.plugins.compile import compile_kernels, compiler_identity
 from foldkv.plugins.inject import Injection
 from foldkv.plugins.spec import NAMESPACE
+from foldkv.progress import Say, silent
 
 KERNELS = "kernels"
 
@@ -29,7 +29,7 @@ class Bundled:
         return {row["name"] for row in self.kernels["files"]} if self.kernels else set()
 
 
-def bundle_kernels(injection: Injection, work: Path, *, progress: Callable[[str], None] = lambda _: None) -> Bundled:
+def bundle_kernels(injection: Injection, work: Path, *, progress: Say = silent) -> Bundled:
     """Compile every kernel that the injected nodes can launch and write the cubins below ``work``.
 
     The library's name is a hash over the cubins, so that equal kernels of two bundles are one library in a process.
@@ -40,7 +40,7 @@ def bundle_kernels(injection: Injection, work: Path, *, progress: Callable[[str]
     """
     kernels = list(dict.fromkeys(kernel for given in injection.given for kernel in given.kernels))
     progress(f"compiling {len(kernels)} kernels for sm{injection.sm}")
-    compiled = compile_kernels([(kernel, injection.sm) for kernel in kernels])
+    compiled = compile_kernels([(kernel, injection.sm) for kernel in kernels], progress=progress)
     (work / KERNELS).mkdir()
     files = []
     for one in compiled:

@@ -14,14 +14,17 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import BuildError, MissingDependencyError
+from foldkv.errors import BuildError
+from foldkv.packages import lacks
 from foldkv.plugins.launch import Kernel
+from foldkv.progress import Progress, Say, silent
 
 #: Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per capability).
 SHARED_LIMITS = {
@@ -70,9 +73,7 @@ def triton_version() -> str:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingDependencyError(
-            "Triton is not installed; plugins are compiled with it. Run `pip install 'foldkv[plugins]'` (no GPU is needed)."
-        ) from None
+        raise lacks("compiling plugins", ["triton"]) from None
 
 
 def compiler_identity() -> str:
@@ -114,7 +115,7 @@ def compile_kernels(
     *,
     jobs: int | None = None,
     cache: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> list[CompiledKernel]:
     """Compile kernels for compute capabilities, in child processes, since LLVM ends a process on some errors.
 
@@ -141,7 +142,8 @@ def compile_kernels(
         spawn = multiprocessing.get_context("spawn")
         # No limit of tasks per child: with one, Python 3.11's pool can wait for ever (python/cpython issue 115634).
         workers = min(len(missing), jobs or len(os.sched_getaffinity(0)))
-        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        report = Progress.of(progress)
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=_leave_interrupts) as pool:
             futures = {pool.submit(_compile, *wanted[index]): index for index in missing}
             for future in concurrent.futures.as_completed(futures):
                 kernel, sm = wanted[futures[future]]
@@ -149,10 +151,16 @@ def compile_kernels(
                     compiled = future.result()
                 except concurrent.futures.process.BrokenProcessPool:
                     raise BuildError(f"kernel {kernel.name} for sm{sm}: the compiler ended its process.") from None
-                progress(f"kernel {kernel.name} for sm{sm}: {compiled.registers} registers, {compiled.shared} B shared")
+                report(f"kernel {kernel.name} for sm{sm}: {compiled.registers} registers, {compiled.shared} B shared")
+                report.steps(len(found) + 1, len(wanted), "kernels")
                 found[futures[future]] = compiled
                 _write_cached(files[futures[future]], compiled)
     return [found[index] for index in range(len(wanted))]
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; the parent ends this one, which has nothing to say of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def store_kernels(compiled: Sequence[CompiledKernel], cache: Path) -> None:

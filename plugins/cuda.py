@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foldkv.errors import FoldkvError, MissingDependencyError
+from foldkv.packages import installed, lacks
 from foldkv.plugins.launch import Launch, Plan
 
 # Triton appends two pointers to scratch memory to every kernel; plugins/compile.py refuses kernels that use them.
@@ -37,12 +38,10 @@ def cuda_driver() -> Any:
     Raises:
         MissingDependencyError: the package or the driver is not installed.
     """
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        raise MissingDependencyError(
-            "the package cuda-bindings is not installed; plugins launch through it: pip install 'foldkv[gpu]'"
-        ) from None
+    if not installed("cuda.bindings"):
+        raise lacks("launching on a GPU", ["cuda.bindings"])
+    from cuda.bindings import driver
+
     try:
         check(driver, driver.cuInit(0))
     except RuntimeError as error:  # without libcuda.so.1 the package raises one of its own subclasses

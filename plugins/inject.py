@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.spec import ModelSpec
 from foldkv.plugins.launch import Kernel, kernels
 from foldkv.plugins.spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
+from foldkv.progress import Say, silent
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
@@ -87,7 +88,7 @@ def inject(
     dtype: str,
     layout: str = DENSE,
     plugins: Sequence[PluginSpec] = tuple(PLUGINS.values()),
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> Injection:
     """Write a copy of a graph package whose nodes carry the plugins that the target has.
 

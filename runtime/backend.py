@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import ArtifactError, FoldkvError, MissingDependencyError, listing
+from foldkv.errors import ArtifactError, FoldkvError, listing
+from foldkv.packages import installed, lacks
 from foldkv.runtime.bundle import Bundle
 from foldkv.runtime.state import STATE_TYPES, StateBuffers
 
@@ -73,12 +74,10 @@ class OnnxRuntimeExecutor:
             ArtifactError: the model cannot be loaded or is not the one that the manifest describes.
             MissingDependencyError: onnxruntime is not installed.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingDependencyError(
-                "onnxruntime is not installed; a bundle for the target 'cpu' needs it: pip install onnxruntime"
-            ) from None
+        if not installed("onnxruntime"):
+            raise lacks("a bundle for the target 'cpu'", ["onnxruntime"])
+        import onnxruntime
+
         self._ort: Any = onnxruntime
         self._bundle, self._batch = bundle, batch
         self._session = _load(onnxruntime, bundle.engine, threads or default_threads(), spin)

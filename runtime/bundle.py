@@ -6,13 +6,13 @@ version. Knows which backend a bundle needs and says what is missing for it.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foldkv.artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
 from foldkv.errors import ArtifactError, MissingDependencyError, listing
+from foldkv.packages import installed, pip_line
 from foldkv.plugins.cuda import device_capability
 from foldkv.runtime.plugins import plugin_findings
 from foldkv.runtime.state import StateSpec
@@ -110,16 +110,16 @@ def require_backend(bundle: Bundle) -> None:
     """
     missing: list[str] = []
     if bundle.backend == ONNXRUNTIME:
-        if not _installed("onnxruntime"):
-            missing.append("the package onnxruntime: pip install onnxruntime")
+        if not installed("onnxruntime"):
+            missing.append(f"the package onnxruntime: {pip_line(['onnxruntime'])}")
     else:
         module = ENGINE_MODULES[bundle.backend]
-        if not _installed(module):
+        if not installed(module):
             missing.append(
                 f"the package {module}: pip install {module}=={bundle.manifest['tool_versions'][bundle.backend]}"
             )
-        if not _installed("cuda.bindings"):
-            missing.append("the package cuda.bindings: pip install 'foldkv[gpu]'")
+        if not installed("cuda.bindings"):
+            missing.append(f"the package cuda-bindings: {pip_line(['cuda.bindings'])}")
         wanted, found = bundle.manifest["target"].get("sm"), device_capability()
         if found is None:
             missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
@@ -130,13 +130,6 @@ def require_backend(bundle: Bundle) -> None:
         raise MissingDependencyError(
             listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
         )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import ArtifactError, InputError, MissingDependencyError, short
+from foldkv.errors import ArtifactError, InputError, short
+from foldkv.packages import installed, lacks
 from foldkv.runtime.bundle import Bundle
 from foldkv.runtime.detokenizer import TextStream
 
@@ -27,10 +28,10 @@ class Tokenizer:
             ArtifactError: the file is missing or is not a tokenizer.
             MissingDependencyError: the package tokenizers is not installed.
         """
-        try:
-            import tokenizers
-        except ImportError:
-            raise MissingDependencyError("text needs the package tokenizers: pip install tokenizers") from None
+        if not installed("tokenizers"):
+            raise lacks("text", ["tokenizers"])
+        import tokenizers
+
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
             # transformers cuts and fills up only where a call asks for it, whatever the file says.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from foldkv.errors import InputError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.spec import CSA
+from foldkv.progress import Progress
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.cases import RetrievalCase, Text, retrieval_cases, text_windows
 from foldkv.validation.layers import Taps, compare_layers
@@ -38,7 +38,7 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, progress: Callable[[str], None]) -> Measurements:
+def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measurements:
     """Everything but long contexts.
 
     Raises:
@@ -63,6 +63,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Callable[[str], None
     layers = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens")
+        progress.steps(number - 1, len(texts), "texts")
         first = number == 1
         chosen = taps.chosen(tokens)
         reading, actual = reference.read(tokens, chosen, streams=first and oracle is None), subject.logits(tokens)
@@ -89,6 +90,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Callable[[str], None
     for number, case in enumerate(cases):
         if number % plan.cases_per_distance == 0:
             progress(f"retrieval at distance {case.distance}")
+        progress.steps(number, len(cases), "values")
         solved[0, number] = _answers(reference, tokenizer, case)
         solved[1, number] = _answers(subject, tokenizer, case)
     metrics = summary(total) | {
@@ -125,7 +127,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Callable[[str], None
     )
 
 
-def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Callable[[str], None]) -> None:
+def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Progress) -> None:
     """Add what long contexts show, each in a session of its own."""
     for context in plan.contexts:
         progress(f"values planted in {context:,} tokens")

@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import CheckpointError, MissingDependencyError, listing
+from foldkv.errors import CheckpointError, listing
 from foldkv.export.checkpoint import Checkpoint
+from foldkv.packages import require
 from foldkv.runtime.session import Session
 from foldkv.validation.selection import Ints, Selection, settle_ties
 
@@ -70,10 +71,9 @@ class TransformersRunner:
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys).check()
-        try:
-            import transformers
-        except ImportError:
-            raise MissingDependencyError("validate needs transformers. Run `pip install 'foldkv[export]'`.") from None
+        require("validate")
+        import transformers
+
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
         self.name = f"transformers {transformers.__version__}, float32"

@@ -8,17 +8,19 @@ import importlib.util
 import json
 import platform
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import foldkv
 from foldkv.artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
-from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.profiles import PROFILES, SERVED
 from foldkv.export.spec import CSA
 from foldkv.optimize.build import KIND as BUNDLE
+from foldkv.packages import require
+from foldkv.progress import Progress, Say, silent
 from foldkv.runtime.backend import default_threads
 from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
@@ -50,7 +52,7 @@ def validate(
     keep: bool = False,
     key: str = "",
     allow_unknown_keys: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> ValidationResult:
     """Measure a bundle against its checkpoint and write the report.
 
@@ -66,7 +68,7 @@ def validate(
         keep: where the report there holds figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what it was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, beside those that the export was allowed to.
-        progress: called with one line per step.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         InputError: the bundle was made from another checkpoint or is an engine, an unknown gate or a threshold out of range,
@@ -79,7 +81,7 @@ def validate(
     plan, words, bundle, report = plan or Plan(), load_text(text), Path(bundle), Path(report)
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
-    _require_packages()
+    require("validate")
     loaded = _checked_bundle(bundle)
     chosen = resolve_gates(gates or {}, loaded.profile)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
@@ -112,23 +114,13 @@ def validate(
             result = judged_result(stored, JUDGED_AGAIN)
         else:
             assert checkpoint is not None
-            found = _measure(loaded, checkpoint, plan, words, threads, progress)
+            found = _measure(loaded, checkpoint, plan, words, threads, Progress.of(progress))
             result = judged_result(found, MEASURED)
         write_report(result, folder)
         content = {"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
         write_manifest(folder, kind=KIND, content=content | {"measured": measured, "judged": judged})
     progress(result.headline)
     return result
-
-
-def _require_packages() -> None:
-    missing = [
-        name for name in ("torch", "transformers", "jinja2", "jsonschema") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise MissingDependencyError(
-            f"validate needs {', '.join(missing)}. Run `pip install 'foldkv[export,validation]'`."
-        )
 
 
 def _checked_bundle(folder: Path) -> Bundle:
@@ -209,7 +201,7 @@ def validation_threads(bundle: Bundle) -> int:
 
 
 def _measure(
-    bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, progress: Callable[[str], None]
+    bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, progress: Progress
 ) -> Measurements:
     tokenizer = Tokenizer.from_bundle(bundle)
     progress("loading the subject and the reference")

@@ -196,7 +196,7 @@ def test_pointers_to_scratch_memory_are_null() -> None:
 
 @pytest.mark.skipif(device_capability() is not None, reason="there is a driver")
 def test_without_a_driver_the_launcher_says_so() -> None:
-    with pytest.raises(MissingDependencyError, match=r"no usable NVIDIA driver|cuda-bindings is not installed"):
+    with pytest.raises(MissingDependencyError, match=r"no usable NVIDIA driver|cuda-bindings, which is not installed"):
         cuda_driver()
     with pytest.raises(MissingDependencyError):
         Launcher([])

@@ -1,0 +1,247 @@
+"""The packages that foldkv uses: which are here, which command needs which, and what brings those that are missing.
+
+One table for the commands, ``doctor`` and the last resort of the command line, so that all of them say the same. The
+extra that brings a package and the versions it takes are read from foldkv's own metadata. Standard library only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from foldkv.errors import FoldkvError, MissingDependencyError, system_failure
+
+_EXPORT = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
+_GENERATE = ("numpy", "onnxruntime", "tokenizers")
+_VALIDATE = (*_GENERATE, *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that foldkv does: the modules that it imports, the command that does it, and whether it needs a GPU."""
+
+    modules: tuple[str, ...]
+    command: str = ""
+    gpu: bool = False
+
+
+_RTX, _TENSORRT, _GPU = (*_EXPORT, "tensorrt_rtx"), (*_EXPORT, "tensorrt"), ("numpy", "tokenizers", "cuda.bindings")
+#: What is not here needs nothing beside click: `plan`, `targets`, `inspect` of artifacts.
+FEATURES = {
+    "inspect checkpoints": Feature(_EXPORT),
+    "export": Feature((*_EXPORT, "transformers"), "export"),
+    "inject": Feature(_EXPORT, "inject"),
+    "build cpu": Feature((*_EXPORT, "onnxruntime"), "build"),
+    "build TensorRT-RTX engines": Feature(_RTX, "build"),
+    "build TensorRT-RTX engines with plugins": Feature((*_RTX, "triton"), "build"),
+    "build TensorRT engines": Feature(_TENSORRT, "build", gpu=True),
+    "build TensorRT engines with plugins": Feature((*_TENSORRT, "triton"), "build", gpu=True),
+    "generate": Feature(_GENERATE, "generate"),
+    "generate with TensorRT-RTX engines": Feature((*_GPU, "tensorrt_rtx"), "generate", gpu=True),
+    "generate with TensorRT engines": Feature((*_GPU, "tensorrt"), "generate", gpu=True),
+    "validate": Feature(_VALIDATE, "validate"),
+    "run, beside its stages": Feature((*_EXPORT, "transformers", "pydantic"), "run"),
+}
+#: Why a package is used beside what the table above says.
+_ALSO = {"accelerate": "validate, with quantised checkpoints", "rich": "bars on a terminal"}
+#: Modules whose package has another name than they have.
+_PACKAGES = {"cuda": "cuda-bindings"}
+_DEVELOPMENT = "dev"
+
+
+def modules() -> list[str]:
+    """Every module of the table, each once."""
+    return list(dict.fromkeys([*(name for feature in FEATURES.values() for name in feature.modules), *_ALSO]))
+
+
+def purpose(module: str) -> str:
+    """What a module is used for, in the words of the table."""
+    uses = dict.fromkeys(re.split("[ ,]", name)[0] for name, one in FEATURES.items() if module in one.modules)
+    return ", ".join(uses) or _ALSO[module]
+
+
+def package_of(module: str) -> str:
+    """The name that pip has for the package of a module."""
+    top = module.split(".")[0]
+    return _PACKAGES.get(top, _normalised(top))
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@functools.cache
+def _requirements() -> dict[str, tuple[str, str]]:
+    """Package -> (extra or "", versions, as in ``>=2.9``), from the metadata of this installation, or of the checkout."""
+    try:
+        lines = importlib.metadata.requires("foldkv") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = _requirements_of_checkout()
+    found: dict[str, tuple[str, str]] = {}
+    for line in lines:
+        wanted, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"](.+?)['\"]", marker)
+        name = re.match(r"[\w.-]+", wanted.strip())
+        if name and (extra is None or extra[1] != _DEVELOPMENT):
+            versions = re.sub(r"\[.*?\]|\s", "", wanted.strip()[name.end() :])
+            found.setdefault(_normalised(name[0]), (extra[1] if extra else "", versions))
+    return found
+
+
+def _requirements_of_checkout() -> list[str]:
+    try:
+        project = tomllib.loads((Path(__file__).resolve().parent / "pyproject.toml").read_text(encoding="utf-8"))[
+            "project"
+        ]
+    except (OSError, ValueError, KeyError):
+        return []
+    extras = project.get("optional-dependencies", {}).items()
+    return [*project["dependencies"], *(f"{line}; extra == '{extra}'" for extra, lines in extras for line in lines)]
+
+
+def requirement(module: str) -> str:
+    """The package of a module with the versions that foldkv takes, as pip reads it."""
+    package = package_of(module)
+    return package + _requirements().get(package, ("", ""))[1]
+
+
+def version_of(module: str) -> str | None:
+    """The installed version, or None: not installed, or without metadata."""
+    try:
+        return importlib.metadata.version(package_of(module))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def installed(module: str) -> bool:
+    """Whether Python finds the module. It is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing(wanted: Iterable[str]) -> list[str]:
+    """Those modules that Python does not find."""
+    return [module for module in dict.fromkeys(wanted) if not installed(module)]
+
+
+def pip_line(wanted: Iterable[str]) -> str:
+    """What installs these modules: foldkv's extras, and by name what no extra brings."""
+    extras, plain = list[str](), list[str]()
+    for module in wanted:
+        extra = _requirements().get(package_of(module), ("", ""))[0]
+        (extras if extra else plain).append(extra or requirement(module))
+    parts = [f"foldkv[{','.join(dict.fromkeys(extras))}]"] if extras else []
+    return "pip install " + " ".join(f"'{part}'" for part in [*parts, *dict.fromkeys(plain)])
+
+
+def needed_by(command: str) -> list[str]:
+    """The modules that a command imports whatever it is given."""
+    tables = [feature.modules for feature in FEATURES.values() if feature.command == command]
+    return [module for module in tables[0] if all(module in table for table in tables)] if command and tables else []
+
+
+def require_for(command: str) -> None:
+    """As :func:`require`, for what a command imports whatever it is given."""
+    lacking = missing(needed_by(command))
+    if lacking:
+        raise lacks(f"`{command}`", lacking)
+
+
+def require(feature: str, *, otherwise: str = "") -> None:
+    """Check that what a feature imports is here, before any of it is imported; ``otherwise`` is what else helps.
+
+    Raises:
+        MissingDependencyError: it is not; the message lists everything that is missing and the line that installs it.
+    """
+    lacking = missing(FEATURES[feature].modules)
+    if lacking:
+        raise lacks(f"`{feature}`", lacking, otherwise=otherwise)
+
+
+def lacks(who: str, lacking: list[str], *, otherwise: str = "") -> MissingDependencyError:
+    """The error for modules that are not here, and that something needs."""
+    names = [package_of(module) for module in lacking]
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    verb = "is" if len(names) == 1 else "are"
+    return MissingDependencyError(
+        f"{who} needs {text}, which {verb} not installed. Run `{pip_line(lacking)}`{f', {otherwise}' if otherwise else ''}.",
+        packages=names, install=pip_line(lacking),
+    )  # fmt: skip
+
+
+def explain(error: BaseException, feature: str) -> MissingDependencyError | None:
+    """What an error says of the packages: one is missing, or is here and cannot be imported. None if it says neither."""
+    for one in _chain(error):
+        if isinstance(one, ImportError):
+            # Some packages name what they lack in the text only.
+            words = [one.name] if one.name else re.findall(r"[A-Za-z][\w.-]*", str(one))
+            for module in filter(None, map(_module, words)):
+                if not installed(module):
+                    return lacks(f"`{feature}`" if feature else "foldkv", missing([*needed_by(feature), module]))
+                if one.name:
+                    return _unusable(module, one)
+    for one in _chain(error):
+        importing = _imported_when_raised(one.__traceback__)
+        if importing is not None:
+            return _unusable(importing, one)
+    return None
+
+
+def as_user_error(error: BaseException, feature: str) -> FoldkvError | None:
+    """The error that the user can act on, or None for a fault of foldkv."""
+    if isinstance(error, FoldkvError):
+        return error
+    lacking = explain(error, feature)
+    if lacking is not None:
+        return lacking
+    if isinstance(error, OSError):
+        return system_failure(error)
+    if isinstance(error, MemoryError):
+        return MissingDependencyError(
+            f"memory ran out{f': {error}' if str(error) else ''}. Use a machine with more, or smaller sizes; "
+            "`foldkv plan --target` says what a model needs."
+        )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _module(name: str) -> str | None:
+    """The module of the table that a name belongs to, be it the name of a module below it or of its package."""
+    known = {package_of(module): module for module in modules()}
+    return known.get(package_of(name))
+
+
+def _imported_when_raised(traceback: TracebackType | None) -> str | None:
+    """The module of the table whose own code was being imported when the error was raised."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code.co_name == "<module>":
+            module = _module(str(frame.f_globals.get("__name__", "")))
+            if module is not None:
+                return module
+        traceback = traceback.tb_next
+    return None
+
+
+def _unusable(module: str, error: BaseException) -> MissingDependencyError:
+    package, version = package_of(module), version_of(module)
+    install = f"pip install --force-reinstall '{requirement(module)}'"
+    return MissingDependencyError(
+        f"{package}{f' {version}' if version else ''} is installed, but cannot be used: {type(error).__name__}: "
+        f"{str(error).strip()[:400]}. Run `{install}`.",
+        packages=[package], install=install,
+    )  # fmt: skip
