@@ -116,7 +116,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}. Give the folder of a checkpoint that has a {path.name}."
+            f"{path} cannot be read: {error.strerror}. Give the folder of a checkpoint, with its config.json and weights."
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Download or write the file again.") from None
