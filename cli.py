@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input, 3 the en
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -258,8 +259,29 @@ def generate_command(
 @click.argument("bundle", type=_folder)
 @click.option("--reference", type=_folder, required=True, help="The checkpoint the bundle was made from.")
 @click.option("--report", type=_folder, required=True, help="Folder for report.html, report.json and junit.xml.")
-@click.option("--gate", "gates", multiple=True, metavar="NAME=VALUE", help="Replace a gate's threshold; repeat it.")
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Replace a gate's threshold; repeat it. The report marks it.",
+)
 @click.option("--text", type=_folder, help="UTF-8 text to measure on; default: sources of Python's standard library.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which windows of the text, and which values.")
+@click.option("--texts", type=int, default=6, show_default=True, help="Windows of the text.")
+@click.option("--text-tokens", type=_Tokens(), default=384, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--distance",
+    "distances",
+    type=_Tokens(),
+    multiple=True,
+    default=(16, 64, 128, 256, 512),
+    show_default=True,
+    help="Bytes from a value to the question for it, a multiple of 4; repeat it.",
+)
+@click.option(
+    "--cases-per-distance", type=int, default=20, show_default=True, help="Values to retrieve at each distance."
+)
 @click.option(
     "--context",
     "contexts",
@@ -267,36 +289,65 @@ def generate_command(
     multiple=True,
     help="Plant values in a stream of this many tokens too, for example 64k; repeat it. The reference reads up to 64k.",
 )
+@click.option(
+    "--baseline",
+    type=_folder,
+    metavar="REPORT",
+    help="An older report, its folder or report.json: show what changed since.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of both sides; default: 1 for a small model, else all processors.",
+)
 @_json
 def validate_command(
-    bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, contexts: tuple[int, ...],
-    as_json: bool,
+    bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
+    text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
+    baseline: Path | None, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure what accuracy BUNDLE lost against the PyTorch reference; exit 1 if a gate fails."""
-    from foldkv.validation.report import report_json
-    from foldkv.validation.validate import Plan, validate
+    """Measure what accuracy BUNDLE, of the target cpu, lost against the PyTorch reference.
+
+    Exit 1 if a gate fails, or if one holds on too little evidence ("not informative").
+    """
+    _wait_passively()
+    from foldkv.validation.plan import Plan
+    from foldkv.validation.result import to_json
+    from foldkv.validation.validate import validate
 
     result = validate(
         bundle,
         reference,
         report,
         gates=_thresholds(gates),
-        plan=Plan(contexts=contexts),
+        plan=Plan(seed, texts, text_tokens, distances, cases_per_distance, contexts),
         text=text,
+        baseline=baseline,
+        threads=threads,
         progress=_progress(),
     )
     if as_json:
-        click.echo(json.dumps(report_json(result), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(to_json(result), indent=2, ensure_ascii=False))
     else:
-        _print_gates([{**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts])
+        _print_report(to_json(result))
         click.echo(f"report: {report / 'report.html'}")
     sys.exit(result.exit_code)
 
 
+def _wait_passively() -> None:
+    """Let torch's idle threads sleep: two libraries whose threads wait actively collapse on a busy machine.
+
+    OpenMP reads the setting when torch is loaded, so it comes first; one of the user's own stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     for gate in gates:
         name, _, value = gate.partition("=")
+        if name in values:
+            raise InputError(f"--gate {name} is given twice. Give each gate one threshold.")
         try:
             values[name] = float(value)
         except ValueError:
@@ -304,14 +355,37 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
     return values
 
 
-def _print_gates(gates: list[dict[str, Any]]) -> None:
-    rows = [["gate", "", "measured", "", "threshold"]]
-    for gate in gates:
-        value, threshold = float(gate["value"]), float(gate["threshold"])
-        rows.append(
-            [gate["name"], "holds" if gate["passed"] else "FAILS", f"{value:.4g}", gate["comparison"], f"{threshold:g}"]
-        )
+def _print_report(content: dict[str, Any]) -> None:
+    """Gates, what was too little, what a reader must know, what changed, and the verdict, from a report's JSON."""
+    from foldkv.validation.report import format_beside
+
+    rows = [["gate", "", "measured", "", "threshold", ""]]
+    for gate in content["gates"]:
+        word = gate["verdict"].upper() if gate["verdict"] == "fails" else gate["verdict"]
+        changed = f"{gate['changed']}, default {gate['default']:g}" if gate["changed"] else ""
+        value = format_beside(float(gate["value"]), gate["threshold"])
+        rows.append([gate["name"], word, value, gate["comparison"], f"{gate['threshold']:g}", changed])
     _table(rows, numbers=(2,))
+    click.echo()
+    for gate in content["gates"]:
+        if gate["verdict"] == "not informative":
+            click.echo(f"{gate['name']} is not informative: {gate['lack']}")
+    for note in content["notes"]:
+        click.echo(f"note: {note}")
+    if content["comparison"]:
+        _print_comparison(content["comparison"])
+    click.echo(("PASSED: " if content["passed"] else "NOT PASSED: ") + content["headline"])
+
+
+def _print_comparison(found: dict[str, Any]) -> None:
+    click.echo(f"since {found['report']} ({found['date']}; {found['headline']}):")
+    rows = [["gate", "before", "now", ""]]
+    for gate in found["gates"]:
+        sides = [f"{float(side['value']):.4g}" if side else "" for side in (gate["before"], gate["now"])]
+        rows.append([gate["name"], *sides, gate["change"]])
+    _table(rows, numbers=(1, 2))
+    for difference in found["differences"]:
+        click.echo(f"differs: {difference}")
 
 
 @main.command("run")
@@ -330,6 +404,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     What cannot succeed is refused before the first stage. A stage runs again where its inputs, its settings, foldkv or its tools
     changed, or its artifact is damaged; `--dry-run` says which of these.
     """
+    _wait_passively()
     from foldkv.config import load_config
     from foldkv.pipeline import preview, run_pipeline
 
@@ -342,7 +417,8 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
         facts = {
             "graph": str(result.graph), "report": str(result.report) if result.report else None, "passed": result.passed,
             "bundles": [{"target": b.target, "status": b.status, "folder": str(b.folder), "reason": b.reason} for b in result.bundles],
-            "gates": result.gates, "stages": result.stages,
+            "gates": result.gates, "headline": result.judged.get("headline"), "notes": result.judged.get("notes", []),
+            "not_validated": result.not_validated, "stages": result.stages,
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         sys.exit(result.exit_code)
@@ -365,8 +441,9 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
         )
     if result.report:
         click.echo(f"report: {result.report / 'report.html'}\n")
-        _print_gates(result.gates)
-        click.echo("\nall gates hold" if result.passed else "\nGATES FAILED")
+        _print_report(result.judged)
+    elif result.not_validated:
+        click.echo(f"not validated: {', '.join(result.not_validated)}")
     sys.exit(result.exit_code)
 
 

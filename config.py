@@ -67,6 +67,8 @@ class ValidateConfig(_Strict):
     distances: list[Tokens] = Field(default=[16, 64, 128, 256, 512], min_length=1)
     cases_per_distance: int = Field(default=20, ge=1)
     contexts: list[Tokens] = []
+    baseline: str | None = None
+    threads: int | None = Field(default=None, ge=1)
 
 
 class PipelineConfig(_Strict):
@@ -105,8 +107,9 @@ def load_config(path: Path) -> PipelineConfig:
     if bad:
         raise InputError(f"{path}: validate.distances has {bad}; expected positive multiples of 4.")
     folder, validation = Path(path).parent, config.validation
-    if validation.text is not None:
-        validation = validation.model_copy(update={"text": os.path.normpath(folder / validation.text)})
+    beside = {name: getattr(validation, name) for name in ("text", "baseline")}
+    beside = {name: os.path.normpath(folder / file) for name, file in beside.items() if file is not None}
+    validation = validation.model_copy(update=beside)
     paths = {name: os.path.normpath(folder / getattr(config, name)) for name in ("checkpoint", "output")}
     return config.model_copy(update=paths | {"validation": validation})
 

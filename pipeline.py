@@ -7,7 +7,6 @@ checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import foldkv
 from foldkv.artifact import check_destination, reason_to_replace, sha256_file
 from foldkv.config import PipelineConfig
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.optimize.build import KIND as BUNDLE_KIND
 from foldkv.optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
 from foldkv.optimize.choices import check_here, choose
@@ -31,26 +30,35 @@ from foldkv.optimize.targets import resolve_targets
 
 if TYPE_CHECKING:
     from foldkv.export.checkpoint import Checkpoint
-    from foldkv.validation.validate import Plan
+    from foldkv.validation.plan import Plan
 
 Progress = Callable[[str], None]
 EXPORT, BUILD, VALIDATE = "export", "build", "validate"
 STAGES = (EXPORT, BUILD, VALIDATE)
-#: Packages that `validate` loads, and what installs them.
-_VALIDATE_NEEDS = {"torch": "export", "transformers": "export", "jinja2": "validation"}
 _FORCED = "--force"
 
 
 @dataclass
 class PipelineResult:
-    """Where the artifacts are, what each stage did and took (seconds), and what the gates said."""
+    """Where the artifacts are, what each stage did and took (seconds), and the content of the report, empty without one."""
 
     graph: Path
     bundles: list[TargetResult] = field(default_factory=list)
     report: Path | None = None
-    gates: list[dict[str, Any]] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
     passed: bool | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def gates(self) -> list[dict[str, Any]]:
+        """What the gates said."""
+        return list(self.judged.get("gates", []))
+
+    @property
+    def not_validated(self) -> list[str]:
+        """Targets with a bundle that no report speaks of."""
+        validated = self.judged["provenance"]["target"] if self.judged else None
+        return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target != validated]
 
     @property
     def exit_code(self) -> int:
@@ -206,14 +214,21 @@ class _Pipeline:
     def _check_validation(self) -> None:
         from foldkv.export.graph import TOKENIZER
         from foldkv.optimize.targets import load_targets
+        from foldkv.validation.baseline import KIND, read_report
         from foldkv.validation.cases import load_text
         from foldkv.validation.gates import resolve_gates
-        from foldkv.validation.validate import KIND, check_contexts
+        from foldkv.validation.validate import check_contexts, require_packages
 
         wanted, profile = self.config.validation, self.config.export.profile
         resolve_gates(wanted.gates, profile)
         if wanted.text is not None:
             load_text(Path(wanted.text))
+        if wanted.baseline is not None:
+            read_report(Path(wanted.baseline))
+            if Path(wanted.baseline).resolve().is_relative_to(self.report.resolve()):
+                raise InputError(
+                    f"validate.baseline is {wanted.baseline}, the report that this run replaces. Copy it elsewhere and name the copy."
+                )
         if wanted.target not in self.config.build.targets:
             raise InputError(
                 f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
@@ -234,12 +249,7 @@ class _Pipeline:
         if VALIDATE not in self.stages:
             return
         check_destination(self.report, kind=KIND)
-        missing = {name: extra for name, extra in _VALIDATE_NEEDS.items() if importlib.util.find_spec(name) is None}
-        if missing:
-            raise MissingDependencyError(
-                f"validate needs {', '.join(missing)}. Run `pip install 'foldkv[{','.join(sorted(set(missing.values())))}]'`, "
-                "or set validate.enabled to false."
-            )
+        require_packages()
 
     def _check_earlier(self) -> None:
         """What the only stage reads must be what a whole run would make."""
@@ -267,7 +277,7 @@ class _Pipeline:
 
     def plan(self) -> Plan:
         """What `validate` measures."""
-        from foldkv.validation.validate import Plan
+        from foldkv.validation.plan import Plan
 
         wanted = self.config.validation
         return Plan(
@@ -286,6 +296,7 @@ class _Pipeline:
             "plan": asdict(self.plan()),
             "gates": wanted.gates,
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
+            "baseline": wanted.baseline,
             "bundle": sha256_file(self.bundle / "manifest.json"),
             "foldkv": foldkv.__version__,
         }
@@ -293,7 +304,7 @@ class _Pipeline:
 
     def validate_reason(self) -> str:
         """Why the report is not what would be measured; "" if it is. The bundle must be there."""
-        from foldkv.validation.validate import KIND
+        from foldkv.validation.baseline import KIND
 
         reason, manifest = reason_to_replace(self.report, kind=KIND)
         if manifest is None or manifest.get("key") == self.validate_key():
@@ -352,8 +363,8 @@ def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any]
 def _validate_change(name: str, old: Any, new: Any) -> str:
     if name == "bundle":
         return "the bundle changed"
-    if name == "text":
-        return "the text changed"
+    if name in ("text", "baseline"):
+        return f"validate.{name} changed"
     if name == "foldkv":
         return f"it was made by foldkv {old}; this is {new}"
     if not isinstance(old, dict):
@@ -400,23 +411,22 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
 
 
 def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
-    from foldkv.validation.report import JSON
-    from foldkv.validation.validate import validate
+    from foldkv.validation.result import to_json
+    from foldkv.validation.validate import MEASURED, UNCHANGED, validate
 
     wanted = work.config.validation
-    reason = _FORCED if force else work.validate_reason()
-    if reason:
+    if reason := _FORCED if force else work.validate_reason():
         progress(f"validate: {reason}")
-        validate(
-            work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
-            key=work.validate_key(), text=Path(wanted.text) if wanted.text else None,
-            progress=lambda line: progress(f"validate: {line}"),
-        )  # fmt: skip
-    else:
-        progress(f"validate: unchanged, {work.report}")
-    content = json.loads((work.report / JSON).read_text())
-    result.gates, result.passed = content["gates"], content["passed"]
-    return bool(reason)
+    found = validate(
+        work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(), threads=wanted.threads,
+        keep=not force, key=work.validate_key(), text=Path(wanted.text) if wanted.text else None,
+        baseline=Path(wanted.baseline) if wanted.baseline else None,
+        progress=lambda line: progress(f"validate: {line}"),
+    )  # fmt: skip
+    if found.source != MEASURED:
+        progress(f"validate: {found.source}, {work.report}")
+    result.judged, result.passed = to_json(found), found.passed
+    return found.source != UNCHANGED
 
 
 # Estimates of a preview.

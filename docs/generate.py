@@ -55,13 +55,31 @@ distances = [16, 64, 128, 256, 512]
 cases_per_distance = 20
 contexts = ["64k"]                 # long streams with planted values; without it, none
 gates = { kl-mean = 1e-6 }         # thresholds that replace the defaults below
+baseline = "release-1/report"      # an older report; the new one shows what changed since
+threads = 1                        # without it, one for a small model, else all processors
 ```
 
-Every key is shown; only `version`, `checkpoint` and `output` are needed, and all other values but `targets`, `jobs`, `text`, `contexts` and `gates` are the defaults.
+Every key is shown; only `version`, `checkpoint` and `output` are needed, and all other values but `targets`, `jobs`,
+`text`, `contexts`, `gates`, `baseline` and `threads` are the defaults.
 
 What cannot succeed is refused before the first stage: targets that this machine cannot build for, layouts that a target cannot keep,
 missing packages, folders that cannot be written. A stage is skipped when the hashes of its inputs, its settings and the versions of
-its tools are unchanged. `foldkv run --dry-run` says which stages would run and why.
+its tools are unchanged. Where only thresholds or the baseline changed, `validate` measures nothing: it judges the figures of the report
+again. `foldkv run --dry-run` says which stages would run and why.
+"""
+
+VERDICTS = """## The gates of `validate`
+
+A gate *holds*, *fails*, or is *not informative*: its figure is within the threshold, but was measured on less than the gate needs. Such a
+gate does not pass: the exit code is 1 and `junit.xml` has an error, with the reason and what to change. What is beyond its threshold fails, on
+however little. Gates that were not asked for are not listed: `long-context` without contexts that the reference reads, `topk-overlap` and
+`mass-recalled` for a model without indexers.
+
+Where index scores tie exactly at the last place several sets of entries are equally good. ReLU makes such ties common in small and random models. The
+reference then takes, of its own equally good sets, the one closest to the subject's; the report counts the ties.
+
+A threshold that is not the default is marked as loosened or tightened in every form of the report. One with which a gate could never fail
+or never hold is refused.
 """
 
 
@@ -81,10 +99,15 @@ def reference() -> str:
         inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## foldkv {name}\n\n```\n{command.get_help(inner)}\n```\n")
     parts.append(PIPELINE)
-    parts.append("## The gates of `validate`\n")
+    parts.append(VERDICTS)
     for profile, gates in PROFILE_GATES.items():
-        rows = [f"| `{g.name}` | `{g.metric}` {g.comparison} {g.threshold:g} | {g.reason} |" for g in gates]
-        parts.append(f"Profile `{profile}`:\n\n| gate | default | why |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+        rows = [
+            f"| `{g.name}` | `{g.metric}` {g.comparison} {g.threshold:g} | {'; '.join(n.words(g.threshold) for n in g.needs)} | {g.reason} |"
+            for g in gates
+        ]
+        parts.append(
+            f"Profile `{profile}`:\n\n| gate | default | needs | why |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
     return "\n".join(parts)
 
 

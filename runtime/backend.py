@@ -61,7 +61,9 @@ def default_threads() -> int:
 class OnnxRuntimeExecutor:
     """Runs a bundle's ``model.onnx`` on the CPU."""
 
-    def __init__(self, bundle: Bundle, buffers: StateBuffers, *, batch: int, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, buffers: StateBuffers, *, batch: int, threads: int | None = None, spin: bool = True
+    ) -> None:
         """Load the model and bind the state.
 
         Raises:
@@ -76,7 +78,7 @@ class OnnxRuntimeExecutor:
             ) from None
         self._ort: Any = onnxruntime
         self._bundle, self._batch = bundle, batch
-        self._session = _load(onnxruntime, bundle.engine, threads or default_threads())
+        self._session = _load(onnxruntime, bundle.engine, threads or default_threads(), spin)
         _check_io(self._session, bundle)
         self._binding = self._session.io_binding()
         for tensor in bundle.state.tensors:
@@ -148,10 +150,11 @@ class OnnxRuntimeExecutor:
         self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
 
 
-def _load(onnxruntime: Any, model: Path, threads: int) -> Any:
+def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     # Sizes depend on how much context is in use, so that a pattern of one run does not fit the next.

@@ -66,6 +66,7 @@ class Session:
         batch: int = 1,
         threads: int | None = None,
         chunk: int = 256,
+        spin: bool = True,
     ) -> None:
         """Check the bundle (sha256 of every file), allocate the state, load the model.
 
@@ -76,6 +77,7 @@ class Session:
             batch: number of sequences.
             threads: of one operator; the default is the processors this process may use.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
+            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slow where other work needs it.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
@@ -94,7 +96,7 @@ class Session:
         self.batch: int = batch
         self.chunk: int = min(chunk, self.context, self.bundle.largest("chunk") or chunk)
         self.vocab_size: int = self.bundle.model.vocab_size
-        self._buffers, executor = _open(self.bundle, self.context, batch, threads)
+        self._buffers, executor = _open(self.bundle, self.context, batch, threads, spin)
         self._executor: Executor | None = executor
         self._positions: IntArray = np.zeros(batch, np.int64)
         self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
@@ -413,11 +415,11 @@ class Session:
         return results
 
 
-def _open(bundle: Bundle, context: int, batch: int, threads: int | None) -> tuple[Buffers, Executor]:
+def _open(bundle: Bundle, context: int, batch: int, threads: int | None, spin: bool) -> tuple[Buffers, Executor]:
     """The state and the executor of a bundle's backend."""
     if bundle.backend == ONNXRUNTIME:
         buffers = StateBuffers(bundle.state, context, batch)
-        return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads)
+        return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads, spin=spin)
     from foldkv.runtime.engine import EngineExecutor
 
     engine = EngineExecutor(bundle, context=context, batch=batch)

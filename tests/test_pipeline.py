@@ -34,7 +34,7 @@ targets = ["cpu"]
 texts = 1
 text_tokens = 64
 distances = [64]
-cases_per_distance = 4
+cases_per_distance = 10
 """
 ARTIFACTS = {"graph": "foldkv.graph", "bundles/cpu": "foldkv.bundle", "report": "foldkv.report"}
 
@@ -69,8 +69,15 @@ def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path)
     assert stages(pipeline) == {"export": False, "build": False, "validate": False}
     assert stages(pipeline) == {"export": True, "build": True, "validate": True}
     # A setting of the last stage leaves the earlier ones alone.
-    pipeline.write_text(PIPELINE.replace("cases_per_distance = 4", "cases_per_distance = 5"))
+    pipeline.write_text(PIPELINE.replace("cases_per_distance = 10", "cases_per_distance = 11"))
     assert stages(pipeline) == {"export": True, "build": True, "validate": False}
+    # Another threshold judges the figures that are there.
+    measured = json.loads((out / "report" / "report.json").read_text())
+    pipeline.write_text(pipeline.read_text() + "gates = { kl-mean = 1e-3 }\n")
+    assert stages(pipeline) == {"export": True, "build": True, "validate": False}
+    judged = json.loads((out / "report" / "report.json").read_text())
+    assert judged["provenance"]["date"] == measured["provenance"]["date"] and judged["metrics"] == measured["metrics"]
+    assert judged["headline"] == "all gates hold, 1 is loosened"
     # Damage is repaired, from the stage on that it is in.
     model = out / "bundles" / "cpu" / "weights.bin"
     content = bytearray(model.read_bytes())
@@ -193,7 +200,7 @@ def test_a_gpu_cannot_be_validated(pipeline: Path) -> None:
 def test_what_later_stages_need_is_looked_for_first(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
-    refused(pipeline, PIPELINE, MissingDependencyError, r"transformers.*pip install 'foldkv\[export\]'")
+    refused(pipeline, PIPELINE, MissingDependencyError, r"transformers.*pip install 'foldkv\[export,validation\]'")
     monkeypatch.undo()
     (pipeline.parent / "checkpoint" / "tokenizer.json").unlink()
     refused(pipeline, PIPELINE, InputError, "has no tokenizer.json, which validate needs")

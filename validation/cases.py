@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import random
 import string
 from dataclasses import dataclass
@@ -53,7 +55,20 @@ def text_windows(tokens: list[int], length: int, count: int, *, seed: int) -> li
     return [tokens[start : start + length] for start in sorted(rng.sample(range(span), min(count, span)))]
 
 
-def load_text(path: Path | None) -> str:
+@dataclass(frozen=True)
+class Text:
+    """What is measured on, and where it is from: a file, or files of the running Python."""
+
+    words: str
+    name: str
+
+    @property
+    def sha256(self) -> str:
+        """Of its UTF-8 bytes, in hex."""
+        return hashlib.sha256(self.words.encode()).hexdigest()
+
+
+def load_text(path: Path | None) -> Text:
     """The text of a UTF-8 file; without one prose and code that every machine with this Python has.
 
     Raises:
@@ -64,15 +79,18 @@ def load_text(path: Path | None) -> str:
         import ast
         import heapq
 
-        return "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (heapq, ast, argparse))
+        files = [Path(str(module.__file__)) for module in (heapq, ast, argparse)]
+        names = ", ".join(file.name for file in files)
+        words = "".join(file.read_text(encoding="utf-8") for file in files)
+        return Text(words, f"{names} of Python {platform.python_version()}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        words = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"the text {path} cannot be read: {error.strerror}. Give a file of UTF-8 text.") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"the text {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
         ) from None
-    if not text.strip():
+    if not words.strip():
         raise InputError(f"the text {path} is empty; give some pages of the text that the model is to serve.")
-    return text
+    return Text(words, Path(path).name)

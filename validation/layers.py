@@ -40,29 +40,45 @@ class LayerFigure:
         return not self.error <= DIVERGED
 
 
-def subject_streams(bundle: Bundle, tokens: Sequence[int]) -> list[Streams]:
-    """Streams [n, N, C] after every layer, from one prefill of an empty state.
+class Taps:
+    """Values inside a bundle's graph, which become outputs of a copy in memory: one for all texts.
 
     Raises:
         ArtifactError: the graph was made without taps.
     """
-    return _tapped(bundle, tokens, [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)])
+
+    def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int) -> None:
+        self._bundle = bundle
+        self._chosen = {layer: CHOSEN.format(layer=layer) for layer in csa_layers}
+        self._streams = [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)]
+        self._session = _tapped(bundle, [*self._streams, *self._chosen.values()], threads)
+
+    def chosen(self, tokens: Sequence[int]) -> dict[int, npt.NDArray[np.integer]]:
+        """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""
+        return dict(zip(self._chosen, self._values(tokens, list(self._chosen.values())), strict=True))
+
+    def streams(self, tokens: Sequence[int]) -> list[Streams]:
+        """Streams [n, N, C] after every layer, from one prefill of an empty state."""
+        return self._values(tokens, self._streams)
+
+    def _values(self, tokens: Sequence[int], names: list[str]) -> list[Any]:
+        if not names:
+            return []
+        bundle, count = self._bundle, len(tokens)
+        state = StateBuffers(bundle.state, count, 1)
+        feeds: dict[str, Any] = {tensor.input: state.arrays[tensor.name] for tensor in bundle.state.tensors}
+        feeds |= {
+            bundle.io.input_ids: np.array([tokens], np.int64),
+            bundle.io.positions: np.zeros(1, np.int32),
+            bundle.io.num_tokens: np.array([count], np.int32),
+            bundle.io.active_context: np.array([count], np.int64),
+            bundle.io.logit_indices: np.zeros((1, 1), np.int64),
+        }
+        known = {value.name for value in self._session.get_inputs()}
+        return [value[0] for value in self._session.run(names, {k: v for k, v in feeds.items() if k in known})]
 
 
-def subject_chosen(bundle: Bundle, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, npt.NDArray[np.integer]]:
-    """Entries [n, places] int32 (-1: none) that each query attends to in these layers, from one prefill.
-
-    Raises:
-        ArtifactError: the graph was made without taps.
-    """
-    values = _tapped(bundle, tokens, [CHOSEN.format(layer=layer) for layer in layers])
-    return dict(zip(layers, values, strict=True))
-
-
-def _tapped(bundle: Bundle, tokens: Sequence[int], names: list[str]) -> list[Any]:
-    """Values inside the graph, which here become outputs of a copy in memory."""
-    if not names:
-        return []
+def _tapped(bundle: Bundle, names: list[str], threads: int) -> Any:
     model = onnx.load(bundle.engine, load_external_data=False)
     inside = {name for node in model.graph.node for name in node.output}
     if missing := [name for name in names if name not in inside]:
@@ -71,21 +87,12 @@ def _tapped(bundle: Bundle, tokens: Sequence[int], names: list[str]) -> list[Any
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(Path(bundle.engine).parent.resolve())
     )
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    state = StateBuffers(bundle.state, len(tokens), 1)
-    feeds: dict[str, Any] = {tensor.input: state.arrays[tensor.name] for tensor in bundle.state.tensors}
-    feeds |= {
-        bundle.io.input_ids: np.array([tokens], np.int64),
-        bundle.io.positions: np.zeros(1, np.int32),
-        bundle.io.num_tokens: np.array([len(tokens)], np.int32),
-        bundle.io.active_context: np.array([len(tokens)], np.int64),
-        bundle.io.logit_indices: np.zeros((1, 1), np.int64),
-    }
-    known = {value.name for value in session.get_inputs()}
-    return [value[0] for value in session.run(names, {k: v for k, v in feeds.items() if k in known})]
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def compare_layers(

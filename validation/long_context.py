@@ -162,3 +162,8 @@ def largest_loss(figures: Sequence[ContextFigure]) -> float | None:
     """The largest share of values that the reference answers and the subject does not, over contexts; None without any."""
     losses = [(figure.reference - figure.subject) / figure.cases for figure in figures if figure.reference is not None]
     return max(losses, default=None)
+
+
+def least_answered(figures: Sequence[ContextFigure]) -> int:
+    """The fewest values that the reference answers in a context that it reads; 0 without any."""
+    return min((figure.reference for figure in figures if figure.reference is not None), default=0)

@@ -5,65 +5,52 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
-from foldkv.validation.layers import DIVERGED, first_divergence
+from foldkv.validation.baseline import JSON
+from foldkv.validation.gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
+from foldkv.validation.layers import DIVERGED
 from foldkv.validation.long_context import REFERENCE_CONTEXT
+from foldkv.validation.result import ValidationResult, to_json
 
-if TYPE_CHECKING:
-    from foldkv.validation.validate import ValidationResult
-
-HTML, JSON, JUNIT = "report.html", "report.json", "junit.xml"
-SCHEMA_VERSION = 1
-
-
-def report_json(result: ValidationResult) -> dict[str, Any]:
-    """The report as JSON values, as schema/report.schema.json describes them. Infinity is the string "inf"."""
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        "passed": result.passed,
-        "gates": [{**vars(v.gate), "value": v.value, "passed": v.passed} for v in result.verdicts],
-        "metrics": result.metrics,
-        "retrieval": result.retrieval,
-        "layers": [vars(figure) for figure in result.layers],
-        "selection": [vars(figure) for figure in result.selection],
-        "long_context": [asdict(figure) for figure in result.long_context],
-        "first_divergence": first_divergence(result.layers),
-        "by_position": result.by_position,
-        "worst_cases": result.worst,
-        "provenance": result.provenance,
-    }
-    return _plain(content)  # type: ignore[no-any-return]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+HTML, JUNIT = "report.html", "junit.xml"
 
 
 def report_junit(result: ValidationResult) -> str:
-    """One test case per gate; a failed gate is a failure with its value, threshold and reason."""
-    failed = [verdict for verdict in result.verdicts if not verdict.passed]
+    """One test case per gate. A gate that fails is a failure with its value, threshold and reason. One that is not informative
+    is an error: a skipped case would leave a build green. Notes, and thresholds that are not the default, are output."""
+    counts = {word: sum(verdict.word == word for verdict in result.verdicts) for word in (FAILS, NOT_INFORMATIVE)}
     suite = ElementTree.Element(
-        "testsuite", name="foldkv.validate", tests=str(len(result.verdicts)), failures=str(len(failed)), errors="0"
+        "testsuite",
+        name="foldkv.validate",
+        tests=str(len(result.verdicts)),
+        failures=str(counts[FAILS]),
+        errors=str(counts[NOT_INFORMATIVE]),
     )
     for verdict in result.verdicts:
         gate = verdict.gate
         case = ElementTree.SubElement(suite, "testcase", classname="foldkv.gates", name=gate.name)
-        if not verdict.passed:
-            text = f"{gate.metric} is {verdict.value:g}; expected {gate.comparison} {gate.threshold:g}. {gate.reason}"
+        if verdict.word == FAILS:
+            value = format_beside(verdict.value, gate.threshold)
+            text = f"{gate.metric} is {value}; expected {gate.comparison} {gate.threshold:g}. {gate.reason}"
             ElementTree.SubElement(case, "failure", message=text).text = text
+        elif verdict.word == NOT_INFORMATIVE:
+            text = f"{NOT_INFORMATIVE}: {verdict.lack}"
+            ElementTree.SubElement(case, "error", message=text, type=NOT_INFORMATIVE).text = text
+        if gate.changed:
+            ElementTree.SubElement(case, "system-out").text = threshold_words(verdict)
+    ElementTree.SubElement(suite, "system-out").text = "\n".join([result.headline, *result.notes()])
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def threshold_words(verdict: Verdict) -> str:
+    """For example ``loosened: <= 0.001, by default <= 1e-06``."""
+    gate = verdict.gate
+    return f"{gate.changed}: {gate.comparison} {gate.threshold:g}, by default {gate.comparison} {gate.default:g}"
 
 
 def report_html(result: ValidationResult) -> str:
@@ -74,28 +61,47 @@ def report_html(result: ValidationResult) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["figure"] = format_figure
+    environment.filters |= {"figure": format_figure, "beside": format_beside, "quoted": _quoted}
     positions = [row["position"] for row in result.by_position]
     return environment.from_string(source).render(
         result=result,
-        verdicts=result.verdicts,
-        first_divergence=first_divergence(result.layers),
+        verdicts=sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word]),
+        classes={HOLDS: "good", FAILS: "bad", NOT_INFORMATIVE: "unsure"},
+        loosened=LOOSENED,
         diverged_above=DIVERGED,
         reference_context=REFERENCE_CONTEXT,
-        failed=[v for v in result.verdicts if not v.passed],
         retrieval_plot=_retrieval_plot(result.retrieval),
         kl_plot=_log_plot(positions, [row["kl_mean"] for row in result.by_position], "mean KL, nats"),
         error_plot=_log_plot(positions, [row["logit_error_max"] for row in result.by_position], "largest logit error"),
     )
 
 
-def format_figure(value: float) -> str:
-    """Four significant digits; small and large values in powers of ten."""
+#: In the table what needs attention comes first.
+_FIRST = {FAILS: 0, NOT_INFORMATIVE: 1, HOLDS: 2}
+
+
+def _quoted(text: str) -> str:
+    """In quotation marks, with what cannot be seen as escapes, and every character that can be as it is."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def format_figure(value: float, digits: int = 4) -> str:
+    """So many significant digits; small and large values in powers of ten."""
     if not math.isfinite(value):
         return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
     if float(value).is_integer() and abs(value) < 1e6:
         return f"{value:,.0f}"
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits}g}"
+    return f"{value:.{digits - 3}e}"
+
+
+def format_beside(value: float, threshold: float) -> str:
+    """A figure with as many digits as it takes to tell it from the threshold that it is judged by."""
+    for digits in range(4, 18):
+        if (text := format_figure(value, digits)) != format_figure(threshold, digits):
+            return text
+    return format_figure(value)
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 64, 16, 16, 40
@@ -147,5 +153,6 @@ def _retrieval_plot(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_report(result: ValidationResult, folder: Path) -> None:
     """Write report.html, report.json and junit.xml into ``folder``."""
     (folder / HTML).write_text(report_html(result), encoding="utf-8")
-    (folder / JSON).write_text(json.dumps(report_json(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    content = json.dumps(to_json(result), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / JSON).write_text(content + "\n", encoding="utf-8")
     (folder / JUNIT).write_text(report_junit(result), encoding="utf-8")

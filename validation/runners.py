@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +15,31 @@ import numpy.typing as npt
 from foldkv.errors import CheckpointError, MissingDependencyError, listing
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.runtime.session import Session
-from foldkv.validation.selection import Selection
+from foldkv.validation.selection import Ints, Selection, settle_ties
 
 Logits = npt.NDArray[np.float32]
+
+
+@dataclass
+class Reading:
+    """What a reference makes of one text: logits [n, V], residual streams [n, N, C] after every layer, choices by layer."""
+
+    logits: Logits
+    streams: list[Logits] = field(default_factory=list)
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads, and after that with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Runner(Protocol):
@@ -68,6 +93,9 @@ class TransformersRunner:
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """One pass over all tokens, without a cache."""
+        return self._forward(tokens)
+
+    def _forward(self, tokens: Sequence[int]) -> Logits:
         import torch
 
         with torch.no_grad():
@@ -88,48 +116,53 @@ class TransformersRunner:
             result: Logits = self.model(input_ids=torch.tensor([list(tail)]), past_key_values=cache).logits[0].numpy()
         return result
 
-    def streams(self, tokens: Sequence[int]) -> list[Logits]:
-        """The residual streams [n, N, C] after every layer, from one pass over all tokens."""
+    def read(self, tokens: Sequence[int], chosen: Mapping[int, Ints], *, streams: bool = False) -> Reading:
+        """Logits and choices of the indexers from one pass over all tokens, without a cache.
+
+        Args:
+            tokens: [n].
+            chosen: by layer, the subject's entries [n, places]; ties are settled as they have it.
+            streams: keep the residual streams too.
+        """
         import torch
 
-        streams: list[Logits] = []
+        reading = Reading(torch.empty(0).numpy())
+        count, weights, choices = len(tokens), dict[int, Any](), dict[int, Any]()
+        hooks: list[Any] = []
+
+        def settle(layer: int, ratio: int, scores: dict[int, Any], own: Any) -> Any:
+            visible = (torch.arange(count) + 1)[:, None] // ratio
+            seen = scores[layer].masked_fill(torch.arange(scores[layer].shape[-1]) >= visible, -torch.inf)
+            best, tied = settle_ties(seen.numpy(), own[0].numpy(), chosen[layer])
+            choices[layer] = (best, tied)
+            return torch.from_numpy(best)[None]
 
         def keep(_: Any, __: Any, out: Any) -> None:
-            streams.append((out[0] if isinstance(out, tuple) else out)[0].float().numpy())
+            reading.streams.append((out[0] if isinstance(out, tuple) else out)[0].float().numpy())
 
-        hooks = [layer.register_forward_hook(keep) for layer in self.model.model.layers]
-        try:
-            with torch.no_grad():
-                self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return streams
-
-    def selections(self, tokens: Sequence[int]) -> dict[int, Selection]:
-        """What every indexer chose, by layer, from one pass over all tokens."""
-        import torch
-
-        chosen: dict[int, Any] = {}
-        weights: dict[int, Any] = {}
-        hooks = []
+        scores: dict[int, Any] = {}
         for index, layer in enumerate(self.model.model.layers):
-            indexer = getattr(layer.self_attn.compressor, "indexer", None)
+            if streams:
+                hooks.append(layer.register_forward_hook(keep))
+            indexer = getattr(getattr(layer.self_attn, "compressor", None), "indexer", None)
             if indexer is None:
                 continue
-            hooks.append(indexer.register_forward_hook(lambda _, __, out, i=index: chosen.update({i: out[0]})))
-            hooks.append(
-                layer.self_attn.register_forward_hook(lambda _, __, out, i=index: weights.update({i: out[1][0]}))
-            )
+            hooks += [
+                indexer.scorer.register_forward_hook(lambda _, __, out, i=index: scores.update({i: out[0]})),
+                indexer.register_forward_hook(
+                    lambda module, __, out, i=index: settle(i, module.compress_rate, scores, out)
+                ),
+                layer.self_attn.register_forward_hook(lambda _, __, out, i=index: weights.update({i: out[1][0]})),
+            ]
         try:
-            with torch.no_grad():
-                self.model(input_ids=torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
+            reading.logits = self._forward(tokens)
         finally:
             for hook in hooks:
                 hook.remove()
-        count = len(tokens)
         # Without a cache the keys are the tokens, then the entries.
-        return {i: Selection(chosen[i].numpy(), weights[i][:, :, count:].float().numpy()) for i in chosen}
+        for index, (best, tied) in choices.items():
+            reading.selections[index] = Selection(best, weights[index][:, :, count:].float().numpy(), tied)
+        return reading
 
 
 class OracleRunner:
@@ -142,30 +175,31 @@ class OracleRunner:
 
         self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint))
 
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """One pass over all tokens, without a cache."""
-        result: Logits = self._run(tokens).logits.numpy()
-        return result
-
-    def streams(self, tokens: Sequence[int]) -> list[Logits]:
-        """The residual streams [n, N, C] after every layer, from one pass over all tokens."""
-        return [streams.numpy() for streams in self._run(tokens).streams]
-
-    def _run(self, tokens: Sequence[int]) -> Any:
+    def read(self, tokens: Sequence[int]) -> Reading:
+        """Logits and streams from one pass over all tokens, without a cache. Ties go to the lowest entry, as in a bundle."""
         import torch
 
         from foldkv.export.served import served_forward
 
         with torch.no_grad():
-            return served_forward(self._decoder, torch.tensor(list(tokens)))
+            run = served_forward(self._decoder, torch.tensor(list(tokens)))
+        return Reading(run.logits.numpy(), [streams.numpy() for streams in run.streams])
 
 
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
-    def __init__(self, bundle: Path, *, context: int, chunk: int = 64) -> None:
-        self.session = Session(bundle, context=context, chunk=chunk)
+    def __init__(self, bundle: Path, *, context: int, chunk: int = 64, threads: int | None = None) -> None:
+        self.session = Session(bundle, context=context, chunk=chunk, threads=threads, spin=False)
         self.name = f"{self.session.bundle.target} bundle"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.session.close()
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """Prefill from an empty state in chunks."""

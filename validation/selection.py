@@ -1,8 +1,13 @@
 """Which compressed entries the subject attends to, against those of the reference.
 
-Sets are compared, never their order: scores tie at zero, and either of two equal entries is right. Only queries that have
-more entries to choose from than places count. ``overlap`` is the share of the reference's entries that the subject chose
-too; ``mass_recalled`` is the share of the reference's attention on its entries that lies on those.
+Sets are compared, never their order. Only queries that have more entries to choose from than places count. ``overlap`` is
+the share of the reference's entries that the subject chose too; ``mass_recalled`` is the share of the reference's attention
+on its entries that lies on those.
+
+Where scores tie at the last place several sets are equally good, and two right implementations may choose differently:
+ReLU makes scores of small or random models true zeros, hundreds of them in one query. :func:`settle_ties` then lets the
+reference take, of its own equally good sets, the one that is closest to the subject's. What it takes is always a set that
+its own scores put first, so that a subject that chose a worse entry is still found.
 """
 
 from __future__ import annotations
@@ -19,22 +24,61 @@ Floats = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Selection:
-    """The reference's choice in one layer: entries [n, k] (-1: none) and attention weights [H, n, E] on all entries."""
+    """The reference's choice in one layer.
+
+    Attributes:
+        chosen: entries [n, k], -1 for none, after ties were settled.
+        weights: attention [H, n, E] on all entries.
+        tied: [n] bool, queries whose last place was tied.
+    """
 
     chosen: Ints
     weights: Floats
+    tied: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class SelectionFigure:
-    """One layer over all queries that had a choice; shares are 1 where none had."""
+    """One layer over all queries that had a choice, ``tied`` of them with a tie at the last place; shares are 1 where none had."""
 
     layer: int
     queries: int
+    tied: int
     overlap: float
     overlap_least: float
     mass_recalled: float
     mass_recalled_least: float
+
+
+def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """The choice with ties at the last place settled as ``preferred`` has it, and which queries had one.
+
+    Args:
+        scores: [n, E]; -inf where an entry is not visible.
+        own: [n, k] entries with the k largest scores, -1 for none.
+        preferred: [n, places] entries, -1 for none.
+
+    Returns:
+        Entries [n, k], changed only where the k-th score equals that of an entry that was not chosen, and [n] bool.
+    """
+    count, places = own.shape
+    if not places:
+        return own, np.zeros(count, bool)
+    full = (own >= 0).all(axis=1)
+    last = np.where(full, np.take_along_axis(scores, np.maximum(own, 0), axis=1).min(axis=1), np.inf)[:, None]
+    tied = full & ((scores >= last).sum(axis=1) > places)
+    level, above = scores == last, scores > last
+    # Of entries on the same level those that are preferred come first, then those that were chosen, then the rest.
+    rank = 4 * above + level * (1 + _members(own, scores.shape[1]) + 2 * _members(preferred, scores.shape[1]))
+    best = np.argsort(-np.minimum(rank, 4), axis=1, kind="stable")[:, :places]
+    return np.where(tied[:, None], best, own), tied
+
+
+def _members(chosen: Ints, entries: int) -> npt.NDArray[np.int64]:
+    """chosen [n, k] -> [n, entries], 1 where an entry is among them."""
+    table = np.zeros((len(chosen), entries + 1), np.int64)
+    np.put_along_axis(table, np.where((chosen >= 0) & (chosen < entries), chosen, entries), 1, axis=1)
+    return table[:, :entries]
 
 
 def compare_selections(
@@ -51,6 +95,7 @@ def compare_selections(
     for layer, ratio in ratios.items():
         overlaps: list[float] = []
         masses: list[float] = []
+        tied = sum(int(theirs[layer].tied.sum()) for theirs in expected)
         for theirs, ours in zip(expected, actual, strict=True):
             overlap, mass = _one_text(theirs[layer], ours[layer], ratio)
             overlaps += overlap
@@ -59,6 +104,7 @@ def compare_selections(
             SelectionFigure(
                 layer,
                 len(overlaps),
+                tied,
                 _mean(overlaps),
                 min(overlaps, default=1.0),
                 _mean(masses),

@@ -1,85 +1,40 @@
-"""Compare a bundle with the PyTorch reference on the same inputs and judge the result."""
+"""Compare a bundle with the PyTorch reference on the same inputs, judge the result and write the report."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
-import itertools
+import importlib.metadata
+import importlib.util
+import json
 import platform
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import foldkv
-from foldkv.artifact import read_manifest, sha256_file, staged, write_manifest
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from foldkv.artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
+from foldkv.errors import ArtifactError, InputError, MissingDependencyError
 from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.profiles import PROFILES, SERVED
 from foldkv.export.spec import CSA
-from foldkv.runtime.bundle import load_bundle
+from foldkv.optimize.build import KIND as BUNDLE
+from foldkv.runtime.backend import default_threads
+from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle
 from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.cases import RetrievalCase, load_text, retrieval_cases, text_windows
-from foldkv.validation.gates import LONG_CONTEXT, Verdict, judge, resolve_gates
-from foldkv.validation.layers import LayerFigure, compare_layers, subject_chosen, subject_streams
-from foldkv.validation.long_context import (
-    REFERENCE_CONTEXT,
-    ContextFigure,
-    largest_loss,
-    measure_depths,
-    planted_stream,
-)
-from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from foldkv.validation.baseline import JSON, KIND, compare, read_report
+from foldkv.validation.cases import Text, load_text
+from foldkv.validation.gates import LONG_CONTEXT, Gate, judge, resolve_gates
+from foldkv.validation.long_context import REFERENCE_CONTEXT, planted_stream
+from foldkv.validation.measure import Sides, measure, measure_contexts
+from foldkv.validation.plan import Plan
 from foldkv.validation.report import write_report
-from foldkv.validation.runners import OracleRunner, Runner, SessionRunner, TransformersRunner
-from foldkv.validation.selection import SelectionFigure, compare_selections
+from foldkv.validation.result import Measurements, ValidationResult, measurements_from_json
+from foldkv.validation.runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 
-KIND = "foldkv.report"
-# Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
-_ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured; all of it changes the figures and stands in the report."""
-
-    seed: int = 0
-    texts: int = 6
-    text_tokens: int = 384
-    distances: tuple[int, ...] = (16, 64, 128, 256, 512)
-    cases_per_distance: int = 20
-    contexts: tuple[int, ...] = ()
-
-    def longest(self) -> int:
-        """Tokens of the longest case, with room for its answer."""
-        return max(self.text_tokens, max(self.distances) + 24 * 4 + 8)
-
-
-@dataclass
-class ValidationResult:
-    """Metrics, verdicts and the evidence behind them, as the report shows them."""
-
-    metrics: dict[str, float]
-    verdicts: list[Verdict]
-    retrieval: list[dict[str, Any]]
-    by_position: list[dict[str, float]]
-    worst: list[dict[str, Any]]
-    layers: list[LayerFigure] = field(default_factory=list)
-    selection: list[SelectionFigure] = field(default_factory=list)
-    long_context: list[ContextFigure] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every gate holds."""
-        return all(verdict.passed for verdict in self.verdicts)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every gate holds, else 1."""
-        return EXIT_OK if self.passed else EXIT_GATE_FAILED
+#: Files of a bundle that is computed with one thread.
+SMALL_BYTES = 64 << 20
+MEASURED, JUDGED_AGAIN, UNCHANGED = "measured", "judged again", "unchanged"
 
 
 def validate(
@@ -90,6 +45,9 @@ def validate(
     gates: Mapping[str, float] | None = None,
     plan: Plan | None = None,
     text: Path | None = None,
+    baseline: Path | None = None,
+    threads: int | None = None,
+    keep: bool = False,
     key: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> ValidationResult:
@@ -102,64 +60,163 @@ def validate(
         gates: thresholds by gate name that replace the defaults.
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
+        baseline: an older report, its folder or report.json: the new one shows what changed.
+        threads: that subject and reference compute with; the default is :func:`validation_threads`.
+        keep: where the report there holds figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what it was made for.
         progress: called with one line per step.
 
     Raises:
-        InputError: the bundle was made from another checkpoint, an unknown gate, a bundle without tokenizer, a
-            text that cannot be read, contexts that are too short or too long or without the gate that they were to have.
+        InputError: the bundle was made from another checkpoint or is an engine, an unknown gate or a threshold out of range,
+            a bundle without tokenizer, a text that cannot be read or has nothing to predict, a baseline that is no report,
+            contexts that are too short or too long or without the gate that they were to have.
         ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
-        MissingDependencyError: the bundle's device or transformers is not here.
+        MissingDependencyError: a package that validation needs is not here.
     """
-    plan, words = plan or Plan(), load_text(text)
-    loaded = load_bundle(Path(bundle))
-    if loaded.profile not in PROFILES:
-        raise ArtifactError(f"{bundle} has the profile {loaded.profile!r}; this version knows {', '.join(PROFILES)}.")
+    plan, words, bundle, report = plan or Plan(), load_text(text), Path(bundle), Path(report)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
+    require_packages()
+    loaded = _checked_bundle(bundle)
     chosen = resolve_gates(gates or {}, loaded.profile)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
-    manifest = read_manifest(Path(bundle), kind="foldkv.bundle")
-    checkpoint = Checkpoint(reference)
-    made = manifest["inputs"]["checkpoint"]
+    old = read_report(baseline) if baseline is not None else None
+    unvalidated = _not_validated(bundle, loaded.manifest)
+    measured = _measured_key(bundle, plan, words)
+    made, stored = _stored(report, measured) if keep else ({}, None)
+    threads = stored.provenance["threads"] if stored is not None else threads or validation_threads(loaded)
+    command = _command(bundle, reference, report, plan, text, chosen, threads)
+    judged = sha256_json([command, unvalidated, str(baseline), old, key])
+
+    def judged_result(found: Measurements, source: str) -> ValidationResult:
+        verdicts = judge(chosen, found.metrics)
+        result = ValidationResult(**vars(found), verdicts=verdicts, not_validated=unvalidated, source=source)
+        result.provenance["command"] = command
+        if old is not None:
+            result.comparison = compare(str(baseline), old, result.provenance, verdicts)
+        return result
+
+    if stored is not None and made.get("judged") == judged:
+        return judged_result(stored, UNCHANGED)
+    if stored is None:
+        _check_checkpoint(bundle, Path(reference), loaded.manifest)
+    with staged(report, kind=KIND) as folder:
+        if stored is None:
+            found = _measure(loaded, Path(reference), plan, words, threads, progress)
+            result = judged_result(found, MEASURED)
+        else:
+            result = judged_result(stored, JUDGED_AGAIN)
+        write_report(result, folder)
+        content = {"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
+        write_manifest(folder, kind=KIND, content=content | {"measured": measured, "judged": judged})
+    progress(result.headline)
+    return result
+
+
+def require_packages() -> None:
+    """Check that everything is here that validation loads, before anything is loaded.
+
+    Raises:
+        MissingDependencyError: it is not; with the line that installs it.
+    """
+    missing = [
+        name for name in ("torch", "transformers", "jinja2", "jsonschema") if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingDependencyError(
+            f"validate needs {', '.join(missing)}. Run `pip install 'foldkv[export,validation]'`."
+        )
+
+
+def _checked_bundle(folder: Path) -> Bundle:
+    bundle = load_bundle(folder)
+    if bundle.backend != ONNXRUNTIME:
+        raise InputError(
+            f"{folder} is an engine for {bundle.target}; engines cannot be validated yet. "
+            "Validate the bundle of the target cpu that was built from the same graph."
+        )
+    if bundle.profile not in PROFILES:
+        raise ArtifactError(f"{folder} has the profile {bundle.profile!r}; this version knows {', '.join(PROFILES)}.")
+    return bundle
+
+
+def _check_checkpoint(bundle: Path, reference: Path, manifest: Mapping[str, Any]) -> None:
+    checkpoint, made = Checkpoint(reference), manifest["inputs"]["checkpoint"]
     expected, found = made["sha256"], checkpoint.identity() if made.get("of") == "headers" else checkpoint.digest()
     if found != expected:
         raise InputError(
             f"{bundle} was made from another checkpoint than {reference} (sha256 {expected[:12]}... against "
             f"{found[:12]}...). Validate against the checkpoint that was exported."
         )
-    tokenizer = Tokenizer.from_bundle(loaded)
-    with staged(Path(report), kind=KIND) as folder:
-        progress("loading the subject and the reference")
-        subject = SessionRunner(Path(bundle), context=plan.longest())
-        torch_reference = TransformersRunner(reference)
-        oracle = OracleRunner(reference) if loaded.profile == SERVED else None
-        result = _measure(subject, torch_reference, oracle, checkpoint, tokenizer, plan, words, progress)
-        for context in plan.contexts:
-            progress(f"values planted in {context:,} tokens")
-            known = torch_reference if context <= REFERENCE_CONTEXT else None
-            result.long_context.append(
-                measure_depths(SessionRunner(Path(bundle), context=context), known, tokenizer, context, seed=plan.seed)
-            )
-        if (loss := largest_loss(result.long_context)) is not None:
-            result.metrics["long_context_loss"] = loss
-        result.verdicts = judge(chosen, result.metrics)
-        result.provenance = _provenance(
-            Path(bundle), Path(reference), Path(report), manifest, plan, subject, torch_reference
-        )
-        result.provenance["text_sha256"] = hashlib.sha256(words.encode()).hexdigest()
-        result.provenance["command"] += "".join(f" --gate {name}={value:g}" for name, value in (gates or {}).items())
-        result.provenance["command"] += "".join(f" --context {context}" for context in plan.contexts)
-        if text is not None:
-            result.provenance["command"] += f" --text {text}"
-        write_report(result, folder)
-        write_manifest(
-            folder, kind=KIND, content={"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
-        )
-    progress(
-        "passed" if result.passed else "failed: " + ", ".join(v.gate.name for v in result.verdicts if not v.passed)
-    )
-    return result
+
+
+def _measured_key(bundle: Path, plan: Plan, text: Text) -> str:
+    """A digest of everything that the figures depend on; thresholds are not part of it."""
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "onnxruntime")}
+    return sha256_json([foldkv.__version__, versions, vars(plan), text.sha256, sha256_file(bundle / MANIFEST)])
+
+
+def _stored(report: Path, measured: str) -> tuple[dict[str, Any], Measurements | None]:
+    """The manifest and the figures of the report there, if they were measured from the same."""
+    try:
+        manifest = read_manifest(report, kind=KIND)
+        verify_files(report, manifest)
+    except ArtifactError:
+        return {}, None
+    if manifest.get("measured") != measured:
+        return manifest, None
+    return manifest, measurements_from_json(json.loads((report / JSON).read_text(encoding="utf-8")))
+
+
+def _not_validated(bundle: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Bundles beside this one that were built from the same graph."""
+    found = []
+    for folder in sorted(bundle.resolve().parent.iterdir()):
+        if folder == bundle.resolve() or not (folder / MANIFEST).is_file():
+            continue
+        try:
+            other = read_manifest(folder, kind=BUNDLE)
+            if other["inputs"]["graph"] == manifest["inputs"]["graph"]:
+                found.append({"target": str(other["target"]["name"]), "folder": folder.name})
+        except (ArtifactError, KeyError, TypeError):
+            continue  # no bundle, or none that could be used
+    return found
+
+
+def _command(
+    bundle: Path, reference: Path, report: Path, plan: Plan, text: Path | None, gates: list[Gate], threads: int
+) -> str:
+    """A line for a shell that measures the same again."""
+    words = ["foldkv", "validate", str(bundle), "--reference", str(reference), "--report", str(report), *plan.options()]
+    words += [word for gate in gates if gate.given is not None for word in ("--gate", f"{gate.name}={gate.given!r}")]
+    words += ["--text", str(text)] if text is not None else []
+    return shlex.join([*words, "--threads", str(threads)])
+
+
+def validation_threads(bundle: Bundle) -> int:
+    """One for a small model, else the processors that this process may use.
+
+    Operators of a small model take microseconds: torch's and ONNX Runtime's threads spend four fifths of the processor time on
+    waiting for each other, actively, and on a busy machine take that time from the thread that they wait for.
+    """
+    weights = sum(file["bytes"] for kind in ("files", "linked") for file in bundle.manifest.get(kind, {}).values())
+    return 1 if weights < SMALL_BYTES else default_threads()
+
+
+def _measure(
+    bundle: Bundle, reference: Path, plan: Plan, text: Text, threads: int, progress: Callable[[str], None]
+) -> Measurements:
+    tokenizer = Tokenizer.from_bundle(bundle)
+    progress("loading the subject and the reference")
+    with torch_threads(threads), SessionRunner(bundle.folder, context=plan.longest(), threads=threads) as subject:
+        oracle = OracleRunner(reference) if bundle.profile == SERVED else None
+        sides = Sides(subject, TransformersRunner(reference), oracle, Checkpoint(reference), tokenizer, threads)
+        found = measure(sides, plan, text, progress)
+        measure_contexts(found, plan, sides, progress)
+        found.provenance = _provenance(sides, reference, plan, text)
+    return found
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:
@@ -179,163 +236,32 @@ def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what
         )
 
 
-def _measure(
-    subject: SessionRunner, reference: TransformersRunner, oracle: OracleRunner | None, checkpoint: Checkpoint,
-    tokenizer: Tokenizer, plan: Plan, text: str, progress: Callable[[str], None],
-) -> ValidationResult:  # fmt: skip
-    texts = text_windows(tokenizer.encode(text), plan.text_tokens, plan.texts, seed=plan.seed)
-    figures: list[TokenFigures] = []
-    worst: list[dict[str, Any]] = []
-    not_finite, chunk_error = 0, 0.0
-    chunked: list[TokenFigures] = []
-    against_oracle: list[TokenFigures] = []
-    for number, tokens in enumerate(texts, 1):
-        progress(f"text {number} of {len(texts)}")
-        expected, actual = reference.logits(tokens), subject.logits(tokens)
-        not_finite += int((~np.isfinite(actual)).sum())
-        pieces = subject.logits_in(tokens, _odd_sizes(len(tokens)))
-        chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
-        targets = np.array(tokens[1:])
-        chunked.append(compare_logits(actual[:-1], pieces[:-1], targets))
-        if oracle is not None:
-            against_oracle.append(compare_logits(oracle.logits(tokens)[:-1], actual[:-1], targets))
-        part = compare_logits(expected[:-1], actual[:-1], targets)
-        figures.append(part)
-        at = int(np.argmax(part.kl))
-        worst.append(_worst_case(tokenizer, tokens, at, part, expected, actual))
-    progress(f"layer by layer, {len(texts[0])} tokens")
-    kinds = subject.session.bundle.manifest["model"]["layer_types"]
-    streams = (oracle or reference).streams(texts[0])
-    layers = compare_layers(
-        streams, subject_streams(subject.session.bundle, texts[0]), kinds, typical=oracle is not None
-    )
-    progress("entries that the indexers choose")
-    ratios = {layer: checkpoint.spec.ratios[layer] for layer, kind in enumerate(kinds) if kind == CSA}
-    selection = compare_selections(
-        [reference.selections(tokens) for tokens in texts],
-        [subject_chosen(subject.session.bundle, tokens, list(ratios)) for tokens in texts],
-        ratios,
-    )
-    total = concatenate(figures)
-    cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
-    solved = np.zeros((2, len(cases)), bool)
-    for number, case in enumerate(cases):
-        if number % plan.cases_per_distance == 0:
-            progress(f"retrieval at distance {case.distance}")
-        solved[0, number] = _answers(reference, tokenizer, case)
-        solved[1, number] = _answers(subject, tokenizer, case)
-    metrics = summary(total) | {
-        "not_finite": float(not_finite),
-        "chunk_error_max": chunk_error,
-        "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
-        "topk_overlap": min((figure.overlap for figure in selection), default=1.0),
-        "mass_recalled": min((figure.mass_recalled for figure in selection), default=1.0),
-        "layer_error_max": max(figure.error for figure in layers),
-        "retrieval_reference": float(solved[0].mean()),
-        "retrieval_subject": float(solved[1].mean()),
-        "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
-        "retrieval_p": mcnemar(solved[0], solved[1]),
-    }
-    if oracle is not None:
-        parity = concatenate(against_oracle)
-        metrics["oracle_kl_mean"] = float(parity.kl.mean())
-        metrics["oracle_kl_max"] = float(parity.kl.max())
-        metrics["oracle_logit_error_p50"] = float(np.median(parity.logit_error))
-    return ValidationResult(
-        metrics=metrics,
-        verdicts=[],
-        retrieval=_by_distance(cases, solved),
-        by_position=_by_position(figures),
-        layers=layers,
-        selection=selection,
-        worst=sorted(worst, key=lambda case: -case["kl"])[:5],
-    )
-
-
-def _answers(runner: Runner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
-    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
-    logits = runner.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
-    return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
-
-
-def _odd_sizes(length: int) -> list[int]:
-    sizes: list[int] = []
-    while (rest := length - sum(sizes)) > 0:
-        sizes.append(min(_ODD_CHUNKS[len(sizes) % len(_ODD_CHUNKS)], rest))
-    return sizes
-
-
-def _largest(values: Any) -> float:
-    return float(values.max()) if np.isfinite(values).all() else float("inf")
-
-
-def _worst_case(
-    tokenizer: Tokenizer, tokens: list[int], at: int, part: TokenFigures, expected: Any, actual: Any
-) -> dict[str, Any]:
-    def top(logits: Any) -> list[list[Any]]:
-        best = np.argsort(-np.nan_to_num(logits, nan=-np.inf))[:5]
-        return [
-            [tokenizer.decode([int(token)], skip_special_tokens=False), round(float(logits[token]), 5)]
-            for token in best
-        ]
-
-    return {
-        "kl": float(part.kl[at]), "logit_error": float(part.logit_error[at]), "position": at,
-        "context": tokenizer.decode(tokens[max(0, at - 79) : at + 1], skip_special_tokens=False),
-        "next": tokenizer.decode([tokens[at + 1]], skip_special_tokens=False),
-        "reference_top": top(expected[at]), "subject_top": top(actual[at]),
-    }  # fmt: skip
-
-
-def _by_distance(cases: list[RetrievalCase], solved: Any) -> list[dict[str, Any]]:
-    rows = []
-    for distance in dict.fromkeys(case.distance for case in cases):
-        mask = np.array([case.distance == distance for case in cases])
-        count = int(mask.sum())
-        row: dict[str, Any] = {"distance": distance, "cases": count}
-        for name, values in (("reference", solved[0]), ("subject", solved[1])):
-            right = int(values[mask].sum())
-            row[name] = right / count
-            row[f"{name}_interval"] = list(wilson(right, count))
-        rows.append(row)
-    return rows
-
-
-def _by_position(figures: list[TokenFigures], buckets: int = 24) -> list[dict[str, float]]:
-    longest = max(len(part.kl) for part in figures)
-    edges = np.unique(np.linspace(0, longest, buckets + 1).astype(int))
-    rows = []
-    for low, high in itertools.pairwise(edges):
-        kl = np.concatenate([part.kl[low:high] for part in figures])
-        error = np.concatenate([part.logit_error[low:high] for part in figures])
-        if len(kl):
-            rows.append({"position": float(low), "kl_mean": float(kl.mean()), "logit_error_max": float(error.max())})
-    return rows
-
-
-def _provenance(
-    bundle: Path, reference: Path, report: Path, manifest: dict[str, Any], plan: Plan, subject: SessionRunner,
-    torch_reference: TransformersRunner,
-) -> dict[str, Any]:  # fmt: skip
+def _provenance(sides: Sides, reference: Path, plan: Plan, text: Text) -> dict[str, Any]:
+    session, spec = sides.subject.session, sides.checkpoint.spec
+    manifest, folder = session.bundle.manifest, session.bundle.folder
+    csa = [ratio for ratio, kind in zip(spec.ratios, spec.layer_types, strict=True) if kind == CSA]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "foldkv": foldkv.__version__,
-        "subject": subject.name,
-        "reference": torch_reference.name,
-        "bundle": str(bundle),
-        "bundle_manifest_sha256": sha256_file(bundle / "manifest.json"),
+        "subject": sides.subject.name,
+        "reference": sides.reference.name,
+        "bundle": str(folder),
+        "bundle_manifest_sha256": sha256_file(folder / MANIFEST),
+        "checkpoint": str(reference),
         "checkpoint_sha256": manifest["inputs"]["checkpoint"]["sha256"],
+        "text": text.name,
+        "text_sha256": text.sha256,
         "profile": manifest["profile"],
         "layout": manifest["layout"],
-        "state_bytes": subject.session.state_bytes,
-        "state_context": subject.session.context,
-        "layers_against": "transformers" if manifest["profile"] != SERVED else OracleRunner.name,
+        "state_bytes": session.state_bytes,
+        "state_context": session.context,
+        "layers_against": "transformers" if sides.oracle is None else sides.oracle.name,
         "precision": manifest["precision"],
         "window": manifest["model"]["sliding_window"],
+        "choice_from_tokens": (spec.index_topk + 1) * max(csa) - 1 if csa else 0,
         "target": manifest["target"]["name"],
         "backend": f"{manifest['backend']} {next(iter(manifest['tool_versions'].values()), '')}",
         "machine": f"{platform.system()} {platform.machine()}, executed on the CPU",
+        "threads": sides.threads,
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},
-        "command": f"foldkv validate {bundle} --reference {reference} --report {report}",
     }

@@ -296,7 +296,7 @@ def _target(sm: int) -> Target:
 def write_models(folder: Path, scratch: Path, *, sm: int, progress: Progress = lambda _: None) -> None:
     """Bundles of the small model as engines, each with what the cpu bundle of the same graph computes."""
     target = dataclasses.replace(_target(sm), backends=("tensorrt-rtx",))
-    text = load_text(None).encode()
+    text = load_text(None).words.encode()
     pieces = [text[1000 * i : 1000 * i + length - 1 + STEPS] for i, length in enumerate(PROMPTS)]
     prompts = [[256, *piece[:-STEPS]] for piece in pieces]
     following = [list(piece[-STEPS:]) for piece in pieces]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -71,8 +73,58 @@ def test_gates_are_overridden_by_name_and_unknown_ones_refused() -> None:
     assert gates["kl-mean"].threshold == 0.5 and gates["top1"].threshold == 0.999
     with pytest.raises(InputError, match=r"unknown gate 'kl-men', did you mean 'kl-mean'"):
         resolve_gates({"kl-men": 1})
-    with pytest.raises(InputError, match="expected a number"):
-        resolve_gates({"kl-mean": float("nan")})
+    with pytest.raises(InputError, match=r"unknown gate 'zzz'\. Gates are"):
+        resolve_gates({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("gate", "value"),
+    [
+        *((gate, value) for gate in ("kl-mean", "top1", "retrieval") for value in (math.nan, math.inf, -math.inf, -1e-9, True, "1")),
+        ("top1", 0), ("top1", 1.001), ("retrieval", 1), ("long-context", 1), ("retrieval-test", 0),
+    ],
+)  # fmt: skip
+def test_a_threshold_that_never_fails_or_never_holds_is_refused(gate: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"gate {gate} has threshold .*; expected a number"):
+        resolve_gates({gate: value})  # type: ignore[dict-item]
+
+
+def test_changed_thresholds_are_told_apart() -> None:
+    given = {"kl-mean": 1e-5, "kl-tail": 1e-5, "top1": 0.9, "retrieval-test": 0.05, "logits": 5e-3}
+    changed = {gate.name: gate.changed for gate in resolve_gates(given) if gate.name in given}
+    assert changed == {
+        "kl-mean": "loosened", "kl-tail": "tightened", "top1": "loosened", "retrieval-test": "tightened", "logits": None
+    }  # fmt: skip
+
+
+ENOUGH = {
+    "tokens": 32.0, "text_windows": 2.0, "queries_with_choice": 32.0, "retrieval_answered": 7.0, "retrieval_reference": 0.1,
+    "long_context_answered": 7.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", ["hf", "served"])
+@pytest.mark.parametrize("scarce", ENOUGH)
+def test_a_gate_that_measured_too_little_says_so_and_does_not_pass(profile: str, scarce: str) -> None:
+    gates = resolve_gates({}, profile)
+    values = ENOUGH | {gate.metric: gate.threshold for gate in gates}
+    assert all(verdict.word == "holds" for verdict in judge(gates, values))
+    verdicts = judge(gates, values | {scarce: 0.99 * ENOUGH[scarce]})
+    silent = {v.gate.name for v in verdicts if v.word == "not informative"}
+    assert silent == {gate.name for gate in gates if any(need.metric == scarce for need in gate.needs)}
+    assert all(
+        not v.passed and f"it needs {ENOUGH[scarce]:g}" in str(v.lack) for v in verdicts if v.gate.name in silent
+    )
+    # What is found wrong on little evidence is wrong.
+    assert judge(gates, values | {scarce: 0, "not_finite": 1})[0].word == "fails"
+
+
+def test_the_exact_test_needs_as_many_answers_as_it_takes_to_fail() -> None:
+    for threshold, needed in ((0.01, 7), (0.05, 5), (0.5, 2)):
+        [gate] = [gate for gate in resolve_gates({"retrieval-test": threshold}) if gate.name == "retrieval-test"]
+        assert gate.needs[0].least_for(threshold) == needed
+        lost = np.ones(needed, bool)
+        assert mcnemar(lost, ~lost) < threshold <= mcnemar(lost[1:], ~lost[1:])
 
 
 def test_nan_passes_no_gate() -> None:

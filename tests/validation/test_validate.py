@@ -1,0 +1,288 @@
+"""What a report says beside its figures: how to make it again, what it leaves open, what changed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from foldkv.artifact import MANIFEST, read_manifest, verify_files
+from foldkv.cli import main
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from foldkv.validation.baseline import KIND, compare, read_report
+from foldkv.validation.gates import judge, resolve_gates
+from foldkv.validation.layers import LayerFigure
+from foldkv.validation.plan import Plan
+from foldkv.validation.report import format_beside, report_html, report_junit
+from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
+from foldkv.validation.validate import validate
+
+PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5)
+SCHEMA = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
+TEXT = "It\u2019s a \u00abtext\u00bb \u2013 of 'some' <b>kinds</b> & \"quotes\".\n" * 6
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with blanks in its name that holds a bundle, its sibling, a checkpoint, a text and a report made of them."""
+    folder = tmp_path_factory.mktemp("world") / "with blanks & 'quotes'"
+    shutil.copytree(tiny_bundle, folder / "bundles" / "cpu")
+    shutil.copytree(tiny_bundle, folder / "bundles" / "rtx9090")
+    manifest = json.loads((folder / "bundles" / "rtx9090" / MANIFEST).read_text())
+    manifest["target"]["name"] = "rtx9090"
+    (folder / "bundles" / "rtx9090" / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "bundles" / "notes").mkdir()
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "checkpoint").symlink_to(tiny_checkpoint)
+    made(folder, gates={"kl-mean": 1e-3, "kl-tail": 1.5e-5})
+    return folder
+
+
+def made(world: Path, name: str = "report", **options: Any) -> ValidationResult:
+    settings = {"plan": PLAN, "text": world / "text.txt"} | options
+    return validate(world / "bundles" / "cpu", world / "checkpoint", world / name, **settings)
+
+
+def content(world: Path, name: str = "report") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((world / name / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def stored(world: Path, **gates: float) -> ValidationResult:
+    """The report there, judged by other thresholds."""
+    found = measurements_from_json(content(world))
+    return ValidationResult(**vars(found), verdicts=judge(resolve_gates(gates), found.metrics))
+
+
+def test_the_line_that_reproduces_a_report_does(world: Path) -> None:
+    before = content(world)
+    line = before["provenance"]["command"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", line], env=environment, cwd=world, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == EXIT_OK, done.stderr
+    after = content(world)
+    assert after["provenance"].pop("date") >= before["provenance"].pop("date")
+    assert after == before, "figures, verdicts, thresholds, the text, the line itself"
+    assert "all gates hold, 1 is loosened" in done.stdout and "loosened, default 1e-06" in done.stdout
+    assert "not validated: rtx9090" in done.stdout
+
+
+def test_every_setting_of_a_plan_is_an_option_of_the_command() -> None:
+    plan = Plan(3, 2, 99, (4, 8), 7, (1024, 2048))
+    names = {option.lstrip("-").replace("-", "_") for option in plan.options() if option.startswith("--")}
+    names = {{"distance": "distances", "context": "contexts"}.get(name, name) for name in names}
+    assert names == set(vars(plan))
+    command = main.commands["validate"]
+    context = command.make_context("validate", ["b", "--reference", "r", "--report", "o", *plan.options()])
+    assert {name: context.params[name] for name in vars(plan)} == vars(plan)
+    defaults = command.make_context("validate", ["b", "--reference", "r", "--report", "o"]).params
+    assert {name: defaults[name] for name in vars(plan)} == vars(Plan())
+
+
+def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
+    jsonschema.validate(content(world), SCHEMA)
+    manifest = read_manifest(world / "report", kind=KIND)
+    verify_files(world / "report", manifest)
+    assert {"passed", "measured", "judged", "foldkv_version"} <= set(manifest)
+    result = stored(world, **{"kl-mean": 1e-3, "kl-tail": 1.5e-5})
+    result.not_validated = content(world)["not_validated"]
+    assert to_json(result) == content(world) == read_report(world / "report")
+    # What JSON has no words for, and texts that look like it.
+    result.metrics["kl_mean"], result.metrics["delta_p_rms"] = math.inf, math.nan
+    result.layers = [LayerFigure(0, "sliding_attention", math.inf)]
+    result.worst[0] |= {"kl": math.inf, "context": "inf", "reference_top": [["nan", -math.inf], ["inf", 1.5]]}
+    result.by_position[0]["kl_mean"] = math.inf
+    written = json.loads(json.dumps(to_json(result), allow_nan=False))
+    jsonschema.validate(written, SCHEMA)
+    again = measurements_from_json(written)
+    assert math.isnan(again.metrics.pop("delta_p_rms")) and math.isnan(result.metrics.pop("delta_p_rms"))
+    assert vars(again) == {name: vars(result)[name] for name in vars(again)}
+
+
+def test_marked_in_every_form_loosened_gates_and_targets_that_nobody_validated(world: Path) -> None:
+    gates = {gate["name"]: gate for gate in content(world)["gates"]}
+    assert (gates["kl-mean"]["changed"], gates["kl-mean"]["default"], gates["kl-mean"]["threshold"]) == (
+        "loosened", 1e-6, 1e-3
+    )  # fmt: skip
+    assert gates["kl-tail"]["changed"] == "tightened" and gates["top1"]["changed"] is None
+    assert content(world)["not_validated"] == [{"target": "rtx9090", "folder": "rtx9090"}]
+    page = (world / "report" / "report.html").read_text(encoding="utf-8")
+    assert "kl-mean is loosened</b> to 0.001; the default is 1.0e-06" in page and "not validated: rtx9090" in page
+    junit = (world / "report" / "junit.xml").read_text(encoding="utf-8")
+    assert "loosened: &lt;= 0.001, by default &lt;= 1e-06" in junit and "not validated: rtx9090" in junit
+
+
+def test_the_report_names_its_text_and_shows_characters_as_they_are(world: Path) -> None:
+    found = content(world)["provenance"]
+    assert found["text"] == "text.txt" and len(found["text_sha256"]) == 64
+    page = (world / "report" / "report.html").read_text(encoding="utf-8")
+    assert "text.txt" in page and found["text_sha256"] in page and "\\u00" not in page
+    result = stored(world)
+    result.worst[0] |= {"next": "it's <b>\u201cso\u201d</b>\n", "reference_top": [["'", 1.0]]}
+    page = report_html(result)
+    assert "&#34;it&#39;s &lt;b&gt;\u201cso\u201d&lt;/b&gt;\\n&#34;" in page and "\\u0027" not in page
+
+
+def test_the_page_does_not_scroll_sideways(world: Path) -> None:
+    page = (world / "report" / "report.html").read_text(encoding="utf-8")
+    assert 'name="viewport"' in page
+    for table in re.finditer(r"<table", page):
+        before = page[max(0, table.start() - 20) : table.end() + 20]
+        assert '<div class="wide"><table' in before or '<table class="stack">' in before, before
+
+
+def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Hello")
+    result = made(world, "short", text=short, plan=replace(PLAN, distances=(16,), cases_per_distance=2))
+    words = {verdict.gate.name: verdict.word for verdict in result.verdicts}
+    assert set(words.values()) == {"not informative"} and result.exit_code == EXIT_GATE_FAILED
+    assert result.headline == "10 of 10 gates are not informative" and not content(world, "short")["passed"]
+    page = (world / "short" / "report.html").read_text()
+    assert "measured on 4 predicted tokens, it needs 32" in page and 'errors="10"' in report_junit(result)
+    assert any(
+        "how entries are chosen was not measured. It is with texts of more than 67 tokens" in n for n in result.notes()
+    )
+    short.write_text("H")
+    with pytest.raises(InputError, match="has 1 tokens; there is nothing to predict"):
+        made(world, "short", text=short)
+
+
+def test_kept_figures_are_judged_again_by_other_thresholds_and_only_by_those(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "report", world / "kept")
+    old = content(world, "kept")
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("foldkv.validation.validate._measure", never)
+    made(world, "kept", keep=True, gates={"kl-mean": 1e-3, "kl-tail": 1.5e-5})  # the line to reproduce names its folder
+    again = made(world, "kept", keep=True, gates={"kl-mean": 1e-3, "kl-tail": 1.5e-5})
+    assert again.source == "unchanged" and content(world, "kept")["metrics"] == old["metrics"]
+    strict = made(world, "kept", keep=True, gates={"logits": 1e-12})
+    assert (
+        strict.source == "judged again" and not strict.passed and strict.provenance["date"] == old["provenance"]["date"]
+    )
+    assert content(world, "kept")["headline"] == "1 of 10 gates fails"
+    assert "--gate logits=1e-12" in content(world, "kept")["provenance"]["command"]
+    # A bundle built since then is named without measuring; another plan, text or bundle is measured.
+    shutil.copytree(world / "bundles" / "rtx9090", world / "bundles" / "another")
+    try:
+        assert len(made(world, "kept", keep=True).not_validated) == 2
+    finally:
+        shutil.rmtree(world / "bundles" / "another")
+    for change in ({"plan": replace(PLAN, seed=1)}, {"text": None}, {"keep": False}):
+        with pytest.raises(AssertionError, match="measured"):
+            made(world, "kept", **{"keep": True, **change})
+
+
+def test_a_baseline_shows_what_changed_gate_by_gate(world: Path) -> None:
+    old, new = content(world), stored(world, logits=1e-12)
+    found = compare("old", old, new.provenance, new.verdicts)
+    rows = {row.name: row for row in found.gates}
+    assert rows["kl-mean"].change == "threshold 0.001 before, 1e-06 now" and rows["kl-mean"].not_comparable is None
+    assert rows["logits"].change == "holds before, fails now; threshold 0.005 before, 1e-12 now"
+    assert rows["top1"].change == "" and rows["top1"].before == rows["top1"].now and not found.differences
+    new.comparison = found
+    jsonschema.validate(json.loads(json.dumps(to_json(new))), SCHEMA)
+    assert "holds before, fails now" in report_html(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "retrieval"),
+    [
+        ({"text_sha256": "0" * 64}, "another text", None),
+        ({"checkpoint_sha256": "0" * 64}, "another checkpoint", "another checkpoint"),
+        ({"plan": {"text_tokens": 64}}, "other windows of the text", None),
+        ({"plan": {"distances": [4]}}, None, "other values"),
+        ({"plan": {"seed": 9}}, "other windows of the text", "other values"),
+    ],
+)
+def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | None, retrieval: str | None) -> None:
+    old, new = content(world), stored(world)
+    plan = old["provenance"]["plan"] | change.get("plan", {})
+    old["provenance"] |= change | {"plan": plan}
+    old["gates"] = [gate for gate in old["gates"] if gate["name"] != "top1"] + [old["gates"][0] | {"name": "gone"}]
+    found = compare("old", old, new.provenance, new.verdicts)
+    rows = {row.name: row for row in found.gates}
+    assert (rows["kl-mean"].not_comparable, rows["retrieval"].not_comparable) == (text, retrieval)
+    assert rows["top1"].change == "new" and rows["gone"].change == "not judged now" and len(found.differences) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("absent", None, "is no report: .* cannot be read"),
+        ("r.json", "not json", "it is not JSON"),
+        ("r.json", "[]", "is no report that this version reads"),
+        ("r.json", '{"schema_version": 1, "passed": true}', "is no report that this version reads"),
+    ],
+)
+def test_a_baseline_that_is_no_report_is_refused_before_anything_is_measured(
+    world: Path, tmp_path: Path, name: str, file: str | None, message: str
+) -> None:
+    if file is not None:
+        (tmp_path / name).write_text(file)
+    with pytest.raises(InputError, match=message):
+        made(world, "refused", baseline=tmp_path / name)
+    with pytest.raises(ArtifactError, match=r"kind 'foldkv\.bundle'"):
+        made(world, "refused", baseline=world / "bundles" / "cpu")
+    assert not (world / "refused").exists()
+
+
+def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "engine"
+    shutil.copytree(world / "bundles" / "cpu", bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["backend"], manifest["tool_versions"] = "tensorrt-rtx", {"tensorrt-rtx": "1.7.1"}
+    manifest["files"]["model.plan"] = manifest["files"].pop("model.onnx")
+    manifest["engine"] = {"file": "model.plan"}
+    (bundle / "model.onnx").rename(bundle / "model.plan")
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="engines cannot be validated yet"):
+        validate(bundle, world / "checkpoint", tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gate", "kl-mean=inf"], "gate kl-mean has threshold inf; expected a number from 0"),
+        (["--gate", "kl-mean=nan"], "gate kl-mean has threshold nan"),
+        (["--gate", "top1=-1"], "gate top1 has threshold -1.0; expected a number above 0"),
+        (["--gate", "kl-mean=1", "--gate", "kl-mean=2"], "--gate kl-mean is given twice"),
+        (["--gate", "kl-mean"], "expected NAME=VALUE"),
+        (["--gate", "kl-men=1"], "did you mean 'kl-mean'?"),
+        (["--distance", "6"], "distances are [6], expected multiples of 4"),
+        (["--texts", "0", "--seed", "-1"], "seed is -1, expected an integer of 0 or more; texts is 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(world: Path, options: list[str], message: str) -> None:
+    question = ["validate", str(world / "bundles" / "cpu"), "--reference", str(world / "checkpoint"), "--report"]
+    result = CliRunner().invoke(main, [*question, str(world / "refused"), *options])
+    assert result.exit_code == 2 and message in result.output and not (world / "refused").exists()
+
+
+def test_a_figure_is_told_from_the_threshold_that_it_misses() -> None:
+    assert format_beside(1.00103, 1.001) == "1.00103" and format_beside(1.0, 1.001) == "1"
+    assert format_beside(1.00004e-6, 1e-6) == "1.00004e-06" and format_beside(0.25, 0.25) == "0.25"
+    assert format_beside(math.inf, 1e-6) == "\u221e"
+
+
+def test_the_line_of_a_report_survives_a_shell(world: Path) -> None:
+    words = shlex.split(content(world)["provenance"]["command"])
+    assert words[:3] == ["foldkv", "validate", str(world / "bundles" / "cpu")] and words[-2] == "--threads"

@@ -1,0 +1,164 @@
+"""What changed since an older report: gate by gate, with what cannot be compared and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from foldkv.artifact import MANIFEST, read_manifest, verify_files
+from foldkv.errors import InputError
+from foldkv.validation.gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
+
+KIND = "foldkv.report"
+JSON = "report.json"
+
+#: Facts of the provenance that must be equal for the figures of all gates, or of one kind, to compare.
+_ALL = {"checkpoint_sha256": "checkpoint", "profile": "profile"}
+_PLANNED = {
+    TEXT: ("other windows of the text", ("seed", "texts", "text_tokens")),
+    RETRIEVAL: ("other values", ("seed", "distances", "cases_per_distance")),
+    CONTEXTS: ("other contexts", ("seed", "contexts")),
+}
+#: Facts that may differ between releases, and are told.
+_TOLD = ("foldkv", "subject", "profile", "layout", "precision", "backend", "reference")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A gate in one report."""
+
+    verdict: str
+    value: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class GateChange:
+    """A gate before and now, None where it was not judged; why the two values do not compare, None if they do; and what
+    changed in words, empty if nothing but the value did."""
+
+    name: str
+    comparison: str
+    before: Judged | None
+    now: Judged | None
+    not_comparable: str | None
+    change: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An older report beside this one: where it lies, its date and headline, facts that differ, and every gate."""
+
+    report: str
+    date: str
+    headline: str
+    differences: list[str]
+    gates: list[GateChange]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The content of a report: of its folder, or of its report.json.
+
+    Raises:
+        InputError: neither, or one that this version does not read.
+        ArtifactError: the folder's files were damaged.
+    """
+    import jsonschema
+
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        verify_files(path, read_manifest(path, kind=KIND))
+    file = path / JSON if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} is no report: {file} cannot be read ({error.strerror}). Give the folder that --report named, or its {JSON}."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{file} is no report: it is not JSON ({error}). Give the {JSON} of a report.") from None
+    schema = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
+    try:
+        jsonschema.validate(content, schema)
+    except jsonschema.ValidationError as error:
+        raise InputError(
+            f"{file} is no report that this version reads: {error.message[:200]} at {error.json_path}. "
+            "Give the report of this version, or make the older one again."
+        ) from None
+    return content  # type: ignore[no-any-return]
+
+
+def compare(
+    name: str, old: Mapping[str, Any], provenance: Mapping[str, Any], verdicts: Sequence[Verdict]
+) -> Comparison:
+    """Set an older report beside the verdicts of a new one.
+
+    Args:
+        name: of the older report, as it was given.
+        old: its content.
+        provenance: of the new one.
+        verdicts: of the new one.
+    """
+    before = {gate["name"]: gate for gate in old["gates"]}
+    earlier = old["provenance"]
+    changes = []
+    for verdict in verdicts:
+        found = before.pop(verdict.gate.name, None)
+        unlike = _unlike(verdict.gate.of, earlier, provenance) if found else None
+        now = Judged(verdict.word, verdict.value, verdict.gate.threshold)
+        changes.append(_change(verdict.gate.name, verdict.gate.comparison, _judged(found), now, unlike))
+    changes += [_change(gate, row["comparison"], _judged(row), None, None) for gate, row in before.items()]
+    return Comparison(name, earlier["date"], old["headline"], _differences(earlier, provenance), changes)
+
+
+def _change(name: str, comparison: str, before: Judged | None, now: Judged | None, unlike: str | None) -> GateChange:
+    words = []
+    if before is None or now is None:
+        words.append("new" if before is None else "not judged now")
+    else:
+        if before.verdict != now.verdict:
+            words.append(f"{before.verdict} before, {now.verdict} now")
+        if before.threshold != now.threshold:
+            words.append(f"threshold {before.threshold:g} before, {now.threshold:g} now")
+    if unlike:
+        words.append(f"not comparable: {unlike}")
+    return GateChange(name, comparison, before, now, unlike, "; ".join(words))
+
+
+def _judged(gate: Mapping[str, Any] | None) -> Judged | None:
+    if gate is None:
+        return None
+    return Judged(gate["verdict"], float(gate["value"]), float(gate["threshold"]))
+
+
+def _unlike(of: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Why figures of a kind do not compare, or None."""
+    found = [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
+    if of == TEXT and old["text_sha256"] != new["text_sha256"]:
+        found.append("another text")
+    words, names = _PLANNED[of]
+    if any(old["plan"][name] != new["plan"][name] for name in names):
+        found.append(words)
+    return ", ".join(found) or None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    def text(side: Mapping[str, Any]) -> str:
+        return f"{side['text']} ({side['text_sha256'][:12]}...)"
+
+    rows = [(name, old[name], new[name]) for name in _TOLD]
+    rows += [
+        ("checkpoint", old["checkpoint_sha256"][:12], new["checkpoint_sha256"][:12]),
+        ("text", text(old), text(new)),
+    ]
+    rows += [(name.replace("_", " "), old["plan"][name], new["plan"][name]) for name in new["plan"]]
+    return [f"{word}: {_short(was)} before, {_short(now)} now" for word, was, now in rows if was != now]
+
+
+def _short(value: Any) -> str:
+    """A list by its items."""
+    return " ".join(str(item) for item in value) or "none" if isinstance(value, list) else str(value)

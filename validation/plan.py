@@ -1,0 +1,50 @@
+"""What is measured; all of it changes the figures and stands in the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foldkv.errors import InputError
+from foldkv.validation.cases import RECORD_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Windows of the text, and values to retrieve at distances (bytes) and from long contexts (tokens).
+
+    Raises:
+        InputError: a number is out of its range; all of them are named.
+    """
+
+    seed: int = 0
+    texts: int = 6
+    text_tokens: int = 384
+    distances: tuple[int, ...] = (16, 64, 128, 256, 512)
+    cases_per_distance: int = 20
+    contexts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value!r}, expected an integer of {least} or more"
+            for name, value, least in (
+                ("seed", self.seed, 0), ("texts", self.texts, 1), ("text_tokens", self.text_tokens, 2),
+                ("cases_per_distance", self.cases_per_distance, 1),
+            )
+            if type(value) is not int or value < least
+        ]  # fmt: skip
+        step = RECORD_BYTES
+        if not self.distances or any(type(d) is not int or d < step or d % step for d in self.distances):
+            wrong.append(f"distances are {list(self.distances)}, expected multiples of {step}, one at least")
+        if wrong:
+            raise InputError(f"this cannot be measured: {'; '.join(wrong)}.")
+
+    def longest(self) -> int:
+        """Tokens of the longest case, with room for its answer."""
+        return max(self.text_tokens, max(self.distances) + 24 * 4 + 8)
+
+    def options(self) -> list[str]:
+        """The options of ``foldkv validate`` that say the same; defaults too, which another version may have changed."""
+        words = ["--seed", str(self.seed), "--texts", str(self.texts), "--text-tokens", str(self.text_tokens)]
+        words += [word for distance in self.distances for word in ("--distance", str(distance))]
+        words += ["--cases-per-distance", str(self.cases_per_distance)]
+        return words + [word for context in self.contexts for word in ("--context", str(context))]

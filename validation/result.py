@@ -1,0 +1,184 @@
+"""What a validation found: measured figures, the verdicts on them, and both as the JSON of the report and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK
+from foldkv.validation.baseline import Comparison
+from foldkv.validation.gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
+from foldkv.validation.layers import LayerFigure, first_divergence
+from foldkv.validation.long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
+from foldkv.validation.selection import SelectionFigure
+
+SCHEMA_VERSION = 2
+
+
+@dataclass
+class Measurements:
+    """The figures and the evidence behind them: everything that takes a model to know.
+
+    Attributes:
+        metrics: what gates read, and more.
+        retrieval: by distance, the shares that were answered, with their intervals.
+        by_position: errors by position in the texts.
+        worst: the token of each text where the distributions differ most.
+        layers, selection, long_context: see their classes.
+        provenance: what was compared with what, when, by which versions, on which text.
+    """
+
+    metrics: dict[str, float]
+    retrieval: list[dict[str, Any]]
+    by_position: list[dict[str, float]]
+    worst: list[dict[str, Any]]
+    layers: list[LayerFigure] = field(default_factory=list)
+    selection: list[SelectionFigure] = field(default_factory=list)
+    long_context: list[ContextFigure] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first_divergence(self) -> int | None:
+        """The first layer that computes something else than the reference."""
+        return first_divergence(self.layers)
+
+
+@dataclass
+class ValidationResult(Measurements):
+    """Measurements with the verdicts on them.
+
+    Attributes:
+        verdicts: one per gate that was asked for.
+        not_validated: targets and folders of bundles that were built from the same graph and that this says nothing about.
+        comparison: with an older report, if one was given.
+        source: whether the figures were ``measured``, or those of the report there ``judged again``, or all is ``unchanged``.
+    """
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    not_validated: list[dict[str, str]] = field(default_factory=list)
+    comparison: Comparison | None = None
+    source: str = "measured"
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate holds on enough evidence."""
+        return all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every gate holds, else 1."""
+        return EXIT_OK if self.passed else EXIT_GATE_FAILED
+
+    @property
+    def headline(self) -> str:
+        """The whole verdict in a few words, for example ``1 of 10 gates fails, 2 are not informative``."""
+        count = len(self.verdicts)
+        failed, silent = (sum(v.word == word for v in self.verdicts) for word in (FAILS, NOT_INFORMATIVE))
+        loose = sum(v.gate.changed == LOOSENED for v in self.verdicts)
+        parts = []
+        if failed:
+            parts.append(f"{failed} of {count} gates {'fails' if failed == 1 else 'fail'}")
+        if silent:
+            subject = f"{silent}" if failed else f"{silent} of {count} gates"
+            parts.append(f"{subject} {'is' if silent == 1 else 'are'} not informative")
+        if not parts:
+            parts.append("all gates hold")
+        if loose:
+            parts.append(f"{loose} {'is' if loose == 1 else 'are'} loosened")
+        return ", ".join(parts)
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read the figures right."""
+        notes = []
+        queries, tied = (sum(getattr(row, name) for row in self.selection) for name in ("queries", "tied"))
+        if tied:
+            notes.append(
+                f"Index scores tie exactly at the last place in {tied:,} of {queries:,} queries that had a choice. Several sets of "
+                "entries are equally good there. For texts the reference takes the one that is closest to the subject's, so that "
+                "logits, layers and entries compare; answers of retrieval are compared as they are."
+            )
+        if self.selection and min(row.queries for row in self.selection) == 0:
+            needed = self.provenance["choice_from_tokens"]
+            notes.append(
+                "No query of these texts had more compressed entries than places in every layer with an indexer: how entries are "
+                f"chosen was not measured. It is with texts of more than {needed:,} tokens (--text-tokens)."
+            )
+        if far := [figure.context for figure in self.long_context if figure.reference is None]:
+            sizes = ", ".join(f"{context:,}" for context in far)
+            notes.append(
+                f"Contexts of {sizes} tokens are shown and not judged: the reference reads {REFERENCE_CONTEXT:,} at most."
+            )
+        if self.not_validated:
+            names = ", ".join(row["target"] for row in self.not_validated)
+            notes.append(f"Built from the same graph and not validated: {names}. Nothing here was measured on them.")
+        return notes
+
+
+def to_json(result: ValidationResult) -> dict[str, Any]:
+    """The report as JSON values, as schema/report.schema.json describes them. Infinity is the string "inf"."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "passed": result.passed,
+        "headline": result.headline,
+        "notes": result.notes(),
+        "gates": [gate_json(verdict) for verdict in result.verdicts],
+        "not_validated": result.not_validated,
+        "comparison": asdict(result.comparison) if result.comparison else None,
+        "metrics": result.metrics,
+        "retrieval": result.retrieval,
+        "layers": [vars(figure) for figure in result.layers],
+        "selection": [vars(figure) for figure in result.selection],
+        "long_context": [asdict(figure) for figure in result.long_context],
+        "first_divergence": result.first_divergence,
+        "by_position": result.by_position,
+        "worst_cases": result.worst,
+        "provenance": result.provenance,
+    }
+    return _plain(content)  # type: ignore[no-any-return]
+
+
+def gate_json(verdict: Verdict) -> dict[str, Any]:
+    """A gate with its verdict."""
+    gate: Gate = verdict.gate
+    return {
+        "name": gate.name, "metric": gate.metric, "comparison": gate.comparison, "threshold": gate.threshold,
+        "default": gate.default, "changed": gate.changed, "reason": gate.reason,
+        "needs": [need.words(gate.threshold) for need in gate.needs],
+        "value": verdict.value, "verdict": verdict.word, "passed": verdict.passed, "lack": verdict.lack,
+    }  # fmt: skip
+
+
+def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
+    """What :func:`to_json` wrote, the verdicts left out: they are made anew from the figures."""
+    return Measurements(
+        metrics={name: float(value) for name, value in content["metrics"].items()},
+        retrieval=list(content["retrieval"]),
+        by_position=[{name: float(value) for name, value in row.items()} for row in content["by_position"]],
+        worst=[_worst(case) for case in content["worst_cases"]],
+        layers=[LayerFigure(**row | {"error": float(row["error"])}) for row in content["layers"]],
+        selection=[SelectionFigure(**row) for row in content["selection"]],
+        long_context=[_context(row) for row in content["long_context"]],
+        provenance=dict(content["provenance"]),
+    )
+
+
+def _context(row: Mapping[str, Any]) -> ContextFigure:
+    kl = None if row["kl_mean"] is None else float(row["kl_mean"])
+    return ContextFigure(**{**row, "kl_mean": kl, "depths": [DepthFigure(**depth) for depth in row["depths"]]})
+
+
+def _worst(case: Mapping[str, Any]) -> dict[str, Any]:
+    tops = {name: [[token, float(value)] for token, value in case[name]] for name in ("reference_top", "subject_top")}
+    return {**case, **tops, "kl": float(case["kl"]), "logit_error": float(case["logit_error"])}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
