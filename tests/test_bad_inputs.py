@@ -325,7 +325,6 @@ row(
     2,
     "dense",
 )
-row("plan: context too long", lambda w: ["plan", str(w.checkpoint), "--target", "a10", "--context", "2M"], 2, "1048576")
 row("plan: plot of no kind", lambda w: ["plan", str(w.checkpoint), "--plot", str(w.tmp / "plot.png")], 2, ".svg")
 row(
     "plan: plot in no folder",

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import small_checkpoint, sparse_checkpoint
 from lowered import lowered_logits
 
-from foldkv.artifact import read_manifest, verify_files, write_manifest
+from foldkv.artifact import read_manifest, sha256_json, verify_files, write_manifest
 from foldkv.config import PipelineConfig
 from foldkv.errors import ArtifactError, CheckpointError, InputError
 from foldkv.export.checkpoint import Checkpoint
@@ -355,3 +355,12 @@ def test_full_size_weights_are_planned_in_place_from_their_headers(model: str, t
     assert offset == stored.offset
     assert sum(path.stat().st_blocks for path in folder.glob("*.safetensors")) * 512 < 64 << 20
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == spec.num_layers
+
+
+@linked
+def test_tables_of_places_are_named_by_their_content(graphs: dict[str, Path]) -> None:
+    model = onnx.load(graphs["reference"] / "model.onnx", load_external_data=False)
+    tables = {
+        t.name: onnx.numpy_helper.to_array(t).tolist() for t in model.graph.initializer if t.name.startswith("slots.")
+    }
+    assert tables and {name: f"slots.{sha256_json(table)}" for name, table in tables.items()} == {n: n for n in tables}
