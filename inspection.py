@@ -95,6 +95,11 @@ def _report_facts(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / name).read_text())
         return {
+            **{
+                key: content[key]
+                for key in ("headline", "notes", "not_validated", "first_divergence")
+                if key in content
+            },
             # Why a gate has its threshold is in the report itself.
             "gates": [{key: value for key, value in gate.items() if key != "reason"} for gate in content["gates"]],
             "metrics": dict(content["metrics"]),
