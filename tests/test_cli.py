@@ -91,8 +91,14 @@ def test_plan_estimates_times_from_the_runs_of_this_machine(
 ) -> None:
     monkeypatch.setattr("foldkv.optimize.history.history_file", lambda: tmp_path / "history.jsonl")
     assert "no comparable runs yet" in run("plan", tiny_checkpoint, "--target", "cpu").output
-    run("export", tiny_checkpoint, "-o", tmp_path / "graph")
-    run("build", tmp_path / "graph", "-o", tmp_path, "--target", "cpu")
+    made = json.loads(run("export", tiny_checkpoint, "-o", tmp_path / "graph", "--json").stdout)
+    assert made["graph"] == str(tmp_path / "graph") and made["weights"] == "float32" and made["bytes"] > 9e6
+    [built] = json.loads(run("build", tmp_path / "graph", "-o", tmp_path, "--target", "cpu", "--json").stdout)[
+        "bundles"
+    ]
+    assert (built["status"], built["folder"], built["exit_code"]) == ("built", str(tmp_path / "cpu"), 0)
+    again = run("build", tmp_path / "graph", "-o", tmp_path, "--target", "cpu").stderr
+    assert "cpu: unchanged" in again
     found = json.loads(run("plan", tiny_checkpoint, "--target", "cpu", "--json").output)
     for estimate in (found["export_seconds"], found["targets"][0]["build_seconds"]):
         assert estimate["estimate"] and estimate["runs"] == 1 and 0 < estimate["low"] <= estimate["high"] < 600
@@ -106,10 +112,11 @@ def test_plan_estimates_times_from_the_runs_of_this_machine(
 def test_plan_draws_beside_its_answer(tmp_path: Path, tiny_checkpoint: Path, options: tuple[str, ...]) -> None:
     path = tmp_path / "plot.html"
     result = run("plan", tiny_checkpoint, "--plot", path, "--layout", "fp8", *options)
-    assert "tiny-v4" in path.read_text() and f"plot: {path}" in result.output
-    assert ("h200" in path.read_text()) == bool(options)
+    assert "tiny-v4" in path.read_text() and ("h200" in path.read_text()) == bool(options)
     if options:
-        json.loads(result.stdout)
+        assert json.loads(result.stdout)["plot"] == str(path)
+    else:
+        assert f"plot: {path}" in result.stdout
 
 
 def test_inspect_knows_every_kind_of_artifact(tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path) -> None:
