@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from foldkv.artifact import read_manifest
 from foldkv.config import PipelineConfig
+from foldkv.export.checkpoint import Checkpoint
 from foldkv.export.tokenizer import tokenizer_json
-from foldkv.pipeline import is_export_of
+from foldkv.pipeline import export_changes
 from foldkv.runtime.tokenizer import Tokenizer as Ours
 
 TEXTS = ["", "a", "Once upon a time", "  two  spaces ", "é 中文 😀", "a<eos>b<bos>", "<pad> <new>x"]
@@ -135,9 +136,11 @@ def test_a_pipeline_exports_again_when_the_tokenizer_or_what_ends_a_text_has_cha
         shutil.copy(tiny_checkpoint / name, tmp_path)
     config = PipelineConfig.model_validate({"version": 1, "checkpoint": str(tmp_path), "output": "out"})
     manifest = read_manifest(tiny_graph, kind="foldkv.graph")
-    assert is_export_of(config, tiny_graph, manifest)
+    assert not export_changes(config, Checkpoint(tmp_path), tiny_graph, manifest)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text("{}")
-        assert not is_export_of(config, tiny_graph, manifest)
+        assert "the tokenizer or the generation_config.json" in export_changes(
+            config, Checkpoint(tmp_path), tiny_graph, manifest
+        )
         (tmp_path / name).unlink()
-    assert is_export_of(config, tiny_graph, manifest)
+    assert not export_changes(config, Checkpoint(tmp_path), tiny_graph, manifest)
