@@ -450,7 +450,7 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     if not all(type(token) is int and 0 <= token < spec.vocab_size for token in added):
         raise CheckpointError(
             f"{path}: eos_token_id is {value!r}; expected a token id below {spec.vocab_size}, a list of them or null. "
-            "Correct it, or remove the key: config.json's ids are used then."
+            "Correct it, or remove the key, which leaves config.json's ids."
         )
     return tuple(dict.fromkeys((*spec.eos_token_ids, *added)))
 

@@ -53,10 +53,10 @@ class _Neutral:
     why: str
 
 
-_GROUPS = "experts are chosen group by group then, which V4 does not do"
-_DENSE = "some layers have no experts then; V4 has them in every layer"
-_CAPPED = "logits are scaled or capped then, which V4 does not do"
-_MSCALE = "rotations or attention scores are scaled then, which V4 does not do"
+_GROUPS = "experts would be chosen group by group, which V4 does not do"
+_DENSE = "some layers would have no experts; V4 has them in every layer"
+_CAPPED = "logits would be scaled or capped, which V4 does not do"
+_MSCALE = "rotations or attention scores would be scaled, which V4 does not do"
 _NEUTRAL = {
     "n_group": _Neutral((None, 0, 1), _GROUPS),
     "topk_group": _Neutral((None, 0, 1), _GROUPS),
@@ -65,18 +65,18 @@ _NEUTRAL = {
     "moe_layer_freq": _Neutral((None, 1), _DENSE),
     "decoder_sparse_step": _Neutral((None, 1), _DENSE),
     "mlp_only_layers": _Neutral((None, []), _DENSE),
-    "per_layer_config": _Neutral((None, {}), "layers differ in more than their kind then"),
-    "use_sliding_window": _Neutral((None, True), "layers see the whole text then; V4 keeps a window"),
+    "per_layer_config": _Neutral((None, {}), "layers would differ in more than their kind"),
+    "use_sliding_window": _Neutral((None, True), "layers would see the whole text; V4 keeps a window"),
     "attn_logit_softcapping": _Neutral((None, 0), _CAPPED),
     "final_logit_softcapping": _Neutral((None, 0), _CAPPED),
     "logit_scale": _Neutral((None, 1), _CAPPED),
     "logits_scaling": _Neutral((None, 1), _CAPPED),
-    "embedding_multiplier": _Neutral((None, 1), "embeddings are scaled then, which V4 does not do"),
-    "residual_multiplier": _Neutral((None, 1), "residual streams are scaled then, which V4 does not do"),
-    "clip_qkv": _Neutral((None,), "queries, keys and values are clipped then, which V4 does not do"),
-    "rope_interleave": _Neutral((None, True), "channels are paired otherwise then; V4 turns neighbouring channels"),
-    "pruned_heads": _Neutral((None, {}, []), "heads are missing then"),
-    "add_cross_attention": _Neutral((None, False), "layers look at another text then"),
+    "embedding_multiplier": _Neutral((None, 1), "embeddings would be scaled, which V4 does not do"),
+    "residual_multiplier": _Neutral((None, 1), "residual streams would be scaled, which V4 does not do"),
+    "clip_qkv": _Neutral((None,), "queries, keys and values would be clipped, which V4 does not do"),
+    "rope_interleave": _Neutral((None, True), "channels would be paired differently; V4 turns neighbouring channels"),
+    "pruned_heads": _Neutral((None, {}, []), "heads would be missing"),
+    "add_cross_attention": _Neutral((None, False), "layers would look at another text"),
     "mscale": _Neutral((None, 0, 1), _MSCALE),
     "mscale_all_dim": _Neutral((None, 0, 1), _MSCALE),
 }
@@ -150,7 +150,9 @@ class KeyReport:
                 self.judge(name, value, facts, read, config.keys())
         for name in self.allow:
             if name in read and name in config:
-                self.findings.append(f"{name} is read and cannot be ignored, though it was allowed as an unknown key")
+                self.findings.append(
+                    f"{name} was allowed as an unknown key, but foldkv reads it, so it cannot be ignored"
+                )
 
     def next_step(self) -> str:
         """What to do about keys that could be allowed, or an empty string."""

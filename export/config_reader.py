@@ -190,7 +190,7 @@ class _Reader:
         second = self.config.get(alias)
         if value is not None and second is not None and value != second:
             self.findings.append(
-                f"{key} is {value!r} and {alias} is {second!r}; both name one number, of which transformers takes {alias}. "
+                f"{key} is {value!r} and {alias} is {second!r}; both name the same number, and transformers takes {alias}. "
                 "Remove the wrong one"
             )
         key, value = (key, value) if value is not None else (alias if second is not None else key, second)
@@ -265,13 +265,13 @@ class _Reader:
                 continue
             if table is not None and table.get(kind, value) != value:
                 self.findings.append(
-                    f"{key} is {value!r} and compress_rates[{kind!r}] is {table[kind]!r}; both name one number, of which "
+                    f"{key} is {value!r} and compress_rates[{kind!r}] is {table[kind]!r}; both name the same number, and "
                     f"transformers takes {key}. Remove the wrong one"
                 )
             given[kind] = value
         for kind in used:
             if kind not in given:
-                self.findings.append(f"compress_rates has no {kind!r}, which layer_types has; add it")
+                self.findings.append(f"compress_rates has no {kind!r}, but layer_types has; add it")
         rates = {}
         for kind, ratio in given.items():
             if kind not in _DEFAULT_RATES:

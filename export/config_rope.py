@@ -95,7 +95,7 @@ class _RopeReader:
         if nested and not all(isinstance(table.get(key), dict) for key in (_MAIN, _COMPRESS)):
             found = " and ".join(f"{key!r} {shortened(table.get(key))}" for key in (_MAIN, _COMPRESS))
             self.findings.append(
-                f"{label} has {found}; transformers ignores both then. Give both as objects, or neither"
+                f"{label} has {found}; transformers then ignores both. Give both as objects, or neither"
             )
             return Rope()
         return self._nested(label, table) if nested else self._flat(label, table)
@@ -144,7 +144,7 @@ class _RopeReader:
             own = self.config.get("rope_theta")
             if top is not None and own is not None and top != own:
                 self.findings.append(
-                    f"{label}.{name} has no rope_theta, so that transformers takes rope_theta, {own!r}, and not {key}, {top!r}. "
+                    f"{label}.{name} has no rope_theta, so transformers takes rope_theta, {own!r}, and not {key}, {top!r}. "
                     "Add the right one to it"
                 )
         elif top is not None and top not in (own, _CLASS_DEFAULTS[key]):
@@ -195,8 +195,8 @@ class _RopeReader:
                 return 0
             if self.head_dim and self._channels(width / self.head_dim) != width:  # transformers divides and rounds down
                 self.findings.append(
-                    f"qk_rope_head_dim is {width} of head_dim {self.head_dim}, of which transformers rotates "
-                    f"{self._channels(width / self.head_dim)}. Choose a head_dim that divides exactly"
+                    f"qk_rope_head_dim is {width} and head_dim is {self.head_dim}: transformers rotates "
+                    f"{self._channels(width / self.head_dim)} channels then. Choose a head_dim that divides exactly"
                 )
                 return 0
             return width
@@ -279,7 +279,7 @@ class _RopeReader:
             given = table.get("attention_factor")
             why = "has no attention_factor" if given is None else f"has the attention_factor {given!r}"
             self.findings.append(
-                f"{label} {why}, so that transformers scales cos and sin by {scale:.4g}; only 1 can be exported. The released "
+                f"{label} {why}, so transformers scales cos and sin by {scale:.4g}; only 1 can be exported. The released "
                 "models have attention_factor 1.0"
             )
         return Yarn(float(factor), original, float(fast), float(slow))
@@ -290,7 +290,7 @@ class _RopeReader:
         for key in ("factor", "attention_factor"):
             if table.get(key) not in (None, 1):
                 self.findings.append(
-                    f"{label}.{key} is {table[key]!r} but its rope_type is 'default', so that transformers ignores it. "
+                    f"{label}.{key} is {table[key]!r} but its rope_type is 'default', so transformers ignores it. "
                     f"Name the type, or remove {key}"
                 )
 

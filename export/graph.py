@@ -145,8 +145,8 @@ def flat_model(graph: Path) -> onnx.ModelProto:
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value not in listed:
                 raise ArtifactError(
-                    f"{Path(graph) / MODEL}: weight {tensor.name} lies in {entry.value!r}, which the manifest does not list; "
-                    "it is refused. Export the checkpoint again."
+                    f"{Path(graph) / MODEL}: weight {tensor.name} is in {entry.value!r}, which the manifest does not list. "
+                    "Export the checkpoint again."
                 )
     if any(function.name.startswith(PREFIX) for function in model.functions):
         model = ir.to_proto(flat(ir.from_proto(model)))

@@ -61,7 +61,7 @@ def cache_layout(name: str) -> CacheLayout:
         InputError: there is none, or no target keeps it.
     """
     if name not in BUILT:
-        found = "is kept by no target" if name in LAYOUTS else "is not known"
+        found = "is not supported by any target" if name in LAYOUTS else "is not known"
         raise InputError(f"layout {name!r} {found}; expected one of {', '.join(BUILT)}.")
     return LAYOUTS[name]
 

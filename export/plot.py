@@ -105,12 +105,10 @@ def check_plot_path(path: Path) -> None:
     for wrong, why in (
         (path.is_dir(), "it is a folder"),
         (not path.parent.is_dir(), f"{path.parent} is not a folder"),
-        (not os.access(path.parent, os.W_OK), f"{path.parent} is not yours to write"),
+        (not os.access(path.parent, os.W_OK), f"you have no permission to write to {path.parent}"),
     ):
         if wrong:
-            raise InputError(
-                f"{path} cannot be written: {why}. Give a file in a folder that exists and can be written."
-            )
+            raise InputError(f"{path} cannot be written: {why}. Give a file in a folder that exists and is writable.")
 
 
 def plot_svg(curves: Sequence[Curve], title: str, limits: Mapping[str, int]) -> str:

@@ -51,7 +51,9 @@ class Stored:
             CheckpointError: the file cannot be read that far, or torch has no such dtype.
         """
         if self.dtype not in _TORCH:
-            raise CheckpointError(f"tensor {self.name} in {self.file.name} has dtype {self.dtype}, which is not read.")
+            raise CheckpointError(
+                f"tensor {self.name} in {self.file.name} has dtype {self.dtype}, which foldkv does not read."
+            )
         data = bytearray(self.bytes)
         try:
             with self.file.open("rb") as file:
@@ -90,11 +92,11 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if start == b"version ":
                 return Shard(file, size, "", 0, {}), [
-                    f"{file.name} is a pointer of Git LFS, not the file: run `git lfs pull`"
+                    f"{file.name} is a Git LFS pointer, not the file: run `git lfs pull`"
                 ]
             if not 0 <= length <= min(_MAX_HEADER, size - 8):
                 return Shard(file, size, "", 0, {}), [
-                    f"{file.name} cannot be read: {size} bytes hold no safetensors header"
+                    f"{file.name} cannot be read: its {size} bytes contain no safetensors header"
                 ]
             text = handle.read(length)
     except OSError as error:
@@ -114,7 +116,9 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
     except (ValueError, RecursionError):
         return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is not JSON"]
     if not isinstance(header, dict):
-        return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is no JSON object"]
+        return Shard(file, size, digest, 8 + length, {}), [
+            f"{file.name} cannot be read: its header is not a JSON object"
+        ]
     problems = [f"{file.name} names tensor {name} twice" for name in repeated]
     tensors: dict[str, Stored] = {}
     for name, facts in header.items():

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 _READ = (
-    "Read are safetensors in float32, bfloat16 or float16, in e4m3 blocks of 128 x 128 and in packed e2m1 experts, as the "
-    "released checkpoints have them."
+    "foldkv reads safetensors in float32, bfloat16 or float16, in e4m3 blocks of 128 x 128 and in packed e2m1 experts, as "
+    "in the released checkpoints."
 )
 _METHODS = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
@@ -57,7 +57,7 @@ class Unread:
     def message(self, place: Path) -> str:
         """What was found where, what is read, and what to do next."""
         return (
-            f"{place}: the weights are stored as {self.name}, which is not read ({self.sign}). {_READ} Take the released "
+            f"{place}: the weights are stored as {self.name}, which foldkv does not read ({self.sign}). {_READ} Use the released "
             "checkpoint, or convert this one to bfloat16 safetensors with the tool that made it."
         )
 
@@ -86,7 +86,7 @@ def _unread_quantisation(key: str, table: Mapping[str, Any]) -> Unread | None:
         form = f" ({table['format']})" if isinstance(table.get("format"), str) else ""
         return Unread(f"{_METHODS.get(str(method), repr(method))}{form}", f"{key}.quant_method is {method!r}")
     if table.get("fmt", "e4m3") != "e4m3":
-        return Unread(f"fp8 of the format {table['fmt']}", f"{key}.fmt is {table['fmt']!r}")
+        return Unread(f"fp8 in the format {table['fmt']}", f"{key}.fmt is {table['fmt']!r}")
     if "weight_block_size" in table and table["weight_block_size"] is None:
         return Unread("fp8 with one scale for a whole matrix", f"{key}.weight_block_size is null")
     return None
@@ -133,7 +133,7 @@ def unread_file(path: Path) -> Unread | None:
     """What a path says that was given in place of a checkpoint's folder."""
     for kind, patterns in _FOREIGN_FILES:
         if any(path.match(pattern) for pattern in patterns):
-            return Unread(kind, "given was a file of weights")
+            return Unread(kind, "the path is a file of weights")
     return None
 
 
@@ -151,4 +151,4 @@ def warn_of_unread_weights(path: Path, config: Mapping[str, Any]) -> None:
     """Log, once, that the weights of a folder, or those that a bare config.json belongs to, are not read."""
     found = unread_in_config(config) or (unread_in_folder(path) if path.is_dir() else None)
     if found:
-        warn_once(logger, f"{found.message(path)} What needs no weights is computed all the same.")
+        warn_once(logger, f"{found.message(path)} Everything that needs no weights is still computed.")

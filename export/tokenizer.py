@@ -53,7 +53,7 @@ def tokenizer_json(folder: Path) -> str | None:
         return (folder / TOKENIZER).read_text(encoding="utf-8")
     if differing := _first_difference(tokenizer, content):
         _log.warning(
-            "the bundle's tokenizer encodes %r otherwise than AutoTokenizer.from_pretrained(%r) does. Compare their ids, "
+            "the bundle's tokenizer encodes %r differently from AutoTokenizer.from_pretrained(%r). Compare their ids, "
             "or encode with transformers and give token ids.", differing, str(folder),
         )  # fmt: skip
     return content

@@ -149,7 +149,7 @@ def referenced(checkpoint: Checkpoint) -> Weights:
         else:
             sources[name.removesuffix(".w13")] = found
     if len(layouts) > 1:
-        problems.append(f"experts lie in {len(layouts)} different orders; one is needed")
+        problems.append(f"experts are in {len(layouts)} different orders; expected one")
     if problems:
         raise CheckpointError(
             listing(
@@ -225,7 +225,7 @@ def _single(checkpoint: Checkpoint, name: str, placed: Mapping[str, tuple[str, i
     format_ = checkpoint.format(name)
     assert format_ is not None
     if data[0].dtype != ir.DataType.FLOAT8E4M3FN:
-        return f"tensor {name} is {format_.name}; only routed experts are used so"
+        return f"tensor {name} is {format_.name}; only routed experts can be used in this format"
     rows, columns = data[0].shape
     block = (min(format_.block[0], rows), min(format_.block[1], columns))
     return Quantised(data[0], data[1], block)
@@ -251,9 +251,7 @@ def _experts(checkpoint: Checkpoint, prefix: str) -> tuple[str, list[dict[str, t
         shape = _matrix_shape(name)
         for size, count, block in zip(shape, scale.shape, format_.block, strict=True):
             if count > 1 and size % block:
-                return (
-                    f"{prefix} are {list(shape)}, which is no multiple of the {list(format_.block)} that share a scale"
-                )
+                return f"{prefix} are {list(shape)}, which is not a multiple of the {list(format_.block)} that share a scale"
     return format_.name, parts
 
 
@@ -275,7 +273,7 @@ def _rows_in_place(checkpoint: Checkpoint, prefix: str) -> Packed | str:
         tables.append(table)
     codes, scales = tables
     if codes.slots != scales.slots:
-        return f"{prefix}: weights and scales lie in different orders"
+        return f"{prefix}: weights and scales are in different orders"
     matrices = _matrices(parts[0], codes.offsets, scales.offsets)
     return Packed(format_, codes.data(checkpoint), scales.data(checkpoint), codes.slots, matrices)
 
@@ -325,20 +323,20 @@ class _Rows:
     def of(cls, experts: list[dict[str, Stored]]) -> _Rows | str:
         files = {stored.file for row in experts for stored in row.values()}
         if len(files) > 1:
-            return f"lie in {len(files)} files"
+            return f"are in {len(files)} files"
         starts = [min(stored.offset for stored in row.values()) for row in experts]
         offsets = {part: stored.offset - starts[0] for part, stored in experts[0].items()}
         for row, start in zip(experts, starts, strict=True):
             if {part: stored.offset - start for part, stored in row.items()} != offsets:
-                return "of its experts do not lie alike"
+                return "are not at the same offsets in every expert"
         order = sorted(starts)
         extent = max(offsets[part] + stored.bytes for part, stored in experts[0].items())
         stride = order[1] - order[0] if len(order) > 1 else extent
         if stride < extent or any(b - a != stride for a, b in itertools.pairwise(order)):
-            return "do not lie at a regular distance"
+            return "are not at a regular distance"
         file = next(iter(files))
         if order[0] + len(order) * stride > file.stat().st_size:
-            return "lie at a distance that leads out of the file"
+            return "are at a distance that leads out of the file"
         place = {start: slot for slot, start in enumerate(order)}
         return cls(next(iter(experts[0].values())), order[0], stride, tuple(place[start] for start in starts), offsets)
 

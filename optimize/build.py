@@ -193,8 +193,8 @@ def _injected_choices(
         )
     if plugins is False or layout not in (None, made["layout"]):
         raise InputError(
-            f"{graph} was injected with plugins and the layout {made['layout']}; it is built so. "
-            "Leave --plugins and --layout out, or give the graph that export wrote."
+            f"{graph} was injected with plugins and the layout {made['layout']}, so it is built that way. "
+            "Omit --plugins and --layout, or give the graph that export wrote."
         )
     packs = made["layout"] in PACKED and manifest["profile"] == SERVED
     return [
@@ -322,7 +322,7 @@ def _other_version(manifest: dict[str, Any]) -> str:
 
 _CHANGES = {
     "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
-    "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds in another way",
+    "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds differently",
     "target": "the table of targets changed",
 }  # fmt: skip
 

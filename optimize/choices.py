@@ -52,13 +52,13 @@ def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, pl
         if layout == DENSE or (layout in PACKED and profile == SERVED):
             return ""
         return (
-            f"layout {layout} is not kept: without plugins rows are dense, or {', '.join(PACKED)} in a graph of the profile "
-            f"{SERVED}, which computes those values. Export with --profile served, or choose the layout dense"
+            f"layout {layout} is not supported: without plugins only a graph of the profile {SERVED} can have packed rows "
+            f"({', '.join(PACKED)}), because it computes their values. Export with --profile served, or choose the layout dense"
         )
     if not plugins:
-        return "" if layout == DENSE else f"layout {layout} needs plugins, which alone read packed rows on a GPU"
+        return "" if layout == DENSE else f"layout {layout} needs plugins: only they read packed rows on a GPU"
     reasons = _plugin_gaps(spec, profile, target.sm, target.precision, layout)
-    return f"layout {layout} is not kept: {reasons[0]}" if reasons else ""
+    return f"layout {layout} is not supported: {reasons[0]}" if reasons else ""
 
 
 def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout: str) -> list[str]:

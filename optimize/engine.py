@@ -48,14 +48,14 @@ def engine_version(backend: str, *, target: str, sm: int) -> str:
     if not version:
         missing.append(f"the package tensorrt, version {_TENSORRT_MAJOR}: {pip_line([MODULES[TENSORRT]])}")
     elif int(version.split(".")[0]) < _TENSORRT_MAJOR:
-        missing.append(f"TensorRT {_TENSORRT_MAJOR}; installed is {version}: {pip_line([MODULES[TENSORRT]])}")
+        missing.append(f"TensorRT {_TENSORRT_MAJOR}; {version} is installed: {pip_line([MODULES[TENSORRT]])}")
     capability = device_capability()
     if capability != sm:
         found = f"the one here has {capability / 10:.1f}" if capability else "there is none here"
         missing.append(f"a GPU of compute capability {sm / 10:.1f}, because TensorRT times kernels on it; {found}")
     if missing:
-        title = f"{target} (sm{sm}) is a target of TensorRT {_TENSORRT_MAJOR} (TensorRT-RTX has no engines for it), which is not usable here"
-        step = f"On a machine that has these, run `foldkv build GRAPH --target {target} -o OUT`; the graph package can be copied there."
+        title = f"{target} (sm{sm}) needs TensorRT {_TENSORRT_MAJOR}, which cannot be used here (TensorRT-RTX has no engines for {target})"
+        step = f"Run `foldkv build GRAPH --target {target} -o OUT` on a machine that has these. You can copy the graph package there."
         package = [] if version else [MODULES[TENSORRT]]
         raise MissingDependencyError(
             listing(title, missing, step), packages=package, install=pip_line(package) if package else ""

@@ -215,7 +215,9 @@ def within_model(spec: ModelSpec, context: int) -> int:
     """The context, or the largest that the model takes, with a warning."""
     largest = spec.max_position_embeddings
     if context > largest:
-        _LOG.warning("this model takes at most %s tokens; planned is that, not %s.", f"{largest:,}", f"{context:,}")
+        _LOG.warning(
+            "this model takes at most %s tokens; the plan is for that many, not for %s.", f"{largest:,}", f"{context:,}"
+        )
     return min(context, largest)
 
 

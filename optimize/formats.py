@@ -38,7 +38,7 @@ def _bits(experts: float, projections: float, ends: float) -> dict[str, float]:
 
 _WORDS = (
     "carried in int32 words, gathered and decoded (optimize/passes/weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
-    "with as many bytes in the plan as in the file; nothing of it is particular to a GPU"
+    "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
 )
 FLOAT32 = "float32"
 #: From wide to narrow; fp8 and fp4 as released: e4m3 with a scale per 128 x 128 block, which is below a thousandth and left

@@ -22,7 +22,7 @@ def read_plan_header(plan: bytes) -> dict[str, Any]:
     """
     if len(plan) < _HEADER_BYTES or plan[:4] != _MAGIC or plan[28:32] != _MAGIC:
         raise BuildError(
-            f"{len(plan)} bytes that start with {plan[:4]!r} are no TensorRT-RTX plan. Build the engine again."
+            f"{len(plan)} bytes that start with {plan[:4]!r} are not a TensorRT-RTX plan. Build the engine again."
         )
     (mask,) = struct.unpack_from("<I", plan, 32)
     return {
@@ -55,8 +55,8 @@ def check_plan(plan: bytes, *, sm: int | None) -> dict[str, Any]:
         )
     if sm is None and not header["forward_compatible"]:
         raise BuildError(
-            f"the plan is for sm {header['sm']} alone; asked for was a forward-compatible one. Report this as a fault of foldkv."
+            f"the plan is for sm {header['sm']} only; expected a forward-compatible one. Report this as a fault of foldkv."
         )
     if sm is not None and (header["sm"] != [sm] or header["forward_compatible"]):
-        raise BuildError(f"the plan is for sm {header['sm']}; asked for was {sm}. Report this as a fault of foldkv.")
+        raise BuildError(f"the plan is for sm {header['sm']}; expected {sm}. Report this as a fault of foldkv.")
     return header

@@ -254,7 +254,7 @@ def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
     if meta.tmem_size > _TENSOR_MEMORY:
         wrong.append(f"{meta.tmem_size} columns of tensor memory, there are {_TENSOR_MEMORY}")
     if meta.global_scratch_size or meta.profile_scratch_size:
-        wrong.append("it needs scratch memory, which no plugin is given")
+        wrong.append("it needs scratch memory, which plugins do not get")
     if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl or meta.tensordesc_meta:
         wrong.append("it needs a cluster, a cooperative launch or descriptors, which TensorRT does not launch")
     if wrong:
@@ -269,7 +269,7 @@ def _resources(log: str) -> tuple[int, int, int]:
     """Registers, stack bytes and spilled bytes per thread, from what ptxas says of a kernel."""
     found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
     if found is None:
-        raise BuildError(f"ptxas tells no resources: {log[-200:]!r}")
+        raise BuildError(f"ptxas reported no resources: {log[-200:]!r}")
     stack, spills, registers = map(int, found.groups())
     return registers, stack, spills
 

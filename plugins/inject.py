@@ -114,7 +114,7 @@ def inject(
     verify_files(graph, manifest)
     if "injection" in manifest:
         raise InputError(
-            f"{graph} was injected for {manifest['injection']['target']} already. Give the graph that export wrote."
+            f"{graph} was already injected for {manifest['injection']['target']}. Give the graph that export wrote."
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
@@ -223,7 +223,7 @@ def inject_nodes(
             f"layout {layout} needs a plugin for every operator that touches cache rows on {target} (sm{sm}, {dtype})"
         )
         raise InputError(
-            listing(title, packed, "Take another layout; `foldkv targets --coverage` shows what there is.")
+            listing(title, packed, "Choose another layout; `foldkv targets --coverage` shows what plugins read.")
         )
     for node, plugin, rows in given:
         fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}

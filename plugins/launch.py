@@ -247,17 +247,21 @@ def _check(call: _Call, layout_version: int) -> None:
     elif call.rows != DENSE and spec.rows:
         wrong += _packed(call)
     if "D" in sizes and sizes["D"] % 16:
-        wrong.append(f"rows are {sizes['D']} wide, which 16 does not divide")
+        wrong.append(f"rows are {sizes['D']} wide; expected a multiple of 16")
     if "P" in sizes and (sizes["P"] & (sizes["P"] - 1) or 2 * sizes["P"] > sizes["D"]):
-        wrong.append(f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most all")
+        wrong.append(
+            f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most {sizes.get('D')}"
+        )
     if "rotary" in attributes and attributes["rotary"] != call.rotary:
-        wrong.append(f"keeps {attributes['rotary']} channels in bfloat16, rows have {call.rotary} rotated ones")
+        wrong.append(
+            f"it keeps {attributes['rotary']} channels in bfloat16, but rows have {call.rotary} rotated channels"
+        )
     wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
     if spec.operator in _VALUES and sizes["T"] != attributes["ratio"]:
-        wrong.append(f"a bias of {sizes['T']} rows does not belong to ratio {attributes['ratio']}")
+        wrong.append(f"a bias of {sizes['T']} rows does not fit ratio {attributes['ratio']}")
     if "C" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
         wrong.append(
-            f"carries of {sizes['R']} rows by {sizes['C']} do not belong to entries of {sizes['D']} channels and ratio "
+            f"carries of {sizes['R']} rows by {sizes['C']} do not fit entries of {sizes['D']} channels and ratio "
             f"{attributes['ratio']}"
         )
     if wrong:
@@ -268,7 +272,7 @@ def _packed(call: _Call) -> list[str]:
     """What is wrong with the sizes of packed rows."""
     turned = 2 * call.sizes.get("P", call.rotary // 2)
     if call.rows == FP8_DS_MLA and call.rotary != turned:
-        return [f"rows have {call.rotary} rotated channels and the frequencies of {turned}"]
+        return [f"rows have {call.rotary} rotated channels but frequencies for {turned}"]
     try:
         size = call.row_size
     except InputError as error:

@@ -145,7 +145,7 @@ class KernelOperators:
         """The packed format whose rows have as many bytes as the state's."""
         first = next(iter(sorted(spec.rows - {DENSE})), None)
         if first is None:
-            raise ValueError(f"{spec.operator} reads no packed rows")
+            raise ValueError(f"{spec.operator} does not read packed rows")
         sizes = spec.dimensions(shapes, rows=first)
         fitting = []
         for rows in sorted(spec.rows - {DENSE}):
@@ -155,7 +155,7 @@ class KernelOperators:
         if len(fitting) != 1:
             raise ValueError(
                 f"{spec.operator}: rows of {sizes['ROW']} bytes for {sizes['D']} channels are "
-                f"{' or '.join(fitting) or 'of no format that it reads'}"
+                f"{' or '.join(fitting) or 'in a format that it does not read'}"
             )
         return fitting[0]
 

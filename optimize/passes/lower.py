@@ -94,7 +94,7 @@ def lowered_graph(
     InlinePass(criteria=lambda function: function.name not in kept)(model)
     for node in model.graph:
         if node.op_type in kept and NAMESPACE_ATTRIBUTE not in node.attributes:
-            raise BuildError(f"{node.op_type} ({node.name}) was given to no plugin, others of its kind were.")
+            raise BuildError(f"{node.op_type} ({node.name}) has no plugin, but other nodes of its kind have one.")
     for identifier in [key for key, function in model.functions.items() if function.name in kept]:
         del model.functions[identifier]
     RemoveUnusedFunctionsPass()(model)
@@ -183,7 +183,9 @@ def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, St
             packed = new.dtype == "int8"
             for node in [*(user for user, _ in values[name].uses()), values[name].producer()]:
                 if packed and node is not None and NAMESPACE_ATTRIBUTE not in node.attributes:
-                    raise BuildError(f"{name} is packed, but {node.op_type} ({node.name}) touches it and is no plugin.")
+                    raise BuildError(
+                        f"{name} is packed, but {node.op_type} ({node.name}) touches it and is not a plugin."
+                    )
         # `rows`, the ring with the chunk behind it, is kept like the ring.
         for node, _ in values[tensor.input].uses():
             if NAMESPACE_ATTRIBUTE not in node.attributes:

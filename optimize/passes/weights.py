@@ -162,7 +162,7 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
             )
         except KeyError as error:
             raise BuildError(
-                f"{node.op_type} ({node.name}) does not say where its matrices lie: attribute {error} is missing. The graph "
+                f"{node.op_type} ({node.name}) does not say where its matrices are: attribute {error} is missing. The graph "
                 "was exported by an older foldkv: export the checkpoint again."
             ) from None
         codes, scales = node.inputs[3], node.inputs[4]
@@ -177,8 +177,8 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
         }  # fmt: skip
         if placed.setdefault(node.op_type, moved) != moved:
             raise BuildError(
-                f"{node.op_type} ({node.name}) has experts that lie otherwise than those of other layers. Export the "
-                "checkpoint with --weights repack, which lays them alike."
+                f"{node.op_type} ({node.name}) stores its experts differently from other layers. Export the "
+                "checkpoint with --weights repack, which stores them all alike."
             )
     for op_type, matrices in placed.items():
         format_ = format_of_node(op_type)

@@ -255,7 +255,7 @@ def test_links_of_the_hugging_face_cache_are_followed_and_stray_files_ignored(
 
 def test_a_pointer_of_git_lfs_is_named(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointError, match="pointer of Git LFS"):
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
         Checkpoint(saved)
 
 
