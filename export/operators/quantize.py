@@ -23,7 +23,7 @@ from foldkv.export.operators.rows import pack, unpack
 
 # 2 ** (i - 149): every power of two that float32 has.
 _POWERS = numpy_helper.from_array(np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32))
-# By byte as an int8 index: Gather counts negative indices from the end.
+# Values by byte. Gather reads a byte as int8 and counts negative indices from the end.
 _E4M3 = numpy_helper.from_array(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 _E8M0 = numpy_helper.from_array(np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.inf)))
 _BF16 = numpy_helper.from_array(np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32))
