@@ -159,7 +159,7 @@ class _RopeReader:
             factor = self.config.get("partial_rotary_factor")
         if factor is None:
             self.findings.append(
-                f"{label} has no partial_rotary_factor; transformers then rotates all channels, whatever qk_rope_head_dim says. "
+                f"{label} has no partial_rotary_factor; transformers then rotates all channels and ignores qk_rope_head_dim. "
                 "Add it"
             )
             return None
