@@ -355,7 +355,7 @@ class Checkpoint:
         scale = self.headers[scale_name(name)].read()
         values = scale_values(scale)
         if not bool((values.isfinite() & (values > 0)).all()):
-            raise CheckpointError(f"scale {scale_name(name)} holds NaN, infinite or non-positive values")
+            raise CheckpointError(f"scale {scale_name(name)} contains NaN, infinite or non-positive values")
         return dequantised(stored, scale, found)
 
 
@@ -431,7 +431,7 @@ def expert_parts(name: str, checkpoint: Checkpoint) -> dict[str, tuple[int | sli
 
 def _unusable(name: str, value: Tensor, experts: int) -> list[str]:
     if value.is_floating_point():
-        return [] if bool(value.isfinite().all()) else [f"tensor {name} holds NaN or infinite values"]
+        return [] if bool(value.isfinite().all()) else [f"tensor {name} contains NaN or infinite values"]
     if name.endswith("tid2eid") and bool((value < 0).any() or (value >= experts).any()):
         return [f"tensor {name} names experts outside 0..{experts - 1}"]
     return []

@@ -121,7 +121,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Download or write the file again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object with model facts.")
+        raise CheckpointError(f"{path} contains a JSON {type(value).__name__}; expected an object with model facts.")
     return value
 
 

@@ -514,5 +514,5 @@ def _check(model: ir.Model, spec: ModelSpec, profile: str) -> None:
     expected = expected_operators(spec, profile)
     if found | {"FoldkvRoutedExperts": experts} != expected:
         raise FoldkvError(
-            f"the stitched graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."
+            f"the stitched graph has operators {found}; expected {expected}. Report this as a fault of foldkv."
         )

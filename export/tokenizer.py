@@ -47,7 +47,7 @@ def tokenizer_json(folder: Path) -> str | None:
     except Exception as error:  # noqa: BLE001 - transformers raises all kinds
         reason = " ".join(str(error).split())[:200]
         _log.warning(
-            "transformers cannot load the tokenizer of %s (%s: %s). tokenizer.json is used as it is; special tokens that other "
+            "transformers cannot load the tokenizer of %s (%s: %s). tokenizer.json is used unchanged; special tokens that other "
             "files ask for are not added.", folder, type(error).__name__, reason,
         )  # fmt: skip
         return (folder / TOKENIZER).read_text(encoding="utf-8")

@@ -239,7 +239,7 @@ def _check_operators(model: ir.Model, decoder: Decoder) -> None:
     found, expected = operator_counts(model), expected_counts(decoder)
     if found != expected:
         raise FoldkvError(
-            f"the traced graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."
+            f"the traced graph has operators {found}; expected {expected}. Report this as a fault of foldkv."
         )
 
 

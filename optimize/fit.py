@@ -87,7 +87,7 @@ class TargetPlan:
         return max(0, self.replicated + self.weights[format_] - self.capacity)
 
     def devices(self, format_: str) -> int | None:
-        """GPUs that hold the weights beside caches and activations; None if no number does."""
+        """Number of GPUs for weights, caches and activations; None if no number is enough."""
         room = self.capacity - self.replicated
         return -(-self.weights[format_] // room) if room > 0 else None
 
