@@ -1,12 +1,13 @@
 """Checkpoint: the tensors of a folder of safetensors, under the released checkpoints' names.
 
-Three spellings of one checkpoint are read: the released names (``layers.0.attn.wq_a.weight``), the same
-as saved by transformers (``model.layers.0.attn.wq_a.weight``) and transformers' module names
-(``model.layers.0.self_attn.q_a_proj.weight``, experts stacked, or one by one as other models of Hugging Face name them:
-``model.layers.0.mlp.experts.3.gate_proj.weight``). A quantised weight (export/formats.py) has its scale beside it:
-``layers.0.attn.wq_a.scale``, or ``…weight_scale_inv`` as transformers saves it. Everything that is missing,
-unexpected or of a wrong shape is listed in one error, from the headers alone, before any weight is read. Tensors that
-no layer of the decoder has, those of the draft head, need not be there, nor the files that hold nothing else.
+A checkpoint can use three spellings: the released names (``layers.0.attn.wq_a.weight``), the same names as saved by
+transformers (``model.layers.0.attn.wq_a.weight``), and transformers' module names
+(``model.layers.0.self_attn.q_a_proj.weight``). With module names, experts are stacked, or single as in other models of
+Hugging Face (``model.layers.0.mlp.experts.3.gate_proj.weight``). A quantised weight (export/formats.py) has its scale
+beside it: ``layers.0.attn.wq_a.scale``, or ``…weight_scale_inv`` as saved by transformers.
+
+One error lists everything that is missing, unexpected or of a wrong shape. It comes from the headers, before any weight is
+read. The draft head is not part of the decoder: its tensors can be absent, and so can files with nothing else.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _READABLE = ("F32", "BF16", "F16", "I64", "I32")
 
-# transformers' module names to released names; applied in order to names that use them.
+# transformers' module names to released names, applied in order.
 _RENAMES = [
     (re.compile(pattern), target)
     for pattern, target in (
@@ -48,7 +49,7 @@ _RENAMES = [
         (r"\.self_attn\.compressor\.indexer\.q_b_proj\.", ".attn.indexer.wq_b."),
         (r"\.self_attn\.compressor\.indexer\.", ".attn.indexer.compressor."),
         (r"(compressor)\.kv_norm\.", r"\1.norm."),
-        (r"\.attn\.norm\.", ".attn.kv_norm."),  # how transformers 5 writes the released name back
+        (r"\.attn\.norm\.", ".attn.kv_norm."),  # transformers 5 writes the released name like this
         (r"\.self_attn\.", ".attn."),
         (r"\.mlp\.", ".ffn."),
         (r"\.input_layernorm\.", ".attn_norm."),
@@ -69,18 +70,18 @@ _RENAMES = [
         (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
         (r"\.experts\.gate_up_proj", ".experts.w13"),
         (r"\.experts\.down_proj", ".experts.w2"),
-        (r"\.weight_scale(_inv)?$", ".scale"),  # of one weight, and of stacked experts, as transformers writes them
+        (r"\.weight_scale(_inv)?$", ".scale"),  # of single weights, and of stacked experts, as transformers writes them
         (r"\.experts\.(w13|w2)_scale_inv$", r".experts.\1.scale"),
     )
 ]
 _RELEASED_EXPERT = re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.(weight|scale)$")
-# Single experts under the names that other models of Hugging Face, and tools for them, give to theirs.
+# Single experts, with the names that other models of Hugging Face and their tools use.
 _NAMED_EXPERT = re.compile(
     r"(layers\.\d+)\.(?:mlp|ffn)\.(experts\.\d+)\.(gate|down|up)_proj\.(weight|scale|weight_scale(?:_inv)?)$"
 )
 _PARTS = {"gate": "w1", "down": "w2", "up": "w3"}
-_IGNORED = re.compile(r"^mtp\.")  # the draft head is no part of the decoder
-# Tensors that may be quantised: matrices of linear layers, and experts, alone or stacked.
+_IGNORED = re.compile(r"^mtp\.")  # the draft head is not part of the decoder
+# Tensors that can be quantised: matrices of linear layers, and experts, single or stacked.
 _MATRIX = re.compile(r"\.weight$|\.experts\.(w13|w2)$")
 
 
@@ -98,7 +99,7 @@ def released_name(name: str) -> str:
 
 
 def _ignored(name: str) -> bool:
-    """Whether a tensor, by its name in a file, is none that the decoder has."""
+    """Whether a tensor, by its name in a file, does not belong to the decoder."""
     return bool(_IGNORED.match(name.removeprefix("model.")))
 
 
@@ -118,17 +119,17 @@ def _block(config: dict[str, Any]) -> tuple[int, int]:
 class Checkpoint:
     """A checkpoint folder: config, tensor table from the headers, weights on demand.
 
-    Links are followed, as the cache of Hugging Face is made of them. With an index only the files that it names are
-    opened, and of those only the ones that hold a tensor of the decoder.
+    Links are followed, because the cache of Hugging Face uses them. If there is an index, only files that it names and that
+    have a tensor of the decoder are opened.
 
     Args:
         folder: with config.json and safetensors.
-        allow_unknown_keys: keys of config.json to ignore that would be refused because nobody knows them.
+        allow_unknown_keys: unknown keys of config.json to ignore instead of refusing them.
 
     Attributes:
-        config: config.json without the keys that are ignored.
-        allowed_keys: which of ``allow_unknown_keys`` it has.
-        headers: released name -> where the tensor is stored; without the tensors that the decoder does not have.
+        config: config.json without the ignored keys.
+        allowed_keys: the keys of ``allow_unknown_keys`` that the file has.
+        headers: released name -> where the tensor is stored; only tensors of the decoder.
 
     Raises:
         CheckpointError: config.json, the index or a safetensors file is missing or damaged.
@@ -240,12 +241,12 @@ class Checkpoint:
         return total.hexdigest()
 
     def texts_digest(self) -> str:
-        """sha256 over the files that say how texts begin, end and are read: tokenizer and generation_config.json."""
+        """sha256 over the files that define how texts begin, end and are read: tokenizer and generation_config.json."""
         paths = [self.folder / name for name in TEXT_FILES]
         return sha256_json({path.name: sha256_file(path) for path in paths if path.is_file()})
 
     def identity(self) -> str:
-        """sha256 over config.json, and name, size and header of every weight file: what can be told without reading weights."""
+        """sha256 over config.json and the name, size and header of every weight file, so without reading weights."""
         rows = [[shard.file.name, shard.bytes, shard.header_sha256] for shard in self.shards]
         return sha256_json([sha256_file(self.folder / "config.json"), rows])
 
@@ -280,14 +281,14 @@ class Checkpoint:
             )
 
     def format(self, name: str) -> Format | None:
-        """The format of a weight matrix; None for tensors that are no weight matrix, and for unknown dtypes."""
+        """The format of a weight matrix; None for tensors that are not weight matrices, and for unknown dtypes."""
         return format_of(self.headers[name].dtype, self.block) if _MATRIX.search(name) else None
 
     def _quantised(self, name: str) -> bool:
         return name in self.headers and (found := self.format(name)) is not None and found.name != PLAIN
 
     def _misfits(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """What keeps a tensor, with its scale, from being a value of that shape."""
+        """Why a tensor, with its scale, is not a value of that shape."""
         stored = self.headers[name]
         found = self.format(name)
         if found is None or found.name == PLAIN:
@@ -342,7 +343,7 @@ class Checkpoint:
         return needed
 
     def value(self, name: str) -> Tensor:
-        """A tensor of the decoder by its released name: dequantised to float32 if it is quantised, else as stored.
+        """A tensor of the decoder by its released name: dequantised to float32 if it is quantised, otherwise as stored.
 
         Raises:
             CheckpointError: it cannot be read, or its scale is NaN, infinite or not above zero.
@@ -354,7 +355,7 @@ class Checkpoint:
         scale = self.headers[scale_name(name)].read()
         values = scale_values(scale)
         if not bool((values.isfinite() & (values > 0)).all()):
-            raise CheckpointError(f"scale {scale_name(name)} holds NaN, infinite or non-positive values")
+            raise CheckpointError(f"scale {scale_name(name)} contains NaN, infinite or non-positive values")
         return dequantised(stored, scale, found)
 
 
@@ -372,8 +373,8 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decoder:
     """The model with its weights in float32, ready to run or to trace.
 
-    Quantised weights are dequantised one tensor at a time, experts straight into their stack: beside the model itself
-    there is never more than one tensor in memory.
+    Quantised weights are dequantised one tensor at a time, experts directly into their stack. So memory never has more than
+    the model and one tensor.
 
     Raises:
         CheckpointError: the tensors do not fit the config (see :meth:`Checkpoint.check`), or a value or a scale is NaN
@@ -405,7 +406,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decode
             listing(f"{checkpoint.folder} has unusable weights", problems, "Download the weights again.")
         )
     model.load_state_dict(values, assign=True)
-    # Frequencies and rotations are no part of a checkpoint, and the model was made without storage.
+    # Frequencies and rotations are not in a checkpoint, and the model was made without storage.
     for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
         assert isinstance(block, Layer)
         block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
@@ -415,7 +416,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decode
 
 
 def expert_parts(name: str, checkpoint: Checkpoint) -> dict[str, tuple[int | slice, ...]]:
-    """The tensors of single experts that a stacked one is made of, with their places in it; none if it is stored stacked."""
+    """The single experts' tensors in a stacked one, with their places; none if the file has the stacked tensor itself."""
     prefix, _, kind = name.rpartition(".")
     if not prefix.endswith(".experts") or name in checkpoint.headers:
         return {}
@@ -430,17 +431,17 @@ def expert_parts(name: str, checkpoint: Checkpoint) -> dict[str, tuple[int | sli
 
 def _unusable(name: str, value: Tensor, experts: int) -> list[str]:
     if value.is_floating_point():
-        return [] if bool(value.isfinite().all()) else [f"tensor {name} holds NaN or infinite values"]
+        return [] if bool(value.isfinite().all()) else [f"tensor {name} contains NaN or infinite values"]
     if name.endswith("tid2eid") and bool((value < 0).any() or (value >= experts).any()):
         return [f"tensor {name} names experts outside 0..{experts - 1}"]
     return []
 
 
 def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The ids that end a text: those of config.json, and those that generation_config.json, where there is one, adds.
+    """The ids that end a text, from config.json and, if it exists, generation_config.json.
 
     Raises:
-        CheckpointError: generation_config.json is damaged, or an id of it is no token of the model.
+        CheckpointError: generation_config.json is damaged, or one of its ids is not a token of the model.
     """
     spec, path = checkpoint.spec, checkpoint.folder / "generation_config.json"
     if not path.is_file():
@@ -450,13 +451,13 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     if not all(type(token) is int and 0 <= token < spec.vocab_size for token in added):
         raise CheckpointError(
             f"{path}: eos_token_id is {value!r}; expected a token id below {spec.vocab_size}, a list of them or null. "
-            "Correct it, or remove the key: config.json's ids are used then."
+            "Correct it, or remove the key, which leaves config.json's ids."
         )
     return tuple(dict.fromkeys((*spec.eos_token_ids, *added)))
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a service needs to know of the model, as manifest values; runtime/bundle.py reads them."""
+    """What a service needs to know about the model, as manifest values; runtime/bundle.py reads them."""
     spec = checkpoint.spec
     return {
         "architecture": "deepseek_v4",

@@ -1,9 +1,9 @@
-"""Keys of config.json that the geometry is not read from: without effect, harmless, harmful, unknown. Standard library only.
+"""Keys of config.json that do not describe the geometry: without effect, harmless, harmful, unknown. Standard library only.
 
-Keys that have no effect on the model are ignored: those that released files and transformers write silently, those of
-trainers and other tools with a warning. A key that is known elsewhere to change the computation is ignored with a warning
-where its value is the one that changes nothing, and refused with the reason where it is not. All others are refused, because
-nobody knows what they change.
+Keys without effect on the model are ignored: silently if released files and transformers write them, with a warning if
+trainers and other tools do. Some keys change the computation in other models. Such a key is ignored with a warning if its
+value changes nothing, and otherwise refused with the reason. All other keys are refused, because nobody knows what they
+change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from foldkv.export.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
-#: What released checkpoints and transformers write: training, sampling, storage, the draft head. Ignored silently.
+#: Keys that released checkpoints and transformers write: training, sampling, storage, the draft head. Ignored silently.
 _WITHOUT_EFFECT = (
     "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "torch_dtype", "dtype",
     "use_cache", "expert_dtype", "quantization_config", "quantization", "compression_config", "num_nextn_predict_layers",
@@ -27,36 +27,36 @@ _WITHOUT_EFFECT = (
     "problem_type", "_name_or_path", "attn_implementation", "default_partial_rotary_factor", "default_compress_rates",
     "default_num_hash_layers", "auto_map", "max_window_layers",
 )  # fmt: skip
-#: What trainers, quantisers and older versions of transformers leave in a file. Ignored with a warning.
+#: Keys that trainers, quantisers and older versions of transformers leave in a file. Ignored with a warning.
 _BOOKKEEPING = (
     "pretraining_tp", "ep_size", "seq_aux", "aux_loss_alpha", "num_labels", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id", "is_decoder", "cross_attention_hidden_size",
     "tie_encoder_decoder", "tf_legacy_loss", "use_bfloat16", "torchscript", "use_return_dict", "gradient_checkpointing",
     "model_name", "model_max_length", "base_model_name_or_path", "peft_type", "use_flash_attention", "experts_implementation",
     "attention_implementation", "name_or_path", "tie_last_hidden_states", "transformers_weights", "license", "language",
-    # Settings of generation that older versions kept here; `foldkv generate` has options for them.
+    # Settings of generation that older versions stored here; `foldkv generate` has options for them.
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
     "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
     "suppress_tokens", "begin_suppress_tokens", "max_new_tokens",
 )  # fmt: skip
-#: Likewise by how they begin; names with an underscore are private to the tool that wrote them.
+#: The same, by prefix; names with a leading underscore are private to the tool that wrote them.
 _BOOKKEEPING_PREFIXES = ("_", "unsloth_", "axolotl_", "swift_", "wandb_", "mtp_", "dspark_")
 
 
 @dataclass(frozen=True)
 class _Neutral:
-    """Values with which a key changes nothing, and what another value changes."""
+    """Values with which a key changes nothing, and what any other value changes."""
 
     values: tuple[Any, ...]
     why: str
 
 
-_GROUPS = "experts are chosen group by group then, which V4 does not do"
-_DENSE = "some layers have no experts then; V4 has them in every layer"
-_CAPPED = "logits are scaled or capped then, which V4 does not do"
-_MSCALE = "rotations or attention scores are scaled then, which V4 does not do"
+_GROUPS = "experts would be chosen group by group, which V4 does not do"
+_DENSE = "some layers would have no experts; V4 has them in every layer"
+_CAPPED = "logits would be scaled or capped, which V4 does not do"
+_MSCALE = "rotations or attention scores would be scaled, which V4 does not do"
 _NEUTRAL = {
     "n_group": _Neutral((None, 0, 1), _GROUPS),
     "topk_group": _Neutral((None, 0, 1), _GROUPS),
@@ -65,22 +65,22 @@ _NEUTRAL = {
     "moe_layer_freq": _Neutral((None, 1), _DENSE),
     "decoder_sparse_step": _Neutral((None, 1), _DENSE),
     "mlp_only_layers": _Neutral((None, []), _DENSE),
-    "per_layer_config": _Neutral((None, {}), "layers differ in more than their kind then"),
-    "use_sliding_window": _Neutral((None, True), "layers see the whole text then; V4 keeps a window"),
+    "per_layer_config": _Neutral((None, {}), "layers would differ in more than their kind"),
+    "use_sliding_window": _Neutral((None, True), "layers would see the whole text; V4 keeps a window"),
     "attn_logit_softcapping": _Neutral((None, 0), _CAPPED),
     "final_logit_softcapping": _Neutral((None, 0), _CAPPED),
     "logit_scale": _Neutral((None, 1), _CAPPED),
     "logits_scaling": _Neutral((None, 1), _CAPPED),
-    "embedding_multiplier": _Neutral((None, 1), "embeddings are scaled then, which V4 does not do"),
-    "residual_multiplier": _Neutral((None, 1), "residual streams are scaled then, which V4 does not do"),
-    "clip_qkv": _Neutral((None,), "queries, keys and values are clipped then, which V4 does not do"),
-    "rope_interleave": _Neutral((None, True), "channels are paired otherwise then; V4 turns neighbouring channels"),
-    "pruned_heads": _Neutral((None, {}, []), "heads are missing then"),
-    "add_cross_attention": _Neutral((None, False), "layers look at another text then"),
+    "embedding_multiplier": _Neutral((None, 1), "embeddings would be scaled, which V4 does not do"),
+    "residual_multiplier": _Neutral((None, 1), "residual streams would be scaled, which V4 does not do"),
+    "clip_qkv": _Neutral((None,), "queries, keys and values would be clipped, which V4 does not do"),
+    "rope_interleave": _Neutral((None, True), "channels would be paired differently; V4 turns neighbouring channels"),
+    "pruned_heads": _Neutral((None, {}, []), "heads would be missing"),
+    "add_cross_attention": _Neutral((None, False), "layers would look at another text"),
     "mscale": _Neutral((None, 0, 1), _MSCALE),
     "mscale_all_dim": _Neutral((None, 0, 1), _MSCALE),
 }
-#: Names of other models for a fact that is read under another name here: harmless where they agree.
+#: Other models' names for a fact that has a different name here: harmless if they agree.
 _SAME_AS = {
     "num_experts": "num_experts",
     "moe_num_experts": "num_experts",
@@ -97,12 +97,12 @@ _SAME_AS = {
 
 @dataclass
 class KeyReport:
-    """What became of the keys that the geometry is not read from. Names of nested keys are dotted.
+    """Decisions on the keys that do not describe the geometry. Names of nested keys are dotted.
 
     Attributes:
         findings: why keys are refused.
         harmless: keys that are ignored with a warning.
-        allowed: keys that are ignored because the caller said so.
+        allowed: keys that are ignored because the caller allowed them.
         unknown: refused keys that could be allowed.
     """
 
@@ -115,14 +115,14 @@ class KeyReport:
     def judge(
         self, name: str, value: Any, facts: Mapping[str, Any], read: Sequence[str], present: Collection[str]
     ) -> None:
-        """Decide on one key that the geometry is not read from.
+        """Decide on one key that does not describe the geometry.
 
         Args:
             name: of the key, dotted if it is nested.
             value: of the key.
-            facts: what was read, by field of ModelSpec.
-            read: names of keys that are read at this place, to suggest one.
-            present: names of keys that the file has at this place: none of them was meant.
+            facts: the facts read so far, by field of ModelSpec.
+            read: names of keys that are read in this place, to suggest one.
+            present: names of keys that the file has in this place; these are not suggested.
         """
         leaf = name.rpartition(".")[2]
         neutral = _NEUTRAL.get(leaf)
@@ -138,19 +138,21 @@ class KeyReport:
             self.findings.append(f"{name} is {value!r}; the other keys give {facts[fact]!r} for it")
         else:
             hint = nearest(leaf, [key for key in read if key not in present])
-            if not hint:  # else the key is a slip, and to ignore it would lose what it says
+            if not hint:  # otherwise the key is a typo, and ignoring it would lose its value
                 self.unknown.append(name)
                 hint = nearest(leaf, read)
             self.findings.append(f"unknown key {name!r} with value {shortened(value)}{hint}")
 
     def judge_all(self, config: Mapping[str, Any], facts: Mapping[str, Any], read: Sequence[str]) -> None:
-        """Decide on every key at the top of a file that is not in ``read``."""
+        """Decide on every top-level key of a file that is not in ``read``."""
         for name, value in config.items():
             if name not in read and name not in _WITHOUT_EFFECT:
                 self.judge(name, value, facts, read, config.keys())
         for name in self.allow:
             if name in read and name in config:
-                self.findings.append(f"{name} is read and cannot be ignored, though it was allowed as an unknown key")
+                self.findings.append(
+                    f"{name} was allowed as an unknown key, but foldkv reads it, so it cannot be ignored"
+                )
 
     def next_step(self) -> str:
         """What to do about keys that could be allowed, or an empty string."""
@@ -163,14 +165,14 @@ class KeyReport:
         )
 
     def warn(self, source: str) -> None:
-        """Log, once per file, which keys are ignored."""
+        """Log once per file which keys are ignored."""
         if self.harmless:
             warn_once(logger, f"{source}: ignored, because they do not change the model: {', '.join(self.harmless)}")
         if self.allowed:
             warn_once(logger, f"{source}: ignored, because you allowed it: {', '.join(self.allowed)}")
 
     def without_ignored(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration without the keys that are ignored: whoever reads it again needs no permission and no warning."""
+        """The configuration without the ignored keys: reading it again needs no permission and gives no warning."""
         drop = {*self.harmless, *self.allowed}
         return _pruned(config, drop, "")
 
@@ -192,6 +194,6 @@ def _harmless(leaf: str, value: Any, neutral: _Neutral | None, facts: Mapping[st
 
 
 def shortened(value: Any) -> str:
-    """A value as a message shows it."""
+    """A value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,11 +1,11 @@
 """Reads the geometry of a model from config.json, in both of its spellings. Standard library only.
 
 Released checkpoints write `compress_ratios`, `num_hash_layers`, `rope_scaling` and `qk_rope_head_dim`; transformers saves
-`layer_types`, `compress_rates`, `mlp_layer_types`, `rope_parameters` and `partial_rotary_factor`. Of every fact the value
-is read that transformers' DeepseekV4Config computes with. Where a file has both spellings and they disagree, it is refused
-with both values; the one exception is a top-level default that transformers writes by itself (export/config_rope.py). The
-layer schedule is always taken from the file: the defaults of transformers' class have CSA and HCA swapped against the
-released checkpoints. All findings are listed in one error.
+`layer_types`, `compress_rates`, `mlp_layer_types`, `rope_parameters` and `partial_rotary_factor`. For every fact, this
+takes the value that transformers' DeepseekV4Config computes with. If a file has both spellings and they disagree, it is
+refused and the error names both values. The only exception is a top-level default that transformers writes by itself
+(export/config_rope.py). The layer schedule always comes from the file, because the defaults of transformers' class swap
+CSA and HCA compared with the released checkpoints. One error lists all findings.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _NUMBERS = {
     "hc_eps": "hc_eps",
     "rms_norm_eps": "rms_norm_eps",
 }
-#: Second names, as in the attribute_map of transformers' class: what is written under one is the other.
+#: Second names, as in the attribute_map of transformers' class: both names mean the same fact.
 _ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
-# Values that are the only ones whose computation is exported.
+# The only values whose computation can be exported.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("deepseek_v4",),
     "num_key_value_heads": (1,),
@@ -80,7 +80,7 @@ class Reading:
 
     Attributes:
         spec: the geometry.
-        config: the file without the keys that were ignored.
+        config: the file without the ignored keys.
         allowed: the unknown keys that were ignored because the caller allowed them.
     """
 
@@ -93,7 +93,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config.json, or the one in a checkpoint folder, as a dict.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object; weights that are not read are named.
+        CheckpointError: there is none, or it is not a JSON object. The message names weights in a format that is not read.
     """
     path = Path(path)
     if path.is_dir():
@@ -121,19 +121,19 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Download or write the file again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object with model facts.")
+        raise CheckpointError(f"{path} contains a JSON {type(value).__name__}; expected an object with model facts.")
     return value
 
 
 def read_model(
     config: Mapping[str, Any], *, source: str = "config.json", allow_unknown_keys: Sequence[str] = ()
 ) -> Reading:
-    """Read a parsed config.json; keys that are ignored are logged as a warning.
+    """Read a parsed config.json; a warning lists the keys that are ignored.
 
     Args:
         config: the parsed file.
-        source: names it in errors and warnings.
-        allow_unknown_keys: keys to ignore that would be refused because nobody knows them; nested ones are dotted.
+        source: its name in errors and warnings.
+        allow_unknown_keys: unknown keys to ignore instead of refusing them; nested ones are dotted.
 
     Raises:
         CheckpointError: unknown, missing or contradictory keys, all listed.
@@ -190,7 +190,7 @@ class _Reader:
         second = self.config.get(alias)
         if value is not None and second is not None and value != second:
             self.findings.append(
-                f"{key} is {value!r} and {alias} is {second!r}; both name one number, of which transformers takes {alias}. "
+                f"{key} is {value!r} and {alias} is {second!r}; both name the same number, and transformers takes {alias}. "
                 "Remove the wrong one"
             )
         key, value = (key, value) if value is not None else (alias if second is not None else key, second)
@@ -220,7 +220,7 @@ class _Reader:
                 f"the layer schedule has {len(types) if isinstance(types, list) else types!r} layers; expected {layers}"
             )
             return (), ()
-        types = types[:layers]  # released files append the layers of the draft head
+        types = types[:layers]  # released files also list the draft head's layers at the end
         for index, kind in enumerate(types):
             if kind not in LAYER_TYPES:
                 self.findings.append(f"layer_types[{index}] is {kind!r}; expected one of {', '.join(LAYER_TYPES)}")
@@ -238,7 +238,7 @@ class _Reader:
         return [_RATIO_TO_TYPE.get(ratio, SLIDING) for ratio in ratios]
 
     def _compare_schedules(self, types: list[Any], rates: dict[str, int], ratios: list[int]) -> None:
-        """Both say how many tokens an entry of a layer stands for, so they must agree layer by layer."""
+        """Both give the number of tokens per entry of a layer, so they must agree layer by layer."""
         if len(ratios) < len(types):
             self.findings.append(f"compress_ratios has {len(ratios)} layers and layer_types has {len(types)}")
             return
@@ -253,7 +253,7 @@ class _Reader:
                 return  # the rest is the same mistake
 
     def _rates(self, used: list[str]) -> dict[str, int]:
-        """Tokens per entry by kind: compress_rates, and the older names of its two entries."""
+        """Tokens per entry by kind, from compress_rates or from the older names of its two entries."""
         table = self.config.get("compress_rates")
         if table is not None and not isinstance(table, dict):
             self.findings.append(f"compress_rates is {table!r}; expected an object from layer type to ratio")
@@ -265,13 +265,13 @@ class _Reader:
                 continue
             if table is not None and table.get(kind, value) != value:
                 self.findings.append(
-                    f"{key} is {value!r} and compress_rates[{kind!r}] is {table[kind]!r}; both name one number, of which "
+                    f"{key} is {value!r} and compress_rates[{kind!r}] is {table[kind]!r}; both name the same number, and "
                     f"transformers takes {key}. Remove the wrong one"
                 )
             given[kind] = value
         for kind in used:
             if kind not in given:
-                self.findings.append(f"compress_rates has no {kind!r}, which layer_types has; add it")
+                self.findings.append(f"compress_rates has no {kind!r}, but layer_types has; add it")
         rates = {}
         for kind, ratio in given.items():
             if kind not in _DEFAULT_RATES:
@@ -337,7 +337,7 @@ def _integers(value: Any) -> bool:
 
 
 def _named_elsewhere(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read, with the facts that other models name (export/config_keys.py)."""
+    """The facts that were read, also under other models' names (export/config_keys.py)."""
     yarn = fields["yarn"]
     return {
         **fields,

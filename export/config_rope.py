@@ -1,12 +1,12 @@
-"""Rotary frequencies in config.json, resolved as transformers' DeepseekV4Config does. Standard library only.
+"""Rotary frequencies in config.json, resolved like in transformers' DeepseekV4Config. Standard library only.
 
-Three forms are read:
+There are three forms:
 
-* ``rope_scaling``, or a flat ``rope_parameters``: the scaling of compressed layers. Their theta is ``compress_rope_theta``,
-  that of sliding layers ``rope_theta``, and the rotated width is ``partial_rotary_factor`` or ``qk_rope_head_dim``.
+* ``rope_scaling``, or a flat ``rope_parameters``: the scaling of compressed layers. Their theta is ``compress_rope_theta``.
+  The theta of sliding layers is ``rope_theta``, and the rotated width is ``partial_rotary_factor`` or ``qk_rope_head_dim``.
 * ``rope_parameters`` (or ``rope_scaling``) with ``main`` and ``compress``: each has its own theta and factor, and those count.
-  transformers still writes the top-level keys beside them, with its class's defaults where nobody set them, so a default
-  there is no contradiction; any other value that differs is.
+  transformers still writes the top-level keys beside them, with its class's defaults if nobody set them. So a default
+  there is not a contradiction; any other different value is.
 * neither: no scaling.
 """
 
@@ -24,7 +24,7 @@ ROPE_KEYS = (
     "rope_theta", "compress_rope_theta", "rope_scaling", "rope_parameters", "qk_rope_head_dim", "partial_rotary_factor",
 )  # fmt: skip
 _MAIN, _COMPRESS = "main", "compress"
-#: What transformers' class writes for keys that were not given.
+#: What transformers' class writes for missing keys.
 _CLASS_DEFAULTS = {"rope_theta": 10000, "compress_rope_theta": 160000, "partial_rotary_factor": 64 / 512}
 _BRANCH_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _YARN_KEYS = (
@@ -36,7 +36,7 @@ _YARN_KEYS = (
 class Rope:
     """Thetas of sliding and of compressed layers, the rotated channels, and the scaling of compressed layers.
 
-    What could not be read is None, or 0 for ``dim``; a finding says why.
+    A value that could not be read is None, or 0 for ``dim``; a finding says why.
     """
 
     theta: float | None = None
@@ -48,13 +48,13 @@ class Rope:
 def read_rope(
     config: Mapping[str, Any], head_dim: int | None, max_positions: int | None, keys: KeyReport, findings: list[str]
 ) -> Rope:
-    """The rotary facts of a configuration; what is wrong or contradictory is added to ``findings``.
+    """The rotary facts of a configuration; everything wrong or contradictory is added to ``findings``.
 
     Args:
         config: a parsed config.json.
         head_dim: channels of a head, if they could be read.
         max_positions: ``max_position_embeddings``, if it could be read.
-        keys: takes the keys inside the tables that are not read.
+        keys: decides on keys inside the tables that are not read.
         findings: one sentence per problem.
     """
     ropes: dict[str, Rope] = {}
@@ -74,7 +74,7 @@ def read_rope(
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number to compute with: neither true nor false, finite, within 64 bits."""
+    """Whether a JSON value is a usable number: not a boolean, finite, within 64 bits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -(2**63) < value < 2**63
 
 
@@ -90,12 +90,12 @@ class _RopeReader:
         self.findings = findings
 
     def table(self, label: str, table: dict[str, Any]) -> Rope:
-        """What one of the two tables means."""
+        """The meaning of one of the two tables."""
         nested = [key for key in (_MAIN, _COMPRESS) if table.get(key) is not None]
         if nested and not all(isinstance(table.get(key), dict) for key in (_MAIN, _COMPRESS)):
             found = " and ".join(f"{key!r} {shortened(table.get(key))}" for key in (_MAIN, _COMPRESS))
             self.findings.append(
-                f"{label} has {found}; transformers ignores both then. Give both as objects, or neither"
+                f"{label} has {found}; transformers then ignores both. Give both as objects, or neither"
             )
             return Rope()
         return self._nested(label, table) if nested else self._flat(label, table)
@@ -138,13 +138,13 @@ class _RopeReader:
         return Rope(theta, compress_theta, dim or 0, self._yarn(f"{label}.{_COMPRESS}", compress, forced=False))
 
     def _branch_theta(self, label: str, name: str, branch: dict[str, Any], key: str) -> float | None:
-        """Theta of a branch: its own; where it has none transformers takes the top-level ``rope_theta``, for both."""
+        """Theta of a branch. If it has none, transformers takes the top-level ``rope_theta`` for both branches."""
         own, top = branch.get("rope_theta"), self.config.get(key)
         if own is None:
             own = self.config.get("rope_theta")
             if top is not None and own is not None and top != own:
                 self.findings.append(
-                    f"{label}.{name} has no rope_theta, so that transformers takes rope_theta, {own!r}, and not {key}, {top!r}. "
+                    f"{label}.{name} has no rope_theta, so transformers takes rope_theta, {own!r}, and not {key}, {top!r}. "
                     "Add the right one to it"
                 )
         elif top is not None and top not in (own, _CLASS_DEFAULTS[key]):
@@ -159,14 +159,14 @@ class _RopeReader:
             factor = self.config.get("partial_rotary_factor")
         if factor is None:
             self.findings.append(
-                f"{label} has no partial_rotary_factor; transformers then rotates all channels, whatever qk_rope_head_dim says. "
+                f"{label} has no partial_rotary_factor; transformers then rotates all channels and ignores qk_rope_head_dim. "
                 "Add it"
             )
             return None
         return self._width(f"{label}.partial_rotary_factor", factor)
 
     def _compare_dim(self, label: str, dim: int) -> None:
-        """Compare the rotated channels of the branches with what the file says beside them."""
+        """Compare the rotated channels of the branches with the top-level keys."""
         factor, width = self.config.get("partial_rotary_factor"), self.config.get("qk_rope_head_dim")
         if factor is None and width is None:
             return
@@ -182,7 +182,7 @@ class _RopeReader:
         return "qk_rope_head_dim" if self.config.get("partial_rotary_factor") is None else "partial_rotary_factor"
 
     def _top_level_dim(self) -> int:
-        """Rotated channels as the keys beside the tables say, or 0."""
+        """Rotated channels according to the keys beside the tables, or 0."""
         factor, width = self.config.get("partial_rotary_factor"), self.config.get("qk_rope_head_dim")
         if width is not None and (not is_number(width) or not isinstance(width, int) or width < 2 or width % 2):
             self.findings.append(
@@ -195,8 +195,8 @@ class _RopeReader:
                 return 0
             if self.head_dim and self._channels(width / self.head_dim) != width:  # transformers divides and rounds down
                 self.findings.append(
-                    f"qk_rope_head_dim is {width} of head_dim {self.head_dim}, of which transformers rotates "
-                    f"{self._channels(width / self.head_dim)}. Choose a head_dim that divides exactly"
+                    f"qk_rope_head_dim is {width} and head_dim is {self.head_dim}: transformers rotates "
+                    f"{self._channels(width / self.head_dim)} channels then. Choose a head_dim that divides exactly"
                 )
                 return 0
             return width
@@ -248,7 +248,7 @@ class _RopeReader:
         return kinds[0] if kinds else "default"
 
     def _yarn(self, label: str, table: dict[str, Any], *, forced: bool) -> Yarn | None:
-        """The scaling in a table; ``forced``: transformers sets an ``attention_factor`` of 1 where the table has none."""
+        """The scaling in a table; ``forced``: transformers sets an ``attention_factor`` of 1 if the table has none."""
         kind = self._kind(label, table)
         if kind == "default":
             self._unscaled(label, table)
@@ -279,7 +279,7 @@ class _RopeReader:
             given = table.get("attention_factor")
             why = "has no attention_factor" if given is None else f"has the attention_factor {given!r}"
             self.findings.append(
-                f"{label} {why}, so that transformers scales cos and sin by {scale:.4g}; only 1 can be exported. The released "
+                f"{label} {why}, so transformers scales cos and sin by {scale:.4g}; only 1 can be exported. The released "
                 "models have attention_factor 1.0"
             )
         return Yarn(float(factor), original, float(fast), float(slow))
@@ -290,7 +290,7 @@ class _RopeReader:
         for key in ("factor", "attention_factor"):
             if table.get(key) not in (None, 1):
                 self.findings.append(
-                    f"{label}.{key} is {table[key]!r} but its rope_type is 'default', so that transformers ignores it. "
+                    f"{label}.{key} is {table[key]!r} but its rope_type is 'default', so transformers ignores it. "
                     f"Name the type, or remove {key}"
                 )
 
@@ -301,7 +301,7 @@ class _RopeReader:
                 self.keys.judge(f"{label}.{key}", value, facts, read, table.keys())
 
     def _leftovers(self, label: str, table: dict[str, Any]) -> None:
-        """Keys beside the two branches: transformers drops them, so they must say what a branch says."""
+        """Check keys beside the two branches: transformers drops them, so they must agree with a branch."""
         for key, value in table.items():
             if key in (_MAIN, _COMPRESS):
                 continue
@@ -314,7 +314,7 @@ class _RopeReader:
 
 
 def _attention_factor(table: Mapping[str, Any], factor: float, forced: bool) -> Any:
-    """What transformers multiplies cos and sin with (`_compute_yarn_parameters`)."""
+    """The factor by which transformers multiplies cos and sin (`_compute_yarn_parameters`)."""
     given = table.get("attention_factor", 1.0 if forced else None)
     if given is not None:
         return given

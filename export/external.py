@@ -1,7 +1,7 @@
-"""Weights that lie in a package's files, read from there and nowhere else.
+"""Read weights from a package's files, and from nowhere else.
 
-onnx and onnx_ir read no file that has a second name, and the files of a checkpoint that a package links have one. A link into
-the package is as good as a copy; what must not be followed is a path or a symbolic link out of it, which is refused here.
+onnx and onnx_ir refuse files with a second name, and a package's hard-linked files have one. Those are as good as copies.
+What must not be followed is a path or a symbolic link out of the package: it is refused here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from foldkv.errors import ArtifactError
 
 
 def read_values(tensor: ir.TensorProtocol) -> np.ndarray:
-    """The values of a tensor; of one in a file of a package, whose folder is its ``base_dir``, no other byte is read.
+    """The values of a tensor. For a tensor in a file of a package (the folder ``base_dir``), only its own bytes are read.
 
     Raises:
         ArtifactError: its file leads out of the folder, or ends within the tensor.
@@ -39,7 +39,7 @@ def read_values(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 def read_lazily(model: ir.Model, folder: Path) -> ir.Model:
-    """Let weights in files of a package be read when they are asked for, each then let go; changes the model in place."""
+    """Read weights in a package's files on demand, and release each after use; changes the model in place."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):

@@ -9,8 +9,8 @@ fp4       I8, U8                 [R, C / 2], e2m1, the lower half of a byte firs
 ========  =====================  ==============================================  ==========================
 
 A scale is one byte of exponent (e8m0: ``2 ** (byte - 127)``, 255 is NaN), written as F8_E8M0 or as U8, or a float32.
-A value is element times scale; both are exact in float32, so is their product wherever it neither over- nor underflows.
-Blocks at the edge are partial: block ``i`` of rows begins at row ``128 i`` whatever the number of rows.
+A value is element times scale. Both are exact in float32, and so is their product unless it overflows or underflows.
+Blocks at the edge are partial: block ``i`` of rows always begins at row ``128 i``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
 PLAIN_DTYPES = ("F32", "BF16", "F16")
 SCALE_DTYPES = ("F8_E8M0", "U8", "F32")
-#: Block of an e4m3 weight where config.json names none, and the channels of an e2m1 weight that share a scale.
+#: Block of an e4m3 weight if config.json names none, and the channels of an e2m1 weight that share a scale.
 FP8_BLOCK = (128, 128)
 FP4_GROUP = 32
 #: The sixteen values of e2m1, by code.
@@ -59,7 +59,7 @@ def format_of(dtype: str, block: tuple[int, int] = FP8_BLOCK) -> Format | None:
 
 
 def scale_values(scale: Tensor) -> Tensor:
-    """Scales as float32: exponents (e8m0, or the same as uint8) or float32 as they are. NaN stays NaN."""
+    """Scales as float32, from exponents (e8m0, or the same as uint8) or from float32. NaN stays NaN."""
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     return scale.to(torch.float32)
@@ -70,7 +70,7 @@ def dequantised(weight: Tensor, scale: Tensor, format_: Format) -> Tensor:
 
     Args:
         weight: as stored: e4m3 [..., R, C], or bytes [..., R, C / 2].
-        scale: as stored, of the shape that the format gives.
+        scale: as stored, in the format's shape.
         format_: of the weight, not plain.
     """
     values = unpacked(weight) if format_.name == FP4 else weight.to(torch.float32)

@@ -30,12 +30,12 @@ from foldkv.progress import Progress, Say, silent
 KIND = "foldkv.graph"
 MODEL, WEIGHTS, CONFIG = "model.onnx", "weights.bin", "config.json"
 WEIGHT_MODES = ("float32", "reference", "repack")
-# Tensors below this stay inside model.onnx, where a person who opens the graph can read them.
+# Smaller tensors stay inside model.onnx, where people who open the graph can read them.
 _INLINE_BYTES = 1024
 
 
 def graph_spec(profile: str) -> dict[str, Any]:
-    """Everything besides the checkpoint and the tool versions that changes an exported graph."""
+    """Everything that changes an exported graph, apart from the checkpoint and the tool versions."""
     return {"profile": profile, "dtype": "float32", "opset": ONNX_OPSET, "inline_bytes": _INLINE_BYTES, "recipe": 5}
 
 
@@ -59,20 +59,20 @@ def export_checkpoint(
 
     Args:
         checkpoint: folder with config.json and safetensors in any of the three spellings.
-        out: folder of the package; an older package there is replaced once the new one is whole.
-        profile: which numerics: "hf" computes what transformers computes, "served" what deployed systems compute.
+        out: folder of the package; an older package there is replaced once the new one is complete.
+        profile: the numerics: "hf" computes what transformers computes, "served" what deployed systems compute.
         weights: "float32" writes every weight in float32 and every operator as a node.
-            "reference" and "repack" keep weights as they are stored and write one function per kind of layer:
-            "reference" links the checkpoint's files into the package and copies nothing; "repack" copies what the
-            graph reads into the package, and goes on where an earlier attempt was interrupted.
-        allow_unknown_keys: keys of config.json to ignore that would be refused because nobody knows them. The package
-            records those that the file has.
+            "reference" and "repack" keep weights as stored and write one function per kind of layer.
+            "reference" links the checkpoint's files into the package and copies nothing. "repack" copies the weights that
+            the graph reads into the package, and continues after an interruption.
+        allow_unknown_keys: unknown keys of config.json to ignore instead of refusing them. The package records those that
+            the file has.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
-        CheckpointError: the checkpoint cannot be exported so; every finding is listed.
-        InputError: ``out`` cannot be written or is the checkpoint, the profile or ``weights`` is unknown, or the model has
-            no such profile.
+        CheckpointError: the checkpoint cannot be exported in this way; all findings are listed.
+        InputError: ``out`` cannot be written or is the checkpoint, the profile or ``weights`` is unknown, or the model does
+            not have the profile.
     """
     if weights not in WEIGHT_MODES:
         raise InputError(f"weights {weights!r} is not known; expected one of {', '.join(WEIGHT_MODES)}.")
@@ -102,14 +102,14 @@ def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, pr
 
 
 def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, progress: Progress) -> None:
-    """Write a package whose weights stay as they are stored. None is read but by copying."""
+    """Write a package whose weights stay as stored. They are only read to copy them."""
     source.check()
     placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
     content = _content(source, profile, weights)
     identity = source.identity()
     content["inputs"]["checkpoint"] |= {"sha256": identity, "of": "headers"}
     work = out.absolute().with_name(f"{out.name}.foldkv-repack")
-    # Copies that an earlier attempt has left are gone on with: by one process at a time.
+    # Continue with the copies of an earlier attempt, in one process at a time.
     with only_writer(out, progress), staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
         model = layered_model(source.spec, placed, profile, progress=progress)
@@ -133,10 +133,10 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
 
 
 def flat_model(graph: Path) -> onnx.ModelProto:
-    """The graph of a package with every operator as a node, its weights still outside: none is read.
+    """The graph of a package with every operator as a node. Its weights stay outside and are not read.
 
     Raises:
-        ArtifactError: the package is damaged, or the graph names a file of weights that its manifest does not.
+        ArtifactError: the package is damaged, or the graph names a weight file that its manifest does not list.
     """
     manifest = read_manifest(graph, kind=KIND)
     model = onnx.load(Path(graph) / MODEL, load_external_data=False)
@@ -145,8 +145,8 @@ def flat_model(graph: Path) -> onnx.ModelProto:
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value not in listed:
                 raise ArtifactError(
-                    f"{Path(graph) / MODEL}: weight {tensor.name} lies in {entry.value!r}, which the manifest does not list; "
-                    "it is refused. Export the checkpoint again."
+                    f"{Path(graph) / MODEL}: weight {tensor.name} is in {entry.value!r}, which the manifest does not list. "
+                    "Export the checkpoint again."
                 )
     if any(function.name.startswith(PREFIX) for function in model.functions):
         model = ir.to_proto(flat(ir.from_proto(model)))
@@ -154,10 +154,10 @@ def flat_model(graph: Path) -> onnx.ModelProto:
 
 
 def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
-    """Hard links to the checkpoint's files: no byte is copied, and a copy of the package is whole.
+    """Hard links to the checkpoint's files: no byte is copied, and a copy of the package is complete.
 
-    ONNX Runtime takes no location outside of a graph's folder, neither by ``..`` nor by a symbolic link. Returns how many bytes
-    at the start of each file, its header, tell it from others.
+    ONNX Runtime accepts no location outside of a graph's folder, neither through ``..`` nor through a symbolic link. Returns
+    the size of each file's header, which tells the file from others.
 
     Raises:
         InputError: the file system, or its rules, do not allow links.
@@ -174,13 +174,13 @@ def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
 
 
 def same_files(graph: Path, manifest: dict[str, Any], source: Checkpoint) -> bool:
-    """Whether the files that a package links are the checkpoint's own still, and not ones that it had before."""
+    """Whether a package's linked files are still the checkpoint's own, and not earlier ones."""
     shards = {f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}": shard.file for shard in source.shards}
     return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.get("linked", {}))
 
 
 def link_file(source: Path, link: Path, *, advice: str) -> None:
-    """A hard link to a file, in folders that are made for it.
+    """Make a hard link to a file, and the folders for it.
 
     Raises:
         InputError: the file system, or its rules, do not allow it; the message ends with ``advice``.

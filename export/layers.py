@@ -1,8 +1,8 @@
-"""A graph whose repeated layers share functions: one layer per kind is traced, without its weights, and then stitched.
+"""A graph whose repeated layers share functions: one layer per kind is traced without its weights, then all are stitched.
 
-Layers of one kind (attention, routing and the formats of their weights) differ in their weights only. So one of them
-is traced with weights that have a shape and no memory, becomes a function ``FoldkvLayer…`` of the domain foldkv, and every
-layer of the model is one node that calls it. Time and memory follow the number of kinds, not that of layers.
+Layers of one kind (attention, routing and the formats of their weights) differ only in their weights. So one of them
+is traced with weights that have a shape but no memory. It becomes a function ``FoldkvLayer…`` of the domain foldkv, and every
+layer of the model is one node that calls it. Time and memory depend on the number of kinds, not of layers.
 :func:`flat` gives back the graph in which every operator is a node.
 """
 
@@ -35,13 +35,13 @@ from foldkv.export.weights import Data, Packed, Plain, Quantised, Source, Weight
 from foldkv.progress import Progress, Say, silent
 
 PREFIX = "FoldkvLayer"
-#: What layers of a kind have alike and no checkpoint holds: by name in a layer, from the model and the kind of attention.
+#: Tables that layers of a kind share and no checkpoint has: by name in a layer, from the model and the kind of attention.
 _TABLES: dict[str, Callable[[ModelSpec, str], Tensor]] = {
     "attn.inv_freq": inverse_frequencies,
     "attn.indexer.hadamard": lambda spec, _: hadamard_matrix(spec.index_head_dim),
 }
 _ARGUMENTS = ("streams", "input_ids", "positions", "num_tokens", "tokens", "active_context")
-# Sizes of the example that is traced; all different, so that no two dynamic sizes are taken for one.
+# Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
 _BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
 
 
@@ -61,7 +61,7 @@ class _OneLayer(nn.Module):
 
 
 class _Ends(nn.Module):
-    """What comes before the first layer and after the last: ``last`` is what the last layer gives."""
+    """The parts before the first layer and after the last; ``last`` is the last layer's output."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _Ends(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """What makes the graphs of two layers alike: attention, routing, and how each weight is stored."""
+    """Two layers with the same kind have the same graph: attention, routing, and how each weight is stored."""
 
     attention: str
     hashed: bool
@@ -93,12 +93,12 @@ class Kind:
 
 
 def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF, *, progress: Say = silent) -> ir.Model:
-    """The model with one function per kind of layer and its weights where ``weights`` says they lie; none is read.
+    """The model with one function per kind of layer, and its weights where ``weights`` says; no weight is read.
 
     Args:
         spec: the model.
-        weights: where each weight lies, and how it is stored.
-        profile: which numerics, see export/profiles.py.
+        weights: where each weight is, and how it is stored.
+        profile: the numerics, see export/profiles.py.
         progress: a :class:`~foldkv.progress.Progress` learns how many kinds are traced.
 
     Raises:
@@ -158,7 +158,7 @@ def layer_counts(model: ir.Model) -> dict[str, int]:
 
 
 def operators_of(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each foldkv operator the layers hold together, each layer counted."""
+    """How many nodes of each foldkv operator all layers have together."""
     total: Counter[str] = Counter()
     for function in model.functions.values():
         if function.name.startswith(PREFIX):
@@ -173,7 +173,7 @@ def operators_of(model: ir.Model) -> dict[str, int]:
 def flat(model: ir.Model) -> ir.Model:
     """The graph in which every operator is a node, made in place: the layers' functions are inlined, once per layer.
 
-    Weights stay where they are, and none is read. Values that tools ask for have the names of a graph that was traced whole.
+    Weights stay where they are and are not read. Values for tools have the same names as in a graph that was traced as a whole.
     """
     sparse = []
     for node in model.graph:
@@ -252,7 +252,7 @@ def _ends(spec: ModelSpec) -> ir.Model:
 
 
 def _read_sizes_off_ids(model: ir.Model) -> None:
-    """Batch and chunk are asked of ``input_ids``: asked of the last layer's output they would be a cycle."""
+    """Read batch and chunk from ``input_ids``: from the last layer's output they would make a cycle."""
     ids, last = model.graph.inputs[0], model.graph.inputs[-1]
     for node in model.graph:
         if node.op_type == "Shape" and node.inputs[0] is last and node.attributes["end"].value <= 2:
@@ -334,7 +334,7 @@ def _as_input(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _use_stored(model: ir.Model, name: str, source: Plain | Quantised) -> None:
-    """Let the graph take a weight as it is stored and make float32 of it, or an integer table as it is."""
+    """Let the graph take a stored weight and convert it to float32, or take an integer table unchanged."""
     graph = model.graph
     if name not in graph.initializers:
         raise FoldkvError(f"the traced layer has no weight {name}. Report this as a fault of foldkv.")
@@ -368,7 +368,7 @@ def _dequantise(graph: ir.Graph, name: str, stored: ir.Value, source: Quantised)
     if not whole:
         sizes["whole"] = [r * height, c * width]
     attributes = [ir.AttrInt64s(key, value) for key, value in sizes.items()]
-    # Not part of the function: ONNX Runtime does not let an FP8 value into a function that it enters through another.
+    # Not part of the function: ONNX Runtime does not accept an FP8 value in a nested function.
     one = ir.node("Constant", [], attributes={"value_float": 1.0}, name=f"{name}.one")
     nodes.append(one)
     nodes.append(ir.node("DequantizeLinear", [stored, one.outputs[0]], name=f"{name}.dequantize"))
@@ -387,7 +387,7 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def _use_packed(model: ir.Model, name: str, source: Packed) -> None:
-    """Give the routed experts their packed weights in place of the float32 ones."""
+    """Give the routed experts their packed weights instead of float32 ones."""
     graph = model.graph
     node = next(node for node in graph if node.op_type == "FoldkvRoutedExperts")
     for weight in ("ffn.experts.w13", "ffn.experts.w2"):
@@ -401,7 +401,7 @@ def _use_packed(model: ir.Model, name: str, source: Packed) -> None:
         given.append(ir.Value(name=f"{name}.{part}", type=ir.TensorType(dtype), shape=ir.Shape(shape)))
         graph.inputs.append(given[-1])
     limit = node.attributes["limit"]
-    # The body knows where the matrices lie; so must whoever gives the node another body, as engines do.
+    # The body knows where the matrices are. Engines give the node another body and must know it too.
     geometry = [ir.AttrInt64s(key, values) for key, values in packed_words.geometry(dict(source.matrices)).items()]
     new = ir.Node(
         DOMAIN, packed.EXPERTS[source.format], [*node.inputs[:3], *given],
@@ -427,7 +427,7 @@ def _add_bodies(model: ir.Model, sources: dict[str, Source]) -> None:
 
 
 def _attach_end(model: ir.Model, name: str, source: Plain | Quantised) -> None:
-    """Weights outside of layers: as they are, or stored narrower and cast, the embedding after its look-up."""
+    """Weights outside of layers: unchanged, or stored narrower and cast (the embedding after its look-up)."""
     graph = model.graph
     value = graph.initializers.pop(name)
     stored = ir.Value(name=name, type=ir.TensorType(source.data.dtype), shape=ir.Shape(source.data.shape))
@@ -474,7 +474,7 @@ def _initializer(
     parameter: str,
     sources: dict[str, Source],
 ) -> ir.Value:
-    """The value that a layer gives to a parameter of its function; tables that layers have alike exist once."""
+    """The value that a layer gives to a parameter of its function; tables that layers share exist once."""
     prefix, _, last = parameter.rpartition(".")
     if parameter in _TABLES:
         kind = spec.layer_types[layer]
@@ -514,5 +514,5 @@ def _check(model: ir.Model, spec: ModelSpec, profile: str) -> None:
     expected = expected_operators(spec, profile)
     if found | {"FoldkvRoutedExperts": experts} != expected:
         raise FoldkvError(
-            f"the stitched graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."
+            f"the stitched graph has operators {found}; expected {expected}. Report this as a fault of foldkv."
         )

@@ -1,6 +1,6 @@
-"""How a row of the caches lies in memory, and what it costs. Standard library only.
+"""The layout of cache rows in memory, and their size. Standard library only.
 
-``fp8_ds_mla`` is the row that deployed engines keep: the channels without position as e4m3 in tiles of 64,
+``fp8_ds_mla`` is the row of deployed engines: the channels without position as e4m3 in tiles of 64,
 the rotated ones as bfloat16, then one power-of-two scale per tile (e8m0). Index rows are e4m3 with one float32
 scale (itself a power of two), or e2m1, the lower half of a byte first, with one e8m0 scale per 32 channels.
 ``export/operators/rows.py`` defines the values; kernels and backends know the formats by ``version``.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from foldkv.errors import InputError
 
-#: Version of every format below; a kernel reads this one and refuses another.
+#: Version of every format below; kernels read this version and refuse others.
 LAYOUT_VERSION = 1
 DENSE, FP8_DS_MLA, NVFP4, INDEX_FP8, INDEX_FP4 = "dense", "fp8_ds_mla", "nvfp4", "index_fp8", "index_fp4"
 #: Channels that share a scale.
@@ -26,7 +26,7 @@ _ROW_ALIGNMENT = 8  # bytes, of rows with several parts
 class CacheLayout:
     """The format of a row of ``window`` and ``entries``, and of a row of ``index_entries``.
 
-    ``built`` says whether engines of this version keep it; the others are formats of other systems, which are planned only.
+    ``built`` says whether engines of this version support it; the others are formats of other systems, only for planning.
     """
 
     name: str
@@ -50,18 +50,18 @@ LAYOUTS = {
         CacheLayout("nvfp4+fp4", NVFP4, INDEX_FP4, built=False),
     )
 }
-#: The layouts that can be asked of a build, if the target and the graph have them (optimize/choices.py).
+#: The layouts that a build can use, if the target and the graph support them (optimize/choices.py).
 BUILT = tuple(name for name, layout in LAYOUTS.items() if layout.built)
 
 
 def cache_layout(name: str) -> CacheLayout:
-    """The layout of that name.
+    """The layout with that name.
 
     Raises:
-        InputError: there is none, or no target keeps it.
+        InputError: there is none, or no target supports it.
     """
     if name not in BUILT:
-        found = "is kept by no target" if name in LAYOUTS else "is not known"
+        found = "is not supported by any target" if name in LAYOUTS else "is not known"
         raise InputError(f"layout {name!r} {found}; expected one of {', '.join(BUILT)}.")
     return LAYOUTS[name]
 
@@ -70,9 +70,9 @@ def row_bytes(format_: str, width: int, rotary: int, item: int = 2) -> int:
     """Bytes of one row.
 
     Args:
-        format_: of the row, "dense" or one of the packed ones.
+        format_: of the row, "dense" or a packed one.
         width: channels.
-        rotary: channels of them that RoPE turns; they come last.
+        rotary: the channels among them that RoPE turns; they come last.
         item: bytes of a channel of a dense row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Warnings that a command gives once, however often it reads the file that they are about."""
+"""Warnings that a command gives only once, even if it reads the file again."""
 
 from __future__ import annotations
 

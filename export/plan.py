@@ -1,7 +1,7 @@
 """How much memory a model takes, from its config.json alone: caches, weights, activations. Standard library only.
 
-Row formats are those that deployed engines use (export/layouts.py), and dense rows in float32 and bfloat16.
-V3.2 at the same context is the comparison that the V4 report makes: 61 layers of 656 + 132 bytes per token.
+Row formats are those of deployed engines (export/layouts.py), and dense rows in float32 and bfloat16.
+The V4 report compares with V3.2 at the same context: 61 layers of 656 + 132 bytes per token.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from foldkv.export.state import StateTensor, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
 _DENSE_ITEMS = {"float32": 4, "bf16": 2}  # bytes of a channel
-#: Row formats of engines and bundles; what else is planned belongs to other systems.
+#: Row formats of engines and bundles; all other planned formats belong to other systems.
 OFFERED = (*_DENSE_ITEMS, *(name for name in BUILT if name != DENSE))
 PLANNED = (*_DENSE_ITEMS, *(name for name in LAYOUTS if name != DENSE))
-#: The most sequences, and the most tokens of a sequence at once: kernels count both in the y and z dimensions of their grids
-#: (plugins/launch.py), and CUDA allows 65,535 there.
+#: The most sequences, and the most tokens of a sequence at once: both are y and z dimensions of kernels' grids
+#: (plugins/launch.py), where CUDA allows 65,535.
 LARGEST_BATCH = LARGEST_CHUNK = 65_535
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per cache group and in total, for one context and batch; ``growing`` is the part that follows the context."""
+    """Bytes per cache group and in total, for one context and batch; ``growing`` is the part that grows with the context."""
 
     layout: str
     context: int
@@ -42,7 +42,7 @@ class MemoryPlan:
 
     @property
     def share_of_v32(self) -> float:
-        """The growing caches over V3.2's fp8 cache at the same context, as the V4 report compares them."""
+        """The growing caches divided by V3.2's fp8 cache at the same context, as in the V4 report."""
         return self.growing / self.v32
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,10 +54,10 @@ class MemoryPlan:
 
 
 def check_sizes(batch: int, chunk: int = 1) -> None:
-    """Check that an engine could take so many sequences, and so many tokens of each at once.
+    """Check that an engine could take this many sequences, and this many tokens of each at once.
 
     Raises:
-        InputError: less than 1, or more than a kernel can be launched for.
+        InputError: less than 1, or more than a kernel launch allows.
     """
     for name, size, largest in (("batch", batch, LARGEST_BATCH), ("chunk", chunk, LARGEST_CHUNK)):
         if not 1 <= size <= largest:
@@ -67,7 +67,7 @@ def check_sizes(batch: int, chunk: int = 1) -> None:
 def plan_memory(spec: ModelSpec, *, context: int, batch: int = 1, layout: str = "fp8+fp4") -> MemoryPlan:
     """The cache bytes of a model for ``context`` tokens per sequence and ``batch`` sequences.
 
-    Carries stay float32 in every layout, as engines keep them.
+    Carries stay float32 in every layout, as in engines.
 
     Raises:
         InputError: an unknown layout, a context out of range, or a layout whose rows this model does not have.
@@ -95,9 +95,10 @@ def _row_bytes(spec: ModelSpec, tensor: StateTensor, layout: str) -> int:
 
 
 def weight_bytes(spec: ModelSpec, layout: str) -> int:
-    """Bytes of the weights that go with a row layout: as wide as its rows for "float32" and "bf16"; with the quantised
-    layouts, as released: 4.25 bits per weight of a routed expert (e2m1, one e8m0 scale per 32), bfloat16 embedding and
-    head, 8 bits for the rest. Scales of 128 x 128 blocks and float32 vectors are below a thousandth and left out.
+    """Bytes of the weights that go with a row layout. For "float32" and "bf16" they are as wide as the rows. For the
+    quantised layouts they are as released: 4.25 bits per weight of a routed expert (e2m1, one e8m0 scale per 32), bfloat16
+    embedding and head, 8 bits for the rest. Scales of 128 x 128 blocks and float32 vectors are below a thousandth and not
+    counted.
     """
     groups = parameter_groups(spec)
     if layout in _DENSE_ITEMS:
@@ -111,8 +112,8 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def parameter_groups(spec: ModelSpec) -> dict[str, int]:
-    """Parameters by what a format may do to them: routed ``experts``; the attention's and shared experts' ``projections``;
-    the ``ends``, embedding and head; and what engines keep ``precise``, in float32 (optimize/passes/lower.py).
+    """Parameters by how formats treat them: routed ``experts``; ``projections`` of attention and shared experts; the
+    ``ends`` (embedding and head); and ``precise`` ones, which engines keep in float32 (optimize/passes/lower.py).
     """
     hidden, heads, inner = spec.hidden_size, spec.num_heads * spec.head_dim, spec.moe_intermediate_size
     projections = hidden * spec.q_lora_rank + spec.q_lora_rank * heads + hidden * spec.head_dim
@@ -149,9 +150,9 @@ def table_bytes(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what lives in a layer at its three largest moments, beside the residual ``streams``.
+    """Bytes in use in a layer at its three peaks, beside the residual ``streams``.
 
-    ``rounds`` says whether an engine takes the experts of a few tokens at a time, in a loop.
+    ``rounds`` says whether an engine processes the experts of a few tokens at a time, in a loop.
     """
 
     streams: int
@@ -162,13 +163,13 @@ class Activations:
 
     @property
     def largest(self) -> str:
-        """The name of the largest moment."""
+        """The name of the highest peak."""
         moments = {"experts": self.experts, "attention": self.attention, "mixing": self.mixing}
         return max(moments, key=moments.__getitem__)
 
     def total(self, *, reuse: bool) -> int:
-        """Bytes to plan for. Engines lay their tensors over each other (``reuse``), but those of a loop over nothing outside of
-        it; ONNX Runtime's arena keeps the regions of one moment, into which the larger tensors of another do not fit."""
+        """Bytes to plan for. Engines reuse the memory of their tensors (``reuse``), except that tensors of a loop share none with
+        tensors outside of it. ONNX Runtime's arena keeps the regions of one peak; the larger tensors of another do not fit."""
         if not reuse:
             return self.streams + self.experts + self.attention + self.mixing
         other = max(self.attention, self.mixing)
@@ -179,36 +180,36 @@ def activations(
     spec: ModelSpec, *, context: int, batch: int = 1, chunk: int = 256, plugins: bool = False, weight_item: int = 4,
     room: int | None = None,
 ) -> Activations:  # fmt: skip
-    """What a chunk needs besides weights and caches while it goes through a layer: an estimate from sizes.
+    """Memory that a chunk needs besides weights and caches while it goes through a layer: an estimate from sizes.
 
     With T = batch x chunk tokens, A = context / ratio active entries and float32 values:
 
-    * experts: the weights of k experts are gathered for every token at hand, k 3 I C values of ``weight_item`` bytes, since
-      both matrices are gathered before the first product; at hand are at most :func:`gathered_tokens`. Experts that are kept
-      packed are decoded for one token at a time, which is less;
+    * experts: the weights of k experts for each of up to :func:`gathered_tokens` tokens, k 3 I C values of ``weight_item``
+      bytes, because both matrices are gathered before the first product. Packed experts are decoded for one token at a
+      time, which is less;
     * attention, the largest of
       CSA's indexer: a product and its ReLU, T Hi A each, the scores T A and the entries B A Di; the entries twice while
       they are turned;
       CSA's attention: K chosen entries per token, gathered and masked, 2 T K D, three copies of the logits
       T H (W + S + K) around the softmax, and the queries T H D twice;
       HCA's attention: the entries twice, 2 B A D, the logits T H (W + S + A) and the queries likewise.
-      Plugins keep logits and products in registers: scores T A and queries are left;
+      Plugins keep logits and products in registers: only the scores T A and the queries remain;
     * mixing: the residual streams after a block, two more times T N C.
 
-    The cpu bundle reads caches in blocks of ``room`` scores and takes one expert after the other (optimize/passes/), so that there
+    The cpu bundle reads caches in blocks of ``room`` scores and processes one expert after the other (optimize/passes/). There:
 
     * experts: the 3 I C weights of one expert and its tokens, at most all of them, T (2 C + 4 I);
-    * attention: four copies of the logits, of which those of HCA's entries are a block, and with them the indexer's: a
+    * attention: four copies of the logits, where HCA's entries count as one block. The indexer is added: a
       block of the product and its ReLU, and twice a block of entries.
 
-    ``benchmarks/activations.py`` compares this with what ONNX Runtime takes and with the regions that TensorRT-RTX plans.
+    ``benchmarks/activations.py`` compares this with the memory of ONNX Runtime and with the regions that TensorRT-RTX plans.
 
     Args:
         spec: the model.
         context: tokens per sequence that are in the caches.
         batch: sequences.
         chunk: tokens of a sequence that go through the model at once.
-        plugins: whether plugins compute what touches compressed KV, rather than function bodies.
+        plugins: whether plugins, and not function bodies, compute the operators on compressed KV.
         weight_item: bytes of a gathered expert weight.
         room: elements of a block of the cpu bundle (optimize/passes/blocks.py); None for engines.
     """
@@ -230,19 +231,19 @@ def activations(
     return Activations(streams, experts, attention, 2 * streams, rounds=tokens > at_once)
 
 
-#: Bytes of experts' weights that an engine gathers at once: in bfloat16 those of 3 tokens of V4-Flash or of 1 of V4-Pro, enough
-#: for a round to be worth its launches; chunks of small models are taken whole.
+#: Bytes of experts' weights that an engine gathers at once: in bfloat16 for 3 tokens of V4-Flash or 1 of V4-Pro. That is
+#: enough for a round to be worth its launches; small models process a whole chunk at once.
 EXPERT_ROOM = 1 << 30
 
 
 def gathered_tokens(spec: ModelSpec, weight_item: int) -> int:
-    """Tokens whose experts' weights, of ``weight_item`` bytes each, an engine gathers at once; at least one."""
+    """The number of tokens whose experts' weights (``weight_item`` bytes each) an engine gathers at once; at least one."""
     weights = spec.experts_per_token * 3 * spec.moe_intermediate_size * spec.hidden_size
     return max(1, EXPERT_ROOM // (weight_item * weights))
 
 
 def _block_attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, room: int) -> int:
-    """Bytes of one attention layer that reads its entries in blocks: ONNX Runtime keeps what indexer and attention took."""
+    """Bytes of one attention layer that reads its entries in blocks: ONNX Runtime keeps the memory of indexer and attention."""
     tokens = batch * chunk
     queries = 2 * 4 * tokens * spec.num_heads * spec.head_dim
     chosen = spec.index_topk if kind == CSA else 0
@@ -255,18 +256,18 @@ def _block_attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, 
     return attend + block + 2 * 4 * tokens * chosen * spec.head_dim
 
 
-#: Elements of a block of scores and of a block of entries, each, where caches are read in blocks: 4 MiB in float32. Smaller ones
-#: start more nodes, larger ones leave the processor's cache (measured from 2 ** 18 to 2 ** 20 at a million tokens).
+#: Elements of a block of scores, and of a block of entries, if caches are read in blocks: 4 MiB in float32. Smaller blocks
+#: start more nodes; larger ones do not fit in the processor's cache (measured from 2 ** 18 to 2 ** 20 at a million tokens).
 BLOCK_ROOM = 1 << 20
 
 
 def block_rows(chosen: int) -> int:
-    """Entries of a block at least, however many queries there are: fewer than are chosen would be compared over and over."""
+    """The fewest entries of a block, for any number of queries: a block smaller than the choice would repeat comparisons."""
     return max(128, 4 * chosen)
 
 
 def _attention_bytes(spec: ModelSpec, kind: str, active: int, batch: int, chunk: int, plugins: bool) -> int:
-    """Bytes at the largest moment of one attention layer with that many active entries."""
+    """Bytes at the peak of one attention layer with that many active entries."""
     tokens = batch * chunk
     queries = 2 * 4 * tokens * spec.num_heads * spec.head_dim
     scores = 4 * tokens * active

@@ -1,6 +1,6 @@
-"""Cache memory against context as one picture, SVG or HTML, that needs nothing from the network. Standard library only.
+"""Cache memory against context as one picture, SVG or HTML, which needs nothing from the network. Standard library only.
 
-V4-Flash, V4-Pro and V3.2 are always there to compare with; their configurations lie in export/configs.
+V4-Flash, V4-Pro and V3.2 are always shown for comparison; export/configs has their configurations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from foldkv.errors import InputError, system_failure
 from foldkv.export.plan import V32_BYTES_PER_TOKEN, plan_memory
 from foldkv.export.spec import ModelSpec
 
-#: Context sizes that are drawn: 1k to 1M.
+#: Context sizes to draw: 1k to 1M.
 CONTEXTS = tuple(1 << power for power in range(10, 21))
 RELEASED = {"V4-Flash": "deepseek-v4-flash.json", "V4-Pro": "deepseek-v4-pro.json"}
 SUFFIXES = (".html", ".svg")
-# Okabe and Ito's colours, told apart by colour-blind readers too; V3.2 is grey and dashed.
+# Okabe and Ito's colours, which colour-blind readers can also tell apart; V3.2 is grey and dashed.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GREY = "#666666"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 520, 84, 150, 64, 56
@@ -42,7 +42,7 @@ class Curve:
 
 
 def released_specs() -> dict[str, ModelSpec]:
-    """The released models whose configurations come with this package."""
+    """The released models with configurations in this package."""
     folder = resources.files("foldkv.export").joinpath("configs")
     return {name: ModelSpec.from_file(Path(str(folder.joinpath(file)))) for name, file in RELEASED.items()}
 
@@ -50,7 +50,7 @@ def released_specs() -> dict[str, ModelSpec]:
 def memory_curves(models: Mapping[str, ModelSpec], *, batch: int, layout: str) -> list[Curve]:
     """The caches of the released models, of ``models`` by name, and of V3.2 in fp8.
 
-    A model with the caches of one that is drawn already is drawn once.
+    Models with the same caches are drawn once.
 
     Raises:
         InputError: an unknown layout, or one whose rows a model does not have.
@@ -70,10 +70,10 @@ def memory_curves(models: Mapping[str, ModelSpec], *, batch: int, layout: str) -
 def write_plot(
     path: Path, models: Mapping[str, ModelSpec], *, batch: int, layout: str, limits: Mapping[str, int] | None = None
 ) -> None:
-    """Write the picture to ``path``, as its suffix says.
+    """Write the picture to ``path``, in the format of its suffix.
 
     Args:
-        path: a file that ends in .html or .svg.
+        path: a file with the suffix .html or .svg.
         models: further models by name.
         batch: sequences.
         layout: of the cache rows of V4.
@@ -95,26 +95,24 @@ def write_plot(
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse what can be seen to be no place for a picture, before work is done for it.
+    """Refuse a path that a picture cannot be written to, before any work is done.
 
     Raises:
-        InputError: a suffix that is neither .html nor .svg, or a folder that does not exist or cannot be written.
+        InputError: a suffix that is neither .html nor .svg, or a folder that does not exist or is not writable.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"a plot is written as {' or '.join(SUFFIXES)}; {path} ends in {path.suffix or 'nothing'!r}.")
     for wrong, why in (
         (path.is_dir(), "it is a folder"),
         (not path.parent.is_dir(), f"{path.parent} is not a folder"),
-        (not os.access(path.parent, os.W_OK), f"{path.parent} is not yours to write"),
+        (not os.access(path.parent, os.W_OK), f"you have no permission to write to {path.parent}"),
     ):
         if wrong:
-            raise InputError(
-                f"{path} cannot be written: {why}. Give a file in a folder that exists and can be written."
-            )
+            raise InputError(f"{path} cannot be written: {why}. Give a file in a folder that exists and is writable.")
 
 
 def plot_svg(curves: Sequence[Curve], title: str, limits: Mapping[str, int]) -> str:
-    """The curves on two logarithmic axes; each names itself at its end, and its points say their figures."""
+    """The curves on two logarithmic axes, with their names at the end and figures on their points."""
     values = [bytes_ for curve in curves for _, bytes_ in curve.points] + list(limits.values())
     axes = _Axes(math.floor(math.log10(min(values) / _GIB)), math.ceil(math.log10(max(values) / _GIB)))
     size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'
@@ -206,7 +204,7 @@ def _curve(axes: _Axes, curve: Curve, name_y: float) -> list[str]:
 
 
 def _spread(places: Sequence[float], *, gap: float = _LABEL_GAP) -> list[float]:
-    """The places, moved apart where they are closer than ``gap``; their order stays."""
+    """The places, moved apart if they are closer than ``gap``; their order stays the same."""
     moved = list(places)
     order = sorted(range(len(moved)), key=lambda index: places[index])
     for before, after in itertools.pairwise(order):
@@ -221,7 +219,7 @@ def _page(title: str, picture: str, curves: Sequence[Curve]) -> str:
         cells = (dict(curve.points).get(context) for curve in curves)
         figures = "".join(f"<td>{_figure(cell) if cell is not None else ''}</td>" for cell in cells)
         rows.append(f"<tr><th>{_tokens(context)}</th>{figures}</tr>")
-    # Inside HTML a picture needs no namespace, so that the page names no address at all.
+    # Inside HTML a picture needs no namespace, so the page contains no address at all.
     inline = picture.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
     return f"""<!doctype html>
 <html lang="en">

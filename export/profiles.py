@@ -1,8 +1,8 @@
 """Profiles: which of the two published computations a graph follows. Standard library only.
 
-``hf`` is what transformers computes. ``served`` is what deployed systems compute (the released inference code): window
-rows and entries are quantised to ``fp8_ds_mla`` values before they are written, the indexer's rows and queries are
-rotated by a Hadamard matrix and quantised to FP4, the compressor and its carries are float32.
+``hf`` is what transformers computes. ``served`` is what deployed systems compute (the released inference code). There,
+window rows and entries are quantised to ``fp8_ds_mla`` values before they are written, the indexer's rows and queries are
+rotated by a Hadamard matrix and quantised to FP4, and the compressor and its carries are float32.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PROFILES = (HF, SERVED)
 
 
 def check_profile(profile: str, spec: ModelSpec) -> None:
-    """Check that a profile is known and that the model's rows have the formats that it needs.
+    """Check that a profile is known and that the model's rows fit the formats that it needs.
 
     Raises:
-        InputError: an unknown profile, or sizes that fill no packed row; all are listed.
+        InputError: an unknown profile, or sizes that do not fit a packed row; all are listed.
     """
     if profile not in PROFILES:
         raise InputError(f"profile {profile!r} is not known; expected one of {', '.join(PROFILES)}.")

@@ -1,7 +1,7 @@
 """Copy tensors of a checkpoint into a package's own weight files: streamed, resumable.
 
-A file is written under another name and renamed when it is whole and on disk. After an interruption, files that a
-journal names with the same plan are kept, and the rest is written again.
+A file is written under another name and renamed when it is complete and on disk. After an interruption, files that the
+journal lists with the same plan are kept, and the rest is written again.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def repack(
     identity: str,
     progress: Say = silent,
 ) -> dict[str, str]:
-    """Write every file that ``copies`` name below ``work``; returns their sha256 by name.
+    """Write the files of ``copies`` below ``work``; returns their sha256 by name.
 
     Never more than one chunk of 16 MiB is in memory.
 
     Args:
-        copies: what goes where; the files' gaps are zero.
+        copies: what goes where; gaps in the files are zero.
         work: folder, kept between attempts.
-        identity: of the checkpoint; files of another one are written again.
-        progress: called with one line; a :class:`~foldkv.progress.Progress` learns of the bytes.
+        identity: of the checkpoint; files of another checkpoint are written again.
+        progress: called with one line; a :class:`~foldkv.progress.Progress` also gets the bytes.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        InputError: the disk has no room, or cannot be written.
+        InputError: the disk is too full, or cannot be written.
     """
     files: dict[str, list[Copy]] = {}
     for copy in copies:
@@ -66,7 +66,7 @@ def _plan(parts: Sequence[Copy], identity: str) -> str:
 
 
 def _finished(work: Path, plans: dict[str, str], sizes: dict[str, int]) -> dict[str, dict[str, str]]:
-    """The journal's files that are here, whole, and belong to this plan."""
+    """The journal's files that exist, are complete, and belong to this plan."""
     try:
         journal = json.loads((work / JOURNAL).read_text())
     except (OSError, ValueError):
@@ -131,7 +131,7 @@ def _stream(part: Copy, write: Callable[[bytes], object], update: Callable[[byte
 
 
 class _Copied:
-    """How many bytes are copied, those kept from before among them."""
+    """How many bytes are copied, including those kept from before."""
 
     def __init__(self, total: int, kept: int, progress: Progress) -> None:
         self.total, self.at, self._progress = total, kept, progress

@@ -1,12 +1,12 @@
-"""The profile ``served`` once more, for a whole prompt at once: what deployed systems compute, in plain PyTorch.
+"""A second implementation of the profile ``served``, for a whole prompt at once, in plain PyTorch.
 
-Written from what the released inference code and the row formats say, apart from the operators: RoPE is a product of
+It follows the released inference code and the row formats, and is independent of the operators: RoPE is a product of
 complex numbers, the Hadamard rotation a butterfly, a quantised value the nearest code of a list, and every query looks at
-every key through a mask. It shares with the exported model what the profiles do not change: the weights, the experts and
-the hyper-connections. float32; of equal index scores the lowest entry is chosen.
+every key through a mask. It shares with the exported model only what the profiles do not change: the weights, the experts
+and the hyper-connections. It computes in float32; among equal index scores it chooses the lowest entry.
 
-Where the released code rounds intermediate results to bfloat16 (index scores, query norms, the rotation), this does not:
-engines disagree on those, and keep them in float32 where they can.
+The released code rounds some intermediate results to bfloat16 (index scores, query norms, the rotation). This module does
+not: engines disagree on them, and keep them in float32 where they can.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from foldkv.export.model.indexer import Indexer
 from foldkv.export.model.norm import split_last
 from foldkv.export.spec import CSA, SLIDING, ModelSpec
 
-_LEAST = 1e-4  # smaller largest magnitudes of a tile count as this (export/operators/rows.py says whose floor that is)
-#: Magnitudes of the codes in order, so that the code of a magnitude is its place.
+_LEAST = 1e-4  # floor of a tile's largest magnitude (export/operators/rows.py has its source)
+#: Magnitudes of the codes in order: the code of a magnitude is its index.
 E4M3 = torch.tensor(
     [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1],
     dtype=torch.float64,
@@ -36,12 +36,12 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float6
 
 @dataclass
 class OracleRun:
-    """What one prompt gives.
+    """The results for one prompt.
 
     Attributes:
         logits: [n, V] float32.
         streams: residual streams [n, N, C] after every layer.
-        caches: by ``{layer}.{group}``: quantised rows of every position ("window") and of every entry.
+        caches: by ``{layer}.{group}``, the quantised rows of every position ("window") and of every entry.
         chosen: by CSA layer, [n, entries] bool: the entries that each query attends to.
     """
 
@@ -55,7 +55,7 @@ def served_forward(decoder: Decoder, tokens: Tensor) -> OracleRun:
     """Run a prompt through the served model.
 
     Args:
-        decoder: holds the weights; its own profile does not matter.
+        decoder: has the weights; its own profile does not matter.
         tokens: [n] int64.
     """
     run = OracleRun(torch.empty(0))
@@ -80,7 +80,7 @@ def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x [n, ..., D], turn [n, rope/2] complex -> the last channels, in neighbouring pairs, turned."""
+    """x [n, ..., D], turn [n, rope/2] complex -> x with its last channels turned, in neighbouring pairs."""
     width = 2 * turn.shape[-1]
     pairs = torch.view_as_complex(x[..., -width:].reshape(*x.shape[:-1], -1, 2).contiguous())
     turned = torch.view_as_real(pairs * turn.reshape(len(turn), *[1] * (x.dim() - 2), -1)).flatten(-2)
@@ -116,12 +116,12 @@ def quantize(x: Tensor, tile: int, codes: Tensor) -> Tensor:
 
 
 def quantize_row(x: Tensor, rotary: int) -> Tensor:
-    """x [..., D] -> what a ``fp8_ds_mla`` row holds: e4m3 in tiles of 64, the rotated channels in bfloat16."""
+    """x [..., D] -> the values of a ``fp8_ds_mla`` row: e4m3 in tiles of 64, the rotated channels in bfloat16."""
     return torch.cat((quantize(x[..., :-rotary], 64, E4M3), x[..., -rotary:].bfloat16().float()), dim=-1)
 
 
 def quantize_index(x: Tensor) -> Tensor:
-    """x [..., D], turned -> what the indexer computes with: Hadamard, then e2m1 in tiles of 32."""
+    """x [..., D], turned -> the values that the indexer computes with: Hadamard, then e2m1 in tiles of 32."""
     return quantize(hadamard(x), 32, E2M1)
 
 
@@ -157,7 +157,7 @@ def _attention(attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: Ora
 
 
 def _compressed(compressor: Compressor, x: Tensor, inv_freq: Tensor, *, overlap: bool) -> tuple[Tensor, Tensor]:
-    """Normed entries [n // ratio, D] of x [n, C], and the rotation of each: that of its window's first token."""
+    """Normed entries [n // ratio, D] of x [n, C], each with the rotation of its window's first token."""
     ratio, width = compressor.ratio, compressor.norm.weight.shape[0]
     kv, gate = compressor.wkv(x), compressor.wgate(x)
     entries = []
@@ -177,7 +177,7 @@ def _chosen(
     indexer: Indexer, x: Tensor, latent: Tensor, visible: Tensor, turn: Tensor, inv_freq: Tensor, layer: int,
     run: OracleRun,
 ) -> Tensor:  # fmt: skip
-    """visible [n, E] -> the best of them for every query, [n, E] bool."""
+    """visible [n, E] -> the best visible entries for every query, [n, E] bool."""
     keys = quantize_index(rotate(*_compressed(indexer.compressor, x, inv_freq, overlap=True)))
     run.caches[f"{layer}.index_entries"] = keys
     q = quantize_index(rotate(split_last(indexer.wq_b(latent), indexer.heads, indexer.width), turn))

@@ -1,7 +1,7 @@
-"""Headers of safetensors files: where every tensor lies, checked against the file's size. No weight is read.
+"""Headers of safetensors files: where every tensor is, checked against the file's size. No weight is read.
 
-A header is a JSON object behind eight bytes of length; a tensor has a dtype, a shape and a range of the bytes that
-follow. The ranges must fill those bytes: a file that was cut off, or whose header lies, is found here.
+A header is a JSON object after eight bytes of length. A tensor has a dtype, a shape and a range of the bytes that
+follow. The ranges must fill those bytes, which finds files that were cut off or have a wrong header.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _TORCH = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32,
     "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-# safetensors' own limit; a length beyond it is no header but damage.
+# safetensors' own limit; a larger length means damage.
 _MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: its name there, dtype as safetensors writes it, shape, absolute offset and size in bytes."""
+    """One tensor of a file: its name there, safetensors' dtype, shape, absolute offset and size in bytes."""
 
     name: str
     file: Path
@@ -45,13 +45,15 @@ class Stored:
     bytes: int
 
     def read(self) -> Tensor:
-        """The tensor as it is stored; the bytes of nothing else are read.
+        """The tensor as stored; no other bytes are read.
 
         Raises:
             CheckpointError: the file cannot be read that far, or torch has no such dtype.
         """
         if self.dtype not in _TORCH:
-            raise CheckpointError(f"tensor {self.name} in {self.file.name} has dtype {self.dtype}, which is not read.")
+            raise CheckpointError(
+                f"tensor {self.name} in {self.file.name} has dtype {self.dtype}, which foldkv does not read."
+            )
         data = bytearray(self.bytes)
         try:
             with self.file.open("rb") as file:
@@ -68,7 +70,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its size in bytes, the sha256 and the size of its header, and its tensors by name."""
+    """One file: its size in bytes, its header's sha256 and size, and its tensors by name."""
 
     file: Path
     bytes: int
@@ -90,11 +92,11 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if start == b"version ":
                 return Shard(file, size, "", 0, {}), [
-                    f"{file.name} is a pointer of Git LFS, not the file: run `git lfs pull`"
+                    f"{file.name} is a Git LFS pointer, not the file: run `git lfs pull`"
                 ]
             if not 0 <= length <= min(_MAX_HEADER, size - 8):
                 return Shard(file, size, "", 0, {}), [
-                    f"{file.name} cannot be read: {size} bytes hold no safetensors header"
+                    f"{file.name} cannot be read: its {size} bytes contain no safetensors header"
                 ]
             text = handle.read(length)
     except OSError as error:
@@ -114,7 +116,9 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
     except (ValueError, RecursionError):
         return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is not JSON"]
     if not isinstance(header, dict):
-        return Shard(file, size, digest, 8 + length, {}), [f"{file.name} cannot be read: its header is no JSON object"]
+        return Shard(file, size, digest, 8 + length, {}), [
+            f"{file.name} cannot be read: its header is not a JSON object"
+        ]
     problems = [f"{file.name} names tensor {name} twice" for name in repeated]
     tensors: dict[str, Stored] = {}
     for name, facts in header.items():
@@ -148,7 +152,7 @@ def _stored(name: str, facts: Any, file: Path, start: int) -> Stored | str:
 
 
 def _gaps(file: Path, tensors: list[Stored], start: int, size: int) -> list[str]:
-    """What keeps the tensors from filling the file, the first such place only."""
+    """The first place where the tensors do not fill the file."""
     at = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.bytes)):
         if tensor.offset != at:

@@ -29,7 +29,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The geometry of one model. All sizes in elements; ``ratios`` in tokens per compressed entry."""
+    """The geometry of one model. All sizes are in elements; ``ratios`` are in tokens per compressed entry."""
 
     vocab_size: int
     hidden_size: int
@@ -72,7 +72,7 @@ class ModelSpec:
         Args:
             config: the parsed file.
             source: where it comes from.
-            allow_unknown_keys: keys to ignore that would be refused because nobody knows them.
+            allow_unknown_keys: unknown keys to ignore instead of refusing them.
 
         Raises:
             CheckpointError: unknown, missing or contradictory keys, all listed.
@@ -85,10 +85,10 @@ class ModelSpec:
     def from_file(cls, path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> ModelSpec:
         """The spec of a config.json, or of the one in a checkpoint folder.
 
-        Logs a warning if the weights are stored in a way that is not read.
+        Logs a warning if the weights are stored in a format that is not read.
 
         Raises:
-            CheckpointError: no such file, not a JSON object, or as :meth:`from_config`.
+            CheckpointError: there is no file, it is not a JSON object, or as :meth:`from_config`.
         """
         from foldkv.export.config_reader import read_config
         from foldkv.export.storage import warn_of_unread_weights

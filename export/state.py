@@ -1,9 +1,9 @@
 """The compressed caches as a list of fixed-capacity tensors. Standard library only.
 
 Every tensor has the shape ``[batch, rows, width]``. A ring keeps the row of position ``p`` at slot
-``p mod rows``; ``entries`` row ``i`` holds the entry of tokens ``[i * ratio, (i + 1) * ratio)`` and is
-written when that window closes. Of an open window CSA carries the tokens' rows, as rings, and HCA the three rows of an
-online softmax (operators/compress_online.py).
+``p mod rows``. Row ``i`` of ``entries`` is the entry of tokens ``[i * ratio, (i + 1) * ratio)``; it is
+written when that window closes. For an open window, CSA carries the tokens' rows, as rings, and HCA carries the three rows
+of an online softmax (operators/compress_online.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def state_tensors(spec: ModelSpec) -> list[StateTensor]:
 
 
 def _overlapping(layer: int, prefix: str, ratio: int, width: int) -> list[StateTensor]:
-    # An overlapping window reads the rows of the window before it too, in two series.
+    # An overlapping window also reads the rows of the window before it, in two series.
     return [
         _tensor(layer, f"{prefix}entries", width, ratio=ratio),
         _tensor(layer, f"{prefix}carry_kv", 2 * width, rows=2 * ratio),

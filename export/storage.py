@@ -1,6 +1,6 @@
-"""Ways to store weights that are not read, by name: other quantisations, GGUF, pickles. Standard library only.
+"""Formats of stored weights that foldkv does not read, by name: other quantisations, GGUF, pickles. Standard library only.
 
-They are told from config.json, from the files of a folder, or from the names of tensors, before anything is missed in them.
+They are recognised from config.json, from a folder's files or from tensor names, before any check reports missing tensors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 _READ = (
-    "Read are safetensors in float32, bfloat16 or float16, in e4m3 blocks of 128 x 128 and in packed e2m1 experts, as the "
-    "released checkpoints have them."
+    "foldkv reads safetensors in float32, bfloat16 or float16, in e4m3 blocks of 128 x 128 and in packed e2m1 experts, as "
+    "in the released checkpoints."
 )
 _METHODS = {
     "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors",
@@ -29,7 +29,7 @@ _METHODS = {
     "fbgemm_fp8": "FBGEMM FP8", "quark": "AMD Quark", "auto-round": "AutoRound", "torchao": "torchao", "quanto": "Quanto",
     "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ", "gguf": "GGUF", "exl2": "EXL2", "exl3": "EXL3", "mlx": "MLX",
 }  # fmt: skip
-# Weights that are no safetensors, in the order in which a folder is said to hold them.
+# Weights other than safetensors; the first kind that a folder has is reported.
 _FOREIGN_FILES = (
     ("GGUF", ("*.gguf",)),
     ("pickled PyTorch weights", ("*.bin", "*.pt", "*.pth", "*.ckpt")),
@@ -49,7 +49,7 @@ _FOREIGN_TENSORS = (
 
 @dataclass(frozen=True)
 class Unread:
-    """A way to store weights that is not read: its name, and what gave it away."""
+    """A format of stored weights that is not read: its name, and the sign that it was recognised by."""
 
     name: str
     sign: str
@@ -57,13 +57,13 @@ class Unread:
     def message(self, place: Path) -> str:
         """What was found where, what is read, and what to do next."""
         return (
-            f"{place}: the weights are stored as {self.name}, which is not read ({self.sign}). {_READ} Take the released "
+            f"{place}: the weights are stored as {self.name}, which foldkv does not read ({self.sign}). {_READ} Use the released "
             "checkpoint, or convert this one to bfloat16 safetensors with the tool that made it."
         )
 
 
 def unread_in_config(config: Mapping[str, Any]) -> Unread | None:
-    """What config.json says of a quantisation that is not read."""
+    """A quantisation in config.json that is not read."""
     for key in ("quantization", "quantization_config", "compression_config"):
         if isinstance(table := config.get(key), dict) and table and (found := _unread_quantisation(key, table)):
             return found
@@ -71,7 +71,7 @@ def unread_in_config(config: Mapping[str, Any]) -> Unread | None:
 
 
 def _unread_quantisation(key: str, table: Mapping[str, Any]) -> Unread | None:
-    for name in ("moe_quant_algo", "quant_algo"):  # ModelOpt, also beside a quant_method of fp8
+    for name in ("moe_quant_algo", "quant_algo"):  # ModelOpt, even with a quant_method of fp8
         if table.get(name):
             return Unread(f"{table[name]} of NVIDIA ModelOpt", f"{key}.{name} is {table[name]!r}")
     method = table.get("quant_method", {"compression_config": "compressed-tensors", "quantization": "mlx"}.get(key))
@@ -86,14 +86,14 @@ def _unread_quantisation(key: str, table: Mapping[str, Any]) -> Unread | None:
         form = f" ({table['format']})" if isinstance(table.get("format"), str) else ""
         return Unread(f"{_METHODS.get(str(method), repr(method))}{form}", f"{key}.quant_method is {method!r}")
     if table.get("fmt", "e4m3") != "e4m3":
-        return Unread(f"fp8 of the format {table['fmt']}", f"{key}.fmt is {table['fmt']!r}")
+        return Unread(f"fp8 in the format {table['fmt']}", f"{key}.fmt is {table['fmt']!r}")
     if "weight_block_size" in table and table["weight_block_size"] is None:
         return Unread("fp8 with one scale for a whole matrix", f"{key}.weight_block_size is null")
     return None
 
 
 def unread_in_folder(folder: Path) -> Unread | None:
-    """What the files of a folder say: a quantisation of ModelOpt, or weights that are no safetensors where there are no others."""
+    """What a folder's files show: a quantisation of ModelOpt, or weights of which none are safetensors."""
     if (file := folder / HF_QUANT_CONFIG).is_file() and (kind := _quantised_by_modelopt(file)):
         return Unread(kind, f"the folder has a {HF_QUANT_CONFIG}")
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -110,7 +110,7 @@ def unread_in_folder(folder: Path) -> Unread | None:
 
 
 def _quantised_by_modelopt(file: Path) -> str:
-    """What ModelOpt's file says of the weights; empty if it quantised none, but the KV cache for example."""
+    """The weights' format in ModelOpt's file; empty if it quantised no weights (but, for example, the KV cache)."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))["quantization"]
         kind = table["quant_algo"]
@@ -120,7 +120,7 @@ def _quantised_by_modelopt(file: Path) -> str:
 
 
 def unread_tensors(names: Iterable[str]) -> Unread | None:
-    """What the names of tensors say of a quantisation that is not read."""
+    """A quantisation that is not read, from the names of tensors."""
     table = list(names)
     for kind, pattern in _FOREIGN_TENSORS:
         found = next((name for name in table if pattern.search(name)), None)
@@ -130,15 +130,15 @@ def unread_tensors(names: Iterable[str]) -> Unread | None:
 
 
 def unread_file(path: Path) -> Unread | None:
-    """What a path says that was given in place of a checkpoint's folder."""
+    """The format of a weight file that was given instead of a checkpoint's folder."""
     for kind, patterns in _FOREIGN_FILES:
         if any(path.match(pattern) for pattern in patterns):
-            return Unread(kind, "given was a file of weights")
+            return Unread(kind, "the path is a file of weights")
     return None
 
 
 def refuse_unread_weights(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights are known not to be read.
+    """Refuse a checkpoint whose weights are in a known format that is not read.
 
     Raises:
         CheckpointError: what was found where, what is read, and what to do next.
@@ -148,7 +148,7 @@ def refuse_unread_weights(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def warn_of_unread_weights(path: Path, config: Mapping[str, Any]) -> None:
-    """Log, once, that the weights of a folder, or those that a bare config.json belongs to, are not read."""
+    """Log once that the weights of a folder, or of a single config.json, are not read."""
     found = unread_in_config(config) or (unread_in_folder(path) if path.is_dir() else None)
     if found:
-        warn_once(logger, f"{found.message(path)} What needs no weights is computed all the same.")
+        warn_once(logger, f"{found.message(path)} Everything that needs no weights is still computed.")

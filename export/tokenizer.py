@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint in one file, in the form that transformers gives it.
+"""The tokenizer of a checkpoint in one file, as transformers uses it.
 
-What ``AutoTokenizer`` does with a text follows from tokenizer.json, tokenizer_config.json, special_tokens_map.json and the
-tokenizer's class. It is settled here, so that a service needs the package ``tokenizers`` only, and no rule of transformers is
-written twice.
+tokenizer.json, tokenizer_config.json, special_tokens_map.json and the tokenizer's class determine what ``AutoTokenizer`` does
+with a text. This module writes the result to one file, so a service only needs the package ``tokenizers``, and no rule of
+transformers is written twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from foldkv.packages import require
 
 TOKENIZER = "tokenizer.json"
-#: Files of a checkpoint that say how its texts begin, end and are read.
+#: Files of a checkpoint that define how its texts begin, end and are read.
 TEXT_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
@@ -28,9 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 def tokenizer_json(folder: Path) -> str | None:
-    """The content of a tokenizer.json that encodes as ``AutoTokenizer.from_pretrained(folder)`` does; None without a tokenizer.
+    """The content of a tokenizer.json that encodes like ``AutoTokenizer.from_pretrained(folder)``; None without a tokenizer.
 
-    Where transformers cannot load it, or encodes otherwise than its own file, there is a warning.
+    Warns if transformers cannot load the tokenizer, or encodes differently from its own file.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -47,20 +47,20 @@ def tokenizer_json(folder: Path) -> str | None:
     except Exception as error:  # noqa: BLE001 - transformers raises all kinds
         reason = " ".join(str(error).split())[:200]
         _log.warning(
-            "transformers cannot load the tokenizer of %s (%s: %s). tokenizer.json is used as it is; special tokens that other "
+            "transformers cannot load the tokenizer of %s (%s: %s). tokenizer.json is used unchanged; special tokens that other "
             "files ask for are not added.", folder, type(error).__name__, reason,
         )  # fmt: skip
         return (folder / TOKENIZER).read_text(encoding="utf-8")
     if differing := _first_difference(tokenizer, content):
         _log.warning(
-            "the bundle's tokenizer encodes %r otherwise than AutoTokenizer.from_pretrained(%r) does. Compare their ids, "
+            "the bundle's tokenizer encodes %r differently from AutoTokenizer.from_pretrained(%r). Compare their ids, "
             "or encode with transformers and give token ids.", differing, str(folder),
         )  # fmt: skip
     return content
 
 
 def _first_difference(tokenizer: Any, content: str) -> str | None:
-    """A text that transformers and its tokenizer's file encode to other ids, or None."""
+    """A text that transformers and its tokenizer's file encode to different ids, or None."""
     from tokenizers import Tokenizer
 
     plain: Any = Tokenizer.from_str(content)

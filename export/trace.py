@@ -1,6 +1,6 @@
-"""From the decoder to an ONNX model: torch.export, foldkv operators kept as nodes, their bodies as functions.
+"""From the decoder to an ONNX model: torch.export, with foldkv operators kept as nodes and their bodies as functions.
 
-The graph's inputs and outputs are named (docs/artifacts.md lists them), every state tensor among them.
+The graph's inputs and outputs, including every state tensor, have names (docs/artifacts.md lists them).
 Batch, chunk length, number of logits and the capacity of the entries are dynamic.
 """
 
@@ -26,12 +26,12 @@ from foldkv.export.state import state_tensors
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
 LOGITS = "logits"
-# Sizes of the example that is traced; all different, so that no two dynamic sizes are taken for one.
+# Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
 _BATCH, _CHUNK, _KEPT, _CONTEXT = 2, 5, 3, 64
 
 
 class _Flat(nn.Module):
-    """The decoder with its state as separate arguments, as torch.export wants them named."""
+    """The decoder with its state as separate arguments, because torch.export needs their names."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Flat(nn.Module):
 
 
 def onnx_from_decoder(decoder: Decoder) -> ir.Model:
-    """The model as ONNX with its weights in memory; opset and IR version that every backend takes.
+    """The model as ONNX with its weights in memory, in an opset and IR version that every backend accepts.
 
     Raises:
         FoldkvError: an operator was lost on the way, which would be an internal fault.
@@ -107,7 +107,7 @@ def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
         torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
         torch.tensor([_CHUNK]),
         torch.zeros(_BATCH, _KEPT, dtype=torch.int64),
-        # Capacities must differ between ratios too, or torch would join their dimensions.
+        # Capacities must also differ between ratios, or torch would join their dimensions.
         new_state(decoder.spec, _CONTEXT * max(1, *decoder.spec.ratios) + 1, _BATCH),
     )
     state_shapes = [{0: batch, 1: capacities[t.ratio]} if t.ratio else {0: batch} for t in state_tensors(decoder.spec)]
@@ -115,7 +115,7 @@ def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
 
 
 def name_dimensions(model: ir.Model, spec: ModelSpec) -> None:
-    """Names of dynamic sizes as a reader expects them, whatever torch called them."""
+    """Give dynamic sizes readable names instead of torch's."""
     tensors = state_tensors(spec)
     values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
     for tensor in tensors:
@@ -134,7 +134,7 @@ def name_dimensions(model: ir.Model, spec: ModelSpec) -> None:
 
 
 def tidy(model: ir.Model) -> None:
-    """Remove what tracing leaves behind: debug metadata, unused nodes and constants, repeated constants."""
+    """Remove leftovers of tracing: debug metadata, unused nodes and constants, repeated constants."""
     from onnx_ir.passes.common import (
         CommonSubexpressionEliminationPass,
         IdentityEliminationPass,
@@ -147,7 +147,7 @@ def tidy(model: ir.Model) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    # TensorRT wants axes and shapes as constants; weights are left as they are, whatever their size.
+    # TensorRT needs axes and shapes as constants; weights of any size stay unchanged.
     onnxscript.optimizer.fold_constants(model, should_fold=_reads_no_weight)
     for step in (
         IdentityEliminationPass(),
@@ -167,7 +167,7 @@ def _reads_no_weight(node: ir.Node) -> bool | None:
 
 
 def add_functions(model: ir.Model) -> None:
-    """Attach the body of every operator that the graph uses, and of the helpers that these call."""
+    """Attach the bodies of all operators that the graph uses, and of the helpers that they call."""
     known = {}
     for operator in operators().values():
         for function in (operator.function, *_called(operator.function)):
@@ -186,7 +186,7 @@ def add_functions(model: ir.Model) -> None:
 
 
 def _give_loops_a_condition(body: ir.Function) -> None:
-    """TensorRT's parser knows a loop's condition only if one is given; ONNX lets a counted loop omit it."""
+    """Give counted loops a condition: TensorRT's parser needs one, though ONNX allows a loop without."""
     for node in [node for node in body if node.op_type == "Loop" and node.inputs[1] is None]:
         always = ir.node("Constant", [], attributes={"value": ir.tensor(True)}, name=f"{node.name}_always")
         always.outputs[0].name = f"{node.name}_always"
@@ -201,7 +201,7 @@ def _called(function: object) -> Iterator[object]:
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each foldkv operator the graph holds."""
+    """How many nodes of each foldkv operator the graph has."""
     return dict(sorted(Counter(node.op_type for node in model.graph if node.domain == DOMAIN).items()))
 
 
@@ -239,13 +239,13 @@ def _check_operators(model: ir.Model, decoder: Decoder) -> None:
     found, expected = operator_counts(model), expected_counts(decoder)
     if found != expected:
         raise FoldkvError(
-            f"the traced graph holds operators {found}; expected {expected}. Report this as a fault of foldkv."
+            f"the traced graph has operators {found}; expected {expected}. Report this as a fault of foldkv."
         )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch's exporter talks of its own progress and of other projects' deprecations."""
+    """Silence torch's exporter, which prints its own progress and other projects' deprecations."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,8 +1,8 @@
-"""Where a graph's weights lie and how they are stored: in the checkpoint's own files, or repacked. No weight is read here.
+"""Where a graph's weights are and how they are stored: in the checkpoint's own files, or repacked. No weight is read here.
 
-``reference`` points into the safetensors files. It holds where every tensor has a dtype that ONNX has, and where the
-routed experts of a layer lie in one file at a regular distance, in any order: then they are the rows of one tensor.
-``repack`` plans files per layer in which the experts lie so; :mod:`foldkv.export.repack` writes them.
+``reference`` points into the safetensors files. It needs a dtype that ONNX has for every tensor. It also needs the routed
+experts of a layer in one file at a regular distance, in any order: then they are the rows of one tensor.
+``repack`` plans files per layer with the experts in that form; :mod:`foldkv.export.repack` writes them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from foldkv.export.operators.packed import PARTS, Matrix
 from foldkv.export.shards import Stored
 
 EXPERTS = "ffn.experts"
-#: Folder of the package that holds weights, linked or repacked.
+#: Folder of the package with the weights, linked or repacked.
 FOLDER = "weights"
 _ALIGNMENT = 64
-# Exponents are looked up, so their type is one that Gather's index can be cast from everywhere: int8 (operators/packed.py).
+# Exponents are looked up, so their type must cast to Gather's index in every backend: int8 (operators/packed.py).
 _DTYPES = {
     "F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "I64": ir.DataType.INT64,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN, "F8_E8M0": ir.DataType.INT8, "U8": ir.DataType.INT8, "I8": ir.DataType.INT8,
@@ -76,7 +76,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Packed:
-    """The routed experts of a layer: codes and scales [E, bytes], the row of every expert, and where its matrices lie."""
+    """The routed experts of a layer: codes and scales [E, bytes], the row of every expert, and where its matrices are."""
 
     format: str
     codes: Data
@@ -127,7 +127,7 @@ class Copy:
 
 
 def referenced(checkpoint: Checkpoint) -> Weights:
-    """The weights where they lie in the checkpoint's files, under ``weights/`` of the package.
+    """The weights in the checkpoint's own files, under ``weights/`` of the package.
 
     Raises:
         CheckpointError: some cannot be used in place; all are listed.
@@ -149,7 +149,7 @@ def referenced(checkpoint: Checkpoint) -> Weights:
         else:
             sources[name.removesuffix(".w13")] = found
     if len(layouts) > 1:
-        problems.append(f"experts lie in {len(layouts)} different orders; one is needed")
+        problems.append(f"experts are in {len(layouts)} different orders; expected one")
     if problems:
         raise CheckpointError(
             listing(
@@ -162,7 +162,7 @@ def referenced(checkpoint: Checkpoint) -> Weights:
 
 
 def repacked(checkpoint: Checkpoint) -> tuple[Weights, list[Copy]]:
-    """The weights in files of the package's own, one per layer and one for the rest, and what must be copied there.
+    """The weights in the package's own files, one per layer and one for the rest, and what to copy into them.
 
     Raises:
         CheckpointError: some have a format that no graph reads; all are listed.
@@ -196,7 +196,7 @@ def repacked(checkpoint: Checkpoint) -> tuple[Weights, list[Copy]]:
 
 
 def _place(ends: dict[str, int], location: str, size: int) -> int:
-    """Room for so many bytes at the aligned end of a file."""
+    """Room for that many bytes at the aligned end of a file."""
     at = -(-ends.get(location, 0) // _ALIGNMENT) * _ALIGNMENT
     ends[location] = at + size
     return at
@@ -225,14 +225,14 @@ def _single(checkpoint: Checkpoint, name: str, placed: Mapping[str, tuple[str, i
     format_ = checkpoint.format(name)
     assert format_ is not None
     if data[0].dtype != ir.DataType.FLOAT8E4M3FN:
-        return f"tensor {name} is {format_.name}; only routed experts are used so"
+        return f"tensor {name} is {format_.name}; only routed experts can be used in this format"
     rows, columns = data[0].shape
     block = (min(format_.block[0], rows), min(format_.block[1], columns))
     return Quantised(data[0], data[1], block)
 
 
 def _experts(checkpoint: Checkpoint, prefix: str) -> tuple[str, list[dict[str, tuple[Stored, Stored]]]] | str:
-    """The format of a layer's experts, and weight and scale of every expert by part; or why they cannot be used."""
+    """The format of a layer's experts, and every expert's weight and scale by part; or why they cannot be used."""
     if f"{prefix}.w13" in checkpoint.headers:
         return f"{prefix} are stacked in the checkpoint; single experts are expected"
     rows = [
@@ -251,9 +251,7 @@ def _experts(checkpoint: Checkpoint, prefix: str) -> tuple[str, list[dict[str, t
         shape = _matrix_shape(name)
         for size, count, block in zip(shape, scale.shape, format_.block, strict=True):
             if count > 1 and size % block:
-                return (
-                    f"{prefix} are {list(shape)}, which is no multiple of the {list(format_.block)} that share a scale"
-                )
+                return f"{prefix} are {list(shape)}, which is not a multiple of the {list(format_.block)} that share a scale"
     return format_.name, parts
 
 
@@ -275,7 +273,7 @@ def _rows_in_place(checkpoint: Checkpoint, prefix: str) -> Packed | str:
         tables.append(table)
     codes, scales = tables
     if codes.slots != scales.slots:
-        return f"{prefix}: weights and scales lie in different orders"
+        return f"{prefix}: weights and scales are in different orders"
     matrices = _matrices(parts[0], codes.offsets, scales.offsets)
     return Packed(format_, codes.data(checkpoint), scales.data(checkpoint), codes.slots, matrices)
 
@@ -313,7 +311,7 @@ def _matrices(row: dict[str, tuple[Stored, Stored]], codes: dict[str, int], scal
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tensors of all experts that lie in one file at a regular distance."""
+    """Tensors of all experts, in one file at a regular distance."""
 
     first: Stored
     start: int
@@ -325,25 +323,25 @@ class _Rows:
     def of(cls, experts: list[dict[str, Stored]]) -> _Rows | str:
         files = {stored.file for row in experts for stored in row.values()}
         if len(files) > 1:
-            return f"lie in {len(files)} files"
+            return f"are in {len(files)} files"
         starts = [min(stored.offset for stored in row.values()) for row in experts]
         offsets = {part: stored.offset - starts[0] for part, stored in experts[0].items()}
         for row, start in zip(experts, starts, strict=True):
             if {part: stored.offset - start for part, stored in row.items()} != offsets:
-                return "of its experts do not lie alike"
+                return "are not at the same offsets in every expert"
         order = sorted(starts)
         extent = max(offsets[part] + stored.bytes for part, stored in experts[0].items())
         stride = order[1] - order[0] if len(order) > 1 else extent
         if stride < extent or any(b - a != stride for a, b in itertools.pairwise(order)):
-            return "do not lie at a regular distance"
+            return "are not at a regular distance"
         file = next(iter(files))
         if order[0] + len(order) * stride > file.stat().st_size:
-            return "lie at a distance that leads out of the file"
+            return "are at a distance that leads out of the file"
         place = {start: slot for slot, start in enumerate(order)}
         return cls(next(iter(experts[0].values())), order[0], stride, tuple(place[start] for start in starts), offsets)
 
     def data(self, checkpoint: Checkpoint) -> Data:
-        """All rows as one tensor, where they lie."""
+        """All rows as one tensor, in their file."""
         inside = self.first.file.relative_to(checkpoint.folder).as_posix()
         count = len(self.slots)
         return Data(f"{FOLDER}/{inside}", self.start, count * self.stride, ir.DataType.INT8, (count, self.stride))

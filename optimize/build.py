@@ -53,7 +53,7 @@ _MEMORY_FACTOR, _MEMORY_FLOOR = 5, 3 << 30
 
 @dataclass(frozen=True)
 class TargetResult:
-    """What became of one target: "built", "unchanged" or "failed" with a reason."""
+    """The outcome for one target: "built", "unchanged" or "failed" with a reason."""
 
     target: str
     status: str
@@ -94,25 +94,25 @@ def build_bundles(
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
 
-    What cannot succeed is refused before anything is built. A build that fails later does not stop the others.
+    Anything that cannot succeed is refused before the first build. A build that fails later does not stop the others.
 
     Args:
-        graph: a graph package, verified by hash before it is used.
+        graph: a graph package; its hashes are verified before use.
         out: folder that gets one bundle per target.
-        targets: names of the table, or targets of your own.
+        targets: names from the table, or your own targets.
         plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. None is the
-            default (optimize/choices.py). A graph that was injected is built with plugins, for its target and for the cpu.
-        layout: name of the cache layout: of GPU targets other than "dense" only with plugins, of the cpu target only for a
-            graph of the profile "served". Beside GPU targets, the cpu target of another graph keeps dense rows. None is
-            "dense", or the layout of an injected graph.
+            default (optimize/choices.py). An injected graph is built with plugins, for its target and for the cpu.
+        layout: name of the cache layout. Layouts other than "dense" need plugins on GPU targets, and a graph of the profile
+            "served" on the cpu target. If GPU targets are built too, the cpu target of another graph keeps dense rows.
+            None is "dense", or the layout of an injected graph.
         shapes: sizes that engines are built for.
-        jobs: builds at once; the default is what memory and processors allow.
-        force: build bundles that are unchanged, too.
+        jobs: parallel builds; the default is what memory and processors allow.
+        force: also build bundles that are unchanged.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: unknown targets or layout, a layout that a target does not keep, or ``out`` cannot be written.
+        InputError: unknown targets or layout, a layout that a target does not support, or ``out`` cannot be written.
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
     manifest = read_manifest(graph, kind=GRAPH_KIND)
@@ -136,7 +136,7 @@ def build_bundles(
     pool = ThreadPoolExecutor(jobs or _parallel_builds(manifest))
     try:
         return BuildReport(list(pool.map(one, planned)))
-    except BaseException:  # an interrupt: nobody waits for the others, which may take minutes
+    except BaseException:  # an interrupt: do not wait for the others, which may take minutes
         pool.shutdown(wait=False, cancel_futures=True)
         end_children()
         raise
@@ -154,9 +154,9 @@ def reasons_to_build(
     shapes: Shapes | None = None,
     only: str | None = None,
 ) -> dict[str, str]:
-    """By target why :func:`build_bundles` would build it, "" where it is unchanged; arguments and errors are the same.
+    """Why :func:`build_bundles` would build each target; "" if it is unchanged. Arguments and errors are the same.
 
-    With ``only``, the answer is for that one of the targets.
+    With ``only``, the answer is for that target only.
     """
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
@@ -183,7 +183,7 @@ def _jobs(
 def _injected_choices(
     graph: Path, manifest: dict[str, Any], targets: Sequence[Target], plugins: bool | None, layout: str | None
 ) -> list[Choice]:
-    """The choices that injection has made."""
+    """The choices that injection made."""
     made = manifest["injection"]
     others = [target.name for target in targets if target.sm and target.name != made["target"]]
     if others:
@@ -193,8 +193,8 @@ def _injected_choices(
         )
     if plugins is False or layout not in (None, made["layout"]):
         raise InputError(
-            f"{graph} was injected with plugins and the layout {made['layout']}; it is built so. "
-            "Leave --plugins and --layout out, or give the graph that export wrote."
+            f"{graph} was injected with plugins and the layout {made['layout']}, so it is built that way. "
+            "Omit --plugins and --layout, or give the graph that export wrote."
         )
     packs = made["layout"] in PACKED and manifest["profile"] == SERVED
     return [
@@ -211,7 +211,7 @@ def _parallel_builds(manifest: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """One target's build: the graph package and its manifest, and everything else that decides the bundle."""
+    """One target's build: the graph package, its manifest, and everything else that the bundle depends on."""
 
     graph: Path
     manifest: dict[str, Any]
@@ -220,7 +220,7 @@ class _Job:
 
     @property
     def target(self) -> Target:
-        """What is built for."""
+        """The machine that the bundle is for."""
         return self.choice.target
 
     @property
@@ -234,7 +234,7 @@ class _Job:
         return self.choice.layout
 
     def spec(self) -> BuildSpec:
-        """The values that decide the bundle.
+        """The values that the bundle depends on.
 
         Raises:
             MissingDependencyError: the backend, or the compiler of the plugins' kernels, cannot be used here.
@@ -299,7 +299,7 @@ def _other_files_digest(manifest: dict[str, Any]) -> str:
 
 
 def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
-    """Why the bundle there is not what would be built; "" if it is."""
+    """Why the bundle there differs from what would be built; "" if it does not."""
     reason, manifest = reason_to_replace(folder, kind=KIND)
     if manifest is None or (reason := _other_version(manifest)):
         return reason
@@ -322,7 +322,7 @@ def _other_version(manifest: dict[str, Any]) -> str:
 
 _CHANGES = {
     "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
-    "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds in another way",
+    "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds differently",
     "target": "the table of targets changed",
 }  # fmt: skip
 
@@ -337,7 +337,7 @@ def _change(name: str, old: Any, new: Any) -> str:
     return f"{name} was {old}, is {new}"
 
 
-#: Of what decides a bundle, the fields that stand nowhere else in its manifest.
+#: Fields that a bundle depends on and that are nowhere else in its manifest.
 _RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "recipe")
 
 
@@ -389,7 +389,7 @@ def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     progress("loading it in ONNX Runtime")
     try:
         session = onnxruntime.InferenceSession(str(work / MODEL), providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime raises classes of its own that share no base
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises its own classes, which share no base
         raise BuildError(f"ONNX Runtime cannot load the graph: {str(error)[:400]}") from None
     names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
     missing = [name for tensor in state for name in (tensor.input, tensor.output) if name not in names]
@@ -413,7 +413,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
     progress(f"lowering to {target.precision}")
     state = [StateTensor(**row) for row in job.manifest["state"]]
-    # The lowered graph lies beside the bundle's staging folder, so that it never becomes part of it.
+    # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
     scratch = work.with_name(f"{work.name}-graph")
     scratch.mkdir()
     try:
@@ -446,14 +446,14 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
-    """The injected model, and the kernels that it launches, compiled into the bundle."""
+    """Inject the model, and compile the kernels that it launches into the bundle."""
     from foldkv.optimize.kernels import bundle_kernels
     from foldkv.plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
 
     target = job.target
     assert target.sm is not None
     model = flat_model(job.graph)
-    strip_injection(model)  # one that `foldkv inject` wrote is decided again by the same rules
+    strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
     injection = inject_nodes(
         model, job.manifest["state"], rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,
         dtype=target.precision, layout=job.layout,

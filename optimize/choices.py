@@ -1,6 +1,6 @@
 """What a target is built with: plugins or function bodies, and the layout of its cache rows.
 
-``plan``, ``build`` and ``run`` ask here, so that what one of them says the others do. No graph is read and nothing is built.
+``plan``, ``build`` and ``run`` ask here, so they all agree. No graph is read and nothing is built.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from foldkv.optimize.targets import Target
 from foldkv.packages import pip_line, require, version_of
 from foldkv.plugins.coverage import coverage
 
-#: Whether GPU targets get plugins where nobody says. Only plugins keep packed rows and update caches in place; function bodies
-#: need every cache twice and activations that follow the context. The cpu target has none either way.
+#: Whether GPU targets get plugins by default. Only plugins keep packed rows and update caches in place. Function bodies need
+#: every cache twice, and activations that grow with the context. The cpu target never has plugins.
 PLUGINS = True
-#: Layouts of packed rows that function bodies read: those whose values a graph of the profile ``served`` computes.
+#: Layouts of packed rows that function bodies read: a graph of the profile ``served`` computes their values.
 PACKED = tuple(name for name in BUILT if (LAYOUTS[name].rows, LAYOUTS[name].index_rows) == (FP8_DS_MLA, INDEX_FP4))
 
 
@@ -39,7 +39,7 @@ class Choice:
 
 
 def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, plugins: bool) -> str:
-    """Why a target does not keep its caches in a layout; "" where it does. Plugins are asked by the rules of injection.
+    """Why a target does not support a layout for its caches; "" if it does. For plugins the rules of injection decide.
 
     Args:
         spec: the model.
@@ -52,17 +52,17 @@ def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, pl
         if layout == DENSE or (layout in PACKED and profile == SERVED):
             return ""
         return (
-            f"layout {layout} is not kept: without plugins rows are dense, or {', '.join(PACKED)} in a graph of the profile "
-            f"{SERVED}, which computes those values. Export with --profile served, or choose the layout dense"
+            f"layout {layout} is not supported: without plugins only a graph of the profile {SERVED} can have packed rows "
+            f"({', '.join(PACKED)}), because it computes their values. Export with --profile served, or choose the layout dense"
         )
     if not plugins:
-        return "" if layout == DENSE else f"layout {layout} needs plugins, which alone read packed rows on a GPU"
+        return "" if layout == DENSE else f"layout {layout} needs plugins: only they read packed rows on a GPU"
     reasons = _plugin_gaps(spec, profile, target.sm, target.precision, layout)
-    return f"layout {layout} is not kept: {reasons[0]}" if reasons else ""
+    return f"layout {layout} is not supported: {reasons[0]}" if reasons else ""
 
 
 def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout: str) -> list[str]:
-    """What keeps injection from giving the operators on rows of that layout to plugins."""
+    """Why injection cannot give the operators on rows of that layout to plugins."""
     formats = LAYOUTS[layout]
     asked = [
         row
@@ -70,13 +70,13 @@ def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout:
         if row.rows == (formats.format_of(row.group) or DENSE) and row.dtype in ("", precision)
     ]
     gaps = [row for row in asked if row.gaps[sm]]
-    # A function body reads dense rows where an operator has no plugin; an engine with no plugin at all is not built.
+    # An operator without a plugin keeps its function body, which reads dense rows; engines without any plugin are not built.
     stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else [row for row in gaps if row.rows != DENSE]
     return [f"{row.operator} {row.gaps[sm]}" for row in stops]
 
 
 def kept_layouts(spec: ModelSpec, profile: str, target: Target, *, plugins: bool | None = None) -> list[str]:
-    """The layouts that a target keeps, dense first; none where no operator of the model has a plugin there."""
+    """The layouts that a target supports, dense first; none if no operator of the model has a plugin there."""
     wanted = PLUGINS if plugins is None else plugins
     return [name for name in BUILT if not layout_gap(spec, profile, target, name, plugins=wanted)]
 
@@ -91,7 +91,7 @@ def choose(
 ) -> list[Choice]:
     """How the targets of one build are built.
 
-    A packed layout is meant for the GPUs where there are any: the cpu target beside them keeps dense rows if it cannot keep it.
+    If there are GPU targets, a packed layout is meant for them: the cpu target beside them keeps dense rows if it must.
 
     Args:
         spec: the model.
@@ -101,7 +101,7 @@ def choose(
         layout: of cache rows.
 
     Raises:
-        InputError: an unknown layout, or one that targets do not keep; all are listed.
+        InputError: an unknown layout, or one that targets do not support; all are listed.
     """
     cache_layout(layout)
     wanted = PLUGINS if plugins is None else plugins
@@ -145,7 +145,7 @@ def missing_for(choice: Choice) -> str:
 
 def _missing_for(choice: Choice) -> MissingDependencyError | None:
     try:
-        # TensorRT 11 lacks more than a package as a rule; its own check names all of that.
+        # TensorRT 11 usually lacks more than a package; its own check names everything.
         if choice.target.backend != "tensorrt":
             require(choice.feature)
         backend_version(choice.target)
@@ -156,10 +156,10 @@ def _missing_for(choice: Choice) -> MissingDependencyError | None:
 
 
 def check_here(choices: Sequence[Choice]) -> None:
-    """Check that this machine can build all of them, before any is built.
+    """Check that this machine can build all targets, before any is built.
 
     Raises:
-        MissingDependencyError: it cannot; every target is named with its reason.
+        MissingDependencyError: it cannot; the message names every target with its reason.
     """
     found = {choice.target.name: error for choice in choices if (error := _missing_for(choice))}
     if not found:

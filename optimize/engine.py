@@ -1,4 +1,4 @@
-"""From a lowered ONNX model to a TensorRT or TensorRT-RTX plan, in a child process. TensorRT-RTX needs no GPU for it."""
+"""From a lowered ONNX model to a TensorRT or TensorRT-RTX plan, in a child process. TensorRT-RTX needs no GPU for this."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from foldkv.progress import Say, silent
 
 _TENSORRT_MAJOR = 11
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
-#: Backend to the module that it is, which is also the name of its distribution.
+#: Backend to its module, which is also the name of its distribution.
 MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 _children: set[subprocess.Popen[str]] = set()
 
@@ -48,14 +48,14 @@ def engine_version(backend: str, *, target: str, sm: int) -> str:
     if not version:
         missing.append(f"the package tensorrt, version {_TENSORRT_MAJOR}: {pip_line([MODULES[TENSORRT]])}")
     elif int(version.split(".")[0]) < _TENSORRT_MAJOR:
-        missing.append(f"TensorRT {_TENSORRT_MAJOR}; installed is {version}: {pip_line([MODULES[TENSORRT]])}")
+        missing.append(f"TensorRT {_TENSORRT_MAJOR}; {version} is installed: {pip_line([MODULES[TENSORRT]])}")
     capability = device_capability()
     if capability != sm:
         found = f"the one here has {capability / 10:.1f}" if capability else "there is none here"
         missing.append(f"a GPU of compute capability {sm / 10:.1f}, because TensorRT times kernels on it; {found}")
     if missing:
-        title = f"{target} (sm{sm}) is a target of TensorRT {_TENSORRT_MAJOR} (TensorRT-RTX has no engines for it), which is not usable here"
-        step = f"On a machine that has these, run `foldkv build GRAPH --target {target} -o OUT`; the graph package can be copied there."
+        title = f"{target} (sm{sm}) needs TensorRT {_TENSORRT_MAJOR}, which cannot be used here (TensorRT-RTX has no engines for {target})"
+        step = f"Run `foldkv build GRAPH --target {target} -o OUT` on a machine that has these. You can copy the graph package there."
         package = [] if version else [MODULES[TENSORRT]]
         raise MissingDependencyError(
             listing(title, missing, step), packages=package, install=pip_line(package) if package else ""
@@ -96,11 +96,11 @@ def build_plan(
     Args:
         graph: the lowered model.
         plan: the file to write.
-        sm: compute capability of the plan; None names none to TensorRT-RTX, which then makes a forward-compatible one. The
-            kernels of plugins are chosen by the nodes' own field.
+        sm: compute capability of the plan. With None, TensorRT-RTX gets none and makes a forward-compatible plan. The nodes'
+            own field chooses the plugins' kernels.
         state: the state tensors as the model has them.
         shapes: sizes that the engine is built for.
-        inputs: of inputs that no graph package has: smallest, typical and largest shape.
+        inputs: smallest, typical and largest shape of inputs that no graph package has.
         backend: "tensorrt-rtx" or "tensorrt".
         plugins: nodes that were injected; the network must have as many plugin layers.
         memory_bytes: limit of the child's address space.
@@ -111,7 +111,7 @@ def build_plan(
         launch, ``peak_rss_bytes``, and the builder's ``warnings``.
 
     Raises:
-        BuildError: the parser or the builder refused the graph, or the child process died; with the reason.
+        BuildError: the parser or the builder refused the graph, or the child process died; the message has the reason.
     """
     with tempfile.TemporaryDirectory(prefix="foldkv-engine-") as folder:
         request = Path(folder) / "request.json"
@@ -157,7 +157,7 @@ def _registered(child: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def end_children() -> None:
-    """End every engine build of this process; those who wait for them get a BuildError."""
+    """End every engine build of this process; callers that wait for one get a BuildError."""
     for child in list(_children):
         child.kill()
 

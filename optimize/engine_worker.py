@@ -1,7 +1,7 @@
 """The child process of an engine build: ``python -m foldkv.optimize.engine_worker REQUEST.json``.
 
 A native crash or a memory limit ends this process and not the pipeline. It prints one JSON object per
-line: {"progress": ...}, then {"ok": true} or {"error": ...}; the plan is written to the path of the request.
+line: {"progress": ...}, then {"ok": true} or {"error": ...}. It writes the plan to the path in the request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_WARNINGS = 20  # different ones, which is more than a build has given yet
+_WARNINGS = 20  # different ones; no build has given that many yet
 
 
 def say(**message: Any) -> None:
@@ -53,19 +53,19 @@ def build(request: dict[str, Any]) -> None:
             "; ".join(f"node {e.node_name() or '?'} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
         )
     unused = [text for _, text in messages if "Unused Input" in text]
-    if unused:  # the parser then computes something else than the graph says
+    if unused:  # the parser then computes something different from the graph
         raise RuntimeError(f"the parser ignores an input: {unused[0]}")
-    # The parser takes a function body, or a builtin of the same name, where it finds no creator.
+    # Where the parser finds no creator, it takes a function body, or a builtin of the same name.
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     found = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
     if found != request["plugins"]:
         raise RuntimeError(f"the network has {found} plugin layers; {request['plugins']} nodes were injected")
     config = builder.create_builder_config()
-    # On by default, TF32 would round the operands of what the lowered graph keeps in float32 to 10 bits.
+    # TF32 is on by default: it would round to 10 bits the operands of products that the lowered graph keeps in float32.
     config.clear_flag(trt.BuilderFlag.TF32)
     if found:  # state is updated in place
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    # TensorRT builds for the device that it finds; TensorRT-RTX for what is named, or else for sm80 and what came later.
+    # TensorRT builds for the device that it finds. TensorRT-RTX builds for the named one, or else for sm80 and later.
     if hasattr(trt, "ComputeCapability") and request["sm"] is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
@@ -99,7 +99,7 @@ def _first_line(text: str) -> str:
 
 
 def _reasons(messages: list[tuple[str, str]]) -> str:
-    """The errors logged, without the note on the missing driver that follows each of them here."""
+    """The logged errors, without the note about the missing driver that follows each of them here."""
     errors = [
         text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR") and "cudaError" not in text
     ]
@@ -107,10 +107,10 @@ def _reasons(messages: list[tuple[str, str]]) -> str:
 
 
 def _end_with_parent() -> None:
-    """Nobody is left to take the plan once the parent is gone, and a build may hold gigabytes for minutes."""
+    """End with the parent: without it nobody takes the plan, and a build can keep gigabytes for minutes."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:  # it went before the call
+    if os.getppid() == 1:  # the parent ended before the call
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
-"""Whether a model fits a target, and how many GPUs it takes if not: the figures that one decides with.
+"""Whether a model fits a target, and how many GPUs it takes if not.
 
-Weights are shared out over the GPUs. Caches and activations are counted in full on every GPU: one KV head serves all query
-heads, so that splitting a layer over GPUs does not split its cache. Nothing is set aside for the driver. foldkv's runtime
-drives one GPU; the number is what a runtime that shards would take.
+Weights are divided among the GPUs. Caches and activations count in full on every GPU: one KV head serves all query heads,
+so splitting a layer over GPUs does not split its cache. Nothing is reserved for the driver. foldkv's runtime uses one GPU;
+the number of GPUs is for a runtime that shards.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from foldkv.optimize.targets import Target
 _LOG = logging.getLogger(__name__)
 FLOAT32_PACKAGE = Package()
 
-# What the planner calls rows that `build` calls dense.
+# The planner's names for rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes per layer of an artifact besides its weights, measured on examples/tiny-v4: graph and cpu graph as ONNX; an engine's
-# code without and with plugins (sm80, TensorRT-RTX 1.7). Next to released weights they are nothing.
+# code without and with plugins (sm80, TensorRT-RTX 1.7). They are negligible beside released weights.
 _GRAPH, _CPU_GRAPH, _ENGINE, _ENGINE_WITH_PLUGINS = 48_000, 96_000, 6_800_000, 5_000_000
 
 
@@ -42,13 +42,13 @@ class TargetPlan:
         capacity: memory of one GPU, or of this machine for the cpu target.
         layout: of cache rows, as ``build`` names it.
         memory: the caches.
-        copies: of the caches: two in engines without plugins, whose function bodies do not write in place (runtime/engine.py).
-        activations: of a chunk, at their largest moments.
+        copies: of the caches: two in engines without plugins, because function bodies do not write in place (runtime/engine.py).
+        activations: of a chunk, at their peaks.
         plugins: whether plugins compute what touches compressed KV.
-        weights: by format that the target keeps, from wide to narrow.
-        built_in: the one of these formats that ``foldkv build`` writes.
-        bundle: what the bundle takes on disk, in that format.
-        build: how long a build may take here, or None without a run to tell from.
+        weights: for each format that the target keeps, from wide to narrow.
+        built_in: the format of these that ``foldkv build`` writes.
+        bundle: size of the bundle on disk, in that format.
+        build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
     """
@@ -69,25 +69,25 @@ class TargetPlan:
 
     @property
     def activation_bytes(self) -> int:
-        """What the activations take: engines lay them over each other, ONNX Runtime's arena does not."""
+        """Size of the activations: engines reuse their memory, ONNX Runtime's arena does not."""
         return self.activations.total(reuse=self.target.sm is not None)
 
     @property
     def caches(self) -> int:
-        """What the caches take, in all copies."""
+        """Size of the caches, with all copies."""
         return self.memory.total * self.copies
 
     @property
     def replicated(self) -> int:
-        """What every GPU holds in full."""
+        """What every GPU needs in full."""
         return self.caches + self.activation_bytes
 
     def over(self, format_: str) -> int:
-        """Bytes by which one device is too small; 0 if the model fits on it."""
+        """Bytes that one device lacks; 0 if the model fits on it."""
         return max(0, self.replicated + self.weights[format_] - self.capacity)
 
     def devices(self, format_: str) -> int | None:
-        """GPUs that hold the weights beside caches and activations; None if no number does."""
+        """Number of GPUs for weights, caches and activations; None if no number is enough."""
         room = self.capacity - self.replicated
         return -(-self.weights[format_] // room) if room > 0 else None
 
@@ -132,12 +132,12 @@ def plan_target(
         chunk: tokens of a sequence that go through the model at once.
         plugins: whether GPU targets get plugins; None is the default of ``build``.
         profile: of the graph.
-        package: how the graph package has its weights.
-        max_context: find the largest context that fits, too.
+        package: how the graph package stores its weights.
+        max_context: also find the largest context that fits.
         runs: earlier runs on this machine, for the time.
 
     Raises:
-        InputError: sizes out of range, a profile that the model does not have, or a layout that the target does not keep.
+        InputError: sizes out of range, a profile that the model does not have, or a layout that the target does not support.
     """
     check_profile(profile, spec)
     check_sizes(batch, chunk)
@@ -172,13 +172,13 @@ def plan_target(
 def _resident(
     spec: ModelSpec, choice: Choice, context: int, batch: int, chunk: int
 ) -> tuple[MemoryPlan, int, Activations]:
-    """The caches, how many copies of them, and the activations."""
+    """The caches, their number of copies, and the activations."""
     gpu = choice.target.sm is not None
     rows = _DENSE_ROWS[choice.target.precision] if choice.layout == DENSE else choice.layout
     return (
         plan_memory(spec, context=context, batch=batch, layout=rows),
         2 if gpu and not choice.plugins else 1,
-        # Of a package with weights in float32, whose experts take most.
+        # For a package with weights in float32, where experts take most.
         activations(
             spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if gpu else 4,
             room=None if gpu else BLOCK_ROOM,
@@ -187,7 +187,7 @@ def _resident(
 
 
 def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chunk: int) -> int:
-    """The most tokens per sequence whose caches and activations take no more than ``room`` bytes; 0 if one takes more."""
+    """The most tokens per sequence whose caches and activations fit in ``room`` bytes; 0 if not even one does."""
     low, high = 0, spec.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
@@ -200,22 +200,24 @@ def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chu
 
 
 def graph_bytes(spec: ModelSpec, package: Package = FLOAT32_PACKAGE) -> int:
-    """What the graph package takes on disk; links of ``reference`` take nothing."""
+    """Size of the graph package on disk; the links of ``reference`` take nothing."""
     held = 0 if package.weights == "reference" else weight_bytes_in(spec, package.format)
     return held + _GRAPH * spec.num_layers
 
 
 def export_estimate(spec: ModelSpec, runs: Sequence[Run], package: Package = FLOAT32_PACKAGE) -> Estimate | None:
-    """How long an export may take here, or None without a run to tell from."""
+    """How long an export may take here, or None if no earlier run tells."""
     held = weight_bytes_in(spec, package.format)
     return estimate(list(runs), EXPORT, weight_bytes=held, layers=spec.num_layers, weights=package.weights)
 
 
 def within_model(spec: ModelSpec, context: int) -> int:
-    """The context, or the largest that the model takes, with a warning."""
+    """The context; if the model takes fewer tokens, its largest, with a warning."""
     largest = spec.max_position_embeddings
     if context > largest:
-        _LOG.warning("this model takes at most %s tokens; planned is that, not %s.", f"{largest:,}", f"{context:,}")
+        _LOG.warning(
+            "this model takes at most %s tokens; the plan is for that many, not for %s.", f"{largest:,}", f"{context:,}"
+        )
     return min(context, largest)
 
 
@@ -228,10 +230,10 @@ def plan_targets(
     profile: str = HF,
     **options: Any,
 ) -> list[TargetPlan]:
-    """The figures per target and layout: the layout given, or every one that the target keeps.
+    """The figures per target and layout: the given layout, or every layout that the target supports.
 
     Raises:
-        InputError: as :func:`plan_target`; all targets that refuse are listed.
+        InputError: as :func:`plan_target`; the message lists all targets that refuse.
     """
     check_profile(profile, spec)
     if layout is not None:

@@ -1,7 +1,7 @@
-"""Which formats of weights a GPU's engines keep, and what a model weighs in them. Standard library only.
+"""Which weight formats a GPU's engines keep, and how large a model is in them. Standard library only.
 
-The one table that says it, with where it is known from. Cache rows are another matter: plugins read packed rows as bytes
-on every GPU (plugins/coverage.py).
+This is the only table of them, with its sources. Cache rows are different: plugins read packed rows as bytes on every GPU
+(plugins/coverage.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from foldkv.export.spec import CSA, ModelSpec
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Bits per parameter of each group (export/plan.py), how a package with it is exported, and the source.
+    """Bits per parameter of each group (export/plan.py), how to export a package with it, and the source.
 
     Attributes:
-        name: of the format, that of the experts.
+        name: of the experts' format.
         bits: of each group; of ``projections`` where engines keep e4m3 matrices.
-        exported: what `foldkv export --weights` is given.
-        source: where it is known from.
+        exported: the value of `foldkv export --weights`.
+        source: how it is known.
     """
 
     name: str
@@ -32,17 +32,17 @@ class WeightFormat:
 
 
 def _bits(experts: float, projections: float, ends: float) -> dict[str, float]:
-    # What optimize/passes/lower.py keeps in float32 is float32 in every format.
+    # Whatever optimize/passes/lower.py keeps in float32 is float32 in every format.
     return {"experts": experts, "projections": projections, "ends": ends, "precise": 32}
 
 
 _WORDS = (
     "carried in int32 words, gathered and decoded (optimize/passes/weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
-    "with as many bytes in the plan as in the file; nothing of it is particular to a GPU"
+    "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
 )
 FLOAT32 = "float32"
-#: From wide to narrow; fp8 and fp4 as released: e4m3 with a scale per 128 x 128 block, which is below a thousandth and left
-#: out; experts e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
+#: From wide to narrow. fp8 and fp4 are as released: e4m3 with a scale per 128 x 128 block (below a thousandth, so not
+#: counted); experts in e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
 FORMATS = {
     row.name: row
     for row in (
@@ -59,11 +59,11 @@ FORMATS = {
 #: Compute capabilities whose engines keep e4m3 matrices. TensorRT-RTX 1.7 built block-scaled e4m3 for 89, 120, 121, one byte per
 #: weight in the plan, and refused 80 and 86; NVIDIA Model Optimizer's support matrix, 'Ada and later', for 90, 100, 103.
 _FP8_MATRICES = (89, 90, 100, 103, 120, 121)
-# Of packed e2m1 no target keeps more than the experts' words: TensorRT looks up no FP4, and a V4 model has it in experts only.
+# The experts' words are the only packed e2m1 that targets keep: TensorRT cannot gather FP4, and V4 has e2m1 in experts only.
 
 
 def fp8_gap(sm: int) -> str:
-    """Why engines for a compute capability do not keep e4m3 matrices; "" where they do."""
+    """Why engines for a compute capability do not keep e4m3 matrices; "" if they do."""
     return "" if sm in _FP8_MATRICES else f"engines for sm{sm} keep no e4m3 matrices"
 
 
@@ -74,8 +74,8 @@ def kept_formats(sm: int | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Package:
-    """How a graph package has its weights: ``weights`` as ``foldkv export --weights`` is given it, ``stored`` the format of the
-    checkpoint's experts."""
+    """How a graph package stores its weights: ``weights`` is the value of ``foldkv export --weights``, ``stored`` the format
+    of the checkpoint's experts."""
 
     weights: str = FLOAT32
     stored: str = FLOAT32
@@ -98,8 +98,8 @@ def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = 
     """The format of a checkpoint's experts.
 
     Args:
-        config: of its config.json.
-        dtypes: by released name that of every tensor, if the weights are there; config.json need not say it.
+        config: its parsed config.json, which need not say it.
+        dtypes: of every tensor by released name, if the weights are there.
     """
     for name, dtype in (dtypes or {}).items():
         if ".experts." in name and not name.endswith("scale"):
@@ -107,7 +107,7 @@ def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = 
     quantised = config.get("quantization_config")
     names = [config.get("expert_dtype"), config.get("dtype"), config.get("torch_dtype")]
     if isinstance(quantised, Mapping):
-        # The first release of V4-Flash names fp8 alone, and has its experts in fp4.
+        # The first release of V4-Flash names only fp8, but its experts are in fp4.
         names[1:1] = [quantised.get("expert_dtype"), "fp4" if quantised.get("quant_method") == "fp8" else None]
     return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
 
@@ -118,15 +118,15 @@ def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int
     Args:
         spec: the model.
         format_: a name in :data:`FORMATS`.
-        sm: compute capability of the engine, which may have to widen e4m3 matrices to bfloat16 (their products run in it), the
-            indexer's to float32; None counts them as stored.
+        sm: compute capability of the engine. The engine may have to widen e4m3 matrices to the precision of their products:
+            bfloat16, or float32 in the indexer. None counts them as stored.
     """
     bits, counts = dict(FORMATS[format_].bits), parameter_groups(spec)
     total = table_bytes(spec)
     if bits["projections"] == 8:
         if sm is not None and fp8_gap(sm):
             bits["projections"] = FORMATS["bf16"].bits["projections"]
-        else:  # the indexer's query projection is stored so too, though its product is float32
+        else:  # the indexer's query projection is stored in that way too, though its product is float32
             total -= _index_queries(spec) * 24 // 8
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
 

@@ -1,7 +1,7 @@
-"""How long exports and builds took on this machine, and what that says of another model.
+"""How long exports and builds took on this machine, to estimate the time for another model.
 
-One JSON line per run in ``history.jsonl`` of FOLDKV_CACHE (or ~/.cache/foldkv), written as well as can be: a run never
-fails or waits for it. Estimates are marked as such wherever they are shown.
+Every run adds one JSON line to ``history.jsonl`` in FOLDKV_CACHE (or ~/.cache/foldkv) if it can: a run never fails or waits
+because of it. Estimates are always marked as estimates.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ EXPORT, BUILD = "export", "build"
 _FILE = "history.jsonl"
 _READ = 500  # the last runs are read: the machine and its tools change
 _NEAREST = 5  # and this many of the nearest sizes give an estimate
-_COMPARABLE = 64  # weights that many times larger or smaller say nothing: the bounds would lie days apart
+_COMPARABLE = 64  # weights that many times larger or smaller say nothing: the bounds would be days apart
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stage that was done: "export" or "build", the backend of a build, whether with plugins, how the package has its
-    weights (``foldkv export --weights``), their bytes with those of linked files, the layers, and how long it took in seconds."""
+    """One completed stage: "export" or "build", the backend of a build, whether it had plugins, how the package stores its
+    weights (``foldkv export --weights``), their bytes including linked files, the number of layers, and the seconds it took."""
 
     stage: str
     backend: str
@@ -45,14 +45,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds, between ``low`` and ``high``: as if the time followed the layers alone, or the weights alone."""
+    """Seconds, between ``low`` and ``high``: one bound scales with the layers only, the other with the weights only."""
 
     low: float
     high: float
     runs: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, and that it is an estimate."""
+        """The fields as JSON values, marked as an estimate."""
         return {"estimate": True, **asdict(self)}
 
 
@@ -67,7 +67,7 @@ def record_export(graph: Path, seconds: float) -> None:
 
 
 def record_builds(graph: Path, results: Iterable[TargetResult]) -> None:
-    """Record the bundles that were built from the package ``graph``; those unchanged or failed are left out."""
+    """Record the bundles that were built from the package ``graph``, without unchanged and failed ones."""
     for result in results:
         if result.status == "built":
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -87,7 +87,7 @@ def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float
 
 
 def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> Estimate | None:
-    """How long a bundle takes to build from the graph package of this manifest; None without a comparable run."""
+    """How long a build from the graph package with this manifest takes; None without a comparable run."""
     return estimate(
         read_runs(), BUILD, weight_bytes=weight_bytes(manifest), layers=len(manifest["model"]["layer_types"]),
         backend=backend, plugins=plugins, weights=manifest["weights"],
@@ -95,7 +95,7 @@ def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> 
 
 
 def weight_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of the weights of a graph package, in its own files and in those that it links."""
+    """Bytes of a graph package's weights, in its own files and in linked ones."""
     from foldkv.export.graph import WEIGHTS
     from foldkv.export.weights import FOLDER
 
@@ -104,7 +104,7 @@ def weight_bytes(manifest: Mapping[str, Any]) -> int:
 
 
 def read_runs() -> list[Run]:
-    """The recorded runs, oldest first; lines that are no run are left out."""
+    """The recorded runs, oldest first; lines that are not a run are skipped."""
     try:
         lines = history_file().read_text(encoding="utf-8", errors="replace").splitlines()[-_READ:]
     except OSError:
@@ -132,10 +132,10 @@ def estimate(
     plugins: bool = False,
     weights: str = "float32",
 ) -> Estimate | None:
-    """How long a stage may take, from the runs of that kind whose weights are nearest; None without a comparable run.
+    """How long a stage may take, from the runs of that kind with the nearest weights; None without a comparable run.
 
-    Part of the time goes with the layers (tracing, parsing) and part with the weights (reading, writing), and one run does not
-    tell which: the medians of both scalings bound the estimate.
+    Part of the time grows with the layers (tracing, parsing) and part with the weights (reading, writing). One run does not
+    tell the parts apart, so the medians of both scalings bound the estimate.
     """
     alike = [
         run
@@ -145,7 +145,7 @@ def estimate(
     ]
     if not alike:
         return None
-    alike.reverse()  # of equal sizes the latest count
+    alike.reverse()  # for equal sizes the latest runs count
     nearest = sorted(alike, key=lambda run: abs(math.log(run.weight_bytes / weight_bytes)))[:_NEAREST]
     by_layers = statistics.median(run.seconds * layers / run.layers for run in nearest)
     by_bytes = statistics.median(run.seconds * weight_bytes / run.weight_bytes for run in nearest)

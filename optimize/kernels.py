@@ -1,4 +1,4 @@
-"""The kernels that an injected graph launches, compiled into a bundle: ``kernels/<name>.cubin`` and what the manifest says."""
+"""The kernels that an injected graph launches, compiled into a bundle: ``kernels/<name>.cubin`` and the manifest's entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNELS = "kernels"
 
 @dataclass(frozen=True)
 class Bundled:
-    """What a bundle says of its plugins and kernels, and the number of nodes that need them."""
+    """What a bundle's manifest says about its plugins and kernels, and the number of nodes that need them."""
 
     plugins: list[dict[str, Any]] = field(default_factory=list)
     kernels: dict[str, Any] | None = None
@@ -32,7 +32,7 @@ class Bundled:
 def bundle_kernels(injection: Injection, work: Path, *, progress: Say = silent) -> Bundled:
     """Compile every kernel that the injected nodes can launch and write the cubins below ``work``.
 
-    The library's name is a hash over the cubins, so that equal kernels of two bundles are one library in a process.
+    The library's name is a hash over the cubins, so two bundles with equal kernels share one library in a process.
 
     Raises:
         BuildError: a kernel does not compile or cannot run on the target.

@@ -1,4 +1,4 @@
-"""BuildSpec: everything that changes what a build gives, in one frozen value with a key."""
+"""BuildSpec: everything that changes the result of a build, in one frozen value with a key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foldkv.export.plan import check_sizes
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes an engine is built for, each (smallest, typical, largest)."""
+    """Sizes that an engine is built for, each (smallest, typical, largest)."""
 
     batch: tuple[int, int, int] = (1, 1, 4)
     chunk: tuple[int, int, int] = (1, 1, 256)

@@ -1,4 +1,4 @@
-"""Targets: the machines an engine can be built for, read from targets.toml."""
+"""Targets: the machines that engines can be built for, read from targets.toml."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_targets() -> dict[str, Target]:
 
 
 def resolve_targets(names: Sequence[str | Target]) -> list[Target]:
-    """The targets of these names, each once, in their order; a target stands for itself.
+    """The targets with these names, each once, in their order; a target is returned unchanged.
 
     Raises:
         InputError: no name, or unknown names; all are listed.

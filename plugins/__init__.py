@@ -1,1 +1,1 @@
-"""The foldkv operators, each declared once, and their injection into a graph per target."""
+"""Plugins for the foldkv operators, each declared once, and their injection into a graph per target."""

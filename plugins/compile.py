@@ -30,7 +30,7 @@ from foldkv.progress import Progress, Say, silent
 SHARED_LIMITS = {
     80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376, 121: 101_376
 }  # fmt: skip
-#: PTX of CUDA 12.8, so that drivers since r570 take it whatever Triton's own default is; some parts need 12.9's.
+#: PTX of CUDA 12.8, which drivers since r570 accept; Triton's own default may be newer. Some GPUs need that of CUDA 12.9.
 PTX_VERSIONS = dict.fromkeys(SHARED_LIMITS, 87) | {103: 88, 121: 88}
 _TENSOR_MEMORY = 512  # columns
 
@@ -77,7 +77,7 @@ def triton_version() -> str:
 
 
 def compiler_identity() -> str:
-    """Triton's version and a digest of the kernels' sources: together with a kernel and its target, what decides a cubin.
+    """Triton's version and a digest of the kernels' sources. With a kernel and its target, they determine a cubin.
 
     Raises:
         MissingDependencyError: Triton is not installed.
@@ -89,7 +89,7 @@ _KERNELS = Path(__file__).parent / "kernels"
 
 
 def _sources_digest(module: str = "") -> str:
-    """Digest of the sources of a module of kernels and of those that it imports; of all of them without a name."""
+    """Digest of the sources of a kernel module and of those that it imports; without a name, of all kernel modules."""
     names = _imported(module) if module else {path.stem for path in _KERNELS.glob("*.py")}
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -98,7 +98,7 @@ def _sources_digest(module: str = "") -> str:
 
 
 def _imported(module: str) -> set[str]:
-    """A module of kernels and those that it imports, directly or not."""
+    """A kernel module and those that it imports, directly or indirectly."""
     found, waiting = set[str](), [module]
     while waiting:
         name = waiting.pop()
@@ -117,16 +117,16 @@ def compile_kernels(
     cache: Path | None = None,
     progress: Say = silent,
 ) -> list[CompiledKernel]:
-    """Compile kernels for compute capabilities, in child processes, since LLVM ends a process on some errors.
+    """Compile kernels for compute capabilities, in child processes, because LLVM ends a process on some errors.
 
     Args:
         wanted: pairs of a kernel and a compute capability.
-        jobs: processes at once; the default is the number of processors.
+        jobs: number of parallel processes; the default is the number of processors.
         cache: folder that keeps results between runs; the default is FOLDKV_CACHE or ~/.cache/foldkv.
-        progress: called with one line per kernel that is compiled.
+        progress: called with one line per compiled kernel.
 
     Raises:
-        BuildError: a kernel does not compile, or would not run on its target: too much shared memory, scratch memory.
+        BuildError: a kernel does not compile, or would not run on its target (too much shared memory, scratch memory).
         MissingDependencyError: Triton is not installed.
     """
     files = _cache_files(wanted, cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")))
@@ -140,7 +140,7 @@ def compile_kernels(
             found[index] = kept
     if missing:
         spawn = multiprocessing.get_context("spawn")
-        # No limit of tasks per child: with one, Python 3.11's pool can wait for ever (python/cpython issue 115634).
+        # No limit of tasks per child: with one, Python 3.11's pool can wait forever (python/cpython issue 115634).
         workers = min(len(missing), jobs or len(os.sched_getaffinity(0)))
         report = Progress.of(progress)
         with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=_leave_interrupts) as pool:
@@ -159,12 +159,12 @@ def compile_kernels(
 
 
 def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the parent ends this one, which has nothing to say of it."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the parent ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def store_kernels(compiled: Sequence[CompiledKernel], cache: Path) -> None:
-    """Put compiled kernels into a cache folder for another machine, without their PTX, which takes most of the space.
+    """Put compiled kernels into a cache folder for another machine, without their PTX, which is most of their size.
 
     :func:`compile_kernels` finds them there.
     """
@@ -175,7 +175,7 @@ def store_kernels(compiled: Sequence[CompiledKernel], cache: Path) -> None:
 
 def _cache_files(wanted: Sequence[tuple[Kernel, int]], cache: Path) -> list[Path]:
     version = triton_version()
-    # A change of one file of kernels leaves what the others were compiled to.
+    # After a change of one kernel file, the results for the other files stay valid.
     sources = {module: _sources_digest(module) for module in {kernel.module for kernel, _ in wanted}}
     keys = [_cache_key(kernel, sm, version, sources[kernel.module]) for kernel, sm in wanted]
     return [cache / "kernels" / f"{key}.json" for key in keys]
@@ -195,7 +195,7 @@ def _read_cached(path: Path, kernel: Kernel, sm: int) -> CompiledKernel | None:
 
 
 def _write_cached(path: Path, compiled: CompiledKernel) -> None:
-    """Best effort: a cache that cannot be written costs time and nothing else."""
+    """Best effort: a cache that cannot be written only costs time."""
     fields = {f.name: getattr(compiled, f.name) for f in dataclasses.fields(compiled) if f.name != "kernel"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def _write_cached(path: Path, compiled: CompiledKernel) -> None:
 def _compile(kernel: Kernel, sm: int) -> CompiledKernel:
     """Compile one kernel; runs in a child process."""
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # smaller, and no path of this machine in it
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # smaller, and without paths of this machine
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory(prefix="foldkv-triton-") as scratch:
         os.environ["TRITON_CACHE_DIR"] = scratch
@@ -232,7 +232,7 @@ def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
     constants |= {argument: None for argument, type_ in kernel.arguments if type_ is None}
     signature = {argument: type_ or "constexpr" for argument, type_ in kernel.arguments}
     signature |= {constant: "constexpr" for constant, _ in kernel.constants}
-    # TensorRT aligns every buffer to 256 bytes; without saying so, loads are not vectorized.
+    # TensorRT aligns every buffer to 256 bytes; unless Triton is told, it does not vectorize loads.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (_, type_) in enumerate(kernel.arguments)
@@ -254,7 +254,7 @@ def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
     if meta.tmem_size > _TENSOR_MEMORY:
         wrong.append(f"{meta.tmem_size} columns of tensor memory, there are {_TENSOR_MEMORY}")
     if meta.global_scratch_size or meta.profile_scratch_size:
-        wrong.append("it needs scratch memory, which no plugin is given")
+        wrong.append("it needs scratch memory, which plugins do not get")
     if meta.num_ctas != 1 or meta.launch_cooperative_grid or meta.launch_pdl or meta.tensordesc_meta:
         wrong.append("it needs a cluster, a cooperative launch or descriptors, which TensorRT does not launch")
     if wrong:
@@ -266,10 +266,10 @@ def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
 
 
 def _resources(log: str) -> tuple[int, int, int]:
-    """Registers, stack bytes and spilled bytes per thread, from what ptxas says of a kernel."""
+    """Registers, stack bytes and spilled bytes per thread, from the log of ptxas."""
     found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", log, re.DOTALL)
     if found is None:
-        raise BuildError(f"ptxas tells no resources: {log[-200:]!r}")
+        raise BuildError(f"ptxas reported no resources: {log[-200:]!r}")
     stack, spills, registers = map(int, found.groups())
     return registers, stack, spills
 

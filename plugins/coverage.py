@@ -1,4 +1,4 @@
-"""Which operators of a model have a plugin: by row format, type of dense rows and compute capability, with reasons."""
+"""Which operators of a model have a plugin, by row format, type of dense rows and compute capability, with reasons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = ("bfloat16",)
 @dataclass(frozen=True)
 class CoverageRow:
     """One operator on one kind of rows: the state group, the format, the type of dense rows
-    ("" if packed), and per compute capability why there is no plugin ("" where there is one)."""
+    ("" if packed), and per compute capability why there is no plugin ("" if there is one)."""
 
     operator: str
     group: str
@@ -35,7 +35,7 @@ class CoverageRow:
 
 
 def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROFILES) -> list[CoverageRow]:
-    """The coverage of a model's operators for compute capabilities; asks the same rules as injection.
+    """The coverage of a model's operators for compute capabilities, by the same rules as injection.
 
     Args:
         spec: of the model.
@@ -54,7 +54,7 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
             for dtype in DTYPES if format_ == DENSE and PLUGINS[call.operator].rows else ("",):
                 gaps = {sm: _gap(call, spec, sm, dtype or DTYPES[0], format_) for sm in sms}
                 key = (call.operator, call.group, format_, dtype)
-                if key in rows:  # another kind of layer has it too
+                if key in rows:  # another kind of layer has the same
                     gaps = {sm: rows[key].gaps[sm] or gap for sm, gap in gaps.items()}
                 rows[key] = CoverageRow(*key, gaps)
     return list(rows.values())

@@ -1,7 +1,7 @@
 """Launch a plan's kernels through the CUDA driver API. Neither torch nor Triton.
 
-Loading happens when a :class:`Launcher` is made; :meth:`Launcher.launch` only enqueues, allocates nothing and waits
-for nothing, so that it can be captured in a CUDA graph.
+A :class:`Launcher` loads its kernels when it is made. :meth:`Launcher.launch` only enqueues, allocates nothing and waits
+for nothing, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from foldkv.errors import FoldkvError, MissingDependencyError
 from foldkv.packages import installed, lacks
 from foldkv.plugins.launch import Launch, Plan
 
-# Triton appends two pointers to scratch memory to every kernel; plugins/compile.py refuses kernels that use them.
+# Triton adds two pointers to scratch memory to every kernel's arguments; plugins/compile.py refuses kernels that use them.
 _HIDDEN_POINTERS = 2
-_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel may use
+_SHARED_WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel can use
 
 
 @dataclass(frozen=True)
 class KernelImage:
-    """A compiled kernel: its name (``Kernel.name``), entry point, threads of a block, bytes of shared memory, cubin."""
+    """A compiled kernel: its name (``Kernel.name``), entry point, threads per block, bytes of shared memory, cubin."""
 
     name: str
     entry: str
@@ -44,7 +44,7 @@ def cuda_driver() -> Any:
 
     try:
         check(driver, driver.cuInit(0))
-    except RuntimeError as error:  # without libcuda.so.1 the package raises one of its own subclasses
+    except RuntimeError as error:  # without libcuda.so.1 the package raises its own subclass
         raise MissingDependencyError(f"no usable NVIDIA driver: {error}. Run on a machine with a GPU.") from None
     return driver
 
@@ -77,7 +77,7 @@ def device_capability() -> int | None:
 
 
 def check(driver: Any, result: tuple[Any, ...]) -> Any:
-    """What a driver call returned, without its status; several values as a tuple.
+    """The result of a driver call without its status; several values as a tuple.
 
     Raises:
         FoldkvError: the call failed.
@@ -92,8 +92,8 @@ def check(driver: Any, result: tuple[Any, ...]) -> Any:
 class Device:
     """The first GPU with its primary context, for any thread.
 
-    A context is current per thread: one that opens a session makes it current for itself only. Calls of the driver, and of
-    libraries over it, therefore belong inside ``with device.current():``.
+    A context is current per thread: a thread that opens a session makes it current only for itself. So put calls of the
+    driver, and of libraries on top of it, inside ``with device.current():``.
     """
 
     def __init__(self, driver: Any = None) -> None:
@@ -109,12 +109,12 @@ class Device:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context the calling thread's own, and the one that it had before again at the end."""
+        """Make the context current in the calling thread; at the end, restore the thread's earlier context."""
         check(self.driver, self.driver.cuCtxPushCurrent(self._context))
         try:
             yield
         finally:
-            # Unchecked: after a sticky error every call fails, and the first error is the one to tell.
+            # Unchecked: after a sticky error every call fails, and only the first error matters.
             self.driver.cuCtxPopCurrent()
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Launcher:
     """Kernels loaded into the current context."""
 
     def __init__(self, images: Iterable[KernelImage], *, driver: Any = None) -> None:
-        """Load every image.
+        """Load all images.
 
         Args:
             images: kernels for the current device.
@@ -194,7 +194,7 @@ class Launcher:
             ) from None
 
     def close(self) -> None:
-        """Unload the kernels; no launch may be running."""
+        """Unload the kernels. No launch may be running."""
         for library in self._libraries:
             check(self._driver, self._driver.cuLibraryUnload(library))
         self._libraries, self._kernels = [], {}

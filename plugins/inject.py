@@ -1,8 +1,8 @@
 """Give nodes of a graph to plugins: per target, by the plugins' own rules, with a reason for every refusal.
 
-A node that is given away gets the attributes ``plugin_namespace`` and ``plugin_version``, which make
-TensorRT's parser take the registered creator, and the plugin's fields (``spec.FIELDS``). Its function body stays, and
-ONNX Runtime, which does not know the attributes, goes on computing it: one file serves every backend.
+An injected node gets the attributes ``plugin_namespace`` and ``plugin_version``, with which TensorRT's parser takes the
+registered creator, and the plugin's fields (``spec.FIELDS``). Its function body stays. ONNX Runtime does not know the
+attributes and still computes the body, so one file serves every backend.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Given:
-    """What the nodes of one operator were given: the plugin, the row formats they touch, the kernels they can launch."""
+    """What the nodes of one operator got: the plugin, the row formats they touch, the kernels they can launch."""
 
     plugin: PluginSpec
     rows: tuple[str, ...]
@@ -52,7 +52,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Injection:
-    """What became of the graph for one target."""
+    """The result of injection for one target."""
 
     target: str
     sm: int
@@ -90,31 +90,30 @@ def inject(
     plugins: Sequence[PluginSpec] = tuple(PLUGINS.values()),
     progress: Say = silent,
 ) -> Injection:
-    """Write a copy of a graph package whose nodes carry the plugins that the target has.
+    """Write a copy of a graph package in which nodes have the plugins of the target.
 
-    Layers that are functions are made flat. Files of a checkpoint that the package links are linked again, not copied.
+    Functions of layers are inlined. The package's links to a checkpoint's files are made again; the files are not copied.
 
     Args:
-        graph: a graph package, verified by hash; it is not changed.
+        graph: a graph package; its hashes are verified, and it is not changed.
         out: folder of the new graph package; an older one there is replaced.
         target: its name, for the manifest.
         sm: compute capability of the target.
         dtype: precision that the target computes in.
-        layout: name of the cache layout that the engine keeps its state in.
-        plugins: those to choose from; the default is all of this version.
+        layout: name of the engine's cache layout.
+        plugins: the plugins to choose from; the default is all of this version.
         progress: called with one line per operator.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes, it was
-            injected before, the layout is not known, ``out`` cannot be written, or files that the package links cannot be
-            linked there.
+        InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes or was already
+            injected, the layout is unknown, ``out`` cannot be written, or linked files cannot be linked there.
     """
     manifest = read_manifest(graph, kind=KIND)
     verify_files(graph, manifest)
     if "injection" in manifest:
         raise InputError(
-            f"{graph} was injected for {manifest['injection']['target']} already. Give the graph that export wrote."
+            f"{graph} was already injected for {manifest['injection']['target']}. Give the graph that export wrote."
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
@@ -164,11 +163,11 @@ def inject_nodes(
     layout: str = DENSE,
     plugins: Sequence[PluginSpec] = tuple(PLUGINS.values()),
 ) -> Injection:
-    """Mark the nodes of a model in place that a plugin takes; see :func:`inject` for arguments and errors.
+    """Mark, in place, the nodes of a model that a plugin takes; see :func:`inject` for other arguments and errors.
 
     Args:
         model: as ``foldkv export`` wrote it.
-        state: the manifest's rows on state tensors.
+        state: the manifest's rows for state tensors.
         rotary: channels of a row that RoPE turns.
     """
     formats = cache_layout(layout)
@@ -223,12 +222,12 @@ def inject_nodes(
             f"layout {layout} needs a plugin for every operator that touches cache rows on {target} (sm{sm}, {dtype})"
         )
         raise InputError(
-            listing(title, packed, "Take another layout; `foldkv targets --coverage` shows what there is.")
+            listing(title, packed, "Choose another layout; `foldkv targets --coverage` shows what plugins read.")
         )
     for node, plugin, rows in given:
         fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}
         marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
-        # A field that the operator has as an attribute of its own is there already, with the value that was checked.
+        # If the operator itself has an attribute with a field's name, it is already there, with the checked value.
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
     return Injection(
         target, sm, dtype, layout,
@@ -242,7 +241,7 @@ def _mark(node: onnx.NodeProto, values: Mapping[str, Any]) -> None:
 
 
 def set_library(model: onnx.ModelProto, library: str) -> None:
-    """Write into every injected node, in place, whose kernels it launches."""
+    """Write the kernels' library into every injected node, in place."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.domain == DOMAIN and attribute.name == LIBRARY_ATTRIBUTE:
@@ -250,10 +249,10 @@ def set_library(model: onnx.ModelProto, library: str) -> None:
 
 
 def strip_injection(model: onnx.ModelProto) -> None:
-    """Take back, in place, what injection wrote into the nodes."""
+    """Remove, in place, everything that injection wrote into the nodes."""
     added = {NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, *FIELDS}
     for node in model.graph.node:
-        # Operators have attributes by the names of fields too: what was not injected keeps all, and a plugin its own.
+        # Operators also have attributes with names of fields. Nodes that were not injected keep all; a plugin keeps its own.
         if node.domain == DOMAIN and any(attribute.name == NAMESPACE_ATTRIBUTE for attribute in node.attribute):
             own = PLUGINS[node.op_type].attributes if node.op_type in PLUGINS else {}
             kept = [attribute for attribute in node.attribute if attribute.name not in added or attribute.name in own]
@@ -267,7 +266,7 @@ def _row_format(node: onnx.NodeProto, layout: CacheLayout, groups: Mapping[str, 
     states = [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == STATE] if spec else []
     if not states:
         return DENSE
-    # Compression and the window have the state itself as an input; the others read what those wrote.
+    # Compression and the window have the state itself as an input; the others read their outputs.
     group = groups.get(node.input[states[0]], "index_entries" if node.op_type == "FoldkvIndexScores" else "entries")
     return layout.format_of(group) or DENSE
 
@@ -276,7 +275,7 @@ def _kernels(
     node: onnx.NodeProto, plugin: PluginSpec, shapes: Mapping[str, list[int | str]], *, sm: int, dtype: str, rows: str,
     rotary: int,
 ) -> tuple[list[Kernel], list[str]]:  # fmt: skip
-    """The kernels that a node can launch, or the reasons why there are none for its sizes."""
+    """The kernels that a node can launch, or why there are none for its sizes."""
     spec = PLUGINS.get(plugin.operator)
     if spec is None:
         return [], [f"this version has no kernels for {plugin.operator}"]
@@ -299,7 +298,7 @@ def _kernels(
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
-    """Shapes by value name, where the graph knows them."""
+    """Shapes by value name, as far as the graph has them."""
     graph = model.graph
     shapes: dict[str, list[int | str]] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):

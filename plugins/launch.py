@@ -1,7 +1,7 @@
 """What an operator launches: kernels with their constants, grids and arguments. No Triton, no TensorRT.
 
-This is the one home of it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
-all ask here, so that what is tested is what is launched.
+Only this module knows it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
+all ask here, so the tests run what is launched.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")
-#: Keys per split. Fixed, so that a result depends neither on the batch nor on the capacity.
+#: Keys per split. Fixed, so a result depends neither on the batch nor on the capacity.
 SPARSE_SPAN, DENSE_SPAN = 128, 256
-#: Entries that one program scores: many, where that leaves programs enough to fill a GPU, for each loads its query.
+#: Entries that one program scores: many, if enough programs remain to fill a GPU, because each program loads its query.
 SCORE_SPANS, SCORE_PROGRAMS = (1024, 256), 192
-#: Entries of a part of a selection at least, parts of a row at most, and programs that fill a GPU.
+#: For a selection: the fewest entries in a part, the most parts of a row, and the number of programs that fill a GPU.
 SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
-#: Chunks up to this length split their keys; longer ones have programs enough.
+#: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
 
-#: Compressing operators, and the format whose values they round an entry to before it is written.
+#: Compressing operators that round an entry before it is written, and the format to whose values they round it.
 _VALUES = {
     "FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4,
     "FoldkvCompressOnline": DENSE, "FoldkvCompressOnlineFp8": FP8_DS_MLA,
@@ -44,7 +44,7 @@ class Kernel:
 
     Attributes:
         function: "module.function" below ``foldkv.plugins.kernels``.
-        arguments: (name, Triton type) in order; None for an argument that this form has no use for.
+        arguments: (name, Triton type) in order; None for an argument that this form does not use.
         constants: (name, value) in order.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def module(self) -> str:
-        """The module of plugins/kernels that has the function."""
+        """The module of plugins/kernels with the function."""
         return self.function.split(".")[0]
 
     @property
@@ -87,7 +87,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of one call, in order, and the bytes of scratch memory they share."""
+    """The launches of one call, in order, and the bytes of scratch memory that they share."""
 
     launches: tuple[Launch, ...]
     workspace: int = 0
@@ -104,13 +104,13 @@ def plan(
     rotary: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> Plan:
-    """What a call of ``operator`` launches.
+    """The launches for a call of ``operator``.
 
     Args:
         operator: ONNX name.
         sizes: of every symbol of the spec, see :meth:`PluginSpec.dimensions`.
         attributes: values of the operator's attributes.
-        sm: compute capability, which chooses the tiles.
+        sm: compute capability, which determines the tiles.
         dtype: type of dense rows of the state.
         rows: row format of the state that the operator touches.
         rotary: rotated channels of a row, which packed formats keep apart.
@@ -136,7 +136,7 @@ def kernels(
     rows: str = DENSE,
     rotary: int = 0,
 ) -> list[Kernel]:
-    """Every kernel that calls with these static sizes can launch, whatever the dynamic ones; see :func:`plan`."""
+    """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
     for chunk in (1, SPLIT_CHUNK + 1):
         dynamic = {"B": 1, "S": chunk, "E": 1 << 20}
@@ -157,9 +157,9 @@ def largest_workspace(
     rotary: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> int:
-    """Bytes of scratch memory that no call of at most these sizes exceeds; see :func:`plan`.
+    """Bytes of scratch memory that are enough for all calls up to these sizes; see :func:`plan`.
 
-    Short chunks split their keys and need scratch memory, which long ones do not: the largest chunk needs not the most.
+    Short chunks split their keys and need scratch memory; long chunks do not. So the largest chunk may not need the most.
     """
     chunks = {sizes["S"], min(sizes["S"], SPLIT_CHUNK)} if "S" in sizes else {0}
     options: dict[str, Any] = {
@@ -224,7 +224,7 @@ class _Call:
 
 
 def _float32(value: float) -> float:
-    """What ONNX and TensorRT keep of an attribute, so that every way to a kernel gives it the same constants."""
+    """An attribute as ONNX and TensorRT store it, so a kernel gets the same constants from everywhere."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
@@ -247,17 +247,21 @@ def _check(call: _Call, layout_version: int) -> None:
     elif call.rows != DENSE and spec.rows:
         wrong += _packed(call)
     if "D" in sizes and sizes["D"] % 16:
-        wrong.append(f"rows are {sizes['D']} wide, which 16 does not divide")
+        wrong.append(f"rows are {sizes['D']} wide; expected a multiple of 16")
     if "P" in sizes and (sizes["P"] & (sizes["P"] - 1) or 2 * sizes["P"] > sizes["D"]):
-        wrong.append(f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most all")
+        wrong.append(
+            f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most {sizes.get('D')}"
+        )
     if "rotary" in attributes and attributes["rotary"] != call.rotary:
-        wrong.append(f"keeps {attributes['rotary']} channels in bfloat16, rows have {call.rotary} rotated ones")
+        wrong.append(
+            f"it keeps {attributes['rotary']} channels in bfloat16, but rows have {call.rotary} rotated channels"
+        )
     wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
     if spec.operator in _VALUES and sizes["T"] != attributes["ratio"]:
-        wrong.append(f"a bias of {sizes['T']} rows does not belong to ratio {attributes['ratio']}")
+        wrong.append(f"a bias of {sizes['T']} rows does not fit ratio {attributes['ratio']}")
     if "C" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
         wrong.append(
-            f"carries of {sizes['R']} rows by {sizes['C']} do not belong to entries of {sizes['D']} channels and ratio "
+            f"carries of {sizes['R']} rows by {sizes['C']} do not fit entries of {sizes['D']} channels and ratio "
             f"{attributes['ratio']}"
         )
     if wrong:
@@ -268,7 +272,7 @@ def _packed(call: _Call) -> list[str]:
     """What is wrong with the sizes of packed rows."""
     turned = 2 * call.sizes.get("P", call.rotary // 2)
     if call.rows == FP8_DS_MLA and call.rotary != turned:
-        return [f"rows have {call.rotary} rotated channels and the frequencies of {turned}"]
+        return [f"rows have {call.rotary} rotated channels but frequencies for {turned}"]
     try:
         size = call.row_size
     except InputError as error:
@@ -282,7 +286,7 @@ def _rounds(call: _Call, values: str) -> list[str]:
     """What is wrong with the sizes of rows that are rounded to the values of a packed format."""
     if values == INDEX_FP4 and call["D"] & (call["D"] - 1):
         return [f"rows are {call['D']} wide; a Hadamard matrix needs a power of two"]
-    if values == DENSE or call.rows != DENSE:  # nothing to round, or rows that were checked as they are stored
+    if values == DENSE or call.rows != DENSE:  # nothing to round, or the stored rows were already checked
         return []
     try:
         row_bytes(values, call["D"], call.rotary)
@@ -313,7 +317,7 @@ def _compress_online(call: _Call) -> Plan:
 
 
 def _entries(call: _Call, function: str, programs: int, tiles: dict[str, int]) -> Plan:
-    """A compressing kernel with that many programs a sequence; how a window becomes a row is plugins/kernels/entry.py's."""
+    """A compressing kernel with that many programs per sequence; plugins/kernels/entry.py turns a window into a row."""
     values, width = _VALUES[call.spec.operator], call["D"]
     constants: dict[str, int | float | str] = {
         "RATIO": call.attributes["ratio"], "D": width, "BD": _power(width), "HALF": call["P"],
@@ -321,7 +325,7 @@ def _entries(call: _Call, function: str, programs: int, tiles: dict[str, int]) -
     } | call.row  # fmt: skip
     if call.rows == DENSE:
         constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
-    else:  # packing rounds: an operator of either profile has the same kernel then
+    else:  # packing rounds, so the operators of both profiles have the same kernel
         constants |= {"VALUES": DENSE}
     grid, warps = (programs, call["B"], 1), 4 if width <= 256 else 8
     return Plan((call.launch(function, grid, constants | tiles, extras=("S", "E"), warps=warps),))
@@ -337,7 +341,7 @@ class _ScoreTile:
 
 
 def _score_tile(call: _Call) -> _ScoreTile:
-    if call.sm == 90:  # measured on an H200; a decoded block cannot be loaded ahead
+    if call.sm == 90:  # measured on an H200; a decoded block cannot be loaded in advance
         return _ScoreTile(64, 4, 3 if call.rows == DENSE else 2)
     return _ScoreTile(128, 8, 2)
 
@@ -369,7 +373,7 @@ def _index_select(call: _Call) -> Plan:
 
 @dataclass(frozen=True)
 class _SelectTile:
-    """Entries of a block, parts whose counts are read at once, warps."""
+    """Entries of a block, number of parts whose counts are read at once, warps."""
 
     block: int
     parts: int
@@ -381,12 +385,12 @@ def _select_tile(call: _Call) -> _SelectTile:
 
 
 def _parted_select(call: _Call, constants: Mapping[str, int | float | str]) -> Plan:
-    """Four passes that count and one that emits, with programs enough for a GPU; how entries are parted changes no result."""
+    """Four passes that count and one that emits, with enough programs for a GPU. The split into parts changes no result."""
     rows, of = call["B"] * call["S"], _select_tile(call)
     block = of.block
     parts = min(_cdiv(call["E"], SELECT_SPAN), max(1, min(SELECT_PARTS, _cdiv(SELECT_PROGRAMS, rows))))
     span = _cdiv(call["E"], parts * block) * block
-    # Room for the most parts that as many rows or fewer have: what a call takes does not shrink as the batch grows.
+    # Room for the most parts that this many rows or fewer can have, so a call with a larger batch never takes less.
     counted = rows + SELECT_PROGRAMS
     offsets = [0, 4 * counted * 256 * _ITEM]
     offsets += [offsets[1] + rows * 4 * 2 * _ITEM]
@@ -421,9 +425,9 @@ class _Tile:
 
 
 def _attention_tile(call: _Call) -> _Tile:
-    """What fits each SM's shared memory and does not spill; see docs/kernels.md."""
+    """Tiles that fit each SM's shared memory and do not spill; see docs/kernels.md."""
     width, packed = _power(call["D"]), call.rows != DENSE
-    stages = 1 if packed else 2  # a decoded tile cannot be loaded ahead, and its bytes would take shared memory
+    stages = 1 if packed else 2  # a decoded tile cannot be loaded in advance, and its bytes would take shared memory
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)
     if call.sm == 90 and call["H"] >= 64 and width <= 512:  # measured on an H200
@@ -434,7 +438,9 @@ def _attention_tile(call: _Call) -> _Tile:
     if call["H"] <= 16:
         large = width > 512 or packed or call.dtype == "float32"
         return _Tile(16, 32 if large else 64, stages=stages)
-    if packed:  # every program decodes the keys it reads: 32 heads share that, and 16 warps have the registers for it
+    if (
+        packed
+    ):  # every program decodes the keys that it reads: 32 heads share this work, and 16 warps have enough registers
         return _Tile(32 if width <= 512 else 16, 32, 16, stages)
     return _Tile(32, 32, stages=stages)
 

@@ -11,7 +11,7 @@ from foldkv.plugins.launch import Kernel, kernels
 
 
 class OperatorCall(NamedTuple):
-    """An operator as a model calls it: its static sizes, its attributes and the state group whose rows it touches."""
+    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches."""
 
     operator: str
     group: str
@@ -20,7 +20,7 @@ class OperatorCall(NamedTuple):
 
 
 def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
-    """The calls of compressed-KV operators in the model's layers in that profile, each once."""
+    """The different calls of compressed-KV operators in the model's layers, for a profile."""
     width, half = spec.head_dim, spec.rope_dim // 2
     attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
     calls = [OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {})]
@@ -63,7 +63,7 @@ def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, *, online: 
 def model_kernels(
     spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: str = "dense", profile: str = HF
 ) -> list[Kernel]:
-    """The kernels of a model, each once, in the order of its layers.
+    """The different kernels of a model, in the order of its layers.
 
     Args:
         spec: of the model.

@@ -1,4 +1,4 @@
-"""PluginSpec: one operator as its plugin sees it. Standard library only, so that a runtime can read it."""
+"""PluginSpec: one operator as its plugin sees it. Standard library only, so a runtime can read it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION, ONLINE_ROWS
 
-#: The namespace that TensorRT's registry knows foldkv's plugins by. A node that carries it is taken by the
-#: registered creator even where a function body of the same name exists.
+#: The namespace of foldkv's plugins in TensorRT's registry. The registered creator takes a node with this
+#: namespace even if there is a function body of the same name.
 NAMESPACE = "foldkv"
 STATE = "state"
 #: What injection adds to a node beside the operator's own attributes: the compute capability, the type of dense rows, the
-#: row format of the state that it touches and its version, the rotated channels of a row, and whose kernels to launch.
+#: format of the state rows that it touches, that format's version, the rotated channels of a row, and the kernels' library.
 FIELDS: dict[str, type] = {
     "sm": int, "dtype": str, "rows": str, "layout_version": int, "rotary": int, "library": str
 }  # fmt: skip
@@ -25,8 +25,8 @@ class TensorSpec:
     Attributes:
         name: as the operator declares it.
         dims: one per axis: a number, a symbol, or a sum of symbols ("W + S").
-        dtype: "float32", "int32", "int64", or "state" for rows of the state: of the engine's type and D channels,
-            or packed bytes (int8), whose last axis is then the bytes of a row.
+        dtype: "float32", "int32", "int64", or "state" for rows of the state. These have the engine's type and D channels, or
+            they are packed bytes (int8), and the last axis is the bytes of a row.
     """
 
     name: str
@@ -39,7 +39,7 @@ class TensorSpec:
         return len(self.dims)
 
     def stored_dims(self, rows: str) -> tuple[str | int, ...]:
-        """The axes as they are stored: rows of the state end in ``ROW`` bytes if they are packed."""
+        """The axes as stored: packed rows of the state end in ``ROW`` bytes."""
         return (*self.dims[:-1], "ROW") if self.dtype == STATE and rows != DENSE else self.dims
 
 
@@ -48,13 +48,13 @@ class PluginSpec:
     """A plugin for one operator.
 
     Attributes:
-        operator: ONNX name of the operator it computes.
-        version: of the plugin, as the registry has it.
+        operator: ONNX name of the operator that it computes.
+        version: of the plugin in the registry.
         inputs: in the operator's order.
         outputs: in the operator's order.
         attributes: name to type (int or float), in the operator's order.
         aliases: output index to the index of the input whose buffer it updates in place.
-        sms: compute capabilities that it holds kernels for.
+        sms: compute capabilities that it has kernels for.
         dtypes: types of dense rows of the state ("bfloat16").
         rows: row formats of the state that it reads and writes ("dense", ...); empty if it touches no state.
         layout_version: version of those formats.
@@ -72,7 +72,7 @@ class PluginSpec:
     layout_version: int = LAYOUT_VERSION
 
     def refusals(self, *, sm: int, dtype: str, rows: str) -> list[str]:
-        """Why it cannot take a node: every rule that does not hold, or nothing.
+        """Why it cannot take a node: every broken rule, or nothing.
 
         Args:
             sm: compute capability of the target.
@@ -92,7 +92,7 @@ class PluginSpec:
         """The size of every symbol, from the shapes of the inputs in order.
 
         Raises:
-            ValueError: a shape has another rank, or two tensors disagree on a symbol.
+            ValueError: a shape has the wrong rank, or two tensors disagree on a symbol.
         """
         sizes: dict[str, int] = {}
         sums: list[tuple[str, int]] = []
@@ -176,7 +176,7 @@ PLUGINS: dict[str, PluginSpec] = {
             outputs=(_ENTRIES, *_CARRIES),
             attributes={"ratio": int, "eps": float},
             aliases={0: 0, 1: 1, 2: 2},
-            # Rows in index_fp8 have one scale, which does not hold e2m1 of several.
+            # Rows in index_fp8 have one scale; e2m1 values have several.
             rows=frozenset({DENSE, INDEX_FP4}),
         ),
         PluginSpec(
@@ -241,7 +241,7 @@ BODIES: dict[str, str] = {
     "FoldkvQuantizeFp8": "stays a function body: rounding before a row is written, in graphs of the profile served",
     "FoldkvQuantizeFp4": "stays a function body: rounding of the indexer's queries, in graphs of the profile served",
 }
-#: Operators of graphs with weights as stored (export/operators/packed.py), and why each stays a function body.
+#: Operators of graphs with stored weights (export/operators/packed.py), and why each stays a function body.
 WEIGHT_BODIES: dict[str, str] = {
     "FoldkvRoutedExpertsFp4": "stays a function body: it reads no compressed KV",
     "FoldkvRoutedExpertsFp8": "stays a function body: it reads no compressed KV",

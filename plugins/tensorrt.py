@@ -1,11 +1,11 @@
-"""The plugins as TensorRT and TensorRT-RTX know them: one ``IPluginV3`` class over :class:`PluginSpec`.
+"""The plugins for TensorRT and TensorRT-RTX: one ``IPluginV3`` class over :class:`PluginSpec`.
 
-At build time a plugin answers for shapes, types, aliases and workspace; no kernel and no GPU is needed. At run time it
-launches the bundle's compiled kernels through the CUDA driver: neither torch nor Triton. The two libraries share their
-Python API, so that the module (``tensorrt`` or ``tensorrt_rtx``) is an argument.
+At build time a plugin gives shapes, types, aliases and workspace; it needs no kernel and no GPU. At run time it
+launches the bundle's compiled kernels through the CUDA driver, without torch or Triton. The two libraries share their
+Python API, so the module (``tensorrt`` or ``tensorrt_rtx``) is an argument.
 
-Kernels belong to a bundle: a node carries the bundle's ``library`` name, and :func:`provide_kernels` says which loaded
-kernels go by that name in this process.
+Kernels belong to a bundle: a node has the bundle's ``library`` name, and :func:`provide_kernels` loads the kernels of that
+name in this process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def provide_kernels(library: str, images: Iterable[KernelImage], *, driver: Any 
 
 
 def release_kernels(library: str) -> None:
-    """Unload the kernels of a library; no engine may use them any more."""
+    """Unload the kernels of a library. No engine may still use them."""
     launcher = _LIBRARIES.pop(library, None)
     if launcher is not None:
         launcher.close()
@@ -50,7 +50,7 @@ def register_plugins(trt: Any, *, observe: Callable[[str, Plan], None] | None = 
         observe: called with the operator and the launches at the largest sizes of every plugin that a build configures.
     """
     registry = trt.get_plugin_registry()
-    # Asked for one that it does not have, the registry logs an error; that of lean TensorRT cannot be listed.
+    # The registry logs an error if asked for a creator that it does not have; lean TensorRT's registry cannot be listed.
     listed = getattr(registry, "all_creators", None)
     known = {(one.name, one.plugin_version) for one in listed or () if one.plugin_namespace == NAMESPACE}
     for spec in PLUGINS.values():
@@ -76,7 +76,7 @@ def _creator_class(trt: Any) -> type:
             self.field_names = trt.PluginFieldCollection(fields)
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            """A plugin; raises ValueError for a field that is missing or of a version that no kernel reads."""
+            """A plugin; raises ValueError for a missing field, or a version that no kernel reads."""
             return plugin_class(self.spec, read_fields(self.spec, fields), self.observe)
 
     return Creator

@@ -1,7 +1,7 @@
 """The plugins' kernels behind ``torch.ops.foldkv``: with them export/model runs on a GPU, without TensorRT.
 
-Torch operators are functions, plugins update the state in place: here what a plugin updates is copied first, and the
-kernels then work on the copy. Operators without a plugin (``plugins.spec.BODIES``) keep their eager definition.
+Torch operators are functions, but plugins update the state in place. So this module first copies the state that a plugin
+updates, and the kernels work on the copy. Operators without a plugin (``plugins.spec.BODIES``) keep their eager definition.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None],
 #: An operator's implementation: its inputs, then its attributes, by position.
 Implementation = Callable[..., Any]
 
-_ALIGNMENT = 16  # bytes, of every buffer; kernels are compiled with that knowledge (plugins/compile.py)
+_ALIGNMENT = 16  # bytes, of every buffer; kernels are compiled for this (plugins/compile.py)
 _DENSE_TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
-#: Implementations in use by device type, then by the operator's ONNX name; the last one given wins.
+#: Implementations in use, by device type, then by the operator's ONNX name; the last one wins.
 _IN_USE: dict[str, list[Mapping[str, Implementation]]] = {}
 
 
@@ -63,7 +63,7 @@ class KernelOperators:
 
     Attributes:
         launch: enqueues a plan, see :func:`launched_by`.
-        sm: compute capability that the loaded kernels are for.
+        sm: compute capability of the loaded kernels.
         rotary: rotated channels of a row of the model's state.
         calls: how often each operator was called.
         launches: how often each kernel was launched, by its name.
@@ -77,7 +77,7 @@ class KernelOperators:
     _prepared: dict[tuple[Any, ...], _Prepared] = field(default_factory=dict, repr=False)
 
     def implementations(self) -> dict[str, Implementation]:
-        """Of every operator that has a plugin, by ONNX name."""
+        """The implementation of every operator that has a plugin, by ONNX name."""
 
         def implementation(operator: str) -> Implementation:
             return lambda *arguments: self(operator, arguments)
@@ -142,10 +142,10 @@ class KernelOperators:
         return _Prepared(steps, outputs)
 
     def _packed_format(self, spec: PluginSpec, shapes: Sequence[tuple[int, ...]]) -> str:
-        """The packed format whose rows have as many bytes as the state's."""
+        """The packed format whose rows have the same number of bytes as the state's."""
         first = next(iter(sorted(spec.rows - {DENSE})), None)
         if first is None:
-            raise ValueError(f"{spec.operator} reads no packed rows")
+            raise ValueError(f"{spec.operator} does not read packed rows")
         sizes = spec.dimensions(shapes, rows=first)
         fitting = []
         for rows in sorted(spec.rows - {DENSE}):
@@ -155,7 +155,7 @@ class KernelOperators:
         if len(fitting) != 1:
             raise ValueError(
                 f"{spec.operator}: rows of {sizes['ROW']} bytes for {sizes['D']} channels are "
-                f"{' or '.join(fitting) or 'of no format that it reads'}"
+                f"{' or '.join(fitting) or 'in a format that it does not read'}"
             )
         return fitting[0]
 
@@ -166,7 +166,7 @@ def listed(types: set[torch.dtype]) -> str:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor as kernels take it: contiguous, at an aligned address."""
+    """The tensor as kernels need it: contiguous, at an aligned address."""
     tensor = tensor.contiguous()
     return _fresh(tensor) if tensor.data_ptr() % _ALIGNMENT else tensor
 
@@ -177,9 +177,9 @@ def _fresh(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def use(implementations: Mapping[str, Implementation], device_type: str = "cuda") -> Iterator[None]:
-    """Let ``torch.ops.foldkv`` run these implementations on a device type; others keep what they had before.
+    """Let ``torch.ops.foldkv`` run these implementations on a device type; other operators keep theirs.
 
-    The registration with torch stays; outside of this context it leads to the eager definitions.
+    The registration with torch stays; outside of this context it calls the eager definitions.
 
     Args:
         implementations: by ONNX name, see :meth:`KernelOperators.implementations`.
@@ -217,11 +217,11 @@ def _chooser(name: str, eager: Implementation, device_type: str) -> Implementati
 def new_state(
     spec: ModelSpec, context: int, batch: int, *, layout: str, dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor]:
-    """An empty state as engines keep it: rows dense or packed as the layout says, carries in float32.
+    """An empty state as in engines: rows dense or packed according to the layout, carries in float32.
 
     Args:
         spec: of the model.
-        context: tokens that every sequence has room for.
+        context: tokens that each sequence has room for.
         batch: sequences.
         layout: name of the cache layout, see export/layouts.py.
         dtype: of dense rows.

@@ -209,7 +209,7 @@ row(
     "inject: rows that no kernel reads",
     lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "a100", "--layout", "nvfp4+fp4"],
     2,
-    "is kept by no target",
+    "is not supported by any target",
 )
 row("targets: coverage of nothing", lambda w: ["targets", "--coverage", "nowhere"], 2, "nowhere")
 row("inject: no GPU", lambda w: ["inject", str(w.graph), "-o", w.out, "--target", "cpu"], 2, "is not a GPU")

@@ -177,7 +177,7 @@ def test_packed_rows_need_plugins_and_a_known_layout(tiny_graph: Path, tmp_path:
     for options, message in (
         (["--layout", "fp8", "--plugins", "off"], "Build with --plugins on"),
         (["--layout", "fp9"], "expected one of dense, fp8, fp8+fp4"),
-        (["--layout", "nvfp4+fp4"], "is kept by no target; expected one of dense, fp8, fp8+fp4."),
+        (["--layout", "nvfp4+fp4"], "is not supported by any target; expected one of dense, fp8, fp8+fp4."),
     ):
         result = CliRunner().invoke(main, [*build, *options])
         assert result.exit_code == 2 and message in result.output, result.output

@@ -179,7 +179,7 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
         ("[validate]", "[validate]\ngates = { kl-maen = 1 }", "unknown gate 'kl-maen', did you mean 'kl-mean'"),
         ("[validate]", "[validate]\ngates = { long-context = 0 }", "none of those is measured"),
         ("[validate]", '[validate]\ntext = "none.txt"', "none.txt cannot be read"),
-        ("[build]", '[build]\nlayout = "fp8"', "cpu: layout fp8 is not kept"),
+        ("[build]", '[build]\nlayout = "fp8"', "cpu: layout fp8 is not supported"),
         ("[build]", '[build]\nshapes = { batch = [1, 1, 1000000] }', "batch is 1,000,000; expected 1 to 65,535"),
         ('output = "out"', 'output = "pipeline.toml/out"', "cannot write to"),
         ('output = "out"', 'output = "/proc/out"', "cannot write to"),

@@ -1,1 +1,1 @@
-"""The V4 model as plain PyTorch functions, caches as tensors in and out: one concept per file."""
+"""The V4 model as plain PyTorch functions, with caches as tensors in and out; one concept per file."""

@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return self._project(out), after
 
     def _project(self, out: Tensor) -> Tensor:
-        # Tokens are rows of one product per group. As a batch of tokens, TensorRT would copy the weights for each of them.
+        # Tokens are rows of one product per group. With a batch of tokens, TensorRT would copy the weights for each token.
         batch, chunk = out.shape[:2]
         grouped = split_last(out.flatten(2), self.groups, -1).flatten(0, 1).transpose(0, 1)
         weight = self.wo_a.weight.reshape(self.groups, self.o_rank, -1).transpose(1, 2)

@@ -12,10 +12,10 @@ from foldkv.export.profiles import HF, SERVED
 
 
 class Compressor(nn.Module):
-    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA); without it (HCA)
+    """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA). Without it (HCA)
     the carry is an online softmax.
 
-    In the profile ``served`` entries are quantised before they are written: ``rotary`` is the number of rotated channels.
+    In the profile ``served``, entries are quantised before they are written; ``rotary`` is the number of rotated channels.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ TAP, CHOSEN = "tap.layers.{layer}.hidden", "tap.layers.{layer}.chosen"
 
 
 class Layer(nn.Module):
-    """Attention and experts, each between a collapse and an expansion of the residual streams."""
+    """Attention and experts; before each the residual streams collapse, and after each they expand again."""
 
     def __init__(self, spec: ModelSpec, layer: int, profile: str = HF) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """A whole model; parameters have the released checkpoints' names, experts are stacked per layer.
 
-    ``profile`` is the computation that it follows, see export/profiles.py.
+    ``profile`` chooses the computation, see export/profiles.py.
     """
 
     def __init__(self, spec: ModelSpec, profile: str = HF) -> None:
@@ -130,5 +130,5 @@ def split_state(tensors: Sequence[StateTensor], state: Sequence[Tensor]) -> list
 
 
 def new_state(spec: ModelSpec, context: int, batch: int = 1, *, fill: float = 0.0) -> list[Tensor]:
-    """A state for ``batch`` sequences of up to ``context`` tokens; what it is filled with has no effect."""
+    """A state for ``batch`` sequences of up to ``context`` tokens; its initial values have no effect."""
     return [torch.full((batch, tensor.capacity(context), tensor.width), fill) for tensor in state_tensors(spec)]

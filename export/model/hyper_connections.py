@@ -14,7 +14,7 @@ from foldkv.export.spec import ModelSpec
 def collapse(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, spec: ModelSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's input and the weights to put its output back (V4 report 2.2).
+    """The block's input, and the weights that put its output back (V4 report 2.2).
 
     streams [B, S, N, C], fn [(2 + N) N, N C], base [(2 + N) N], scale [3] (pre, post, comb)
     -> x [B, S, C], post [B, S, N], comb [B, S, N, N].

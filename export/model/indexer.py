@@ -18,8 +18,8 @@ from foldkv.export.spec import ModelSpec
 class Indexer(nn.Module):
     """Query latents and hidden states in, chosen entry rows and the indexer's own state out.
 
-    In the profile ``served`` queries and keys are rotated by one Hadamard matrix, which leaves their products as they
-    are, and then quantised to FP4.
+    In the profile ``served``, queries and keys are rotated by one Hadamard matrix, which does not change their products,
+    and then quantised to FP4.
     """
 
     hadamard: Tensor | None

@@ -14,7 +14,7 @@ class Gate(nn.Module):
     """Which experts a token goes to, and with what weight.
 
     Scores are ``sqrt(softplus(x W))``. Hash layers look the experts up by token id; the others take the
-    best ``score + bias``, where the bias balances load and does not weight (V4 report 2.1).
+    best ``score + bias``. The bias balances the load and does not change the weights (V4 report 2.1).
     """
 
     tid2eid: Tensor
@@ -47,7 +47,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token passes: SwiGLU with both arms clamped."""
+    """The expert that every token passes through: SwiGLU with both arms clamped."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
 
 
 def split_last(x: Tensor, *sizes: int) -> Tensor:
-    """x [..., D] -> [..., *sizes], the sizes' product being D."""
+    """x [..., D] -> [..., *sizes]; the product of the sizes is D."""
     return x.reshape(*x.shape[:-1], *sizes)
 
 

@@ -1,6 +1,6 @@
-"""The operators of the ``foldkv`` domain, one concept per file: an eager definition in PyTorch for each,
-the same function in standard ONNX operators, and the count of both in one registry.
+"""The operators of the ``foldkv`` domain, one concept per file. Each has an eager definition in PyTorch and
+the same function in standard ONNX operators; one registry lists both.
 
-The eager bodies are the definition. The ONNX bodies are written independently of them and are compared
-with them, so that each is a test of the other.
+The eager bodies are the definition. The ONNX bodies are written independently and are compared
+with them, so each tests the other.
 """

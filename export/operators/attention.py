@@ -1,9 +1,9 @@
 """The three attentions: window only, window and chosen entries (CSA), window and all entries (HCA).
 
-One KV head serves all query heads, and keys are values. A learned sink per head enters only the
-denominator of the softmax; the scale is ``head_dim ** -0.5``; the output is turned back by RoPE at the
-query's position because the values carry RoPE (V4 report 2.3). ``rows`` is the old window ring followed
-by the chunk (see window.py); rows and entries that were never written may hold anything, NaN too.
+One KV head serves all query heads, and keys are values. A learned sink per head only enters the
+denominator of the softmax. The scale is ``head_dim ** -0.5``. The output is turned back by RoPE at the
+query's position, because the values have RoPE (V4 report 2.3). ``rows`` is the old window ring followed
+by the chunk (see window.py). Rows and entries that were never written can contain anything, even NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foldkv.export.operators.rope import _eager as rope
 def _window_keys(
     rows: Tensor, chunk: int, positions: Tensor, num_tokens: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The keys of ``rows`` with unwritten ones zeroed, and the mask [B, S, 1, W+S] of what a query sees."""
+    """The keys of ``rows`` with unwritten ones set to zero, and the mask [B, S, 1, W+S] of what a query sees."""
     size = rows.shape[1] - chunk
     start, slot = positions.long()[:, None], torch.arange(size, device=positions.device)
     query = start + torch.arange(chunk, device=positions.device)
@@ -176,7 +176,7 @@ def FoldkvAttendPicked(  # type: ignore[no-untyped-def]
     q: FLOAT, rows: FLOAT, gathered: FLOAT, some: INT64, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
     num_tokens: INT32,
 ):  # fmt: skip
-    # gathered [B, S, K, D] float32: anything where not `some`.
+    # gathered [B, S, K, D] float32: only valid where `some`.
     keys, seen = FoldkvWindowKeys(q, rows, positions, num_tokens)
     scaled = FoldkvScale(q)
     near = FoldkvSharedLogits(scaled, keys, seen)
@@ -206,7 +206,7 @@ def FoldkvSparseAttentionFp8(  # type: ignore[no-untyped-def]
     q: FLOAT, rows: FLOAT, entries: INT8, chosen: INT32, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
     num_tokens: INT32, width: int, rotary: int,
 ):  # fmt: skip
-    # Packed entries: those that were chosen are gathered as bytes and decoded, no other.
+    # Packed entries: only the chosen ones are gathered as bytes and decoded.
     index = op.Cast(chosen, to=7)
     some = index >= 0
     safe = op.Max(index, op.Constant(value_int=0))

@@ -1,14 +1,14 @@
-"""FoldkvCompress: CSA's compression, whose windows overlap; the rows of what is not closed yet are carried.
+"""FoldkvCompress: CSA's compression. Its windows overlap; the rows of windows that are not closed yet are carried.
 
-The projections hold two series side by side. Entry ``i`` is the gated sum of the first series of window ``i - 1`` and
-the second of window ``i``, the tokens ``[i * ratio, (i + 1) * ratio)``: a softmax over both windows' tokens, per
+The projections have two series side by side. Window ``i`` is the tokens ``[i * ratio, (i + 1) * ratio)``. Entry ``i`` is the
+gated sum of the first series of window ``i - 1`` and the second of window ``i``: a softmax over both windows' tokens, per
 channel, of ``gate + bias``; then RMSNorm, then RoPE at position ``i * ratio`` (V4 report 2.3, equations 9 to 12).
 
-The carries are rings of raw projected rows, ``carry[p mod R]`` for position ``p``, where ``R = 2 * ratio`` is the number
+The carries are rings of raw projected rows: ``carry[p mod R]`` for position ``p``. ``R = 2 * ratio`` is the number
 of tokens that an entry reads. HCA's windows do not overlap and carry less: operators/compress_online.py.
 
-FoldkvCompressFp8 and FoldkvCompressFp4 are what deployed systems do to an entry before it is written: main
-entries are quantised as ``fp8_ds_mla`` rows; the indexer's are rotated by a Hadamard matrix and quantised as
+FoldkvCompressFp8 and FoldkvCompressFp4 also do what deployed systems do to an entry before it is written. Main
+entries are quantised as ``fp8_ds_mla`` rows. The indexer's are rotated by a Hadamard matrix and quantised as
 ``index_fp4`` rows (the released code's ``act_quant``, ``rotate_activation`` and ``fp4_act_quant``).
 """
 
@@ -49,7 +49,7 @@ def _chunk(
     eps: float,
     finish: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One chunk of compression; ``finish`` is what becomes of a turned entry before it is written.
+    """One chunk of compression; ``finish`` changes a turned entry before it is written.
 
     entries [B, E, D]; carry_kv, carry_gate [B, 2 * ratio, 2 * D]; kv, gate [B, S, 2 * D]; bias [ratio, 2 * D]; norm [D];
     inv_freq [rope/2]; positions, num_tokens [B] int32. Returns entries, carry_kv, carry_gate after the chunk.
@@ -128,7 +128,7 @@ def _fp4_fake(
 
 @script(OPSET, default_opset=op)
 def FoldkvSplitSeries(x: FLOAT, width: INT32, ratio: int):  # type: ignore[no-untyped-def]
-    # The first `width` channels of the rows of the window before, the last of the window's own.
+    # The first `width` channels from the rows of the window before, the last from the window's own rows.
     r = op.Reshape(op.Constant(value_int=1) * ratio, [1])
     before = op.Slice(op.Slice(x, [0], r, [2]), [0], width, [3])
     own = op.Slice(op.Slice(x, r, [9223372036854775807], [2]), width, [9223372036854775807], [3])
@@ -139,7 +139,7 @@ def FoldkvSplitSeries(x: FLOAT, width: INT32, ratio: int):  # type: ignore[no-un
 def FoldkvMergeWindows(  # type: ignore[no-untyped-def]
     carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, positions: INT32, ratio: int
 ):  # fmt: skip
-    # The gated sum of every window that can close in this chunk, and the position of its first token.
+    # The gated sums of all windows that can close in this chunk, and the positions of their first tokens.
     zero = op.Constant(value_int=0)
     r = op.Constant(value_int=1) * ratio
     span = r + r
@@ -181,7 +181,7 @@ def FoldkvAdvance(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, new: FLOAT, positions: INT32,
     num_tokens: INT32, ratio: int,
 ):  # fmt: skip
-    # The state after the chunk: `new` holds what every window that can close becomes, as it is to be written.
+    # The state after the chunk; `new` has the entry to write for every window that can close.
     updated = FoldkvWriteEntries(entries, new, positions, num_tokens, ratio)
     kept_kv = FoldkvCarry(carry_kv, kv, positions, num_tokens)
     return updated, kept_kv, FoldkvCarry(carry_gate, gate, positions, num_tokens)

@@ -1,15 +1,15 @@
 """FoldkvCompressOnline: HCA's compression with a carry that does not grow with the window.
 
 Entry ``i`` is the gated sum of the tokens ``[i * ratio, (i + 1) * ratio)``: a softmax over tokens, per channel, of
-``gate + bias``; then RMSNorm, then RoPE at position ``i * ratio`` (V4 report 2.3, equations 20 to 23). Of a window that
+``gate + bias``; then RMSNorm, then RoPE at position ``i * ratio`` (V4 report 2.3, equations 20 to 23). For a window that
 is not closed yet, the carry keeps the three rows of an online softmax (Milakov and Gimelshein 2018, algorithm 3):
 
     carry[0] = max of the scores,  carry[1] = sum of exp(score - max),  carry[2] = sum of exp(score - max) * kv
 
-which is 6 KiB instead of 512 KiB of raw rows in a layer of V4. What it holds when no window is open, that is at
-positions that ``ratio`` divides, is never read. Windows do not overlap, else their rows would be needed (compress.py).
+In a layer of V4 this is 6 KiB instead of 512 KiB of raw rows. At positions that are multiples of ``ratio`` no window is
+open, and the carry is never read. This works because windows do not overlap; otherwise it needs their rows (compress.py).
 
-FoldkvCompressOnlineFp8 is what deployed systems do to an entry before it is written: it is quantised as a
+FoldkvCompressOnlineFp8 also does what deployed systems do to an entry before it is written: it quantises it as a
 ``fp8_ds_mla`` row (the released code's ``act_quant``).
 """
 
@@ -45,19 +45,19 @@ def _merged(
     sequence = torch.arange(kv.shape[0], device=positions.device)[:, None, None]
     score = torch.where(inside, gate[sequence, source] + bias[token % ratio], -torch.inf)
     value = torch.where(inside, kv[sequence, source], 0.0)
-    # What is carried joins the first window, if that is open, like one more token of that weight.
+    # The carry joins the first window, if that is open, like one more token of that weight.
     open_ = ((nth == 0) & (start % ratio > 0))[..., None]  # [B, N + 1, 1]
     held_top = torch.where(open_, carry[:, :1], -torch.inf)
     held_total, held_sum = torch.where(open_, carry[:, 1:2], 0.0), torch.where(open_, carry[:, 2:], 0.0)
     top = torch.maximum(score.amax(dim=2), held_top)
-    top = torch.where(top > -torch.inf, top, 0.0)  # of a window without tokens
+    top = torch.where(top > -torch.inf, top, 0.0)  # for a window without tokens
     weight, decay = torch.exp(score - top[:, :, None]), torch.exp(held_top - top)
     total = held_total * decay + weight.sum(dim=2)
     summed = held_sum * decay + (weight * value).sum(dim=2)
     last = (end // ratio - start // ratio)[..., None]
     after = torch.cat([torch.take_along_dim(part, last, dim=1) for part in (top, total, summed)], dim=1)
     after = torch.where((end > start)[..., None], after, carry)  # without tokens not a bit changes
-    # The largest score of a window weighs 1, so that only a window without tokens has less.
+    # The largest score of a window has weight 1, so only a window without tokens has less.
     return (summed / total.clamp(min=1.0))[:, :-1], begins[:, :-1], after
 
 
@@ -97,7 +97,7 @@ def _fp8_fake(
 
 @script(OPSET, default_opset=op)
 def FoldkvOnlineSums(carry: FLOAT, score: FLOAT, value: FLOAT, carried: INT32):  # type: ignore[no-untyped-def]
-    # The three rows of every window: of its tokens in this chunk and, where `carried`, of what the carry holds.
+    # The three rows of every window, from its tokens in this chunk and, where `carried`, from the carry.
     nothing = op.Constant(value_float=float("-inf"))
     carry_top, carry_total, carry_sum = op.Split(carry, num_outputs=3, axis=1)
     held_top = op.Where(carried, carry_top, nothing)

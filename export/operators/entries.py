@@ -1,7 +1,7 @@
-"""What the compressing operators share: a merged window becomes an entry, and entries are written where they close.
+"""Shared by the compressing operators: a merged window becomes an entry, and entries are written where they close.
 
-Rows of ``entries`` whose windows do not close keep their bits. What deployed systems do to an entry before it is
-written, quantising, is between the two (operators/compress.py, operators/compress_online.py).
+Rows of ``entries`` whose windows do not close keep their bits. Deployed systems quantise an entry between these two steps
+(operators/compress.py, operators/compress_online.py).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def finish_entries(merged: Tensor, begins: Tensor, norm: Tensor, inv_freq: Tenso
 
 
 def write_entries(entries: Tensor, new: Tensor, positions: Tensor, num_tokens: Tensor, ratio: int) -> Tensor:
-    """entries [B, E, D], new [B, N, D] of the windows from that of ``positions`` on -> entries after the chunk.
+    """entries [B, E, D], new [B, N, D] of the windows from ``positions`` on -> entries after the chunk.
 
-    A run of N rows that always fits is written: where the run would pass the end it is moved back, and rows outside
-    what closed are written with what they held.
+    This always writes N rows. If they would pass the end, they start earlier. Rows whose windows did not close are written
+    with their old values.
     """
     start, windows = positions.long(), new.shape[1]
     first = start[:, None] // ratio
@@ -51,7 +51,7 @@ def FoldkvFinishEntries(merged: FLOAT, begins: INT32, norm: FLOAT, inv_freq: FLO
 
 @script(OPSET, default_opset=op)
 def FoldkvWriteEntries(entries: FLOAT, new: FLOAT, positions: INT32, num_tokens: INT32, ratio: int):  # type: ignore[no-untyped-def]
-    # A run of rows that always fits, as the eager body says; rows that did not close are written with what they held.
+    # Always N rows that fit, as in the eager body; rows that did not close are written with their old values.
     zero = op.Constant(value_int=0)
     r = op.Constant(value_int=1) * ratio
     windows = op.Squeeze(op.Shape(new, start=1, end=2))

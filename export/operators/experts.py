@@ -1,10 +1,10 @@
 """FoldkvRoutedExperts: the chosen experts' clamped SwiGLU, weighted and summed.
 
-Only the weights of chosen experts are read: the cost follows ``tokens * experts_per_token``, not the
+Only the weights of chosen experts are read: the cost depends on ``tokens * experts_per_token``, not on the
 number of experts. Gate and up projections are stacked as ``w13`` (transformers `gate_up_proj`).
-The body gathers every token's weights at once, which every runtime can. :func:`grouped_body` is one for ONNX Runtime in
-which a chunk's tokens share them; :func:`bounded_body` one for engines of models whose experts are wide, which gathers those
-of a few tokens at a time.
+The body gathers every token's weights at once, which works in every runtime. There are two other bodies. In
+:func:`grouped_body`, for ONNX Runtime, a chunk's tokens share the weights. :func:`bounded_body`, for engines of models with
+wide experts, gathers the weights of a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ routed_experts = operator(
 def grouped_body() -> onnx.FunctionProto:
     """FoldkvRoutedExperts with the same inputs for ONNX Runtime, float32.
 
-    A chunk of T tokens gathers no more than the experts that it chose, one after the other, instead of T * K copies. A single
-    token shares nothing: its experts are gathered at once, as the other body does, which starts fewer nodes.
+    A chunk of T tokens gathers only the experts that it chose, one after the other, instead of T * K copies. A single token
+    shares nothing: its experts are gathered at once, as in the other body, which starts fewer nodes.
     """
     grouped = grouped_experts(
         """
@@ -99,10 +99,10 @@ def grouped_body() -> onnx.FunctionProto:
 
 
 def bounded_body(tokens: int) -> onnx.FunctionProto:
-    """FoldkvRoutedExperts with the same inputs for engines: the weights of at most ``tokens`` tokens are at hand at once.
+    """FoldkvRoutedExperts with the same inputs for engines: at any time it has the weights of at most ``tokens`` tokens.
 
-    A chunk of T tokens is taken in groups of min(T, tokens). The last group is filled up with the last token, whose copies
-    are cut off: every round has the same sizes, as TensorRT wants it. Products run in the weights' type.
+    A chunk of T tokens is processed in groups of min(T, tokens). The last group is padded with copies of the last token,
+    which are cut off later, because TensorRT needs the same sizes in every round. Products run in the weights' type.
     """
     body = f"""
         limit = Constant <value_float: float = @limit> ()

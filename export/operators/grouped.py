@@ -1,15 +1,15 @@
-"""The chosen experts one after the other, each once with all of its tokens: what both forms of the weights share.
+"""The chosen experts one after the other, each once with all of its tokens. Both forms of the weights share this.
 
-Work and memory follow the experts that a chunk chooses and, for each, its tokens: a long chunk reads no weight twice, and no
-more than one expert's weights are at hand at once. It needs operators whose sizes depend on values (Unique, NonZero), which
-ONNX Runtime has; the body of FoldkvRoutedExperts, which TensorRT reads too, does without (operators/experts.py).
+Work and memory depend on the experts that a chunk chooses and on their tokens: a long chunk reads no weight twice, and only
+one expert's weights are in memory at a time. This needs operators whose sizes depend on values (Unique, NonZero), which
+ONNX Runtime has. TensorRT also reads the body of FoldkvRoutedExperts, so that body does not use them (operators/experts.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Values that the statements name.
+#: Values that the statements use.
 CONSTANTS = {
     "first": np.array([0]), "second": np.array([1]), "flat": np.array([-1]), "zero": np.array(0),
 }  # fmt: skip
@@ -18,7 +18,7 @@ CONSTANTS = {
 def clamped_swiglu(own: str = "") -> str:
     """Statements from ``gate`` and ``up`` and the scalars ``limit`` and ``low`` = -limit to ``hidden``, all of one shape.
 
-    ``own`` goes before every name but the scalars', where a body has two of these.
+    ``own`` is a prefix for every name except the scalars, for bodies that use this twice.
     """
     return f"""
             {own}clamped = Min ({own}gate, limit)
@@ -34,7 +34,7 @@ def grouped_experts(gate_and_up: str, down: str, name: str = "y") -> str:
     """Statements from x [T, C], chosen [T, K], weights [T, K] and the scalars ``limit`` and ``low`` = -limit to y [T, C].
 
     Args:
-        gate_and_up: statements from ``columns`` [C, n], an expert's tokens, to ``gate`` and ``up`` [I, n], which may name
+        gate_and_up: statements from ``columns`` [C, n], an expert's tokens, to ``gate`` and ``up`` [I, n]. They can use
             ``expert``, its number as a scalar.
         down: statements from ``hidden`` [I, n] to ``down`` [C, n].
         name: of the result.

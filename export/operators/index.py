@@ -1,10 +1,10 @@
 """FoldkvIndexScores and FoldkvIndexSelect: the lightning indexer's scores, and the k best entries per query.
 
 ``score = sum_h weight_h * relu(q_h . k)``; the scaling by head width and head count is folded into
-``weights`` by the caller (V4 report 2.3.1, equations 13 to 17). A query at position ``t`` may choose
-entry ``i`` iff ``i < (t + 1) // ratio``; of equal scores the lowest index is chosen. The order of what
-is chosen is not specified; places that stay empty hold -1. Scores of entries that a query may not
-choose may be anything.
+``weights`` by the caller (V4 report 2.3.1, equations 13 to 17). A query at position ``t`` can choose
+entry ``i`` iff ``i < (t + 1) // ratio``. Among equal scores it chooses the lowest index. The order of
+chosen entries is not specified; empty places are -1. The scores of entries that a query cannot choose
+can be anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def visible_entries(positions: Tensor, chunk: int, ratio: int) -> Tensor:
 
 
 def active_entries(active_context: Tensor, capacity: int, ratio: int) -> int:
-    """How many entry rows need be looked at for that many tokens."""
+    """How many entry rows to look at for that many tokens."""
     return min(int(active_context) // ratio, capacity)
 
 
@@ -31,7 +31,7 @@ def _scores_eager(
     q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
     """q [B, S, Hi, Di], weights [B, S, Hi], index_entries [B, E, Di], positions [B] int32,
-    active_context [1] int64 -> [B, S, N] float32, at least as many columns as a query may choose from; here N = E."""
+    active_context [1] int64 -> [B, S, N] float32, with at least as many columns as a query can choose from; here N = E."""
     active = active_entries(active_context, index_entries.shape[1], ratio)
     score = torch.einsum("bshd,bed->bshe", q, index_entries[:, :active].to(q.dtype)).relu()
     score = (score * weights[..., None]).sum(dim=2)
@@ -42,12 +42,12 @@ def _scores_eager(
 def _scores_fake(
     q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
 ) -> Tensor:
-    # A backend may leave out columns that no query may choose: to the graph, their number is a size of its own.
+    # A backend can omit columns that no query can choose, so the graph has a separate size for their number.
     return q.new_empty((q.shape[0], q.shape[1], torch.library.get_ctx().new_dynamic_size()))
 
 
 def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
-    """scores [B, S, E], positions [B] int32 -> [B, S, topk] int32; of equal scores the lowest index."""
+    """scores [B, S, E], positions [B] int32 -> [B, S, topk] int32; among equal scores the lowest index."""
     visible = visible_entries(positions, scores.shape[1], ratio)[..., None]
     nth = torch.arange(scores.shape[2], device=scores.device)
     score = scores.masked_fill(nth >= visible, -torch.inf)
@@ -69,7 +69,7 @@ def FoldkvVisibleEntries(x: FLOAT, positions: INT32, ratio: int):  # type: ignor
 
 @script(OPSET, default_opset=op)
 def FoldkvActiveRows(entries: FLOAT, active_context: INT64, ratio: int):  # type: ignore[no-untyped-def]
-    # At least one row, masked by the caller like any other that is not written: no tensor is ever empty.
+    # At least one row, so no tensor is ever empty; the caller masks it like any other unwritten row.
     return op.Cast(op.Slice(entries, [0], op.Max(active_context / ratio, 1), [1]), to=1)
 
 

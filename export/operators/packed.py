@@ -1,13 +1,13 @@
 """Weights as released, decoded where they are used: e4m3 blocks, and the chosen experts of a packed stack.
 
-These are functions of the graph only: they take the place of float32 weights after tracing. Their values equal
-export/formats.py bit for bit. Bytes that are looked up (exponents, pairs of e2m1, e4m3 of experts) are int8: ONNX counts
-a negative index from the end of the table, so that byte 255, which int8 reads as -1, finds row 255. Gather takes FP8 and
-FP4 types neither in TensorRT nor, FP4, in ONNX Runtime; it takes int8 in both.
+These functions exist only in the graph: they replace float32 weights after tracing. Their values equal
+export/formats.py bit for bit. Bytes that are looked up (exponents, pairs of e2m1, e4m3 of experts) are int8. ONNX counts
+a negative index from the end of the table, so byte 255, which is -1 in int8, finds row 255. The reason for int8 is Gather:
+it takes no FP8 in TensorRT and no FP4 in either backend, but int8 in both.
 
-The routed experts of a layer are the rows of one tensor ``codes [E, bytes]``, each holding w1, w2 and w3, with their
-exponents as the rows of ``scales [E, bytes]``; ``slots [E]`` says in which row an expert lies. Bytes of experts that no
-token of a chunk chose are not read, and no more than a band of one matrix is decoded at once, whatever E is.
+The routed experts of a layer are the rows of one tensor ``codes [E, bytes]``; each row has w1, w2 and w3. Their
+exponents are the rows of ``scales [E, bytes]``; ``slots [E]`` has the row of each expert. The bytes of experts that no
+token of a chunk chose are not read. Only a band of one matrix is decoded at a time, for any E.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
 EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}
 PARTS = ("w1", "w2", "w3")
-# Bytes of codes that are decoded at once: with their indices and values, 12 and 17 times as much, they stay in the cache.
+# Bytes of codes that are decoded at once. Their indices and values take 12 and 17 times as much; all stay in the cache.
 _BAND = 1 << 18
-# Rows of the tables that are looked up: GatherElements gives each to a processor.
+# Rows of the look-up tables: GatherElements gives each to a processor.
 _LANES = 16
 
 
@@ -70,7 +70,7 @@ def block_scale() -> onnx.FunctionProto:
 
 
 def partial_block_scale() -> onnx.FunctionProto:
-    """FoldkvPartialBlockScale: as FoldkvBlockScale, where the last block of rows or columns is cut off.
+    """FoldkvPartialBlockScale: like FoldkvBlockScale, but the last block of rows or columns is cut off.
 
     ``blocks`` is [r, block rows, c, block columns], ``whole`` [r * block rows, c * block columns].
     """
@@ -92,18 +92,18 @@ def partial_block_scale() -> onnx.FunctionProto:
 
 
 def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionProto:
-    """The chosen experts' clamped SwiGLU, as operators/experts.py defines it, from packed weights.
+    """The chosen experts' clamped SwiGLU from packed weights, as defined in operators/experts.py.
 
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
     -> y [T, C]; attribute ``limit``. The sizes of a model's experts are part of the body.
 
-    Experts are taken as operators/grouped.py says, and their matrices in bands of rows that a processor's cache holds. The
-    two e2m1 of a byte are decoded apart, into a matrix of the even columns and one of the odd: so an element is one look-up,
-    and the input's channels are parted once instead of the weights being woven together.
+    Experts are processed as described in operators/grouped.py, and their matrices in bands of rows that fit in a processor's
+    cache. The two e2m1 of a byte are decoded separately, into a matrix of the even columns and one of the odd columns. So an
+    element is one look-up; instead of interleaving the weights, the input's channels are split once.
 
     Args:
         format_: "fp4" or "fp8".
-        matrices: where w1, w2 and w3 lie in a row.
+        matrices: where w1, w2 and w3 are in a row.
     """
     halves = 2 if format_ == FP4 else 1
     elements = _elements(format_).reshape(256, halves)
@@ -182,7 +182,7 @@ class _Bands:
         """
 
     def _index(self, kind: str) -> str:
-        # Through uint8: without negative indices the look-up has no branch to guess.
+        # Through uint8: without negative indices the look-up has no branch to predict.
         name = f"{self.part}_{kind}"
         return f"""
                 {name}_far = Mul ({self.part}_at, {name}_step)
@@ -212,7 +212,7 @@ def _function(
     name: str, inputs: list[str], outputs: list[str], attributes: list[str], body: str,
     constants: dict[str, np.ndarray] | None = None,
 ) -> onnx.FunctionProto:  # fmt: skip
-    """A function of the domain foldkv from the text of its body, float attributes; ``constants`` are values that it names."""
+    """A function of the domain foldkv from the text of its body; attributes are floats, ``constants`` are values it uses."""
     given = f" <{', '.join(attributes)}>" if attributes else ""
     head = f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]>'
     function = onnx.parser.parse_function(

@@ -1,10 +1,10 @@
-"""The chosen experts of a packed stack as TensorRT takes them: bytes carried in int32 words.
+"""The chosen experts of a packed stack for TensorRT: bytes in int32 words.
 
-TensorRT looks up neither FP8 nor FP4 and takes an int8 constant for a quantised one, which may only meet a DequantizeLinear: all
-experts would be decoded before any is chosen. An int32 constant may be gathered from, and four bytes of codes are one word of
-it, so that the engine keeps as many bytes as the checkpoint has. Words are taken apart by division, as the parser knows no
-shifts, with the sign put aside first: division then means the same to everyone. What is computed is what
-operators/packed.py computes, in another precision; here too tokens are taken one at a time.
+TensorRT cannot gather from FP8 or FP4. It treats an int8 constant as quantised, and only a DequantizeLinear can read that: it
+would decode all experts before any is chosen. It can gather from an int32 constant. Four bytes of codes are one word, so the
+engine keeps as many bytes as the checkpoint has. The parser has no shifts, so division splits the words. The sign is removed
+first, because backends divide negative numbers differently. The result is that of operators/packed.py in another precision;
+tokens are processed one at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 
 def geometry(matrices: Mapping[str, Matrix]) -> dict[str, list[int]]:
-    """Where w1, w2 and w3 lie in a row, as attributes of a node; :func:`matrices_of` reads them."""
+    """Where w1, w2 and w3 are in a row, as attributes of a node; :func:`matrices_of` reads them."""
     parts = [matrices[part] for part in PARTS]
     return {
         "codes_at": [part.codes for part in parts], "scales_at": [part.scales for part in parts],
@@ -36,7 +36,7 @@ def geometry(matrices: Mapping[str, Matrix]) -> dict[str, list[int]]:
 
 
 def matrices_of(attributes: Mapping[str, Sequence[int]]) -> dict[str, Matrix]:
-    """What :func:`geometry` wrote.
+    """The values that :func:`geometry` wrote.
 
     Raises:
         KeyError: an attribute is missing.
@@ -71,11 +71,11 @@ def routed_experts_words(format_: str, matrices: Mapping[str, Matrix], dtype: st
 
     x [T, C] float32, chosen [T, K] int64, weights [T, K] float32, codes [E, words] int32, scales [E, words] int32,
     slots [E] int64 -> y [T, C] float32; attribute ``limit``. Between the products everything is float32. Element times scale is
-    exact in bfloat16 wherever it neither over- nor underflows, because a scale is a power of two.
+    exact in bfloat16 unless it overflows or underflows, because a scale is a power of two.
 
     Args:
         format_: "fp4" or "fp8".
-        matrices: where w1, w2 and w3 lie in a row, in bytes; offsets are multiples of four.
+        matrices: where w1, w2 and w3 are in a row, in bytes; offsets are multiples of four.
         dtype: "bfloat16" or "float32".
     """
     kind = _DTYPES[dtype]

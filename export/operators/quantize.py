@@ -1,10 +1,10 @@
-"""FoldkvQuantizeFp8 and FoldkvQuantizeFp4: rows as a packed cache would give them back; and the packing itself.
+"""FoldkvQuantizeFp8 and FoldkvQuantizeFp4: rows as a packed cache returns them; and the packing itself.
 
 ``rows.py`` defines the values: a quantised row is ``unpack(pack(row))`` for ``fp8_ds_mla`` (main rows) and ``index_fp4``
-(rows and queries of the indexer). The ONNX bodies are arithmetic alone, since standard operators cannot read a float's
-bits: the exponent is the logarithm's floor, put right by comparing with exact powers of two; a small float is an integer
-times a power of two, rounded to nearest even as ``Round`` does; a byte is decoded by a table. All of it is exact.
-``FoldkvPack...`` and ``FoldkvUnpack...`` have no torch operator: they are put into graphs whose state is packed.
+(rows and queries of the indexer). The ONNX bodies use only arithmetic, because standard operators cannot read a float's
+bits. The exponent is the logarithm's floor, corrected by comparing with exact powers of two. A small float is an integer
+times a power of two, and ``Round`` rounds it to nearest even. A table decodes a byte. All of this is exact.
+``FoldkvPack...`` and ``FoldkvUnpack...`` have no torch operator: they are for graphs with packed state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foldkv.export.operators.rows import pack, unpack
 
 # 2 ** (i - 149): every power of two that float32 has.
 _POWERS = numpy_helper.from_array(np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32))
-# Of a byte taken as an index from the end where it is negative, which is how Gather reads int8.
+# Values by byte. Gather reads a byte as int8 and counts negative indices from the end.
 _E4M3 = numpy_helper.from_array(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 _E8M0 = numpy_helper.from_array(np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.inf)))
 _BF16 = numpy_helper.from_array(np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32))
@@ -33,12 +33,12 @@ _E2M1_PAIRS = numpy_helper.from_array(np.stack((np.tile(_NIBBLES, 16), np.repeat
 
 
 def quantized_fp8(x: Tensor, rotary: int) -> Tensor:
-    """x [..., D] float -> [..., D] float32, what ``fp8_ds_mla`` rows of them hold."""
+    """x [..., D] float -> [..., D] float32, the values of its ``fp8_ds_mla`` rows."""
     return unpack(pack(x, FP8_DS_MLA, rotary), FP8_DS_MLA, x.shape[-1], rotary)
 
 
 def quantized_fp4(x: Tensor) -> Tensor:
-    """x [..., D] float -> [..., D] float32, what ``index_fp4`` rows of them hold."""
+    """x [..., D] float -> [..., D] float32, the values of its ``index_fp4`` rows."""
     return unpack(pack(x, INDEX_FP4), INDEX_FP4, x.shape[-1])
 
 
@@ -57,7 +57,7 @@ def FoldkvPower(exponent: FLOAT):  # type: ignore[no-untyped-def]
 
 @script(OPSET, default_opset=op)
 def FoldkvExponent(x: FLOAT, least: int):  # type: ignore[no-untyped-def]
-    # floor(log2 x) of x >= 0, but at least `least`. The logarithm errs next to a power of two only, by one.
+    # floor(log2 x) of x >= 0, but at least `least`. The logarithm is only wrong next to a power of two, by one.
     lowest = op.Constant(value_int=1) * least
     guess = op.Cast(op.Max(op.Floor(op.Log(x) * 1.4426950408889634), op.Cast(lowest, to=1)), to=7)
     power = FoldkvPower(guess)
@@ -66,14 +66,14 @@ def FoldkvExponent(x: FLOAT, least: int):  # type: ignore[no-untyped-def]
 
 @script(OPSET, default_opset=op)
 def FoldkvRounded(x: FLOAT, least: int, mantissa: int):  # type: ignore[no-untyped-def]
-    # To nearest even at that many bits of mantissa, with subnormals below 2 ** least.
+    # Rounded to nearest even with that many bits of mantissa, and subnormals below 2 ** least.
     step = FoldkvPower(FoldkvExponent(op.Abs(x), least=least) - mantissa)
     return op.Round(x / step) * step
 
 
 @script(OPSET, default_opset=op)
 def FoldkvCode(x: FLOAT, least: int, mantissa: int):  # type: ignore[no-untyped-def]
-    # The bits of the magnitude: exponents count from `least`, and a mantissa that overflows carries into them.
+    # The bits of the magnitude: exponents count from `least`, and a mantissa that overflows adds one to them.
     exponent = FoldkvExponent(op.Abs(x), least=least)
     digits = op.Cast(op.Round(op.Abs(x) / FoldkvPower(exponent - mantissa)), to=7)
     each = op.Cast(FoldkvPower(op.Constant(value_int=1) * mantissa), to=7)
@@ -82,7 +82,7 @@ def FoldkvCode(x: FLOAT, least: int, mantissa: int):  # type: ignore[no-untyped-
 
 @script(OPSET, default_opset=op)
 def FoldkvNegative(x: FLOAT):  # type: ignore[no-untyped-def]
-    # The sign bit as a number, that of -0.0 too.
+    # The sign bit as a number, also for -0.0.
     return op.Cast(op.Or(x < 0.0, op.Reciprocal(x) < 0.0), to=7)
 
 
@@ -105,7 +105,7 @@ def FoldkvScaleExponents(tiles: FLOAT, top: float, shift: int):  # type: ignore[
 
 @script(OPSET, default_opset=op)
 def FoldkvFlat(tiles: FLOAT, like: FLOAT):  # type: ignore[no-untyped-def]
-    # Tiles side by side again, without what filled the last one.
+    # Tiles side by side again, without the padding of the last one.
     flat = op.Reshape(tiles, op.Concat(op.Shape(like, start=0, end=-1), [-1], axis=0))
     return op.Slice(flat, [0], op.Shape(like, start=-1), [-1])
 

@@ -1,4 +1,4 @@
-"""Operator: what joins a torch operator, its ONNX node and its ONNX function body."""
+"""Operator: connects a torch operator, its ONNX node and its ONNX function body."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def operator(
 
 
 def operators() -> dict[str, Operator]:
-    """All operators by ONNX name. Importing the operator modules is what registers them."""
+    """All operators by ONNX name. Importing the operator modules registers them."""
     from foldkv.export.operators import (  # noqa: F401
         attention,
         compress,
@@ -84,7 +84,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 
 def schema(op: Operator) -> onnx.defs.OpSchema:
-    """The ONNX schema of an operator; tensors may be of any type, the body says which work."""
+    """The ONNX schema of an operator. Tensors can have any type; the body determines which work."""
     formal = onnx.defs.OpSchema.FormalParameter
     kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
     types = {

@@ -1,9 +1,9 @@
 """FoldkvRope: interleaved rotary embedding of the last channels, forward or inverse.
 
-Pairs ``(2j, 2j+1)`` of the trailing ``2 * len(inv_freq)`` channels turn by ``position * inv_freq[j]``;
-the inverse turns by the negative angle, which takes RoPE off an attention output whose values carried
+Pairs ``(2j, 2j+1)`` of the trailing ``2 * len(inv_freq)`` channels turn by ``position * inv_freq[j]``.
+The inverse turns by the negative angle: it removes RoPE from an attention output whose values had
 it (V4 report 2.3; transformers `apply_rotary_pos_emb`). Angles, cosines and sines are float32: below
-2**20 tokens a float64 angle would differ by up to 2**-5 rad from what the model was trained with.
+2**20 tokens a float64 angle would differ by up to 2**-5 rad from the angle in training.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a packed row of the caches means: values to bytes and back, in torch. See export/layouts.py for the formats.
+"""The meaning of a packed cache row: values to bytes and back, in torch. See export/layouts.py for the formats.
 
-Scales are the smallest power of two that brings a tile's largest magnitude into the format's range (at most 448 for
-e4m3, 6 for e2m1), with magnitudes below 1e-4 counted as that. Values are rounded to nearest even. For e4m3 this floor is
-that of the released model's ``act_quant``. For e2m1 it is that of DeepGEMM's ``per_token_cast_to_fp4``; the released
-``fp4_act_quant`` has its floor at 6 * 2**-126, so that a tile whose largest magnitude is below 1e-4 differs there.
+A scale is the smallest power of two that brings a tile's largest magnitude into the format's range (at most 448 for
+e4m3, 6 for e2m1). Largest magnitudes below 1e-4 count as 1e-4. Values are rounded to nearest even. For e4m3 the released
+model's ``act_quant`` has this floor. For e2m1 DeepGEMM's ``per_token_cast_to_fp4`` has it; the released ``fp4_act_quant``
+has its floor at 6 * 2**-126, so it differs for a tile whose largest magnitude is below 1e-4.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_b
 
 _FLOOR = 1e-4
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Halfway points of neighbours, and whether the upper one has the even code and takes the tie.
+# Halfway points between neighbours, and whether the upper one has the even code and so gets the tie.
 _TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 _BIAS = 127  # of an e8m0 scale
 
 
 def pack(values: Tensor, format_: str, rotary: int = 0) -> Tensor:
-    """values [..., D] floating -> rows [..., bytes] int8 (raw bytes). Bytes without a meaning are zero.
+    """values [..., D] floating -> rows [..., bytes] int8 (raw bytes). Unused bytes are zero.
 
     Raises:
         InputError: the format does not fit the width.
@@ -74,7 +74,7 @@ def _exponents(values: Tensor, tile: int, largest: float) -> Tensor:
     """The e8m0 byte of every tile [..., ceil(D / tile)] uint8."""
     short = -values.shape[-1] % tile
     tiles = torch.nn.functional.pad(values.abs(), (0, short)).unflatten(-1, (-1, tile))
-    # largest = m * 2^e: the quotient by m is exact enough only in double, where no quotient of floats rounds to one.
+    # largest = m * 2^e: dividing by m is only exact enough in double, where no quotient of floats rounds to one.
     mantissa, exponent = torch.frexp(tiles.amax(-1).clamp(min=_FLOOR).double() / largest)
     return (torch.where(mantissa == 0.5, exponent - 1, exponent) + _BIAS).to(torch.uint8)
 

@@ -1,8 +1,8 @@
 """FoldkvWindowUpdate: the sliding window's ring, read and written in one step.
 
-The ring keeps the row of position ``p`` at slot ``p mod W``. ``rows`` is the old ring followed by the
-chunk's rows, in the ring's type, so that a token is read alike in its own chunk and later; attention reads it. It is the only reader of the old ring, so the new ring may lie in the
-same buffer.
+The ring keeps the row of position ``p`` at slot ``p mod W``. ``rows`` is the old ring followed by the chunk's
+rows, in the ring's type, so a token has the same values in its own chunk and later. Attention reads ``rows``.
+This operator is the only reader of the old ring, so the new ring can use the same buffer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from foldkv.export.operators.registry import OPSET, operator
 
 
 def ring_sources(slots: int, chunk: int, positions: Tensor, num_tokens: Tensor) -> Tensor:
-    """For each ring slot, the row of ``[ring | chunk]`` that it holds after the chunk: [B, slots] int64.
+    """For each ring slot, the row of ``[ring | chunk]`` that it has after the chunk: [B, slots] int64.
 
     The last position written to slot ``s`` is the largest ``t < positions + num_tokens`` with
-    ``t mod slots == s``; it comes from the chunk if ``t >= positions``, else the slot keeps its row.
+    ``t mod slots == s``. It comes from the chunk if ``t >= positions``; otherwise the slot keeps its row.
     """
     del chunk
     slot = torch.arange(slots, device=positions.device)

@@ -1,12 +1,12 @@
-"""What reads a compressed cache as a whole reads it block by block, so that a step's memory does not grow with the context.
+"""Operators that read a whole compressed cache read it block by block, so a step's memory does not grow with the context.
 
 The indexer's scores of every entry, [batch, chunk, heads, entries], are gigabytes at a million tokens; so are the logits
-of HCA. Only the k best so far, or the softmax's running maximum, sum and accumulator, need be kept from one block to the
-next (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"). A block fits in the processor's cache, which
-also makes one decode step faster: a cache is read once and never copied.
+of HCA. From one block to the next it is enough to keep the k best so far, or the softmax's running maximum, sum and
+accumulator (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"). A block fits in the processor's
+cache, which also makes one decode step faster: a cache is read once and never copied.
 
-Chosen are the same entries as without blocks, ties included: what was chosen before comes first, and TopK takes the first.
-Attention differs by the order of float32 sums. Packed rows are decoded block by block.
+The chosen entries are the same as without blocks, ties included: earlier choices come first, and TopK takes the first.
+Attention differs only in the order of float32 sums. Packed rows are decoded block by block.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ROWS = "FoldkvBlockRows"
 
 @script(OPSET, default_opset=op)
 def FoldkvBlockRows(rows: FLOAT):  # type: ignore[no-untyped-def]
-    # Dense rows as float32; in a graph with packed rows the decoder stands in its place.
+    # Dense rows as float32; a graph with packed rows has the decoder here.
     return op.Cast(rows, to=1)
 
 
 @script(OPSET, default_opset=op)
 def FoldkvBlockLength(q: FLOAT, room: int, least: int):  # type: ignore[no-untyped-def]
-    # Rows of a block: as many as there is room for scores of all queries and heads, and for the rows themselves.
+    # Rows of a block: as many as leave room for the scores of all queries and heads, and for the rows themselves.
     sizes = op.Shape(q)
     scores = op.ReduceProd(sizes[0:3])
     width = sizes[3:4]
@@ -66,7 +66,7 @@ def FoldkvBlockScores(flat: FLOAT, heads: FLOAT, keys: FLOAT):  # type: ignore[n
 
 @script(OPSET, default_opset=op)
 def FoldkvKeepBest(best: FLOAT, chosen: INT64, scores: FLOAT, start: INT64, k: INT64):  # type: ignore[no-untyped-def]
-    # What was chosen before comes first, so that of equal scores the lowest index stays.
+    # Earlier choices come first, so the lowest index stays among equal scores.
     kept, place = op.TopK(op.Concat(best, scores, axis=-1), k, axis=-1)
     old = op.GatherElements(chosen, op.Min(place, k - 1), axis=-1)
     return kept, op.Where(place < k, old, place - k + start)
@@ -86,7 +86,7 @@ def FoldkvIndexSelectBlocks(  # type: ignore[no-untyped-def]
     places = op.Concat(op.Shape(q, start=0, end=2), k, axis=0)
     best = op.Expand(op.Constant(value_float=float("-inf")), places)
     chosen = op.Expand(op.Constant(value_int=-1), places)
-    # First what every query may choose, which needs no mask and is nearly all of a long context.
+    # First the entries that every query may choose: they need no mask, and are nearly all of a long context.
     whole = op.Reshape(op.ReduceMin(visible), [1])
     for i in range(op.Squeeze((whole + block - 1) / block)):
         start = i * block
@@ -134,7 +134,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
     scaled = FoldkvScale(q)
     near = FoldkvSharedLogits(scaled, keys, seen)
     sink = op.Reshape(sinks, [1, 1, -1, 1])
-    # The sink is finite, so that the maximum is, whatever is masked.
+    # The sink is finite, so the maximum is finite too, whatever is masked.
     top = op.Max(op.ReduceMax(near, [-1], keepdims=1), sink)
     parts = op.Exp(near - top)
     total = op.ReduceSum(parts, [-1], keepdims=1) + op.Exp(sink - top)
@@ -143,7 +143,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
     closed = op.Unsqueeze((op.Cast(positions, to=7) + op.Cast(num_tokens, to=7)) / ratio, [1])
     limit = op.Min(op.Min(FoldkvVisibleEntries(q, positions, ratio), closed), active)
     block = FoldkvBlockLength(q, room, least)
-    # First what every query sees, which is written and needs neither a mask nor a guard against what memory holds.
+    # First the entries that every query sees: they are written, so they need neither a mask nor a guard against stale memory.
     whole = op.Reshape(op.ReduceMin(limit), [1])
     limit = op.Unsqueeze(limit, [2, 3])
     for i in range(op.Squeeze((whole + block - 1) / block)):
@@ -162,16 +162,16 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
 
 
 def read_in_blocks(model: ir.Model, *, room: int = BLOCK_ROOM) -> int:
-    """Give nodes that read whole caches their form in blocks, in place, also in functions of layers; returns how many.
+    """Let nodes that read whole caches read blocks instead, in place, also in layers' functions; returns how many.
 
-    A node whose rows are packed says so by its attribute ``rows`` (optimize/passes/pack.py), with ``width`` and ``rotary``.
+    A node with packed rows has the attributes ``rows`` (optimize/passes/pack.py), ``width`` and ``rotary``.
 
     Args:
         model: with the operators' nodes.
         room: elements of a block of scores, and of a block of rows.
 
     Raises:
-        FoldkvError: scores go to something else than one selection, which would be an internal fault.
+        FoldkvError: the scores are not used by exactly one selection, which would be an internal fault.
     """
     count = 0
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
@@ -193,7 +193,7 @@ def read_in_blocks(model: ir.Model, *, room: int = BLOCK_ROOM) -> int:
 
 
 def _replace(model: ir.Model, old: ir.Node, reader: ir.Node, function: Any, attributes: dict[str, int]) -> None:
-    """Put a node in the place of ``old`` that takes what ``reader`` takes."""
+    """Replace ``old`` by a node that takes the inputs of ``reader``."""
     attributes = {"ratio": reader.attributes["ratio"].value} | attributes
     new = ir.node(function.name, reader.inputs, attributes=attributes, domain=DOMAIN, name=f"{old.name}_blocks")
     value, out, graph = new.outputs[0], old.outputs[0], _graph(old)
@@ -213,8 +213,8 @@ def _graph(node: ir.Node) -> ir.Graph:
 
 
 def _decode(model: ir.Model, name: str, given: Any) -> None:
-    """Let the function ``name`` decode packed rows, if ``given`` says that they are."""
-    if "rows" not in given or given["rows"].value == DENSE:  # injected nodes say so of dense rows too
+    """Let the function ``name`` decode packed rows, if ``given`` says that they are packed."""
+    if "rows" not in given or given["rows"].value == DENSE:  # injected nodes have it for dense rows too
         return
     decoder, names = {
         FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),

@@ -1,8 +1,8 @@
-"""The graph as ONNX Runtime runs it fastest: one decode step is bound by the number of nodes it starts.
+"""The graph in the form that ONNX Runtime runs fastest: the number of nodes bounds the speed of a decode step.
 
-Operators are inlined, so that what layers compute alike (which row holds which token, the angles) is
-computed once; sizes are read off the inputs; norms become one node; Sinkhorn's loop is unrolled into
-one node per half step; caches are read in blocks (blocks.py). Results differ from the function bodies by float32 rounding only.
+Operators are inlined, so anything that layers share (which row holds which token, the angles) is
+computed once. Sizes are read off the inputs, norms become one node, Sinkhorn's loop is unrolled into
+one node per half step, and caches are read in blocks (blocks.py). Results differ from the function bodies only by float32 rounding.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from foldkv.export.operators.registry import DOMAIN
 from foldkv.optimize.passes.blocks import read_in_blocks
 
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
-# A sum of a named dimension and a number, as torch.export writes the rows of window and chunk together.
+# A sum of a named dimension and a number: torch.export writes the rows of window and chunk in this way.
 _SUM = re.compile(r"(\w+) \+ (\d+)")
 
 
 def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = lambda _: None) -> dict[str, int]:
-    """Write the graph of the package ``graph`` to ``out`` as ONNX Runtime runs it best; returns node counts.
+    """Write the graph of the package ``graph`` to ``out`` in the form best for ONNX Runtime; returns node counts.
 
     ``prepare`` may change the model before its operators are inlined.
     """
@@ -61,14 +61,14 @@ def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = l
 
 
 def _group_experts(model: ir.Model) -> None:
-    """Let the tokens of a chunk share the dense weights of their experts; packed ones are shared by their own body."""
+    """Let the tokens of a chunk share the dense weights of their experts; the body for packed weights shares them already."""
     body = ir.serde.deserialize_function(grouped_body())
     if body.identifier() in model.functions:
         model.functions[body.identifier()] = body
 
 
 def _share_constants(model: ir.Model) -> None:
-    # Tables that bodies bring along are the same in every layer. Weights are larger and not looked at.
+    # The bodies' own tables are the same in every layer. Weights are larger and are not compared.
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     LiftSubgraphInitializersToMainGraphPass()(model)
     DeduplicateInitializersPass(size_limit=_TABLE)(model)
@@ -82,10 +82,10 @@ def _simplify(model: ir.Model) -> None:
 
 
 class _UnrolledSinkhorn(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """Half steps as LpNormalization, which leaves ``eps`` out, between a first and a last one that keep it.
+    """Half steps as LpNormalization, which omits ``eps``; the first and the last half step keep it.
 
-    The input is a softmax plus ``eps``, so that every sum after the first half step is 1/16 or more
-    and the ``eps`` of 1e-6 that a middle one leaves out is undone by the next.
+    The input is a softmax plus ``eps``, so every sum after the first half step is 1/16 or more. Where a
+    middle step omits the ``eps`` of 1e-6, the next one makes up for it.
     """
 
     def pattern(self, op: Any, matrix: Any) -> Any:
@@ -106,7 +106,7 @@ class _UnrolledSinkhorn(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 class _PlainRmsNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """An RMSNorm without a weight, as hyper-connections and query heads have it."""
+    """An RMSNorm without a weight, as in hyper-connections and query heads."""
 
     def pattern(self, op: Any, x: Any, eps: Any) -> Any:
         mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, noop_with_empty_axes=0)
@@ -129,10 +129,10 @@ def _attribute(value: ir.Value, name: str) -> Any:
 
 
 def _read_sizes_off_inputs(model: ir.Model) -> None:
-    """Let every ``Shape`` whose dimensions are inputs' dimensions (plus a number) read those instead.
+    """Let every ``Shape`` read the inputs instead if their dimensions (plus a number) are the same.
 
-    Layers ask for the sizes of tensors of their own, which differ in name only; once they ask the
-    same input, what follows from the sizes is the same in all layers too.
+    Layers ask for the sizes of their own tensors, which differ only in name. Once all layers ask the
+    same input, everything computed from the sizes is the same in all layers too.
     """
     sizes = _Sizes(model.graph)
     for node in list(model.graph):
@@ -156,7 +156,7 @@ def _read_sizes_off_inputs(model: ir.Model) -> None:
 
 
 class _Sizes:
-    """One value [1] int64 for each dimension, made where it is first asked for, at the graph's start."""
+    """One value [1] int64 for each dimension, made on first use, at the graph's start."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph, self._values, self.own = graph, {}, set[ir.Node]()
@@ -169,7 +169,7 @@ class _Sizes:
     _values: dict[int | str, ir.Value]
 
     def of(self, dimension: int | ir.SymbolicDim) -> ir.Value | None:
-        """The size, or None if the inputs do not tell it."""
+        """The size, or None if the inputs do not have it."""
         key = dimension if isinstance(dimension, int) else dimension.value
         if key is None or key in self._values:
             return self._values.get(key) if key is not None else None

@@ -1,9 +1,9 @@
-"""The graph as TensorRT takes it: operators inlined, heavy products in low precision, the rest float32.
+"""The graph in the form that TensorRT takes: operators inlined, heavy products in low precision, the rest float32.
 
-Nodes that were injected stay nodes, without a body that could quietly take their place. If plugins are all that touches
-the rows of the state, those may be packed bytes (export/layouts.py).
+Injected nodes stay nodes, without a body that could silently replace them. If only plugins touch the rows of the state,
+these rows can be packed bytes (export/layouts.py).
 
-``LOW_PRECISION`` is the one place that says what may be rounded: the large projections, the experts, the
+Only ``LOW_PRECISION`` says what may be rounded: the large projections, the experts, the
 embedding and the head, and the rows of the caches. Everything else stays float32: norms, softmax and
 sinks, indexer scores, the compressor with its carries, routing, hyper-connections and Sinkhorn.
 """
@@ -33,7 +33,7 @@ from foldkv.optimize.passes.weights import place_weights
 from foldkv.plugins.inject import NAMESPACE_ATTRIBUTE
 from foldkv.plugins.spec import PLUGINS, STATE
 
-#: Weights whose matrix product runs in low precision, and state groups whose rows are stored so.
+#: Weights whose matrix product runs in low precision, and state groups whose rows are stored in it.
 LOW_PRECISION = (
     r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
     r"layers\.\d+\.ffn\.experts\.(w13|w2)",
@@ -44,9 +44,9 @@ LOW_STATE = ("window", "entries", "index_entries")
 
 _TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}  # fmt: skip
 _PRECISIONS = ("float32", "bfloat16")
-# Folder beside the lowered graph in which the package's files of weights are linked, and what stays inside the graph.
+# Folder beside the lowered graph with links to the package's weight files, and the size up to which tensors stay in the graph.
 _SOURCE, _INLINE_BYTES = "graph", 256
-# What a weight may pass through before its product without becoming another matrix.
+# Nodes between a weight and its product that keep it the same matrix.
 _LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
 
@@ -62,26 +62,26 @@ def lowered_graph(
     rotary: int = 0,
     tokens: int = 1,
 ) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
-    """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and which
-    weights it has in which format.
+    """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and the format
+    of its weights.
 
-    Weights that change are written one at a time; the others stay in the package's files, to which ``out`` has links.
+    Weights that change are written one at a time. The others stay in the package's files, and ``out`` has links to those.
 
     Args:
-        graph: folder of the graph package, whose weights the model names.
+        graph: folder of the graph package with the model's weights.
         out: folder for the lowered graph.
         state: the state tensors of the graph.
         precision: of the large products and of dense rows.
-        sm: compute capability that the graph is for, which decides which formats of weights stay.
+        sm: compute capability that the graph is for; it decides which weight formats stay.
         injected: the flat graph with nodes given to plugins; the default is the package's, made flat.
-        layout: name of the cache layout; other than "dense" only where plugins alone touch the rows.
+        layout: name of the cache layout; anything but "dense" requires that only plugins touch the rows.
         rotary: rotated channels of a row, for packed layouts.
-        tokens: the most that the engine takes at once, batch times chunk, which decides how experts' weights are gathered.
+        tokens: the most tokens that the engine takes at once (batch times chunk); decides how experts' weights are gathered.
 
     Raises:
-        ArtifactError: weights lie outside of the package.
-        BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that something
-            else than a plugin reads.
+        ArtifactError: weights are outside of the package.
+        BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that a node
+            without a plugin reads.
     """
     if precision not in _PRECISIONS:
         raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_PRECISIONS)}.")
@@ -94,7 +94,7 @@ def lowered_graph(
     InlinePass(criteria=lambda function: function.name not in kept)(model)
     for node in model.graph:
         if node.op_type in kept and NAMESPACE_ATTRIBUTE not in node.attributes:
-            raise BuildError(f"{node.op_type} ({node.name}) was given to no plugin, others of its kind were.")
+            raise BuildError(f"{node.op_type} ({node.name}) has no plugin, but other nodes of its kind have one.")
     for identifier in [key for key, function in model.functions.items() if function.name in kept]:
         del model.functions[identifier]
     RemoveUnusedFunctionsPass()(model)
@@ -116,7 +116,7 @@ def lowered_graph(
 
 
 def _bound_experts(model: ir.Model, graph: Path, tokens: int, dtype: ir.DataType) -> None:
-    """Let an engine gather the experts' weights of a few tokens at a time, where those of ``tokens`` would be too many."""
+    """Let an engine gather the experts' weights for a few tokens at a time, if ``tokens`` at once would be too many."""
     at_once = gathered_tokens(ModelSpec.from_file(graph / CONFIG), int(dtype.itemsize))
     if tokens <= at_once:
         return
@@ -130,7 +130,7 @@ def _is_low(name: str) -> bool:
 
 
 def _write(model: ir.Model, graph: Path, out: Path) -> None:
-    """Write the graph with the weights that are new, and links to the files that hold the others."""
+    """Write the graph with the new weights, and links to the files of the others."""
     new = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -152,7 +152,7 @@ def _write(model: ir.Model, graph: Path, out: Path) -> None:
 
 
 def _link(file: Path, link: Path) -> None:
-    """A symbolic link, which TensorRT takes. Not a hard one: onnx refuses to load a package whose files have several."""
+    """A symbolic link, which TensorRT accepts. Not a hard link: onnx refuses packages whose files have several."""
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(file)
@@ -169,8 +169,8 @@ def _stored(tensor: StateTensor, precision: str, layout: str, rotary: int) -> St
 
 
 def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, StateTensor]) -> int:
-    """Store cache rows as the engine keeps them. The operators' bodies cast what they read and write themselves, and
-    plugins know the type; returns the number of tensors that changed."""
+    """Store cache rows as the engine keeps them; returns the number of changed tensors. The operators' bodies cast what they
+    read and write themselves, and plugins know the type."""
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     changed = 0
     for tensor in state:
@@ -183,8 +183,10 @@ def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, St
             packed = new.dtype == "int8"
             for node in [*(user for user, _ in values[name].uses()), values[name].producer()]:
                 if packed and node is not None and NAMESPACE_ATTRIBUTE not in node.attributes:
-                    raise BuildError(f"{name} is packed, but {node.op_type} ({node.name}) touches it and is no plugin.")
-        # `rows`, the ring with the chunk behind it, is kept like the ring.
+                    raise BuildError(
+                        f"{name} is packed, but {node.op_type} ({node.name}) touches it and is not a plugin."
+                    )
+        # `rows` (the ring, then the chunk) is kept like the ring.
         for node, _ in values[tensor.input].uses():
             if NAMESPACE_ATTRIBUTE not in node.attributes:
                 continue
@@ -201,7 +203,7 @@ def _retype(value: ir.Value, tensor: StateTensor) -> None:
 
 
 def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -> None:
-    """Round one weight when it is written, and let its product run in ``dtype``."""
+    """Round one weight as it is written, and let its product run in ``dtype``."""
     tensor = value.const_value
     assert tensor is not None
     if tensor.dtype != dtype:
@@ -215,7 +217,7 @@ def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -
 
 
 def _lower_products(value: ir.Value, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:
-    """Let what a weight is used for run in ``dtype``, and go back to float32 after it."""
+    """Let the nodes that use a weight run in ``dtype``, and go back to float32 after them."""
     counts["weights"] += 1
     for node, index in list(value.uses()):
         _follow(node, index, name, dtype, counts)
@@ -230,7 +232,7 @@ def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: di
         _back_to_float(node, output, dtype)
         counts["products"] += 1
     elif node.op_type == "CastLike":
-        return  # an activation that takes the weight's type: that is what it is for
+        return  # an activation that takes the weight's type, as intended
     elif node.op_type == "Gather" and name == "embed.weight":
         _back_to_float(node, output, dtype)
         counts["products"] += 1

@@ -1,9 +1,9 @@
 """Packed state for the graph of the profile ``served``: cache rows as bytes, in standard ONNX operators.
 
-A served graph quantises a row before it writes it, so that keeping the row's bytes instead changes no value: what
-quantised now packs, and what reads now decodes. Decoded are only the window with the chunk, the entries that were chosen,
-and the active rows of what a step looks at as a whole (the index, and the entries of HCA). Nodes that touch packed rows
-carry ``rows``, ``rotary`` and ``layout_version`` as injected ones do (plugins/spec.py).
+A served graph quantises a row before it writes it, so keeping the row's bytes instead changes no value: nodes that
+quantised now pack, and nodes that read now decode. Only some rows are decoded: the window with the chunk, the chosen
+entries, and the active rows of caches that a step reads as a whole (the index, and the entries of HCA). Nodes that touch
+packed rows have ``rows``, ``rotary`` and ``layout_version``, like injected ones (plugins/spec.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotar
     Args:
         model: as ``foldkv export --profile served`` wrote it.
         state: its state tensors, in order.
-        layout: a layout of packed rows that a served graph keeps (optimize/choices.py).
+        layout: a layout of packed rows that a served graph supports (optimize/choices.py).
         rotary: channels of a main row that RoPE turns.
     """
     packed = [_packed(tensor, layout, rotary) for tensor in state]
@@ -70,7 +70,7 @@ class _Packer:
         self._graph, self._widths, self._rotary = model.graph, widths, rotary
 
     def run(self) -> None:
-        """Every operator that touches rows; values between operators have no declared type that would have to change."""
+        """Change every operator that touches rows; values between operators have no declared type to change."""
         for node in list(self._graph):
             if node.domain != DOMAIN:
                 continue
@@ -129,7 +129,7 @@ class _Packer:
         node.replace_input_with(index, decode.outputs[0])
 
     def _read_blocks(self, node: ir.Node, format_: str) -> None:
-        """Let a node that reads in blocks (optimize/passes/blocks.py) know what it reads."""
+        """Tell a node that reads in blocks (optimize/passes/blocks.py) what it reads."""
         self._mark(node, format_)
         node.attributes["width"] = ir.AttrInt64("width", self._widths[format_])
 
@@ -140,6 +140,6 @@ class _Packer:
 
 
 def _forget(value: ir.Value) -> None:
-    """Packed rows have another type and width than was declared; graph outputs are declared anew by the caller."""
+    """Packed rows have a different type and width than declared; the caller declares the graph outputs again."""
     if not value.is_graph_output():
         value.dtype, value.shape = None, None

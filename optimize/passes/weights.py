@@ -1,15 +1,15 @@
-"""Weights as a checkpoint stores them, in the form that a target's engines take: narrow where they keep it, else widened.
+"""A checkpoint's stored weights in the form that a target's engines take: narrow if the engines keep that, else widened.
 
 A package exported with weights as stored gives them to the graph as bytes. Here each becomes what an engine takes:
 
-- e4m3 matrices on GPUs whose engines keep them (optimize/formats.py): a DequantizeLinear whose scale is one and a product with
-  the scales of blocks, in the precision of the product that follows. ONNX Runtime computes the same nodes;
+- e4m3 matrices on GPUs whose engines keep them (optimize/formats.py): a DequantizeLinear with scale one, and a product with
+  the block scales in the precision of the product that follows. ONNX Runtime computes the same nodes;
 - e4m3 matrices elsewhere, or whose last block is cut off: dequantised, each as it is written. Element times power of two is
-  exact in bfloat16, so that both give the same values;
+  exact in bfloat16, so both give the same values;
 - routed experts: int32 words that are gathered and then decoded (export/operators/packed_words.py), on every GPU;
-- bfloat16 and float16: as they are.
+- bfloat16 and float16: unchanged.
 
-Only scales are read. What has to be written anew is a lazy tensor, read when it is written and then let go.
+Only scales are read. A weight that must be written again is a lazy tensor: it is read when it is written, and then released.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
 @dataclass
 class Stored:
-    """What became of the weights.
+    """How the weights were changed.
 
     Attributes:
-        values: matrices that a node gives in low precision, by the weight's name.
-        formats: format by name of initializers whose dtype does not tell it.
-        widened: weights by (format stored, reason why it is not kept).
+        values: matrices that a node computes in low precision, by the weight's name.
+        formats: format of initializers whose dtype does not tell it, by name.
+        widened: weights by (stored format, reason why it is not kept).
     """
 
     values: dict[str, ir.Value] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Stored:
     widened: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def facts(self, model: ir.Model) -> dict[str, Any]:
-        """Initializers of the graph and their bytes by format, and what was widened and why, as JSON values."""
+        """The graph's initializers and their bytes by format, and which were widened and why, as JSON values."""
         kept: dict[str, dict[str, int]] = {}
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
@@ -71,7 +71,7 @@ class Stored:
 
 
 def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], bool], no_fp8: str = "") -> Stored:
-    """Give the weights of a flat graph the form that engines take, in place.
+    """Bring the weights of a flat graph into the form that engines take, in place.
 
     Args:
         model: flat, with the operators on weights (export/operators/packed.py) still nodes.
@@ -80,7 +80,7 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
         no_fp8: why e4m3 matrices are not kept; empty if they are.
 
     Raises:
-        BuildError: an older package, which does not say where the matrices of its experts lie.
+        BuildError: an older package that does not say where the matrices of its experts are.
     """
     stored = Stored()
     _place_experts(model, dtype, stored)
@@ -125,7 +125,7 @@ def _place_matrix(
         stored.widened[FP8, reason] += 1
         return
     target = dtype if low(name) else ir.DataType.FLOAT
-    # Scales that are no powers of two would be rounded: those products stay float32.
+    # Scales that are not powers of two would be rounded: those products stay float32.
     inner = target if powers else ir.DataType.FLOAT
     tiles = _initializer(
         model, f"{name}.factors", _scales(scale.const_value).reshape(sizes["grid"]).astype(inner.numpy())
@@ -162,7 +162,7 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
             )
         except KeyError as error:
             raise BuildError(
-                f"{node.op_type} ({node.name}) does not say where its matrices lie: attribute {error} is missing. The graph "
+                f"{node.op_type} ({node.name}) does not say where its matrices are: attribute {error} is missing. The graph "
                 "was exported by an older foldkv: export the checkpoint again."
             ) from None
         codes, scales = node.inputs[3], node.inputs[4]
@@ -177,8 +177,8 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
         }  # fmt: skip
         if placed.setdefault(node.op_type, moved) != moved:
             raise BuildError(
-                f"{node.op_type} ({node.name}) has experts that lie otherwise than those of other layers. Export the "
-                "checkpoint with --weights repack, which lays them alike."
+                f"{node.op_type} ({node.name}) stores its experts differently from other layers. Export the "
+                "checkpoint with --weights repack, which stores them all alike."
             )
     for op_type, matrices in placed.items():
         format_ = format_of_node(op_type)
@@ -188,9 +188,9 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
 
 
 def _to_words(value: ir.Value, spans: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Let rows of bytes be rows of int32, in place; returns at which byte each part of a row then begins.
+    """Turn rows of bytes into rows of int32, in place; returns the byte at which each part of a row then begins.
 
-    Where row and parts begin at whole words, these are the same bytes of the same file.
+    If rows and parts begin at whole words, these are the same bytes of the same file.
     """
     tensor = value.const_value
     assert tensor is not None
@@ -226,7 +226,7 @@ def _to_words(value: ir.Value, spans: Mapping[str, tuple[int, int]]) -> dict[str
 def _dequantised(
     name: str, codes: ir.TensorProtocol, scale: ir.TensorProtocol, sizes: Mapping[str, tuple[int, ...]]
 ) -> ir.LazyTensor:
-    """The values of a matrix in float32, computed when they are asked for."""
+    """The values of a matrix in float32, computed on demand."""
     rows, columns = sizes["shape"]
     _, height, _, width = sizes["blocks"]
 
@@ -238,7 +238,7 @@ def _dequantised(
 
 
 def _scales(scale: ir.TensorProtocol) -> np.ndarray:
-    """Scales as float32, from float32 or from exponents that the graph carries as int8."""
+    """Scales as float32, from float32 or from exponents that the graph has as int8."""
     values = read_values(scale)
     if values.dtype == np.float32:
         return values

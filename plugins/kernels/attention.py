@@ -1,11 +1,11 @@
 """The three attentions: window, window and chosen entries (CSA), window and all entries (HCA).
 
-One program holds BH heads of one query and walks its keys in blocks of BN: first the W window positions
-that end at the query, then its entries. Keys are values. Where few programs would run, the keys are
-split over programs in spans of fixed length and ``combine`` merges them: the length depends on neither
+One program has BH heads of one query and goes through its keys in blocks of BN: first the W window positions
+that end at the query, then its entries. Keys are values. If only few programs would run, the keys are
+split over programs in spans of fixed length, and ``combine`` merges them. The length depends on neither
 batch nor capacity, so a result does not either.
 
-Without a split the program writes the final rows: softmax closed by the sink, output turned back by RoPE.
+Without a split the program writes the final rows: the softmax includes the sink, the output is turned back by RoPE.
 """
 
 import triton
@@ -27,12 +27,12 @@ def _attend(
     BD: tl.constexpr, HALF: tl.constexpr, ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr,
     SPAN: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S * ceil(H / BH), splits, B). SPAN 0: one split, final rows in ``out`` [B, S, H, D]; else
+    """Grid (S * ceil(H / BH), splits, B). SPAN 0: one split, final rows in ``out`` [B, S, H, D]. Otherwise
 
-    ``out`` [B, S, H, splits, D] holds each span's normalized sum and ``lse`` [B, S, H, splits] its log2-sum-exp2.
+    ``out`` [B, S, H, splits, D] has each span's normalized sum, and ``lse`` [B, S, H, splits] its log2-sum-exp2.
     """
     HEAD_BLOCKS: tl.constexpr = (H + BH - 1) // BH
-    # The window takes whole blocks, so that a block lies in one buffer: one base, and offsets of 32 bits.
+    # The window takes whole blocks, so each block is in one buffer: one base, and offsets of 32 bits.
     NEAR: tl.constexpr = (W + BN - 1) // BN * BN
     s = tl.program_id(0) // HEAD_BLOCKS
     h = tl.program_id(0) % HEAD_BLOCKS * BH + tl.arange(0, BH)
@@ -48,8 +48,8 @@ def _attend(
     splits = tl.num_programs(1) if SPAN > 0 else 1
     target = out + (row * H * splits + split) * D
     if PARKED:
-        # wgmma takes a query that was computed from registers, of which it then has too few, and one that was loaded
-        # from shared memory: the query goes through this program's own part of the output.
+        # wgmma reads a computed query from registers, and then has too few of them; a loaded query it reads from
+        # shared memory. So the query goes through this program's own part of the output.
         parked = target.to(tl.pointer_type(kind), bitcast=True) + ((h * splits * (2 * D))[:, None] + d[None, :])
         tl.store(parked, query, mask=asked)
         tl.debug_barrier()
@@ -143,7 +143,7 @@ def sparse_attention(
     ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr,
     BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``window_attention``, and entries [B, E, ROW] of which chosen [B, S, K] int32 are read (-1: none)."""
+    """Like ``window_attention``, plus entries [B, E, ROW], of which chosen [B, S, K] int32 are read (-1: none)."""
     _attend(
         q, rows, entries, chosen, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
         CHOSEN, K, 1, W, H, D, BD, HALF, ROW, ROTARY, FORMAT, SPAN, BH, BN, PARKED,
@@ -157,7 +157,7 @@ def dense_attention(
     ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, SPAN: tl.constexpr, BH: tl.constexpr,
     BN: tl.constexpr, PARKED: tl.constexpr,
 ):  # fmt: skip
-    """As ``window_attention``, and every entry [B, E, ROW] that has closed before or with the query."""
+    """Like ``window_attention``, plus every entry [B, E, ROW] that closed before or with the query."""
     _attend(
         q, rows, entries, positions, sinks, inv_freq, positions, num_tokens, chunk, capacity, out, lse,
         CLOSED, 0, RATIO, W, H, D, BD, HALF, ROW, ROTARY, FORMAT, SPAN, BH, BN, PARKED,

@@ -1,11 +1,11 @@
 """FoldkvCompress in one launch: gated sum, RMS norm, RoPE and the write of every window that closes.
 
-So are FoldkvCompressFp8 and FoldkvCompressFp4, which round an entry to the values of a packed format before it is
-written.
+FoldkvCompressFp8 and FoldkvCompressFp4 also take one launch; they round an entry to the values of a packed format before
+it is written.
 
-Windows overlap: an entry joins the first series of the window before it with the second of its own. So windows 0 and 1
-of a chunk are the only ones that can read the carries. Program 0 does both and then writes the carries: no other program
-reads what it overwrites, so that state may be updated in place within one launch.
+Windows overlap: an entry joins the first series of the window before it with the second of its own. So only windows 0
+and 1 of a chunk can read the carries. Program 0 does both and then writes the carries. No other program reads what it
+overwrites, so state can be updated in place within one launch.
 """
 
 import triton
@@ -112,7 +112,7 @@ def compress_mixed(
     ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """As ``compress``, and every entry is multiplied by hadamard [D, D] float32 before it is rounded."""
+    """Like ``compress``, but multiplies every entry by hadamard [D, D] float32 before rounding it."""
     _advance(
         carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, hadamard, chunk, capacity,
         entries_out, carry_kv_out, carry_gate_out,

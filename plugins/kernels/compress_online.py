@@ -1,7 +1,7 @@
 """FoldkvCompressOnline and FoldkvCompressOnlineFp8 in one launch: every window that closes, and the open one's carry.
 
-Only window 0 of a chunk can have begun before it, so that program 0 alone reads the carry. It alone writes it too, after
-that: state may be updated in place within one launch.
+Only window 0 of a chunk can have begun before it, so only program 0 reads the carry. It also is the only one to write it,
+afterwards, so state can be updated in place within one launch.
 """
 
 import triton
@@ -19,7 +19,7 @@ def _gather(
     d = tl.arange(0, BD)
     first = tl.maximum(entry * RATIO, start)
     end = tl.minimum((entry + 1) * RATIO, start + real)
-    # The carry belongs to the window that was open at the chunk's start, if one was.
+    # The carry belongs to the window that was open at the chunk's start, if there was one.
     held = (d < D) & (entry * RATIO < start)
     best = tl.load(carry + b * 3 * D + d, mask=held, other=float("-inf"))
     weight = tl.load(carry + b * 3 * D + D + d, mask=held, other=0.0)
@@ -60,7 +60,7 @@ def compress_online(
                 entries_out, merged, norm, inv_freq, norm, b, entry, capacity,
                 RATIO, D, BD, HALF, EPS, ROW, ROTARY, FORMAT, VALUES, False,
             )  # fmt: skip
-        if (nth == 0) & (real > 0):  # without tokens not a bit changes
+        if (nth == 0) & (real > 0):  # without tokens no bit changes
             if entry < last:
                 best, weight, total = _gather(carry, kv, gate, bias, b, last, start, real, chunk, RATIO, D, BD, BM)
             tl.debug_barrier()  # the carry was read by other threads of this program

@@ -1,4 +1,4 @@
-"""What the compressing kernels share: a step of the gated sum and, of a merged window, norm, RoPE, rounding and write."""
+"""Shared by the compressing kernels: a step of the gated sum; for a merged window, norm, RoPE, rounding and write."""
 
 import triton
 import triton.language as tl
@@ -10,9 +10,9 @@ from foldkv.plugins.kernels.rows import rounded, write_row
 
 @triton.jit
 def gather_scored(best, weight, total, score, value):
-    """One step of an online softmax: largest score, sum of weights and weighted sum [BD], and with them score, value [BM, BD].
+    """One step of an online softmax: adds score, value [BM, BD] to the largest score, sum of weights and weighted sum [BD].
 
-    A score of -inf weighs nothing, also where no other has come yet.
+    A score of -inf has no weight, even if there is no other score yet.
     """
     top = tl.maximum(best, tl.max(score, axis=0))
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -27,9 +27,9 @@ def write_entry(
     RATIO: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
     ROW: tl.constexpr, ROTARY: tl.constexpr, FORMAT: tl.constexpr, VALUES: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """merged [BD], zero from D on, of the window that starts at token ``entry * RATIO``.
+    """merged [BD], zero from D on, is the window that starts at token ``entry * RATIO``.
 
-    VALUES names the packed format to whose values dense rows are rounded; a packed row rounds as it packs. MIXED
+    VALUES names the packed format to whose values dense rows are rounded; packing rounds by itself. MIXED
     multiplies a turned row by matrix [D, D] before that.
     """
     d = tl.arange(0, BD)

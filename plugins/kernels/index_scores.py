@@ -1,7 +1,7 @@
-"""FoldkvIndexScores: the lightning indexer's score of every entry that a query may choose.
+"""FoldkvIndexScores: the lightning indexer's score of every entry that a query can choose.
 
-Entries are in the state's type, or packed, and exact in bfloat16 then. Queries are float32; their high and low halves are
-multiplied apart, so that a score has float32's accuracy and not the state type's: which entries are chosen hangs on it.
+Entries are in the state's type, or packed and then exact in bfloat16. Queries are float32. Their high and low halves are
+multiplied separately, so a score has float32's accuracy and not the state type's: the choice of entries depends on it.
 """
 
 import triton
@@ -18,7 +18,7 @@ def index_scores(
 ):  # fmt: skip
     """q [B, S, H, D], weights [B, S, H] float32, index_entries [B, E, ROW] state type -> scores [B, S, E] float32.
 
-    Grid (ceil(E / span), S, B); how entries are parted changes no score. Places of entries that the query may not choose are left as they are.
+    Grid (ceil(E / span), S, B); the span changes no score. Places of entries that the query cannot choose stay unchanged.
     """
     s = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -41,6 +41,6 @@ def index_scores(
             dots = tl.dot(key, tl.trans(high), input_precision="ieee")
             if kind != tl.float32:
                 dots = tl.dot(key, tl.trans(rest), dots)
-            # A factor is positive, so it may come after the relu.
+            # A factor is positive, so it can come after the relu.
             score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], axis=1) * factor
             tl.store(scores + row * capacity + n, score, mask=n < visible)

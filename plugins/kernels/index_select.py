@@ -1,12 +1,12 @@
 """FoldkvIndexSelect: exact top-k by radix, ties broken by the lowest index.
 
-Four passes of eight bits find the k-th largest key; a last pass emits every larger key, and as many equal ones as fit, in
-the order of their indices. Deterministic, whatever the order of threads.
+Four passes of eight bits find the k-th largest key. A last pass emits every larger key, and as many equal keys as fit, in
+the order of their indices. The result does not depend on the order of threads.
 
-``index_select`` does it with one program per query, which one multiprocessor then works for. Where queries are few and entries
-many, the entries are parted over programs: ``select_count`` is one pass, and each of its programs finds the digit of the pass
-before from the counts of all parts, so that no launch waits for another's programs; ``select_emit`` is the last pass. How
-entries are parted changes no bit of the result.
+``index_select`` uses one program per query, so one multiprocessor. With few queries and many entries, several programs
+divide the entries: ``select_count`` is one pass, and each of its programs finds the previous pass's digit from the counts of
+all parts, so programs of a launch never wait for each other. ``select_emit`` is the last pass. The division into parts
+changes no bit of the result.
 """
 
 import triton
@@ -22,7 +22,7 @@ def _key(score):
 
 @triton.jit
 def _count(digits, inside):
-    """How often each of 256 digits occurs where ``inside``; the later passes' blocks hold few that begin as wanted, or none."""
+    """How often each of 256 digits occurs where ``inside``; blocks of later passes have few such keys, or none."""
     counts = tl.zeros((256,), tl.int32)
     if tl.max(inside.to(tl.int32), axis=0) > 0:
         counts = tl.histogram(digits, 256, mask=inside)
@@ -31,7 +31,7 @@ def _count(digits, inside):
 
 @triton.jit
 def _digit(counts, wanted):
-    """The bin [256] that holds the ``wanted``-th largest key, and how many are wanted of that bin."""
+    """The bin [256] with the ``wanted``-th largest key, and how many keys of that bin are wanted."""
     above = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0)  # keys in higher bins
     here = (above < wanted) & (above + counts >= wanted)
     digit = tl.sum(tl.where(here, tl.arange(0, 256), 0), axis=0)
@@ -40,7 +40,7 @@ def _digit(counts, wanted):
 
 @triton.jit
 def _emit(base, chosen, first, end, prefix, wanted, larger, equal, BN: tl.constexpr):
-    """Write the chosen of entries ``first`` to ``end`` behind ``larger`` larger and ``equal`` equal ones before them."""
+    """Write the chosen entries of ``first`` to ``end``, after ``larger`` larger and ``equal`` equal ones before them."""
     n = tl.arange(0, BN)
     for low in range(first, end, BN):
         inside = low + n < end
@@ -90,9 +90,9 @@ def index_select(scores, positions, chunk, capacity, chosen, K: tl.constexpr, RA
 
 @triton.jit
 def _found(counts, known, row, parts, K: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr):
-    """The first STEP digits of the k-th largest key of a row, how many keys are wanted of those that begin so, and the counts.
+    """The first STEP digits of a row's k-th largest key, how many keys are wanted that begin with them, and the counts.
 
-    ``counts`` [4, rows, parts, 256] are those of the passes before, ``known`` [rows, 4, 2] what they found.
+    ``counts`` [4, rows, parts, 256] are from the earlier passes, and ``known`` [rows, 4, 2] is what they found.
     """
     rows = tl.num_programs(1).to(tl.int64) * tl.num_programs(2)
     prefix = tl.zeros((), tl.uint32)

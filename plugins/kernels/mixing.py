@@ -1,4 +1,4 @@
-"""A row that one program holds times a matrix of all its channels: the Hadamard rotation of an indexer's entries."""
+"""One program's row times a matrix over all its channels: the Hadamard rotation of an indexer's entries."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def mix(x, matrix, D: tl.constexpr):
     """x [D] float32, matrix [D, D] float32, D a power of two -> x @ matrix [D] float32.
 
-    The matrix is read in bands of 16 rows, so that it lies in no registers; programs of one multiprocessor share its cache.
+    The matrix is read in bands of 16 rows, which keeps it out of registers; programs of one multiprocessor share its cache.
     """
     d = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)

@@ -1,4 +1,4 @@
-"""Interleaved RoPE of a vector that one program holds; shared by the kernels that write or return rows."""
+"""Interleaved RoPE of one program's vector; shared by the kernels that write or return rows."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def rotate(x, position, inv_freq, D: tl.constexpr, BD: tl.constexpr, HALF: tl.constexpr):
     """x [BD] float32 with D channels in use -> its last 2 * HALF channels turned by ``position * inv_freq``.
 
-    Channels before those get the angle zero, which keeps them: no tile is cut.
+    Earlier channels get the angle zero, which keeps them, so no tile is cut.
     """
     pair = tl.arange(0, BD // 2)
     nth = pair - (D // 2 - HALF)

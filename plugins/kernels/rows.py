@@ -1,8 +1,8 @@
-"""Rows of the state in every format that export/layouts.py names: round to its values, write one, read a block of them.
+"""Rows of the state in every format of export/layouts.py: round to its values, write one row, read a block of rows.
 
-What the bytes mean is defined by export/operators/rows.py; version 1 of the formats is built in here. e4m3
-and e2m1 are coded by integer arithmetic on every GPU: compute capabilities 8.0 and 8.6 have no instructions for
-them, and one way for all makes the same bytes everywhere.
+export/operators/rows.py defines the meaning of the bytes; this module implements version 1 of the formats. e4m3
+and e2m1 are coded with integer arithmetic on every GPU: compute capabilities 8.0 and 8.6 have no instructions for
+them, and the same code makes the same bytes everywhere.
 """
 
 import triton
@@ -29,8 +29,8 @@ def _scale(byte):
 def _tiles(x, TILES: tl.constexpr, CARRY: tl.constexpr, LARGEST: tl.constexpr):
     """x [N] float32 -> x in TILES tiles, each divided by its scale, and the scales' e8m0 bytes [TILES] int32.
 
-    The largest code is 2^LARGEST times a mantissa m, and CARRY = 2^24 - 1 - m * 2^23: a larger mantissa than m
-    carries into the exponent, so that the scale is exact without a division or a logarithm.
+    The largest code is 2^LARGEST times a mantissa m, and CARRY = 2^24 - 1 - m * 2^23: a mantissa larger than m
+    carries into the exponent, so the scale is exact without a division or a logarithm.
     """
     tiles = tl.reshape(x, (TILES, x.shape[0] // TILES))
     largest = tl.maximum(tl.max(tl.abs(tiles), axis=1), 1e-4)
@@ -51,7 +51,7 @@ def _to_e4m3(x):
 
 @triton.jit
 def _from_e4m3(code):
-    """e4m3 bytes int8 -> values / 256 float16, exactly: a float16 has more exponent, and the same subnormals."""
+    """e4m3 bytes int8 -> values / 256 float16, exactly: a float16 has a wider exponent, and the same subnormals."""
     code = code.to(tl.int16)
     return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True)
 
@@ -97,7 +97,7 @@ def _fp4_tiles(x, BD: tl.constexpr):
 
 @triton.jit
 def rounded(x, D: tl.constexpr, BD: tl.constexpr, ROTARY: tl.constexpr, VALUES: tl.constexpr):
-    """x [BD] float32 -> the values that a row of the format VALUES holds of it, float32; all of them if it is dense."""
+    """x [BD] float32 -> the values of its row in the format VALUES, float32; x itself if that is dense."""
     if VALUES == "dense":
         return x
     elif VALUES == "fp8_ds_mla":
@@ -153,8 +153,8 @@ def read_rows(
 ):
     """Rows ``row`` [BN] int32 where ``seen`` [BN], else zeros -> [BN, BD] in the type of dense rows or bfloat16.
 
-    Exact: a packed value has four significant bits at most and bfloat16 has eight. Rows that were never written may
-    hold anything, so what is not seen is not read. Offsets fit int32 up to 3.6 million rows of 584 bytes.
+    Exact: a packed value has at most four significant bits, and bfloat16 has eight. Rows that were never written can
+    contain anything, so rows that are not seen are not read. Offsets fit int32 up to 3.6 million rows of 584 bytes.
     """
     d = tl.arange(0, BD)
     place = row * ROW
@@ -164,7 +164,7 @@ def read_rows(
         tl.static_assert(FORMAT == "fp8_ds_mla")
         PLAIN: tl.constexpr = D - ROTARY
         TILES: tl.constexpr = (BD + 63) // 64
-        # Two loads, each of contiguous bytes, that together fill one tile: the matrix products take it whole.
+        # Two loads of contiguous bytes fill one tile together: the matrix products take it as a whole.
         code = tl.load(base + (place[:, None] + d[None, :]), mask=seen[:, None] & (d < PLAIN)[None, :], other=0)
         turned = (base + PLAIN).to(tl.pointer_type(tl.bfloat16), bitcast=True) + (place // 2)[:, None]
         late = (d >= PLAIN) & (d < D)
@@ -179,7 +179,7 @@ def read_rows(
 
 @triton.jit
 def read_index_rows(base, row, seen, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, FORMAT: tl.constexpr):
-    """As ``read_rows``, for index entries, and a positive factor [BN] float32 of each row that is not yet in it."""
+    """Like ``read_rows``, for index entries; also a positive factor [BN] float32 per row that is not applied yet."""
     d = tl.arange(0, BD)
     place = row * ROW
     one = tl.full(row.shape, 1.0, tl.float32)

@@ -1,7 +1,7 @@
 """FoldkvWindowUpdate in one launch: ``rows`` gets the old ring and the chunk, the ring its newest rows.
 
-One program per row of ``rows``. The program of a ring slot reads the slot before it writes it, and no
-other program touches it: input and output may be one buffer.
+There is one program per row of ``rows``. The program of a ring slot reads the slot before it writes it, and no
+other program touches the slot, so input and output can be one buffer.
 """
 
 import triton
@@ -30,7 +30,7 @@ def window_update(
         tl.store(target + r, tl.load(window + slot + r, mask=r < ROW), mask=r < ROW)
         start = tl.load(positions + b)
         last = start + tl.load(num_tokens + b) - 1
-        # The newest position of this slot is `last - (last - row) mod W`; W is added so that nothing is negative.
+        # The newest position of this slot is `last - (last - row) mod W`; adding W avoids negative numbers.
         fresh = last - (last - row + W) % W - start
         if fresh >= 0:
             new = tl.load(kv_b + fresh.to(tl.int64) * D + d, mask=d < D, other=0.0)

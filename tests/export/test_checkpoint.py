@@ -112,7 +112,7 @@ def test_weights_that_are_not_numbers_are_refused(saved: Path, value: float) -> 
         return tensors
 
     rewrite(saved, damage)
-    with pytest.raises(CheckpointError, match=r"wq_b\.weight holds NaN or infinite"):
+    with pytest.raises(CheckpointError, match=r"wq_b\.weight contains NaN or infinite"):
         decoder_from_checkpoint(Checkpoint(saved))
 
 
@@ -138,7 +138,7 @@ def test_a_hash_table_that_names_no_expert_is_refused(saved: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list"),
+        (lambda f: (f / "config.json").write_text("[]"), "contains a JSON list"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no 'weight_map'"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
@@ -255,7 +255,7 @@ def test_links_of_the_hugging_face_cache_are_followed_and_stray_files_ignored(
 
 def test_a_pointer_of_git_lfs_is_named(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointError, match="pointer of Git LFS"):
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
         Checkpoint(saved)
 
 

@@ -333,10 +333,10 @@ def test_harmless_keys_are_a_warning_and_change_nothing(caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("n_group", 8, "n_group is 8: experts are chosen group by group"),
-        ("first_k_dense_replace", 3, "first_k_dense_replace is 3: some layers have no experts"),
-        ("final_logit_softcapping", 30.0, "final_logit_softcapping is 30.0: logits are scaled or capped"),
-        ("per_layer_config", {"0": {}}, "layers differ in more than their kind"),
+        ("n_group", 8, "n_group is 8: experts would be chosen group by group"),
+        ("first_k_dense_replace", 3, "first_k_dense_replace is 3: some layers would have no experts"),
+        ("final_logit_softcapping", 30.0, "final_logit_softcapping is 30.0: logits would be scaled or capped"),
+        ("per_layer_config", {"0": {}}, "layers would differ in more than their kind"),
         ("num_experts", 9, "num_experts is 9; the other keys give 8"),
         ("my_router", "new", "unknown key 'my_router' with value 'new'"),
     ],
@@ -362,7 +362,7 @@ def test_a_nested_key_is_allowed_by_its_dotted_name() -> None:
 
 
 def test_a_key_that_is_read_cannot_be_ignored() -> None:
-    with pytest.raises(CheckpointError, match="hidden_size is read and cannot be ignored"):
+    with pytest.raises(CheckpointError, match="hidden_size was allowed as an unknown key, but foldkv reads it"):
         ModelSpec.from_config(RELEASED, allow_unknown_keys=["hidden_size"])
 
 

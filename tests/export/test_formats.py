@@ -161,9 +161,9 @@ def test_scales_and_weights_that_are_not_numbers_are_listed_together(spoiled: Pa
     rewrite(spoiled, damage)
     text = refusal(spoiled)
     assert "(3 found)" in text
-    assert "scale layers.0.attn.wq_a.scale holds NaN" in text
-    assert "scale layers.3.ffn.experts.7.w3.scale holds NaN" in text
-    assert "tensor layers.1.attn.wkv.weight holds NaN" in text
+    assert "scale layers.0.attn.wq_a.scale contains NaN" in text
+    assert "scale layers.3.ffn.experts.7.w3.scale contains NaN" in text
+    assert "tensor layers.1.attn.wkv.weight contains NaN" in text
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused_with_every_difference(

@@ -58,7 +58,7 @@ def entry(start: int = 0, end: int = 4, dtype: Any = "F32", shape: Any = (1,)) -
         ({"a": entry(shape=(True,))}, 4, "has shape"),
         ({"a": entry(dtype="X9")}, 4, "has dtype 'X9'"),
         ({"a": [1]}, 4, r"is \[1\]"),
-        ([1], 4, "no JSON object"),
+        ([1], 4, "not a JSON object"),
         (b"{", 4, "is not JSON"),
         (b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), 4, "names tensor a twice"),
         (b"[" * 100_000, 4, "is not JSON"),

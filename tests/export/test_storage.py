@@ -40,7 +40,7 @@ CONFIGS: list[tuple[dict[str, Any], str, str]] = [
     # nvidia/DeepSeek-V4-*-NVFP4: the attention is fp8 as released, the experts are not.
     ({"quantization_config": {**RELEASED, "moe_quant_algo": "NVFP4"}}, "NVFP4 of NVIDIA ModelOpt", "moe_quant_algo"),
     ({"quantization_config": {**RELEASED, "weight_block_size": None}}, "one scale for a whole matrix", "null"),
-    ({"quantization_config": {**RELEASED, "fmt": "e5m2"}}, "fp8 of the format e5m2", "fmt"),
+    ({"quantization_config": {**RELEASED, "fmt": "e5m2"}}, "fp8 in the format e5m2", "fmt"),
     ({"quantization_config": {"quant_method": "brand-new"}}, "'brand-new'", "quant_method"),
     ({"quantization": {"group_size": 64, "bits": 4}}, "MLX", "quantization"),
 ]

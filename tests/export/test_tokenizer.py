@@ -110,7 +110,7 @@ def test_what_transformers_does_beside_the_file_is_warned_of(
 ) -> None:
     folder = checkpoint(tmp_path, byte_level(), SPECIAL | {"split_special_tokens": True}, tiny_checkpoint)
     assert tokenizer_json(folder) is not None
-    assert "encodes '<bos><eos>' otherwise than AutoTokenizer" in caplog.text
+    assert "encodes '<bos><eos>' differently from AutoTokenizer" in caplog.text
 
 
 def test_a_tokenizer_with_code_of_its_own_is_copied_with_a_warning(

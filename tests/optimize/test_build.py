@@ -77,7 +77,7 @@ def test_a_plan_for_something_else_or_cut_off_is_refused() -> None:
         check_plan(plan(), sm=86)
     with pytest.raises(BuildError, match="cut off"):
         check_plan(plan(size=999), sm=80)
-    with pytest.raises(BuildError, match="no TensorRT-RTX plan"):
+    with pytest.raises(BuildError, match="not a TensorRT-RTX plan"):
         read_plan_header(b"ELF" + bytes(100))
 
 

@@ -110,7 +110,7 @@ def test_the_cpu_is_planned_with_the_packed_rows_that_build_gives_it() -> None:
     plans = plan_targets(FLASH, [TARGETS["cpu"]], profile="served", context=4096)
     assert [p.layout for p in plans] == ["dense", "fp8+fp4"]
     assert plans[1].memory == plan_memory(FLASH, context=4096, layout="fp8+fp4")
-    with pytest.raises(InputError, match="cpu: layout fp8 is not kept"):
+    with pytest.raises(InputError, match="cpu: layout fp8 is not supported"):
         plan_targets(FLASH, [TARGETS["cpu"]], layout="fp8", context=4096)
 
 
@@ -162,9 +162,9 @@ def test_a_plan_says_what_this_machine_cannot_build() -> None:
     ("arguments", "finding"),
     [
         ({"layout": "int3"}, "'int3' is not known; expected one of dense, fp8, fp8"),
-        ({"layout": "nvfp4+fp4"}, "'nvfp4.fp4' is kept by no target; expected one of dense, fp8, fp8"),
+        ({"layout": "nvfp4+fp4"}, "'nvfp4.fp4' is not supported by any target; expected one of dense, fp8, fp8"),
         ({"layout": "fp8", "plugins": False}, "h200: layout fp8 needs plugins"),
-        ({"layout": "fp8", "profile": "served"}, "h200: layout fp8 is not kept: FoldkvCompressFp4 does not read"),
+        ({"layout": "fp8", "profile": "served"}, "h200: layout fp8 is not supported: FoldkvCompressFp4 does not read"),
         ({"profile": "bf16"}, "profile 'bf16' is not known"),
         ({"context": 2 << 20}, "takes 1 to 1048576 tokens"),
         ({"batch": 0}, "batch is 0"),

@@ -201,7 +201,7 @@ def test_sizes_that_the_kernels_cannot_take_are_a_reason(tiny_graph: Path, tmp_p
         model, read_manifest(odd, kind=KIND)["state"], rotary=16, plugins=[SPARSE, PLUGINS["FoldkvIndexSelect"]], **A100
     ).rows:
         if row.operator == "FoldkvSparseAttention":
-            assert row.injected == 0 and "40 wide, which 16 does not divide" in next(iter(row.refusals))
+            assert row.injected == 0 and "40 wide; expected a multiple of 16" in next(iter(row.refusals))
 
 
 def test_the_command_prints_counts_and_reasons(tiny_graph: Path, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_windows_past_the_capacity_are_not_written(operator: str, ratio: int) ->
 
 def test_a_bias_of_another_ratio_is_refused() -> None:
     sizes = {"B": 1, "S": 1, "E": 8, "T": 8, "D": 32, "P": 8}
-    with pytest.raises(ValueError, match="a bias of 8 rows does not belong to ratio 4"):
+    with pytest.raises(ValueError, match="a bias of 8 rows does not fit ratio 4"):
         plan("FoldkvCompressOnline", sizes, {"ratio": 4, "eps": 1e-6}, sm=80, dtype="bfloat16")
 
 
@@ -468,13 +468,13 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
 @pytest.mark.parametrize(
     ("operator", "width", "rows", "rotary", "reason"),
     [
-        ("FoldkvCompressFp8", 48, DENSE, 8, "keeps 8 channels in bfloat16, rows have 16 rotated"),
+        ("FoldkvCompressFp8", 48, DENSE, 8, "keeps 8 channels in bfloat16, but rows have 16 rotated"),
         ("FoldkvCompressFp4", 96, DENSE, None, "96 wide; a Hadamard matrix needs a power of two"),
         ("FoldkvCompressFp4", 96, INDEX_FP4, None, "96 wide; a Hadamard matrix needs a power of two"),
         ("FoldkvCompressFp4", 16, DENSE, None, "cannot be stored as index_fp4"),
         ("FoldkvCompressFp4", 32, INDEX_FP8, None, "rows in index_fp8; its kernels read dense, index_fp4"),
         ("FoldkvCompressOnline", 32, INDEX_FP4, None, "rows in index_fp4; its kernels read dense, fp8_ds_mla"),
-        ("FoldkvCompress", 32, DENSE, None, "carries of 4 rows by 32 do not belong"),
+        ("FoldkvCompress", 32, DENSE, None, "carries of 4 rows by 32 do not fit"),
     ],
 )
 def test_sizes_that_no_kernel_takes_are_refused(
@@ -568,7 +568,7 @@ def test_rows_of_another_size_format_or_version_are_refused() -> None:
     assert plan("FoldkvWindowAttention", sizes, {}, **given).launches
     with pytest.raises(ValueError, match="rows of 592 bytes; 512 channels in fp8_ds_mla take 584"):
         plan("FoldkvWindowAttention", sizes | {"ROW": 592}, {}, **given)
-    with pytest.raises(ValueError, match="rows have 32 rotated channels and the frequencies of 64"):
+    with pytest.raises(ValueError, match="rows have 32 rotated channels but frequencies for 64"):
         plan("FoldkvWindowAttention", sizes, {}, **given | {"rotary": 32})
     with pytest.raises(ValueError, match="rows in nvfp4; its kernels read dense, fp8_ds_mla"):
         plan("FoldkvWindowAttention", sizes, {}, **given | {"rows": "nvfp4"})

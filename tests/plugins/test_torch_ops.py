@@ -133,7 +133,7 @@ def test_rows_that_no_kernel_reads_are_refused() -> None:
     tail = [torch.zeros(1, dtype=torch.int32)] * 2
     with use_kernels(kernels, "cpu"):
         update = operators()["FoldkvWindowUpdate"].torch_op
-        with pytest.raises(ValueError, match="rows of 77 bytes for 64 channels are of no format that it reads"):
+        with pytest.raises(ValueError, match="rows of 77 bytes for 64 channels are in a format that it does not read"):
             update(torch.zeros(1, 16, 77, dtype=torch.int8), torch.zeros(1, 1, 64), *tail)
         with pytest.raises(ValueError, match=r"rows of the state are torch\.float64"):
             update(torch.zeros(1, 16, 64, dtype=torch.float64), torch.zeros(1, 1, 64), *tail)
