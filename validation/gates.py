@@ -154,7 +154,7 @@ DEFAULT_GATES = (
 #: the profile (against its oracle), and what does the profile cost (against transformers).
 SERVED_GATES = (
     Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means an overflow, or that unwritten memory was read.", _ON_TEXT),
-    Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile, but values on the border of two codes may round either way: that gives 1e-11 to 3e-8 nats. The whole profile against none gives 1e-4 and more.", _ON_TEXT),
+    Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile, but values on the border of two codes may round either way: that gives 1e-11 to 3e-8 nats. Leaving out the profile gives 1e-4 and more.", _ON_TEXT),
     Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Deployed engines have lost digits at chunk edges inside a compression window. Sums in another order move values across borders of codes, as above.", _ON_TEXT),
     Gate("layers", "layer_error_max", "<=", 1e-3, "The median token's largest difference of the residual streams from the oracle's, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
     Gate("kl-mean", "kl_mean", "<=", 5e-3, "fp8 rows and an fp4 index cost 1e-4 to 5e-4 nats on the model of this repository; ten times as much is damage, not rounding.", _ON_TEXT),
