@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Imports are part of it: Ctrl-C ends them too."""
+    """Run the command line. Ctrl-C also ends the imports."""
     try:
         from foldkv.cli import main as run
     except KeyboardInterrupt:

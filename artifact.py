@@ -1,6 +1,6 @@
 """Artifacts: directories with a manifest, written in a staging folder and put in place by a rename.
 
-A reader sees the old artifact or the new one, never half of one. The manifest names every file with
+A reader sees the old artifact or the new one, never half of one. The manifest lists every file with
 its size and sha256, so that damage is found before a file is used. docs/artifacts.md describes the
 format.
 """
@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 _STAGING_MARK = ".foldkv-staging-"
 _RETIRED_MARK = ".foldkv-retired-"
 _POLL = 0.1  # seconds between two looks at a lock
-# Staging folders of this process, and what keeps it from ending between two renames.
+# Staging folders of this process, and a lock that keeps it from ending between two renames.
 _unfinished: set[Path] = set()
 _commit = threading.Lock()
 
@@ -55,7 +55,7 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
 
     Raises:
         InputError: ``destination`` exists and is something else.
-        SystemFailure: the operating system refused to write there, the disk is full for example.
+        SystemFailure: the operating system refused to write there, for example because the disk is full.
     """
     destination = Path.cwd() / destination
     staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
@@ -69,7 +69,7 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         with _commit:
             _put_in_place(staging, destination)
     except OSError as error:
-        if error.filename is not None:  # the staging folder is nothing that a user knows
+        if error.filename is not None:  # users do not know the staging folder
             error.filename = str(error.filename).replace(str(staging), str(destination))
         raise system_failure(error, destination) from error
     finally:
@@ -78,9 +78,9 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
 
 
 def abandon_unfinished() -> None:
-    """Remove what this process has not put in place yet, for a process that ends at once, also with threads that write.
+    """Remove what this process has not put in place yet. For a process that must end at once, even while threads write.
 
-    Nothing is put in place after it.
+    Nothing is put in place afterwards.
     """
     _commit.acquire(timeout=0.5)
     for staging in list(_unfinished):
@@ -90,9 +90,9 @@ def abandon_unfinished() -> None:
 
 @contextlib.contextmanager
 def only_writer(destination: Path, progress: Say = silent) -> Iterator[None]:
-    """One writer per artifact at a time, across processes and threads; the lock goes with the process that holds it.
+    """Allow one writer per artifact at a time, across processes and threads. The lock ends with its process.
 
-    Says who holds the lock while it waits.
+    While it waits, it says who holds the lock.
 
     Raises:
         SystemFailure: the folder that holds ``destination`` cannot be made or written.
@@ -109,7 +109,7 @@ def only_writer(destination: Path, progress: Say = silent) -> Iterator[None]:
             progress(f"waiting for {_holder(path)}, which writes {destination}")
             while not _locked(lock.fileno()):
                 time.sleep(_POLL)
-        with contextlib.suppress(OSError):  # for those who wait; the lock holds without it
+        with contextlib.suppress(OSError):  # for those who wait; the lock works without it
             lock.truncate(0)
             lock.write(json.dumps({"pid": os.getpid(), "since": int(time.time())}))
             lock.flush()
@@ -135,14 +135,14 @@ def check_destination(destination: Path, *, kind: str) -> None:
     """Check, without changing anything, that :func:`staged` could write an artifact there.
 
     Raises:
-        InputError: ``destination`` is something else than an artifact of that kind.
+        InputError: ``destination`` is not an artifact of that kind.
         SystemFailure: its folder cannot be written.
     """
     destination = Path.cwd() / destination
     _check_replaceable(destination, kind, replace=True)
     folder = _existing(destination.parent)
     try:
-        # Permissions do not tell of a read-only or a special file system; making a folder does.
+        # Permissions do not show a read-only or special file system; creating a folder does.
         Path(tempfile.mkdtemp(prefix=".foldkv-check-", dir=folder)).rmdir()
     except OSError as error:
         raise system_failure(error, destination.parent) from None
@@ -161,7 +161,7 @@ def _existing(folder: Path) -> Path:
 
 
 def reason_to_replace(folder: Path, *, kind: str) -> tuple[str, dict[str, Any] | None]:
-    """Why there is no whole artifact of a kind in a folder, "" if there is; and its manifest if there is."""
+    """Why a folder has no complete artifact of a kind, "" if it has one; and the manifest if it has one."""
     if not (Path(folder) / MANIFEST).exists():
         return f"{folder} does not exist", None
     try:
@@ -185,11 +185,11 @@ def _check_replaceable(destination: Path, kind: str, replace: bool) -> None:
         found = None
     if found != kind:
         raise InputError(
-            f"{destination} is not empty and holds no {kind} artifact"
+            f"{destination} is not empty and is not a {kind} artifact"
             f"{f' but a {found} artifact' if found else ''}; nothing was changed. Choose another output folder."
         )
     if not replace:
-        raise InputError(f"{destination} already holds a {kind} artifact; nothing was changed.")
+        raise InputError(f"{destination} already is a {kind} artifact; nothing was changed.")
 
 
 def _owner_is_alive(mark: str) -> bool:
@@ -200,7 +200,7 @@ def _owner_is_alive(mark: str) -> bool:
 
 
 def _remove_leftovers(destination: Path) -> None:
-    """Remove what writers that were killed left beside ``destination``; restore a retired artifact."""
+    """Remove what killed writers left beside ``destination``; restore a retired artifact."""
     for mark in (_RETIRED_MARK, _STAGING_MARK):
         for path in destination.parent.glob(f"{destination.name}{mark}*"):
             if _owner_is_alive(path.name.split(mark, 1)[1]):
@@ -235,12 +235,12 @@ def write_manifest(
     """Hash every file of ``folder`` and write its manifest; returns the manifest.
 
     Args:
-        folder: of the artifact.
-        kind: of the artifact.
+        folder: the artifact's folder.
+        kind: the artifact's kind.
         content: stored beside ``schema_version``, ``kind`` and ``files``.
         known: sha256 of files that were hashed as they were written.
-        heads: files too large to hash that belong to someone else, a checkpoint's shards: listed under ``linked`` with
-            their size and the sha256 of so many bytes at their start.
+        heads: files of someone else that are too large to hash, such as a checkpoint's shards. They are listed under
+            ``linked`` with their size and the sha256 of this many bytes at their start.
     """
     known, heads = known or {}, heads or {}
     files, linked = {}, {}
@@ -273,7 +273,7 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except OSError:
         raise ArtifactError(
-            f"{folder} is no {kind} artifact: {path} cannot be read. Give the folder a command wrote."
+            f"{folder} is not a {kind} artifact: {path} cannot be read. Give a folder that foldkv wrote."
         ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({error}). The artifact is damaged: make it again.") from None
@@ -300,7 +300,9 @@ def _check_files(folder: Path, files: Any) -> None:
                 f"{folder / MANIFEST}: file {name!r} has no size. The manifest is damaged: make the artifact again."
             )
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing, the manifest names it. Copy the whole artifact or make it again.")
+            raise ArtifactError(
+                f"{path} is missing, but the manifest lists it. Copy the whole artifact or make it again."
+            )
         if path.stat().st_size != facts["bytes"]:
             raise ArtifactError(
                 f"{path} has {path.stat().st_size} bytes; the manifest says {facts['bytes']}. "
@@ -309,10 +311,10 @@ def _check_files(folder: Path, files: Any) -> None:
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare the sha256 of every file with the manifest, of linked files that of their start.
+    """Compare the sha256 of every file with the manifest; for linked files, the sha256 of their start.
 
     Raises:
-        ArtifactError: a file's content is not what the manifest was written for.
+        ArtifactError: a file's content does not match the manifest.
     """
     for name, facts in manifest["files"].items():
         found = sha256_file(confined(folder, name))

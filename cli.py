@@ -48,19 +48,19 @@ _allow_unknown_key = click.option(
     "allow_unknown_keys",
     multiple=True,
     metavar="NAME",
-    help="Ignore this key of config.json, though nobody knows what it changes; repeat it.",
+    help="Ignore this key of config.json, although foldkv does not know what it changes. Can be repeated.",
 )
 
 
 _plugins = click.option(
     "--plugins",
     type=click.Choice(["on", "off"]),
-    help="Give the compressed-KV operators of GPU targets to plugins, the default, or use function bodies.",
+    help="On GPU targets, run the compressed-KV operators in plugins (the default) or as function bodies.",
 )
 
 
 def _on(switch: str | None) -> bool | None:
-    """Of --plugins; None where it was not given."""
+    """Whether --plugins is on; None if it was not given."""
     return None if switch is None else switch == "on"
 
 
@@ -87,7 +87,7 @@ def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Show more: what packages say, and tracebacks.")
 @click.version_option(foldkv.__version__, prog_name="foldkv")
 def main(verbose: bool) -> None:
-    """DeepSeek-V4-class checkpoints to engines that keep the KV cache compressed."""
+    """Turn DeepSeek-V4-class checkpoints into engines that keep the KV cache compressed."""
 
 
 @main.command("export")
@@ -113,8 +113,9 @@ def export_command(
 ) -> None:
     """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
 
-    With reference and repack quantised weights stay as they are, in engines too where the GPU's keep them, and every kind of
-    layer is one function; reference copies no weight and needs the checkpoint's file system. Bundles and plugins are made of all.
+    With reference and repack, quantised weights stay quantised, also in engines for GPUs that keep their format, and every
+    kind of layer is one function. reference copies no weights; OUTPUT must be on the checkpoint's file system. Bundles can be
+    built from all three, with or without plugins.
     """
     from foldkv.artifact import read_manifest
     from foldkv.export.graph import KIND, export_checkpoint
@@ -140,7 +141,7 @@ def export_command(
 
 
 def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> None:
-    """Tell how long comparable exports took. A checkpoint that cannot be read is export's to refuse."""
+    """Report how long comparable exports took. Says nothing of a checkpoint that cannot be read: export refuses it."""
     from foldkv.export.spec import ModelSpec
     from foldkv.optimize.fit import export_estimate
     from foldkv.optimize.history import read_runs
@@ -156,19 +157,19 @@ def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unkno
 @main.command("inject")
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the injected graph package.")
-@click.option("--target", required=True, help="What to inject for. See `foldkv targets`.")
+@click.option("--target", required=True, help="Target to inject for. See `foldkv targets`.")
 @click.option(
     "--layout", default="dense", show_default=True, help="How the engine keeps cache rows: dense, fp8 or fp8+fp4."
 )
 @_json
 def inject_command(graph: Path, output: Path, target: str, layout: str, as_json: bool) -> None:
-    """Give the nodes of GRAPH to the compressed-KV attention plugins that a target has."""
+    """Assign nodes of GRAPH to the compressed-KV attention plugins of a target."""
     from foldkv.optimize.targets import resolve_targets
     from foldkv.plugins.inject import inject
 
     chosen = resolve_targets([target])[0]
     if chosen.sm is None:
-        raise InputError(f"target {target!r} is not a GPU and takes no plugins; build it from the graph as it is.")
+        raise InputError(f"target {target!r} is not a GPU, so it takes no plugins. Build from the graph directly.")
     injection = inject(
         graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=progress()
     )
@@ -187,23 +188,29 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder that gets one bundle per target.")
 @click.option(
-    "--target", "targets", multiple=True, required=True, help="What to build for; repeat it. See `foldkv targets`."
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    help="Target to build for; can be repeated. See `foldkv targets`.",
 )
 @_plugins
 @click.option(
     "--layout",
-    help="How cache rows are kept: dense, the default; with plugins fp8 or fp8+fp4; on the cpu fp8+fp4 for the profile served.",
+    help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; on the cpu also fp8+fp4 for the profile served.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Builds at once; default: what memory and processors allow.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Builds at once; default: as many as memory and processors allow."
+)
 @_json
 def build_command(
     graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Build one bundle per target from the graph package GRAPH. No GPU is needed where TensorRT-RTX builds.
+    """Build one bundle per target from the graph package GRAPH. TensorRT-RTX builds without a GPU.
 
-    What this machine cannot build is refused before anything is built. A bundle whose graph, settings and tools are unchanged is
-    left as it is.
+    Targets that this machine cannot build are refused before the first build. A bundle is left unchanged if its graph, settings
+    and tools are unchanged.
     """
     from foldkv.optimize.build import build_bundles
     from foldkv.optimize.history import record_builds
@@ -225,23 +232,23 @@ def build_command(
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--context", type=_Tokens(), help="Tokens to plan the state for; default: as many as this call needs.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens.")
 @click.option(
     "--top-p",
     type=float,
     default=1.0,
     show_default=True,
-    help="Sample among the likeliest tokens that hold this share.",
+    help="Sample from the most likely tokens that together reach this probability.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--stop", multiple=True, help="End before this text; repeat it.")
+@click.option("--stop", multiple=True, help="End before this text; can be repeated.")
 @click.option(
     "--add-special-tokens/--no-add-special-tokens",
     default=True,
     show_default=True,
-    help="Put the tokenizer's special tokens around TEXT, as AutoTokenizer does, or feed it as it is.",
+    help="Add the tokenizer's special tokens to TEXT, as AutoTokenizer does, or feed TEXT unchanged.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator; default: all processors.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads per operator; default: all processors.")
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
@@ -288,12 +295,12 @@ def generate_command(
     "gates",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Replace a gate's threshold; repeat it. The report marks it.",
+    help="Replace a gate's threshold; can be repeated. The report marks it.",
 )
 @click.option("--text", type=_folder, help="UTF-8 text to measure on; default: sources of Python's standard library.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which windows of the text, and which values.")
-@click.option("--texts", type=int, default=6, show_default=True, help="Windows of the text.")
-@click.option("--text-tokens", type=_Tokens(), default=384, show_default=True, help="Tokens of a window.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the windows of the text and the values.")
+@click.option("--texts", type=int, default=6, show_default=True, help="Number of windows of the text.")
+@click.option("--text-tokens", type=_Tokens(), default=384, show_default=True, help="Tokens per window.")
 @click.option(
     "--distance",
     "distances",
@@ -301,7 +308,7 @@ def generate_command(
     multiple=True,
     default=(16, 64, 128, 256, 512),
     show_default=True,
-    help="Bytes from a value to the question for it, a multiple of 4; repeat it.",
+    help="Bytes from a value to the question for it, a multiple of 4; can be repeated.",
 )
 @click.option(
     "--cases-per-distance", type=int, default=20, show_default=True, help="Values to retrieve at each distance."
@@ -311,18 +318,18 @@ def generate_command(
     "contexts",
     type=_Tokens(),
     multiple=True,
-    help="Plant values in a stream of this many tokens too, for example 64k; repeat it. The reference reads up to 64k.",
+    help="Also plant values in a stream of this many tokens, for example 64k; can be repeated. The reference reads up to 64k.",
 )
 @click.option(
     "--baseline",
     type=_folder,
     metavar="REPORT",
-    help="An older report, its folder or report.json: show what changed since.",
+    help="An older report (its folder or report.json): show what has changed since.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Threads of both sides; default: 1 for a small model, else all processors.",
+    help="Threads for bundle and reference; default: 1 for a small model, else all processors.",
 )
 @_allow_unknown_key
 @_json
@@ -331,9 +338,9 @@ def validate_command(
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
     baseline: Path | None, threads: int | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure what accuracy BUNDLE, of the target cpu, lost against the PyTorch reference.
+    """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE must be for the target cpu.
 
-    Exit 1 if a gate fails, or if one holds on too little evidence ("not informative").
+    The exit code is 1 if a gate fails, or if one holds on too little evidence ("not informative").
     """
     _wait_passively()
     from foldkv.validation.plan import Plan
@@ -361,9 +368,9 @@ def validate_command(
 
 
 def _wait_passively() -> None:
-    """Let torch's idle threads sleep: two libraries whose threads wait actively collapse on a busy machine.
+    """Let torch's idle threads sleep: two libraries whose threads wait actively are very slow on a busy machine.
 
-    OpenMP reads the setting when torch is loaded, so it comes first; one of the user's own stays.
+    OpenMP reads the setting when torch is loaded, so this comes first. A value that the user set is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -382,7 +389,7 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
 
 
 def _print_report(content: dict[str, Any]) -> None:
-    """Gates, what was too little, what a reader must know, what changed, and the verdict, from a report's JSON."""
+    """Print a report from its JSON: gates, what lacks evidence, notes, what changed, and the verdict."""
     from foldkv.validation.report import format_beside
 
     rows = [["gate", "", "measured", "", "threshold", ""]]
@@ -416,19 +423,19 @@ def _print_comparison(found: dict[str, Any]) -> None:
 
 @main.command("run")
 @click.argument("pipeline", type=_folder)
-@click.option("--dry-run", is_flag=True, help="Say what would be done and why, with estimates; nothing is written.")
-@click.option("--force", is_flag=True, help="Run stages that are unchanged, too.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done and why, with estimates. Nothing is written.")
+@click.option("--force", is_flag=True, help="Also run stages that are unchanged.")
 @click.option(
     "--only",
     type=click.Choice(["export", "build", "validate"]),
-    help="Run this stage alone; what it reads must be there and current.",
+    help="Run only this stage. What it reads must exist and be current.",
 )
 @_json
 def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as_json: bool) -> None:
     """Run every stage of the file PIPELINE; unchanged stages are skipped.
 
-    What cannot succeed is refused before the first stage. A stage runs again where its inputs, its settings, foldkv or its tools
-    changed, or its artifact is damaged; `--dry-run` says which of these.
+    A run that cannot succeed is refused before the first stage. A stage runs again if its inputs, its settings, foldkv or its
+    tools changed, or if its artifact is damaged. `--dry-run` shows which of these.
     """
     _wait_passively()
     from foldkv.config import load_config
@@ -502,22 +509,27 @@ def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
 @click.option(
-    "--layout", help="One row format; default: all that a target keeps. With --target: a name as `build` takes it."
+    "--layout", help="One row format; default: all that a target keeps. With --target: a layout as for `build`."
 )
-@click.option("--target", "targets", multiple=True, help="Will it fit this? Repeat it. See `foldkv targets`.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Check whether it fits this target; can be repeated. See `foldkv targets`.",
+)
 @click.option(
     "--chunk",
     type=_Tokens(),
-    help="With --target: tokens of a sequence that go through the model at once; default: 256, or the context.",
+    help="With --target: tokens of a sequence that go through the model at once; default: 256, at most the context.",
 )
 @_plugins
-@click.option("--profile", help="With --target: of the graph, as `export` is given it; default: hf.")
+@click.option("--profile", help="With --target: profile of the graph, as for `export`; default: hf.")
 @click.option(
     "--weights",
     type=click.Choice(["float32", "reference", "repack"]),
-    help="With --target: as `export` is given it; default: float32.",
+    help="With --target: as for `export`; default: float32.",
 )
-@click.option("--max-context", is_flag=True, help="With --target: the largest context that fits on one device.")
+@click.option("--max-context", is_flag=True, help="With --target: show the largest context that fits on one device.")
 @click.option(
     "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
 )
@@ -528,15 +540,15 @@ def plan_command(
     plugins: str | None, profile: str | None, weights: str | None, max_context: bool, plot: Path | None,
     allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Memory of CHECKPOINT, a folder or a bare config.json: caches and weights.
+    """Show how much memory CHECKPOINT, a folder or a bare config.json, needs for caches and weights.
 
-    The caches stand beside those of V3.2 at the same context. Weights are as wide as the rows; with fp8 rows they are
-    counted as released (experts in fp4, the rest in fp8).
+    The caches are shown beside those of V3.2 at the same context. Weights are counted as wide as the rows; with fp8 rows, as
+    released (experts in fp4, the rest in fp8).
 
     With --target: caches, activations and weights on each target, in the formats that it keeps; how many GPUs that takes if
-    the weights are shared out and each GPU holds all caches; disk; and time, estimated from earlier runs on this machine, which
-    export, build and run record in history.jsonl of FOLDKV_CACHE, by default ~/.cache/foldkv. `build` writes the format that is
-    marked with *.
+    they share the weights and each holds all caches; disk; and time. Times are estimated from earlier runs on this machine:
+    export, build and run record them in history.jsonl in FOLDKV_CACHE (default: ~/.cache/foldkv). `build` writes the format
+    that is marked with *.
     """
     from foldkv.export.plot import check_plot_path
     from foldkv.export.spec import ModelSpec
@@ -580,7 +592,7 @@ def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> dict[str, Any]:
-    """The facts; printed as a table unless they are to be JSON."""
+    """The facts; also prints them as a table unless ``as_json``."""
     from foldkv.export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
 
     context, batch = sizes["context"], sizes["batch"]
@@ -625,7 +637,7 @@ def _plan_targets(
     spec: ModelSpec, package: Package, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The facts; printed as tables unless they are to be JSON."""
+    """The facts; also prints them as tables unless ``as_json``."""
     from foldkv.export.plan import parameter_count
     from foldkv.optimize.fit import export_estimate, graph_bytes, plan_targets
     from foldkv.optimize.formats import FORMATS
@@ -662,7 +674,7 @@ def _plan_targets(
 
 
 def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
-    """What an export with ``--weights`` would keep its weights in."""
+    """The format in which an export with ``--weights`` would keep its weights."""
     from foldkv.optimize.formats import Package
 
     return Package(weights, "float32" if weights == "float32" else _stored_format(checkpoint, allow_unknown_keys))
@@ -682,7 +694,7 @@ def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str
 
 
 def _verdict(plan: TargetPlan, format_: str) -> str:
-    """Whether the model fits with weights in a format; else by what one device is too small, and how many GPUs it takes.
+    """Whether the model fits with weights in a format. If not: what one device lacks, and how many GPUs it takes.
 
     The format that a build writes is marked.
     """
@@ -693,7 +705,7 @@ def _verdict(plan: TargetPlan, format_: str) -> str:
         return f"fits{mark}"
     if plan.target.sm is None:
         return f"{size_text(over)} over{mark}"
-    if devices is None:  # caches and activations alone are too large, however many share the weights
+    if devices is None:  # caches and activations alone are too large, even if many GPUs share the weights
         return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
     return f"{size_text(over)} over, {devices} GPUs{mark}"
 
@@ -711,7 +723,7 @@ def _print_max_context(plans: list[TargetPlan], formats: list[str]) -> None:
 def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate | None) -> None:
     click.echo()
     rows = [["stage", "on disk", "time"], ["export", size_text(graph), _estimated(export)]]
-    shown = {plan.target.name: plan for plan in plans}  # whatever its rows, a target's bundle weighs the same
+    shown = {plan.target.name: plan for plan in plans}  # a target's bundle has the same size with any row format
     rows += [
         [
             f"build {name}",
@@ -726,19 +738,19 @@ def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate |
 
 def _print_assumptions(plans: list[TargetPlan]) -> None:
     click.echo(
-        "`foldkv build` writes the format marked with *: the widest of a target from `export --weights float32`, the checkpoint's "
-        "own from `--weights reference` or `repack`."
+        "`foldkv build` writes the format marked with *: the target's widest after `export --weights float32`, the checkpoint's "
+        "own after `--weights reference` or `repack`."
     )
     if any(plan.target.sm for plan in plans):
         click.echo(
-            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations, nothing for the driver."
+            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
         )
     if any(plan.activations.largest == "experts" for plan in plans):
         click.echo(
-            "Activations are estimates; in engines at most 1 GiB of them are weights of experts, gathered for a few tokens at a time."
+            "Activations are estimates. In engines, at most 1 GiB of them are experts' weights, gathered for a few tokens at a time."
         )
     else:
-        click.echo("Activations are estimates, largest in attention: they follow chunk and context.")
+        click.echo("Activations are estimates. They are largest in attention and grow with chunk and context.")
 
 
 def _estimated(found: Estimate | None) -> str:
@@ -767,10 +779,10 @@ def _plot(
 @_allow_unknown_key
 @_json
 def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
-    """Facts of ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified.
+    """Show facts about ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified.
 
-    Of a bundle: shapes, layout, bytes of the state, engine and plugins; of a report: gates, figures, and what was measured; of a
-    graph package: nodes, operators and how it has its weights; of a checkpoint: geometry and how its tensors are stored.
+    For a bundle: shapes, layout, bytes of the state, engine and plugins. For a report: gates, figures and what was measured. For
+    a graph package: nodes, operators and how its weights are stored. For a checkpoint: geometry and how its tensors are stored.
     """
     from foldkv.inspection import inspect_artifact
 
@@ -780,7 +792,7 @@ def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json
 @main.command("doctor")
 @_json
 def doctor_command(as_json: bool) -> None:
-    """What works on this machine, and what is missing for the rest."""
+    """Show what works on this machine, and what is missing for the rest."""
     from foldkv.doctor import examine
 
     facts = examine()
@@ -810,12 +822,12 @@ def doctor_command(as_json: bool) -> None:
     "--coverage",
     type=_folder,
     metavar="CHECKPOINT",
-    help="Show instead which operators of this checkpoint, or bare config.json, have a plugin.",
+    help="Instead show which operators of this checkpoint or bare config.json have a plugin.",
 )
 @_allow_unknown_key
 @_json
 def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
-    """The targets that bundles can be built for, by which backend, and whether that works on this machine."""
+    """List the targets that bundles can be built for, their backends, and whether this machine can build them."""
     from foldkv.optimize.choices import PLUGINS, Choice, missing_for
     from foldkv.optimize.targets import load_targets
 
@@ -839,7 +851,7 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
         rows.append([t.name, *cells, "no" if missing[t.name] else "yes"])
     _table(rows, numbers=(1, 2, 3))
     if any(missing.values()):
-        click.echo("What is missing for a target: `foldkv targets --json`.")
+        click.echo("`foldkv targets --json` shows what is missing for a target.")
 
 
 def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:

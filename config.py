@@ -80,7 +80,7 @@ class PipelineConfig(_Strict):
     output: str
     export: ExportConfig = ExportConfig()
     build: BuildConfig = BuildConfig()
-    # `validate` is a name that pydantic keeps for itself.
+    # pydantic reserves the name `validate`.
     validation: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
 
 
@@ -121,7 +121,7 @@ def _finding(item: Any) -> str:
         return f"unknown key {place!r}{nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"missing key {place!r}"
-    if item["type"] == "value_error":  # of this package's own readers, which say what was found
+    if item["type"] == "value_error":  # from foldkv's own readers, which say what was found
         return f"{place}: {item['ctx']['error']}".removesuffix(".")
     return f"{place} is {item['input']!r}: {item['msg']}"
 

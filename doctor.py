@@ -1,4 +1,4 @@
-"""What this machine has of what foldkv can use."""
+"""Check which of the things that foldkv can use this machine has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from foldkv.packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
 
-# Found is not usable: a library of a package may be missing. Imports may end a process, and take memory.
+# A package that is found may still be unusable: one of its libraries may be missing. An import may end the process, and
+# takes memory.
 _TRY = """
 import importlib, json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -27,7 +28,7 @@ for name in sys.argv[2:]:
 
 
 def examine() -> dict[str, Any]:
-    """Facts on Python, packages, processors, memory and GPUs; nothing is changed and no GPU is touched."""
+    """Facts about Python, packages, processors, memory and GPUs; nothing is changed and no GPU is touched."""
     from foldkv.plugins.cuda import device_capability, device_count
 
     absent = set(missing(modules()))
@@ -63,7 +64,7 @@ def examine() -> dict[str, Any]:
 
 
 def import_problems(names: list[str]) -> dict[str, str]:
-    """Modules that cannot be imported, with the reason; they are imported in a process of their own."""
+    """Modules that cannot be imported, with the reason; they are imported in a separate process."""
     problems: dict[str, str] = {}
     waiting = list(names)
     while waiting:

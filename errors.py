@@ -1,4 +1,4 @@
-"""The errors a user can cause, each bound to the exit code of the command line.
+"""The errors that a user can cause, each with the exit code of the command line.
 
 Exit codes: 0 ok, 1 a validation gate failed, 2 bad usage or bad input (an error of the operating system too: a full disk,
 a forbidden folder), 3 the environment lacks something, 4 internal error (anything that is not a :class:`FoldkvError`),
@@ -46,7 +46,7 @@ class ArtifactError(InputError):
 
 
 class CapacityError(InputError):
-    """A sequence would not fit into the state that was allocated; nothing was changed."""
+    """A sequence would not fit into the allocated state; nothing was changed."""
 
 
 class BuildError(FoldkvError):
@@ -54,17 +54,17 @@ class BuildError(FoldkvError):
 
 
 class MissingDependencyError(FoldkvError):
-    """A package, a library or a device that the command needs is not here."""
+    """A package, a library or a device that the command needs is missing."""
 
     exit_code = EXIT_ENVIRONMENT
 
     def __init__(self, message: str, *, packages: Sequence[str] = (), install: str = "") -> None:
-        """The message; where packages are missing their names, and the line that installs them."""
+        """The message; if packages are missing, also their names and the command that installs them."""
         super().__init__(message)
         self.packages, self.install = tuple(packages), install
 
     def facts(self) -> dict[str, Any]:
-        """As of every error, with ``packages`` and ``install`` where packages are missing."""
+        """As for every error, plus ``packages`` and ``install`` if packages are missing."""
         named = {"packages": list(self.packages), "install": self.install} if self.packages else {}
         return super().facts() | named
 
@@ -78,18 +78,18 @@ class SystemFailure(InputError):
         self.path, self.reason = path, reason
 
     def facts(self) -> dict[str, Any]:
-        """As of every error, with ``path`` and ``reason``."""
+        """As for every error, plus ``path`` and ``reason``."""
         return super().facts() | {"path": self.path, "reason": self.reason}
 
 
 _NEXT_STEPS = {
     errno.ENOSPC: "Free some room, or choose a place on another disk.",
     errno.EDQUOT: "Free some room, or choose a place on another disk.",
-    errno.EACCES: "Choose a place that you may use, or have its permissions changed.",
-    errno.EPERM: "Choose a place that you may use, or have its permissions changed.",
+    errno.EACCES: "Choose a place that you have access to, or change its permissions.",
+    errno.EPERM: "Choose a place that you have access to, or change its permissions.",
     errno.EROFS: "Choose a place on a file system that can be written.",
-    errno.ENOTDIR: "A part of the path is a file; choose another place.",
-    errno.EEXIST: "A part of the path is a file; choose another place.",
+    errno.ENOTDIR: "Part of the path is a file; choose another place.",
+    errno.EEXIST: "Part of the path is a file; choose another place.",
     errno.EISDIR: "Give a file, not a folder.",
     errno.ENOENT: "Check the path.",
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
@@ -97,11 +97,11 @@ _NEXT_STEPS = {
 
 
 def system_failure(error: OSError, place: str | Path = "") -> SystemFailure:
-    """An error of the operating system as one of foldkv: what, where, why, and what to do next.
+    """An error of the operating system as a foldkv error: what, where, why, and what to do next.
 
     Args:
-        error: as it was raised.
-        place: what was being written or read, for errors that name no file: that of a full disk does not.
+        error: the error that was raised.
+        place: what was being read or written, for errors that name no file, such as a full disk.
     """
     named = [str(name) for name in (error.filename, error.filename2) if name not in (None, "")]
     path = " -> ".join(named) or str(place)
@@ -122,9 +122,9 @@ def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int =
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`" (did you mean 'x'?)"` for a known name that ``name`` may be a slip of, or an empty string.
+    """`" (did you mean 'x'?)"` for the known name that ``name`` may be a typo of, or an empty string.
 
-    It stands behind the name, inside a sentence. Names that merely have some letters in common are not offered.
+    It goes after the name, inside a sentence. Names that only share some letters are not offered.
     """
     import difflib
 

@@ -1,4 +1,4 @@
-"""What an artifact is, in facts: a graph package, a bundle, a report or a checkpoint; and those facts as text."""
+"""Facts about a graph package, a bundle, a report or a checkpoint, and these facts as text."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _CONTEXTS = (4096, 65536)
 
 
 def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The facts of an artifact whose files were verified by hash, or of a checkpoint from its headers.
+    """The facts of an artifact, after checking the hashes of its files, or of a checkpoint, from its headers.
 
     Args:
-        path: of the artifact, or of the checkpoint's folder.
-        allow_unknown_keys: keys of a checkpoint's config.json to ignore that would be refused.
+        path: the folder of the artifact or checkpoint.
+        allow_unknown_keys: keys of a checkpoint's config.json to ignore instead of refusing them.
 
     Raises:
         InputError: neither an artifact nor a checkpoint.
@@ -100,7 +100,7 @@ def _report_facts(path: Path) -> dict[str, Any]:
                 for key in ("headline", "notes", "not_validated", "first_divergence")
                 if key in content
             },
-            # Why a gate has its threshold is in the report itself.
+            # The reason for a gate's threshold is in the report itself.
             "gates": [{key: value for key, value in gate.items() if key != "reason"} for gate in content["gates"]],
             "metrics": dict(content["metrics"]),
             "measured": dict(content["provenance"]),
@@ -148,11 +148,11 @@ def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str
 # The facts as text: one line per fact, tables for lists of rows, sizes in units.
 
 
-_LONG = 120  # characters of a list that is written one item per line
+_LONG = 120  # a list with more characters is written one item per line
 
 
 def describe(facts: Mapping[str, Any]) -> str:
-    """Facts as lines a person reads; nested facts are indented, rows of one shape are a table."""
+    """Facts as lines for people: nested facts are indented, rows of one shape become a table."""
     return "\n".join(_lines(facts, "", ""))
 
 
@@ -178,7 +178,7 @@ def _lines(facts: Mapping[str, Any], indent: str, parent: str) -> list[str]:
 
 
 def _rows(table: Mapping[str, Any]) -> list[list[str]]:
-    """A mapping of rows of one shape, as a table; none if it is something else."""
+    """A mapping of rows of one shape, as a table; empty for anything else."""
     if not all(isinstance(row, Mapping) and row for row in table.values()):
         return []
     columns = list(next(iter(table.values())))

@@ -1,7 +1,7 @@
-"""The packages that foldkv uses: which are here, which command needs which, and what brings those that are missing.
+"""The packages that foldkv uses: which are installed, which command needs which, and how to install the missing ones.
 
-One table for the commands, ``doctor`` and the last resort of the command line, so that all of them say the same. The
-extra that brings a package and the versions it takes are read from foldkv's own metadata. Standard library only.
+The commands, ``doctor`` and the command line's last error handler use one table, so all of them say the same. Extras and
+versions of packages are read from foldkv's own metadata. Standard library only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Feature:
 
 
 _RTX, _TENSORRT, _GPU = (*_EXPORT, "tensorrt_rtx"), (*_EXPORT, "tensorrt"), ("numpy", "tokenizers", "cuda.bindings")
-#: What is not here needs nothing beside click: `plan`, `targets`, `inspect` of artifacts.
+#: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
 FEATURES = {
     "inspect checkpoints": Feature(_EXPORT),
     "export": Feature((*_EXPORT, "transformers"), "export"),
@@ -49,9 +49,9 @@ FEATURES = {
     "validate": Feature(_VALIDATE, "validate"),
     "run, beside its stages": Feature((*_EXPORT, "transformers", "pydantic"), "run"),
 }
-#: Why a package is used beside what the table above says.
+#: Packages that the table above does not list, and their uses.
 _ALSO = {"accelerate": "validate, with quantised checkpoints", "rich": "bars on a terminal"}
-#: Modules whose package has another name than they have.
+#: Modules whose package has another name.
 _PACKAGES = {"cuda": "cuda-bindings"}
 _DEVELOPMENT = "dev"
 
@@ -68,7 +68,7 @@ def purpose(module: str) -> str:
 
 
 def package_of(module: str) -> str:
-    """The name that pip has for the package of a module."""
+    """The package of a module, as pip names it."""
     top = module.split(".")[0]
     return _PACKAGES.get(top, _normalised(top))
 
@@ -129,12 +129,12 @@ def installed(module: str) -> bool:
 
 
 def missing(wanted: Iterable[str]) -> list[str]:
-    """Those modules that Python does not find."""
+    """The modules that Python does not find."""
     return [module for module in dict.fromkeys(wanted) if not installed(module)]
 
 
 def pip_line(wanted: Iterable[str]) -> str:
-    """What installs these modules: foldkv's extras, and by name what no extra brings."""
+    """The command that installs these modules: foldkv's extras, and by name the packages that are in no extra."""
     extras, plain = list[str](), list[str]()
     for module in wanted:
         extra = _requirements().get(package_of(module), ("", ""))[0]
@@ -144,23 +144,23 @@ def pip_line(wanted: Iterable[str]) -> str:
 
 
 def needed_by(command: str) -> list[str]:
-    """The modules that a command imports whatever it is given."""
+    """The modules that a command always imports."""
     tables = [feature.modules for feature in FEATURES.values() if feature.command == command]
     return [module for module in tables[0] if all(module in table for table in tables)] if command and tables else []
 
 
 def require_for(command: str) -> None:
-    """As :func:`require`, for what a command imports whatever it is given."""
+    """As :func:`require`, for what a command always imports."""
     lacking = missing(needed_by(command))
     if lacking:
         raise lacks(f"`{command}`", lacking)
 
 
 def require(feature: str, *, otherwise: str = "") -> None:
-    """Check that what a feature imports is here, before any of it is imported; ``otherwise`` is what else helps.
+    """Check that all imports of a feature are installed, before importing any. ``otherwise`` is another remedy.
 
     Raises:
-        MissingDependencyError: it is not; the message lists everything that is missing and the line that installs it.
+        MissingDependencyError: some are missing; the message lists all of them and the command that installs them.
     """
     lacking = missing(FEATURES[feature].modules)
     if lacking:
@@ -168,7 +168,7 @@ def require(feature: str, *, otherwise: str = "") -> None:
 
 
 def lacks(who: str, lacking: list[str], *, otherwise: str = "") -> MissingDependencyError:
-    """The error for modules that are not here, and that something needs."""
+    """The error for modules that ``who`` needs and that are not installed."""
     names = [package_of(module) for module in lacking]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     verb = "is" if len(names) == 1 else "are"
@@ -179,10 +179,10 @@ def lacks(who: str, lacking: list[str], *, otherwise: str = "") -> MissingDepend
 
 
 def explain(error: BaseException, feature: str) -> MissingDependencyError | None:
-    """What an error says of the packages: one is missing, or is here and cannot be imported. None if it says neither."""
+    """The package problem that an error shows: one is missing, or is installed but cannot be imported. None if neither."""
     for one in _chain(error):
         if isinstance(one, ImportError):
-            # Some packages name what they lack in the text only.
+            # Some packages name what they lack only in the text.
             words = [one.name] if one.name else re.findall(r"[A-Za-z][\w.-]*", str(one))
             for module in filter(None, map(_module, words)):
                 if not installed(module):
@@ -197,7 +197,7 @@ def explain(error: BaseException, feature: str) -> MissingDependencyError | None
 
 
 def as_user_error(error: BaseException, feature: str) -> FoldkvError | None:
-    """The error that the user can act on, or None for a fault of foldkv."""
+    """The error that the user can act on, or None for a bug in foldkv."""
     if isinstance(error, FoldkvError):
         return error
     lacking = explain(error, feature)
@@ -220,7 +220,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _module(name: str) -> str | None:
-    """The module of the table that a name belongs to, be it the name of a module below it or of its package."""
+    """The module of the table that a name belongs to. The name may be of a submodule or of the package."""
     known = {package_of(module): module for module in modules()}
     return known.get(package_of(name))
 

@@ -1,8 +1,8 @@
-"""The stages of a pipeline file, one after the other; what is unchanged is skipped.
+"""Run the stages of a pipeline file in order; unchanged stages are skipped.
 
 checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
 
-:func:`preview` says what a run would do and why, from the same questions that the run asks before each stage.
+:func:`preview` says what a run would do and why. It makes the same checks that the run makes before each stage.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FORCED = "--force"
 
 @dataclass
 class PipelineResult:
-    """Where the artifacts are, what each stage did and took (seconds), and the content of the report, empty without one."""
+    """Where the artifacts are, what each stage did and its seconds, and the report's content (empty without a report)."""
 
     graph: Path
     bundles: list[TargetResult] = field(default_factory=list)
@@ -52,18 +52,18 @@ class PipelineResult:
 
     @property
     def gates(self) -> list[dict[str, Any]]:
-        """What the gates said."""
+        """The gates with their verdicts."""
         return list(self.judged.get("gates", []))
 
     @property
     def not_validated(self) -> list[str]:
-        """Targets with a bundle that no report speaks of."""
+        """Targets with a bundle that no report covers."""
         validated = self.judged["provenance"]["target"] if self.judged else None
         return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target != validated]
 
     @property
     def exit_code(self) -> int:
-        """That of the first target that failed, else 1 if a gate failed, else 0."""
+        """The code of the first target that failed, else 1 if a gate failed, else 0."""
         code = BuildReport(self.bundles).exit_code
         return code or (EXIT_GATE_FAILED if self.passed is False else EXIT_OK)
 
@@ -74,11 +74,11 @@ class Step:
 
     Attributes:
         stage: one of :data:`STAGES`.
-        target: of a build, else "".
-        folder: of the artifact.
-        reason: why it would be made anew; "" if it is unchanged and left as it is.
-        seconds: how long that may take, or None if nothing is known.
-        bytes: what the artifact takes on disk, or None if it is small.
+        target: the target of a build, else "".
+        folder: the artifact's folder.
+        reason: why it would be made again; "" if it is unchanged.
+        seconds: how long that may take, or None if unknown.
+        bytes: the artifact's size on disk, or None if it is small.
     """
 
     stage: str
@@ -99,16 +99,16 @@ class Step:
 def run_pipeline(
     config: PipelineConfig, *, only: str | None = None, force: bool = False, progress: Say = silent
 ) -> PipelineResult:
-    """Run the stages of a pipeline; a stage whose inputs and settings are unchanged is skipped.
+    """Run the stages of a pipeline. A stage is skipped if its inputs and settings are unchanged.
 
     Args:
-        config: of the pipeline.
-        only: one stage; what it reads must be there and current.
-        force: run stages that are unchanged, too.
-        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
+        config: the pipeline file.
+        only: run only this stage; what it reads must exist and be current.
+        force: also run stages that are unchanged.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
-        FoldkvError: what cannot succeed, before the first stage starts; or what the stages raise: earlier artifacts stay.
+        FoldkvError: the run cannot succeed, raised before the first stage starts; or a stage failed: earlier artifacts stay.
     """
     work, report = _Pipeline(config, only), Progress.of(progress)
     work.check()
@@ -136,10 +136,10 @@ def preview(config: PipelineConfig, *, only: str | None = None, force: bool = Fa
     if EXPORT in work.stages:
         steps.append(_export_step(work, force))
     if BUILD in work.stages:
-        steps += _build_steps(work, force, "the graph package is made anew" if any(s.reason for s in steps) else "")
+        steps += _build_steps(work, force, "the graph package is rebuilt" if any(s.reason for s in steps) else "")
     if VALIDATE in work.stages:
         changed = [step for step in steps if step.reason and step.target in ("", config.validation.target)]
-        reason = "the bundle is made anew" if changed else _FORCED if force else work.validate_reason()
+        reason = "the bundle is rebuilt" if changed else _FORCED if force else work.validate_reason()
         steps.append(Step(VALIDATE, "", work.report, reason))
     return steps
 
@@ -152,7 +152,7 @@ def _timed(result: PipelineResult, stage: str, report: Progress, work: Callable[
 
 
 class _Pipeline:
-    """A pipeline file with what its stages ask of it."""
+    """A pipeline file, and the questions that its stages ask."""
 
     def __init__(self, config: PipelineConfig, only: str | None) -> None:
         self.config = config
@@ -164,7 +164,7 @@ class _Pipeline:
             raise InputError(f"stage {only!r} is not known; expected one of {', '.join(STAGES)}.")
         if only == VALIDATE and not config.validation.enabled:
             raise InputError(
-                "validate.enabled is false in this pipeline. Set it to true, or leave --only validate out."
+                "validate.enabled is false in this pipeline. Set it to true, or leave out --only validate."
             )
         self.only = only
         wanted = STAGES if config.validation.enabled else (EXPORT, BUILD)
@@ -187,7 +187,7 @@ class _Pipeline:
         build = self.config.build
         return {"plugins": build.plugins == "on", "layout": build.layout, "shapes": self.shapes}
 
-    # What can be known to be wrong is refused before the first stage starts.
+    # Everything that is known to fail is refused before the first stage starts.
 
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
@@ -254,7 +254,7 @@ class _Pipeline:
         require("validate", otherwise="or set validate.enabled to false")
 
     def _check_earlier(self) -> None:
-        """What the only stage reads must be what a whole run would make."""
+        """Check that what the one stage reads is what a whole run would make."""
         if reason := self.export_reason():
             raise ArtifactError(
                 f"--only {self.only} reads {self.graph}, which is not current: {reason}. Run without --only, or --only export first."
@@ -274,7 +274,7 @@ class _Pipeline:
         return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
 
     def build_reasons(self, only: str | None = None) -> dict[str, str]:
-        """By target, or of one, why its bundle is not what would be built; the graph package must be there."""
+        """Per target, or for one, why its bundle is not what would be built. The graph package must exist."""
         return reasons_to_build(self.graph, self.bundles, self.config.build.targets, only=only, **self.build_options())
 
     def plan(self) -> Plan:
@@ -292,7 +292,7 @@ class _Pipeline:
         )
 
     def validate_key(self) -> str:
-        """What a report is made for, as JSON."""
+        """What a report depends on, as JSON."""
         from foldkv.validation.baseline import read_report
 
         wanted = self.config.validation
@@ -307,7 +307,7 @@ class _Pipeline:
         return json.dumps(key, sort_keys=True)
 
     def validate_reason(self) -> str:
-        """Why the report is not what would be measured; "" if it is. The bundle must be there."""
+        """Why the report is not what would be measured; "" if it is. The bundle must exist."""
         from foldkv.validation.baseline import KIND
 
         reason, manifest = reason_to_replace(self.report, kind=KIND)
@@ -338,7 +338,7 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
         if made["tool_versions"].get(name) != new
     ]
     if not changes and made["spec"] != graph_spec(wanted.profile):
-        changes.append("this foldkv exports in another way")
+        changes.append("this foldkv exports differently")
     return "; ".join(changes) or _checkpoint_changes(source, graph, made, wanted.weights)
 
 
@@ -346,7 +346,7 @@ def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any]
     from foldkv.export.checkpoint import model_facts
     from foldkv.export.graph import CONFIG, same_files
 
-    # Of weights that stay as they are stored headers are known only; a file that was replaced is another file.
+    # For weights kept as stored only the headers are hashed; a replaced file is found below.
     expected = source.digest() if weights == "float32" else source.identity()
     if made["inputs"]["checkpoint"]["sha256"] != expected:
         old = json.loads((graph / CONFIG).read_text())
@@ -423,7 +423,7 @@ def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Pr
     wanted = work.config.validation
     if reason := _FORCED if force else work.validate_reason():
         progress(reason)
-    # Asked in any case: what was built beside the bundle since then stands in the report too.
+    # Always called: the report also lists what has been built beside the bundle since.
     found = validate(
         work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
         threads=wanted.threads, keep=not force, key=work.validate_key(),

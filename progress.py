@@ -1,6 +1,6 @@
-"""What long work tells whoever waits for it: lines, how much is done, how long it may take. Standard library only.
+"""Progress of long work: lines, how much is done, how long it may take. Standard library only.
 
-Functions take any callable of one line, ``print`` for example, and make a :class:`Progress` of it with
+Functions take any callable of one line, for example ``print``, and turn it into a :class:`Progress` with
 :meth:`Progress.of`. The command line gives them one that shows bars and times.
 """
 
@@ -18,10 +18,10 @@ class Sink(Protocol):
     """Shows what happens. Parts of the work have names; the whole is the part "". Called from several threads."""
 
     def line(self, part: str, text: str) -> None:
-        """A step of a part begins, or something is to be told."""
+        """A step of a part begins, or there is something to report."""
 
     def steps(self, part: str, done: float, total: float, unit: str) -> None:
-        """So much of the part's current step is done; ``unit`` is a plural, or "bytes"."""
+        """``done`` of ``total`` of the part's current step is done; ``unit`` is a plural, or "bytes"."""
 
     def expect(self, part: str, low: float, high: float) -> None:
         """The part took between ``low`` and ``high`` seconds in comparable runs."""
@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class _Lines:
-    """Lines for a plain callable, which learns nothing else."""
+    """Passes lines on to a plain callable, and nothing else."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -53,12 +53,12 @@ class Progress:
     """Reports on a piece of work. Calling it with a line says what begins now."""
 
     def __init__(self, sink: Sink, part: str = "") -> None:
-        """Reports of the part ``part`` to ``sink``."""
+        """Report on the part ``part`` to ``sink``."""
         self._sink, self._part = sink, part
 
     @staticmethod
     def of(say: Say) -> Progress:
-        """``say`` itself if it is one of these, else one that passes lines on to it."""
+        """``say`` itself if it is a Progress, else one that passes lines on to it."""
         return say if isinstance(say, Progress) else Progress(_Lines(say))
 
     def __call__(self, line: str) -> None:
@@ -66,7 +66,7 @@ class Progress:
         self._sink.line(self._part, line)
 
     def steps(self, done: float, total: float, unit: str = "") -> None:
-        """Say how much is done: of so many things of a kind, a plural such as "texts", or of so many ``BYTES``."""
+        """Say how much is done. ``unit`` is a plural such as "texts", or ``BYTES``."""
         self._sink.steps(self._part, done, total, unit)
 
     def expect(self, low: float, high: float) -> None:
@@ -75,7 +75,7 @@ class Progress:
 
     @contextmanager
     def part(self, name: str) -> Iterator[Progress]:
-        """Reports on a part of the work, which has a bar of its own; parts may run at once."""
+        """A Progress for one part of the work, with its own bar. Parts may run at the same time."""
         part = f"{self._part}: {name}" if self._part else name
         try:
             yield Progress(self._sink, part)
@@ -84,4 +84,4 @@ class Progress:
 
 
 def silent(line: str) -> None:
-    """Says nothing: what library functions do unless they are given something to say it to."""
+    """Says nothing: the default of library functions."""

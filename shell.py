@@ -1,7 +1,7 @@
-"""What is around every command: errors and their exit codes, signals, warnings, and the display of progress.
+"""What all commands share: errors and their exit codes, signals, warnings, and the display of progress.
 
-An error is one message on stderr; with ``--json`` it is an object on stdout as well. A signal ends the process within two
-seconds, whatever native code does, with its children, and leaves nothing half-written.
+An error is one message on stderr; with ``--json`` it is also an object on stdout. A signal ends the process and its children
+within two seconds, even during native code, and leaves nothing half-written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _UNWIND = 1.0  # seconds that the main thread has to clean up after a signal
-_THREADS = 0.5  # and those that its threads have once their children are gone
+_THREADS = 0.5  # seconds that its threads have after their children have ended
 _EVERY = 30.0  # seconds between two lines of a log on how much is done
 _LABEL = 44  # characters of a bar's label
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -45,7 +45,7 @@ class Command(click.Command):
     """A command that says what packages it lacks before it does anything."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does it."""
+        """As in click."""
         name = self.name or ""
         require_for(name)
         if "torch" in needed_by(name):  # takes seconds, on a busy machine many
@@ -80,19 +80,19 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does it; the shell learns what runs."""
+        """As in click; tells the shell which command runs."""
         found = super().resolve_command(ctx, args)
         if Shell.current is not None:
             Shell.current.starts(found[0] or "", bool(ctx.params.get("verbose")))
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As click does it, without what it prints of its own on an interrupt."""
+        """As in click, but without click's own message on an interrupt."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise _Interrupted from None
-        except EOFError as error:  # click takes it for an answer that was not given
+        except EOFError as error:  # click would take it for an unanswered prompt
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
@@ -101,7 +101,7 @@ class _Interrupted(Exception):
 
 
 class Shell:
-    """One command line that runs: what it was asked, what it shows, and how it ends."""
+    """One running command line: what it was asked, what it shows, and how it ends."""
 
     current: Shell | None = None
 
@@ -142,7 +142,7 @@ class Shell:
         return error.exit_code
 
     def failed(self, error: Exception) -> int:
-        """Show an error, and say what exit code it has."""
+        """Show an error and return its exit code."""
         self.display.stop()
         if self.verbose:
             traceback.print_exception(error)
@@ -157,7 +157,7 @@ class Shell:
         return known.exit_code
 
     def interrupted(self) -> int:
-        """End what a signal has interrupted. Returns only where no signal came, as in tests."""
+        """End a command that a signal interrupted. Returns only if no signal came, as in tests."""
         received = self._signals.received
         if received is not None:
             self._end(received)
@@ -165,7 +165,7 @@ class Shell:
         return EXIT_SIGNAL + signal.SIGINT
 
     def _end(self, signum: int) -> None:
-        """End this process and its children now. Interpreter and threads get no say: native code may hold them."""
+        """End this process and its children now, without the interpreter: native code may block it and the threads."""
         self.display.silence()
         _kill_children()
         deadline = time.monotonic() + _THREADS
@@ -178,7 +178,7 @@ class Shell:
 
     def _say_interrupted(self, signum: int) -> None:
         self.display.stop()
-        text = f"interrupted by {signal.Signals(signum).name}; what was unfinished is removed."
+        text = f"interrupted by {signal.Signals(signum).name}; unfinished output was removed."
         with contextlib.suppress(OSError, ValueError):
             click.echo(text, err=True)
             self._print_json("Interrupted", text, EXIT_SIGNAL + signum)
@@ -188,17 +188,17 @@ class Shell:
         self._print({"type": kind, "message": message, "exit_code": code})
 
     def _print(self, facts: dict[str, Any]) -> None:
-        """The error as JSON, if that was asked for, and if stdout takes it: it may be what failed."""
+        """Print the error as JSON if that was asked for. stdout may be what failed, so errors of it are ignored."""
         try:
             if self.as_json:
                 click.echo(json.dumps({"error": facts}, indent=2, ensure_ascii=False))
             sys.stdout.flush()
-        except OSError:  # or Python would try again at its end, and exit with a code of its own
+        except OSError:  # otherwise Python tries again at exit, and changes the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     @contextlib.contextmanager
     def _messages(self) -> Iterator[None]:
-        """Warnings of foldkv on stderr; those that packages give to each other's authors only with -v."""
+        """Show warnings of foldkv on stderr, and those meant for authors of packages only with -v."""
         root, own = logging.getLogger(), logging.getLogger("foldkv")
         handler, level, show = _Handler(self), own.level, warnings.showwarning
         root.addHandler(handler)
@@ -216,13 +216,13 @@ class Shell:
         line: str | None = None,
     ) -> None:  # fmt: skip
         own = Path(filename).is_relative_to(Path(__file__).parent)
-        # Numbers that overflow matter, whoever computes them.
+        # An overflow matters, whichever package computes it.
         if own or self.verbose or issubclass(category, RuntimeWarning):
             self.display.print(f"warning: {message}" + (f" ({filename}:{lineno})" if self.verbose or not own else ""))
 
 
 class _Handler(logging.Handler):
-    """Shows records of foldkv from warnings on, with -v from info on; of other packages errors, with -v warnings."""
+    """Shows log records: of foldkv from warnings up (with -v info), of other packages from errors up (with -v warnings)."""
 
     def __init__(self, shell: Shell) -> None:
         super().__init__()
@@ -247,11 +247,11 @@ class _Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            return self  # signals are the main thread's
+            return self  # only the main thread handles signals
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # Python runs handlers between two steps of the main thread, which native code can hold up. The number is written
-        # to the pipe at once.
+        # Python runs handlers only between two steps of the main thread, and native code can delay those. The number is
+        # written to the pipe at once.
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for signum in _SIGNALS:
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, or a job in the background
@@ -272,7 +272,7 @@ class _Signals:
         os.close(self._write)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is None:  # those after it must not disturb the cleaning up
+        if self.received is None:  # later signals must not disturb the cleanup
             self.received = signum
             raise KeyboardInterrupt
 
@@ -284,7 +284,7 @@ class _Signals:
 
 
 def _kill_children() -> None:
-    """End every process that comes from this one, but for that of Python which removes its semaphores afterwards."""
+    """End every descendant of this process, except Python's resource tracker, which removes semaphores afterwards."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -304,7 +304,7 @@ def _kill_children() -> None:
 
 
 def progress() -> Progress:
-    """Reports to the display of the command that runs: bars and times on a terminal, lines with their time in a log."""
+    """Progress on the display of the running command: bars and times on a terminal, lines with a time in a log."""
     return Progress(Shell.current.display if Shell.current is not None else Display())
 
 
@@ -320,7 +320,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 class _Part:
-    """What is known of a part of the work; times in seconds of the display's clock."""
+    """What is known about a part of the work; times in seconds of the display's clock."""
 
     def __init__(self, name: str, now: float) -> None:
         self.name, self.text, self.start = name, "", now
@@ -330,7 +330,7 @@ class _Part:
         self.told = now
 
     def share(self, now: float) -> float | None:
-        """How much is done, from 0 to 1: counted, or guessed from earlier runs; None if nobody knows."""
+        """How much is done, from 0 to 1: counted, or estimated from earlier runs; None if unknown."""
         if self.total:
             return min(1.0, self.done / self.total)
         if self.expected:
@@ -358,10 +358,10 @@ class _Part:
 
 
 class Display:
-    """The sink of the command line, on stderr: stdout stays for results."""
+    """The sink of the command line, on stderr: stdout is for results."""
 
     def __init__(self, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
-        """To ``stream``, by default stderr, with a clock in seconds."""
+        """Show on ``stream`` (default: stderr); ``now`` is a clock in seconds."""
         self._stream, self._now = stream, now
         self._start = now()
         self._parts: dict[str, _Part] = {}
@@ -404,7 +404,7 @@ class Display:
             self._parts.pop(part, None)
 
     def print(self, text: str) -> None:
-        """One line, above what is live."""
+        """Print one line, above the bars."""
         with self._lock:
             if self._silent:
                 return
@@ -414,7 +414,7 @@ class Display:
                 click.echo(text, file=self._stream or sys.stderr)
 
     def stop(self) -> None:
-        """Take the bars away; the next report brings them back."""
+        """Remove the bars; the next report brings them back."""
         with self._lock:
             live, self._live = self._live, None
             if live is not None:
@@ -422,7 +422,7 @@ class Display:
                 sys.stdout = self._stdout
 
     def silence(self) -> None:
-        """Stop, and say nothing more: what threads still report is of no interest."""
+        """Stop and show nothing more, whatever threads still report."""
         self._silent = True
         if self._lock.acquire(timeout=0.2):
             self.stop()
@@ -463,7 +463,7 @@ class Display:
 
 
 class _Stdout:
-    """Stdout that takes the bars away before a result is written to the same terminal."""
+    """Stdout that removes the bars before a result is written to the same terminal."""
 
     def __init__(self, stream: TextIO, display: Display) -> None:
         self._stream, self._display = stream, display

@@ -8,7 +8,7 @@ _TOKENS = {"k": 1 << 10, "m": 1 << 20}
 
 
 def read_tokens(value: Any) -> int:
-    """A number of tokens: 4096, "4096", "64k" or "1M" (powers of 1024). The command line and pipeline files read it so.
+    """A number of tokens: 4096, "4096", "64k" or "1M" (powers of 1024). The command line and pipeline files use it.
 
     Raises:
         ValueError: it is something else, or less than 1; the message says what was expected.

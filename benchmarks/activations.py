@@ -58,7 +58,7 @@ def chunk_bytes(bundle: Path, batch: int, chunk: int, context: int) -> int:
 
     run(1, 0)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # restart the peak
     run(chunk, context - chunk)
     return _status("VmHWM") - before
 

@@ -2,7 +2,7 @@
 
 ``python benchmarks/decode.py BUNDLE CHECKPOINT -o benchmarks/results/decode-cpu.json``. At every context both
 are filled with the same tokens and then take turns: one step of ours, one of theirs, so that noise of the
-machine meets both. Medians are quoted, and ratios rather than times mean something on a shared machine.
+machine affects both. Medians are quoted; on a shared machine ratios mean more than times.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One routed-experts layer at the width of V4-Flash with 8, 64 and 256 experts, six chosen, on the CPU.
 
 ``python benchmarks/experts.py -o benchmarks/results/experts-cpu.json``. Weights are packed e2m1 in a file that ONNX Runtime
-maps: random bytes, for look-ups of bytes that are all alike are several times as fast. Measured are a decode step and a
+maps. They are random bytes, because look-ups of equal bytes are several times as fast. Measured are a decode step and a
 chunk of tokens, whose experts are decoded once each. Every count is a process of its own; turns are taken in rounds, and the
 figure is the median of all. Peak memory counts the pages of the file that were read. ``benchmarks/moe.py`` measures models.
 """

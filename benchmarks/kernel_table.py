@@ -1,4 +1,4 @@
-"""Write docs/kernels.md: what every kernel of the models takes of every GPU, read off what was compiled. No GPU needed.
+"""Write docs/kernels.md: what every kernel of the models takes on every GPU, read from what was compiled. No GPU needed.
 
 ``python benchmarks/kernel_table.py`` compiles every kernel for every compute capability; a test compares the page
 with kernels that it compiles itself.

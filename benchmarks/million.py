@@ -1,8 +1,8 @@
 """A CPU bundle at up to 1,048,576 tokens: memory, prefill, decode latency, and values retrieved from chosen depths.
 
-``python benchmarks/million.py BUNDLE CHECKPOINT -o benchmarks/results/million-cpu.json``. Every context is a process of its own,
-whose peak memory is that of nothing else. The last one holds the states of the shorter contexts too, made on the way, and
-decodes at all of them in turns, so that noise of a shared machine meets all alike. transformers reads the same tokens up to
+``python benchmarks/million.py BUNDLE CHECKPOINT -o benchmarks/results/million-cpu.json``. Every context has a process of its own, so
+its peak memory is not mixed with others. The last one holds the states of the shorter contexts too, made on the way, and
+decodes at all of them in turns, so that noise of a shared machine affects all of them equally. transformers reads the same tokens up to
 ``--reference`` of them; beyond, the PyTorch modules that tests compare with transformers go on from the state that was reached.
 """
 

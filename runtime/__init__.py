@@ -1,7 +1,7 @@
 """Decoding from a bundle: sessions, sampling, text, state. Needs neither torch nor onnx.
 
-What a service needs is imported from here; each name loads its module when it is first used, and ONNX Runtime, TensorRT and
-tokenizers are loaded when something is opened with them.
+Services import what they need from here. Each name loads its module on first use; ONNX Runtime, TensorRT and tokenizers are
+loaded when something that needs them is opened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from foldkv.runtime.text import stream_text as stream_text
     from foldkv.runtime.tokenizer import Tokenizer as Tokenizer
 
-#: Public name to the module that has it.
+#: From a public name to its module.
 _HOMES = {
     "Bundle": "bundle", "Completion": "text", "GREEDY": "sampling", "Sampling": "sampling", "Session": "session",
     "Snapshot": "session", "TextStream": "detokenizer", "TokenStream": "session", "Tokenizer": "tokenizer",

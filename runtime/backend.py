@@ -1,8 +1,8 @@
-"""Executors: run one chunk of a graph over state that stays where it is.
+"""Executors: run one chunk of a graph over state that stays in place.
 
-The ONNX Runtime executor binds one buffer per state tensor as ``past.X`` and as ``present.X``, so that
-the caches are updated in place and never copied; the small inputs and the logits live in fixed buffers
-too, rebound only when the shape of a chunk changes.
+The ONNX Runtime executor binds one buffer per state tensor as ``past.X`` and as ``present.X``, so the caches
+are updated in place and never copied. The small inputs and the logits also have fixed buffers, which are
+rebound only when the shape of a chunk changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class Executor(Protocol):
-    """What a session needs of a backend."""
+    """What a session needs from a backend."""
 
     def run(
         self,
@@ -39,19 +39,19 @@ class Executor(Protocol):
         """Feed one chunk and update the state in place.
 
         Args:
-            input_ids: [B, S]; what lies beyond ``num_tokens`` is padding.
-            positions: [B] tokens that the state holds.
+            input_ids: [B, S]; tokens after ``num_tokens`` are padding.
+            positions: [B] tokens that are in the state.
             num_tokens: [B] valid tokens of the chunk, 0 to S.
-            active_context: a bound of ``positions + num_tokens``.
+            active_context: an upper bound of ``positions + num_tokens``.
             logit_indices: [B, L] offsets in the chunk that get logits.
-            trim: give memory that only this chunk needed back to the system.
+            trim: return memory that only this chunk needed to the system.
 
         Returns:
             Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES.
         """
 
     def forget(self) -> None:
-        """Clear what the buffers of inputs and logits hold of the last chunk."""
+        """Clear the last chunk from the buffers of inputs and logits."""
 
     def close(self) -> None:
         """Free what the executor holds."""
@@ -142,7 +142,7 @@ class OnnxRuntimeExecutor:
         self._binding = self._session = None
 
     def _fit(self, chunk: int, kept: int) -> None:
-        """Buffers for a chunk of that length and that many logits; the same ones while the shape stays."""
+        """Make buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
         names = self._bundle.io
         if self._input_ids.shape[1] != chunk:
             self._input_ids = np.zeros((self._batch, chunk), np.int64)
@@ -164,7 +164,7 @@ def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    # Sizes depend on how much context is in use, so that a pattern of one run does not fit the next.
+    # Sizes depend on how much context is in use, so the pattern of one run does not fit the next.
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = True
     try:
@@ -172,7 +172,7 @@ def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
     except Exception as error:
         raise ArtifactError(
             f"{model} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}. "
-            "Make the bundle again, or with a version that fits."
+            "Make the bundle again, or use another version of ONNX Runtime."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""From a bundle folder to a :class:`Bundle`: manifest read, checked against its schema, files hashed.
+"""Load a bundle folder as a :class:`Bundle`: read the manifest, check it, hash the files.
 
-Refuses, before anything of the bundle is used, what is damaged, incomplete, changed or of another
-version. Knows which backend a bundle needs and says what is missing for it.
+A bundle that is damaged, incomplete, changed or of another version is refused before any of it is used.
+:func:`require_backend` says what is missing for the backend that a bundle needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foldkv.runtime.state import StateSpec
 
 KIND = "foldkv.bundle"
 ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"
-#: Backend of an engine to the module that runs it, which is also the name of its distribution.
+#: From an engine's backend to its module, which is also the name of its distribution.
 ENGINE_MODULES = {TENSORRT_RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 BACKENDS = (ONNXRUNTIME, TENSORRT_RTX, TENSORRT)
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the runtime must know of the model."""
+    """What the runtime must know about the model."""
 
     architecture: str
     vocab_size: int
@@ -40,7 +40,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class GraphNames:
-    """Names of the graph's inputs and of its logits output; state tensors carry their own."""
+    """Names of the graph's inputs and of its logits output; state tensors have their own names."""
 
     input_ids: str  # [B, S] int64
     positions: str  # [B] int32
@@ -87,8 +87,8 @@ def load_bundle(folder: Path, *, verify: bool = True) -> Bundle:
 
     Args:
         folder: a folder written by ``foldkv build``.
-        verify: compare every file's sha256 with the manifest. Leave it on before a file is used; off is
-            for reading facts.
+        verify: compare every file's sha256 with the manifest. Turn it off only to read facts, not
+            to use the files.
 
     Raises:
         ArtifactError: the bundle is damaged, incomplete, changed or of another version.
@@ -133,7 +133,7 @@ def require_backend(bundle: Bundle) -> None:
 
 
 def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
-    # A graph names its weight file itself: a file that no hash vouches for must not lie within its reach.
+    # A graph names its weight file itself, so it must not be able to reach a file that has no hash.
     listed = {MANIFEST, *manifest["files"]}
     present = {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
@@ -141,7 +141,7 @@ def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
     extra = sorted(present - listed)
     if extra:
         raise ArtifactError(
-            listing(f"{folder} holds files that its manifest does not name", [repr(name) for name in extra],
+            listing(f"{folder} contains files that its manifest does not list", [repr(name) for name in extra],
                     "Remove them, or make the bundle again.")
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Text of tokens that arrive one by one: the pieces together are what decoding all tokens at once gives.
+"""Decode tokens that arrive one by one. The pieces together equal the text of all tokens decoded at once.
 
 A tokenizer's decoder is a chain of steps, each from tokens to tokens. Here each step takes its tokens piece by piece and gives
 out what no later token can change. So nothing is decoded twice: the time of a token does not depend on how many came before.
@@ -26,15 +26,15 @@ Piece = tuple[str, bool]
 class TextStream:
     """A decoder for one sequence of tokens; see :meth:`foldkv.runtime.tokenizer.Tokenizer.stream`.
 
-    Text that a later token could still change is held back: the first bytes of a character, and whatever else the decoder of
-    the tokenizer looks at together (with byte fallback a run of single bytes, which is text or no text as a whole).
+    Text that a later token could still change is held back: the first bytes of a character, and whatever else the tokenizer's
+    decoder reads together. With byte fallback that is a run of single bytes, which is valid text only as a whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
-        """``prompt`` are tokens before the first one: they are context, and their text is not given out."""
+        """``prompt`` is the tokens before the first one. They are context; their text is not given out."""
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._steps = decoder_steps(tokenizer.decoder)
-        self._held: list[int] = []  # every token, where the decoder is not known
+        self._held: list[int] = []  # every token, if the decoder is not known
         self._sent = 0
         if self._steps is None:
             self._held = list(prompt)
@@ -46,12 +46,12 @@ class TextStream:
         """The text that the token makes final; often a word, sometimes nothing.
 
         Raises:
-            InputError: ``token`` is no token id.
+            InputError: ``token`` is not a token id.
         """
         return self._feed((token,))
 
     def finish(self) -> str:
-        """What is still held back, with U+FFFD for a character that never became complete. The stream is then as new."""
+        """The text still held back, with U+FFFD for an incomplete character. Afterwards the stream is like new."""
         if self._steps is None:
             rest = self._tokenizer.decode(self._held, skip_special_tokens=self._skip)[self._sent :]
         else:
@@ -76,7 +76,7 @@ class TextStream:
 
 
 def possible_start(text: str, marks: Iterable[str]) -> int:
-    """Characters at the end of a text that may be the start of a mark: the most that are the start of one and not all of it."""
+    """How many characters at the end of a text may be the start of a mark (not the whole mark): the most that match."""
     longest = 0
     for mark in marks:
         for count in range(min(len(mark) - 1, len(text)), longest, -1):
@@ -95,8 +95,8 @@ def decoder_steps(decoder: Any) -> list[Step] | None:
         kind = str(facts.get("type"))
         if kind not in _STEPS:
             _log.warning(
-                "the tokenizer has a decoder of the type %s, which this version does not read piece by piece: "
-                "text comes at the end, and not as it is written.", kind
+                "the tokenizer has a decoder of the type %s, which this version cannot read piece by piece: "
+                "the whole text comes at the end.", kind
             )  # fmt: skip
             return None
         steps.append(_STEPS[kind](facts))
@@ -111,7 +111,7 @@ class Step(Protocol):
     """One decoder of the chain."""
 
     def feed(self, pieces: Iterable[Piece], *, end: bool = False) -> list[Piece]:
-        """What is final after more pieces; ``end`` says that no token comes after them."""
+        """The pieces that are final after these; ``end`` means that no token follows."""
 
 
 class _PerToken:
@@ -147,7 +147,7 @@ class _Spaced(_PerToken):
 
 
 class _Library(_PerToken):
-    """The library's own decoder on single tokens; with ``apart`` the first one is decoded otherwise than those after it."""
+    """The library's own decoder on single tokens; with ``apart`` the first one is decoded differently from the rest."""
 
     def __init__(self, facts: dict[str, Any], *, apart: bool = True) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Library(_PerToken):
 
 
 class _Ctc(_Library):
-    """Equal neighbours are one token, and tokens that become empty are none."""
+    """Equal neighbours count as one token; tokens that become empty are dropped."""
 
     _last: str | None = None
 
@@ -175,7 +175,7 @@ class _Ctc(_Library):
 
 
 class _Suffix(_PerToken):
-    """BPEDecoder: the suffix of a word is a space, but after the last token."""
+    """BPEDecoder: the suffix of a word becomes a space, except after the last token."""
 
     def __init__(self, facts: dict[str, Any]) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class _Suffix(_PerToken):
 
 
 class _ByteFallback(_PerToken):
-    """A run of byte tokens is their text if all of it is UTF-8, else one replacement character per byte."""
+    """A run of byte tokens becomes text if all of it is UTF-8, else one replacement character per byte."""
 
     def __init__(self, _: dict[str, Any]) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class _ByteFallback(_PerToken):
 
 
 class _ByteLevel(_PerToken):
-    """Characters of tokens are bytes; all tokens are one text, with a replacement character for what is no UTF-8."""
+    """Characters of tokens are bytes; all tokens are one text, with a replacement character for what is not UTF-8."""
 
     def __init__(self, _: dict[str, Any]) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class _ByteLevel(_PerToken):
     def _token(self, text: str) -> list[Piece]:
         try:
             data = bytes([_BYTE_OF[character] for character in text])
-        except KeyError:  # a token that was added to the vocabulary as it is
+        except KeyError:  # a token that was added to the vocabulary as plain text
             data = text.encode()
         return [(self._utf8.decode(data), False)]
 
@@ -240,7 +240,7 @@ class _Fuse:
 
 
 class _Strip:
-    """Up to ``start`` and ``stop`` times a character at the ends of a token goes."""
+    """Removes a character at the ends of a token, up to ``start`` and ``stop`` times."""
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self._content, self._start, self._stop = facts["content"], facts["start"], facts["stop"]
@@ -262,7 +262,7 @@ class _Strip:
 
 
 class _Replace:
-    """A text within a token becomes another one."""
+    """Replaces a text within a token."""
 
     def __init__(self, pattern: str, content: str) -> None:
         self._pattern, self._content, self._held = pattern, content, ""
@@ -283,7 +283,7 @@ def _replace(facts: dict[str, Any]) -> Step:
     return _Replace(pattern, facts["content"]) if pattern else _Library(facts, apart=False)
 
 
-#: From the type of a decoder to the step that does what it does.
+#: From the type of a decoder to the step that replaces it.
 _STEPS: dict[str, Any] = {
     "BPEDecoder": _Suffix, "ByteFallback": _ByteFallback, "ByteLevel": _ByteLevel, "CTC": _Ctc, "Fuse": _Fuse,
     "Metaspace": _Library, "Replace": _replace, "Strip": _Strip, "WordPiece": _Library,

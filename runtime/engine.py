@@ -1,12 +1,11 @@
-"""Run a bundle's TensorRT or TensorRT-RTX engine: state on the GPU; neither torch nor Triton.
+"""Run a bundle's TensorRT or TensorRT-RTX engine with its state on the GPU. Needs neither torch nor Triton.
 
-The engine's plugins launch the kernels that the bundle carries. Of state that a plugin updates, ``past.X`` and ``present.X`` are
-one buffer, as its alias wants it. What a function body computes is compiled for inputs and outputs that do not overlap:
-there they are two buffers, which change places after every run. Small inputs and the logits go through buffers that are made
-once per shape.
+The engine's plugins launch the bundle's kernels. State that a plugin updates has one buffer for ``past.X`` and ``present.X``,
+as the plugin's alias requires. Function bodies are compiled for inputs and outputs that do not overlap, so the state that they
+write has two buffers, which are swapped after every run. Small inputs and the logits go through buffers that are made once per
+shape.
 
-Every call makes the GPU's context current for the thread that it comes from, so that a session may be opened on one thread and
-used on another.
+Every call makes the GPU's context current for the calling thread, so a session may be opened in one thread and used in another.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _WRITERS = {
 }  # fmt: skip
 
 
-#: Gets every message of the library, at the level that it has there.
+#: Gets every message of the library, at the same level.
 log = logging.getLogger("foldkv.engine")
 _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING, "INFO": logging.INFO,
            "VERBOSE": logging.DEBUG}  # fmt: skip
@@ -48,9 +47,9 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 
 @functools.cache
 def library_logger(trt: Any) -> Any:
-    """What ``tensorrt`` or ``tensorrt_rtx`` logs through, one per process: the library keeps the first that it was given.
+    """The logger for ``tensorrt`` or ``tensorrt_rtx``. There is one per process, because the library keeps the first one.
 
-    Messages go to the logger ``foldkv.engine``; ``reasons()`` gives the last errors as one text, and forgets them.
+    Messages go to the logger ``foldkv.engine``; ``reasons()`` returns the last errors as one text, and clears them.
     """
 
     class Messages(trt.ILogger):  # type: ignore[misc]
@@ -73,7 +72,7 @@ def library_logger(trt: Any) -> Any:
 
 
 def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
-    """Names of the state tensors whose writer is one of the operators ``plugins``; the others are a function body's to write."""
+    """Names of the state tensors whose writer is one of the operators ``plugins``; function bodies write the others."""
     online = {tensor.layer for tensor in spec.tensors if tensor.group == "carry"}
     names = set()
     for tensor in spec.tensors:
@@ -86,9 +85,9 @@ def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
 
 
 class DeviceBuffers:
-    """The state in GPU memory: one contiguous buffer per tensor, and a second one where it is not updated in place.
+    """The state in GPU memory: one contiguous buffer per tensor, and a second one if it is not updated in place.
 
-    ``addresses`` is where the state lies, ``targets`` where the next run writes it.
+    ``addresses`` is where the state is, ``targets`` where the next run writes it.
     """
 
     def __init__(self, device: Device, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
@@ -110,7 +109,7 @@ class DeviceBuffers:
                     need = sum(one.bytes(context, batch) for one, _ in places)
                     raise InputError(
                         f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
-                        "which the GPU cannot give. Choose a smaller context or batch."
+                        "which the GPU cannot allocate. Choose a smaller context or batch."
                     )
                 addresses[tensor.name] = int(address)
                 self._fill(tensor, int(address), batch * tensor.capacity(context))
@@ -127,12 +126,12 @@ class DeviceBuffers:
         return self.addresses | self._second
 
     def written(self) -> None:
-        """A run has written the state: where it wrote is where the state lies now."""
+        """A run has written the state: swap the buffers, so that the state is where the run wrote it."""
         for name, address in self._second.items():
             self._second[name], self.addresses[name] = self.addresses[name], address
 
     def clear(self, slot: int, tokens: int) -> None:
-        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again, in both buffers."""
+        """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written, in both buffers."""
         with self._device.current():
             for addresses in (self.addresses, self._second):
                 for tensor in self.spec.tensors:
@@ -148,7 +147,7 @@ class DeviceBuffers:
             )
 
     def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` gave back, into the same slots."""
+        """Write what :meth:`copy_used` returned into the same slots."""
         with self._device.current():
             for slot, rows in enumerate(copies):
                 for tensor, copy in zip(self.spec.tensors, rows, strict=True):
@@ -189,7 +188,7 @@ class EngineExecutor:
 
         Raises:
             ArtifactError: the engine cannot be deserialised, or is not the one that the manifest describes.
-            InputError: context or batch lie outside of what the engine was built for, or the state does not fit.
+            InputError: context or batch are outside of what the engine was built for, or the state does not fit.
             MissingDependencyError: the library is of another version than the engine.
         """
         _check_shapes(bundle, context, batch)
@@ -204,7 +203,7 @@ class EngineExecutor:
             self._opened = opened.pop_all()
 
     def _open(self, context: int, batch: int, opened: contextlib.ExitStack) -> None:
-        """Load and allocate; what is to be given back again goes to ``opened``."""
+        """Load and allocate; ``opened`` collects what must be freed."""
         driver, bundle = self._driver, self._bundle
         trt = _library(bundle)
         table = bundle.manifest.get("kernels")
@@ -214,7 +213,7 @@ class EngineExecutor:
         self._logger = library_logger(trt)
         opened.callback(self._drop_engine)
         self._runtime = trt.Runtime(self._logger)
-        self._logger.reasons()  # of an engine before this one
+        self._logger.reasons()  # forget errors of an earlier engine
         self._engine = self._runtime.deserialize_cuda_engine(bundle.engine.read_bytes())
         if self._engine is None:
             raise ArtifactError(
@@ -248,7 +247,7 @@ class EngineExecutor:
         *,
         trim: bool = False,
     ) -> FloatArray:
-        """See :meth:`foldkv.runtime.backend.Executor.run`; ``trim`` means nothing here.
+        """See :meth:`foldkv.runtime.backend.Executor.run`; ``trim`` has no effect here.
 
         Raises:
             FoldkvError: the engine failed; the state may be half updated.
@@ -322,7 +321,7 @@ class EngineExecutor:
             self._execution = self._engine = self._runtime = None
 
     def _bind(self, tensors: Sequence[StateTensor]) -> None:
-        """Let the next run read and write these tensors where the buffers are."""
+        """Bind these tensors to their buffers for the next run."""
         targets = self.buffers.targets
         for tensor in tensors:
             self._execution.set_tensor_address(tensor.input, self.buffers.addresses[tensor.name])
@@ -336,7 +335,7 @@ class EngineExecutor:
             )
 
     def _space(self, name: str, size: int) -> int:
-        """A device buffer of at least that many bytes, bound to a tensor."""
+        """A device buffer of at least this many bytes, bound to a tensor."""
         address, held = self._small.get(name, (0, 0))
         if held < size:
             if address:
@@ -353,7 +352,7 @@ def _library(bundle: Bundle) -> Any:
     wanted, found = bundle.manifest["tool_versions"].get(bundle.backend), importlib.metadata.version(module)
     if wanted != found:
         raise MissingDependencyError(
-            f"the engine in {bundle.folder} was built by {bundle.backend} {wanted}; installed is {found}. "
+            f"the engine in {bundle.folder} was built by {bundle.backend} {wanted}; {found} is installed. "
             f"Run `pip install {module}=={wanted}`, or build the bundle again."
         )
     return importlib.import_module(module)

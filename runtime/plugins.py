@@ -1,7 +1,7 @@
-"""What a bundle says of its plugins, checked against the plugins of this version before an engine is deserialised.
+"""Check a bundle's plugins against those of this version, before an engine is deserialised.
 
-An engine calls plugins by name and launches kernels from the bundle: both must be exactly those that the manifest was
-written for, or the engine would compute something else, or run code that no hash vouches for.
+An engine calls plugins by name and launches kernels from the bundle. Both must be exactly those that the manifest was
+written for. Otherwise the engine would compute something else, or run code that has no hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def plugin_findings(manifest: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with the tables ``plugins`` and ``kernels`` of a bundle's manifest."""
     plugins, kernels = manifest.get("plugins", []), manifest.get("kernels")
     if not isinstance(plugins, list) or not all(isinstance(row, dict) for row in plugins):
-        return ["plugins is no list of tables"]
+        return ["plugins is not a list of tables"]
     if not plugins:
         return [] if kernels is None else ["kernels are listed without a plugin that launches them"]
     findings = [finding for row in plugins for finding in _plugin_findings(row)]
@@ -41,7 +41,7 @@ def plugin_findings(manifest: Mapping[str, Any]) -> list[str]:
         if hashed != row["sha256"]:
             findings.append(f"kernel {row['name']} has sha256 {row['sha256'][:16]}; its file has {str(hashed)[:16]}")
     wanted = {name for row in plugins if isinstance(row.get("kernels"), list) for name in row["kernels"]}
-    findings += [f"kernel {name} is launched by a plugin and is not in the bundle" for name in sorted(wanted - names)]
+    findings += [f"kernel {name} is launched by a plugin but is not in the bundle" for name in sorted(wanted - names)]
     layers = manifest.get("engine", {}).get("plugin_layers")
     nodes = sum(row["nodes"] for row in plugins if type(row.get("nodes")) is int)
     if layers != nodes:
@@ -56,7 +56,7 @@ def _plugin_findings(row: Mapping[str, Any]) -> list[str]:
     name = row.get("name")
     spec = PLUGINS.get(name) if isinstance(name, str) else None
     if spec is None:
-        return [f"plugin {name!r} is not known to this version; it has {', '.join(PLUGINS)}"]
+        return [f"plugin {name!r} is not known to this version, which has {', '.join(PLUGINS)}"]
     findings = []
     for key, expected in (
         ("namespace", NAMESPACE), ("version", spec.version), ("layout_version", spec.layout_version),

@@ -1,7 +1,7 @@
 """From logits to a token: greedy, or drawn with temperature, top-k and top-p from a seeded generator.
 
-The draw of one request depends on its logits, the seed and the request's number only, never on what
-else is in the batch.
+The draw of a request depends only on its logits, the seed and the request's number, never on the rest
+of the batch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k largest logits (the lowest ids among equals); None keeps all.
-        top_p: keep the fewest most probable tokens whose probability reaches this, at least one; 1 keeps all.
-        seed: of the generator; the same seed gives the same tokens.
+        top_p: keep the smallest set of most probable tokens whose probability reaches this, at least one; 1 keeps all.
+        seed: starts the generator; the same seed gives the same tokens.
 
     Raises:
         InputError: a value is out of its range.
@@ -51,7 +51,7 @@ class Sampler:
     """Chooses the tokens of one request, one after the other."""
 
     def __init__(self, sampling: Sampling, request: int = 0) -> None:
-        """``request`` numbers the request; requests of one seed draw independently."""
+        """``request`` is the number of the request; requests with the same seed draw independently."""
         self._sampling = sampling
         self._generator = np.random.Generator(np.random.PCG64([sampling.seed, request]))
 
@@ -59,7 +59,7 @@ class Sampler:
         """The next token for logits [V].
 
         Raises:
-            FoldkvError: the logits hold NaN or +inf, or nothing but -inf: the model is not to be trusted.
+            FoldkvError: the logits have NaN or +inf, or only -inf: the model cannot be trusted.
         """
         if not math.isfinite(float(logits.max())):
             raise FoldkvError(
@@ -90,7 +90,7 @@ def distribution(
     weights = np.exp(scaled)
     probabilities = weights / weights.sum()
     if sampling.top_p < 1:
-        # The token that crosses top_p is kept, so that one always is.
+        # The token that crosses top_p is kept, so at least one token is.
         kept = int((probabilities.cumsum() < sampling.top_p).sum()) + 1
         tokens, probabilities = tokens[:kept], probabilities[:kept]
     possible = probabilities > 0

@@ -1,14 +1,14 @@
 """A session: one bundle, its state for a batch of sequences, and decoding on top.
 
-From prompts to tokens: ``generate`` and ``stream`` over ``prefill`` and ``decode``, all of them over
-``forward``, which feeds any number of tokens to each slot of the batch at the slot's own position. Text is a layer of its
-own above this one: :mod:`foldkv.runtime.text`.
+From prompts to tokens: ``generate`` and ``stream`` build on ``prefill`` and ``decode``, and all of them on
+``forward``, which feeds any number of tokens to each slot of the batch at the slot's own position. Text is a separate
+layer above this one: :mod:`foldkv.runtime.text`.
 
-The token that a stream gave out last is part of its slot's sequence though it was not fed yet: whatever is fed to the slot
-next comes after it. So a conversation that is fed turn by turn is the conversation that is fed at once.
+The last token that a stream gave out is part of its slot's sequence, although it has not been fed yet: whatever is fed to
+the slot next comes after it. So a conversation that is fed turn by turn equals the same conversation fed at once.
 
-A session is for one thread at a time, any thread: it has one state. Two calls at once are refused, not queued. Use
-a session per thread (the weight file's pages are shared by the system where ONNX Runtime maps them).
+A session has one state, so only one thread at a time can use it. A second call at the same time is refused, not queued.
+Use one session per thread. Where ONNX Runtime maps the weight file, the system shares its pages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from foldkv.runtime.sampling import GREEDY, Sampler, Sampling
 from foldkv.runtime.state import Buffers, StateBuffers
 
 Logits = Literal["last", "all"]
-#: Why a sequence ended: a stop token or a stop string, or as many tokens as were asked for.
+#: Why a sequence ended: a stop token or stop string, or the number of tokens that was asked for.
 FinishReason = Literal["stop", "length"]
 
 
@@ -40,13 +40,13 @@ FinishReason = Literal["stop", "length"]
 class Snapshot:
     """A copy of a session's state, for :meth:`Session.restore`; independent of what the session does next.
 
-    Only rows in use are copied, so that its size follows the tokens held, not the context planned.
+    Only rows in use are copied, so its size depends on the tokens held, not on the planned context.
 
     Attributes:
-        digest: of the bundle.
+        digest: the bundle's digest.
         context: tokens that each slot could hold.
         positions: tokens in the caches of each slot.
-        pending: the token of each slot that was given out and not fed, or None.
+        pending: the token of each slot that was given out but not fed, or None.
         rows: by slot and state tensor [used, width].
     """
 
@@ -88,16 +88,16 @@ class Session:
         Args:
             bundle: the folder of one target, as ``foldkv build`` wrote it.
             context: tokens to plan for, at most the model's ``max_position_embeddings`` and what an engine was built
-                for, which is the default.
+                for; this maximum is the default.
             batch: number of sequences.
-            threads: of one operator; the default is the processors this process may use.
+            threads: threads per operator; the default is the processors that this process may use.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
-            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slow where other work needs it.
+            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slower on a busy one.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
             InputError: an argument is out of range, or the state does not fit into memory.
-            MissingDependencyError: a package or a device that the bundle's backend needs is not here.
+            MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         for name, value in (("context", context), ("batch", batch), ("threads", threads), ("chunk", chunk)):
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
@@ -110,7 +110,7 @@ class Session:
         require_backend(self.bundle)
         longest = self.bundle.model.max_position_embeddings
         if context is not None and context > longest:
-            raise InputError(f"context is {context}; the model in {bundle} takes {longest} tokens at most.")
+            raise InputError(f"context is {context}; the model in {bundle} takes at most {longest} tokens.")
         self.context: int = min(longest, self.bundle.largest("context") or longest) if context is None else context
         self.batch: int = batch
         self.chunk: int = min(chunk, self.context, self.bundle.largest("chunk") or chunk)
@@ -122,7 +122,7 @@ class Session:
         self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
         self._lock = threading.Lock()
         self._torn = False  # a run failed half way: the state is neither before nor after it
-        self._steps = 0  # changes of the state, so that a stream notices those that are not its own
+        self._steps = 0  # changes of the state, so that a stream notices changes by others
 
     # The session as a resource
 
@@ -147,13 +147,13 @@ class Session:
 
     @property
     def pending(self) -> tuple[int | None, ...]:
-        """Per slot the token that a stream gave out last and that is not in the caches yet; it is fed before what comes next."""
+        """Per slot, the last token that a stream gave out, if it is not in the caches yet. It is fed before what comes next."""
         return tuple(self._pending)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state buffers: the sum of :func:`foldkv.runtime.state.plan_bytes`, and again what an engine's function
-        bodies write, which takes a second buffer."""
+        """Bytes of the state buffers: the sum of :func:`foldkv.runtime.state.plan_bytes`, plus second buffers for what an
+        engine's function bodies write."""
         return self._buffers.bytes
 
     # Feeding tokens
@@ -163,15 +163,16 @@ class Session:
 
         Args:
             chunks: token ids, one sequence per slot; an empty one leaves its slot untouched.
-            logits: those after each slot's last token, or after every token.
+            logits: "last" for the logits after each slot's last token, "all" for those after every token.
 
         Returns:
-            Per slot float32 [n, V] for "all", n the tokens of its chunk; [1, V] for "last", or [0, V] if the slot got no token.
+            Per slot float32: [n, V] for "all", where n is the length of its chunk; [1, V] for "last", or [0, V] if the slot got
+            no token.
 
         Raises:
             CapacityError: a slot would exceed the context. No slot was changed.
             InputError: a wrong number of chunks or a token that the vocabulary lacks. No slot was changed.
-            FoldkvError: the backend failed; ``reset`` or ``restore`` before going on.
+            FoldkvError: the backend failed; call ``reset`` or ``restore`` before going on.
         """
         if logits not in ("last", "all"):
             raise InputError(f"logits must be 'last' or 'all', got {logits!r}.")
@@ -215,7 +216,7 @@ class Session:
         requests: Sequence[int] | None = None,
         resume: bool = False,
     ) -> list[list[int]]:
-        """The new tokens of each prompt; arguments and errors are those of :meth:`stream`."""
+        """The new tokens of each prompt. Arguments and errors are as in :meth:`stream`."""
         stream = self.stream(
             prompts,
             max_new_tokens=max_new_tokens,
@@ -239,22 +240,22 @@ class Session:
         requests: Sequence[int] | None = None,
         resume: bool = False,
     ) -> TokenStream:
-        """Generate, giving each token out as ``(slot, token)`` as soon as it is chosen.
+        """Generate tokens and give each one out as ``(slot, token)`` as soon as it is chosen.
 
-        Prompt ``i`` goes to slot ``i``; slots beyond the prompts stay unused. A slot that is finished costs
-        no state. Nothing is changed before the first token is asked for.
+        Prompt ``i`` goes to slot ``i``; slots beyond the prompts stay unused. A finished slot costs no state.
+        Nothing is changed before the first token is asked for.
 
         Args:
             prompts: at most ``batch`` of them, each of at least one token id.
-            max_new_tokens: the most for each prompt, at least 1.
+            max_new_tokens: the most new tokens for each prompt, at least 1.
             sampling: how tokens are chosen.
-            stop_tokens: a slot ends before it would give one of them out. None takes the end-of-sequence
-                tokens of the model, an empty collection never stops.
+            stop_tokens: a slot ends before it gives one of them out. None means the model's end-of-sequence
+                tokens; an empty collection never stops.
             requests: a number per prompt that separates the random draws; the default is 0, 1, ... A
                 prompt with the same number and seed draws the same tokens in any slot and any batch.
-            resume: go on after what the slots hold, instead of clearing the session first. A slot holds what was fed
-                to it and every token that it gave out, also the last one; of a stop token, which was not given out,
-                it holds nothing. A prompt may be empty then, to go on where a stream ended for its length.
+            resume: continue after what the slots hold, instead of clearing the session first. A slot holds what was fed
+                to it and every token that it gave out, including the last one. It does not hold a stop token, which was
+                not given out. With ``resume`` a prompt may be empty, to continue where a stream ended at its length.
 
         Raises:
             CapacityError: a prompt and ``max_new_tokens`` do not fit into the context. Nothing was changed.
@@ -284,7 +285,7 @@ class Session:
     # The state as a value
 
     def snapshot(self) -> Snapshot:
-        """A copy of the state as it is now, tokens that were given out and not fed included."""
+        """A copy of the current state, including tokens that were given out but not fed."""
         with self._exclusive():
             held = tuple(self._positions.tolist())
             return Snapshot(self.bundle.digest, self.context, held, self.pending, self._buffers.copy_used(held))
@@ -306,7 +307,7 @@ class Session:
         ):
             if found != wanted:
                 raise InputError(
-                    f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a like session."
+                    f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a matching session."
                 )
         with self._exclusive(mend=True):
             np.maximum(self._written, snapshot.positions, out=self._written)
@@ -318,14 +319,14 @@ class Session:
             self._steps += 1
 
     def reset(self, slots: Collection[int] | None = None) -> None:
-        """Empty all slots, or those given: their buffers are as in a new session, nothing of the old text stays.
+        """Empty all slots, or those given. Their buffers become as in a new session; no old text stays.
 
         Raises:
             InputError: a slot number out of range; or only some slots while a failed run has damaged the state.
         """
         wanted = list(range(self.batch)) if slots is None else _sequence("slots", slots)
         if not all(type(slot) is int and 0 <= slot < self.batch for slot in wanted):
-            raise InputError(f"slots must be among 0 to {self.batch - 1}, got {short(slots)}.")
+            raise InputError(f"slots must be numbers from 0 to {self.batch - 1}, got {short(slots)}.")
         with self._exclusive(mend=len(set(wanted)) == self.batch) as executor:
             for slot in wanted:
                 self._buffers.clear(slot, int(self._written[slot]))
@@ -401,9 +402,9 @@ class Session:
 
     @contextlib.contextmanager
     def _exclusive(self, *, mend: bool = False) -> Iterator[Executor]:
-        """The executor, while no other call may use the session; ``mend`` also while the state is damaged."""
+        """The executor, for one call at a time; with ``mend`` also while the state is damaged."""
         if not self._lock.acquire(blocking=False):
-            raise InputError("the session is in use by another thread; a session is for one thread at a time.")
+            raise InputError("the session is in use by another thread; only one thread at a time can use it.")
         try:
             if self._executor is None:
                 raise InputError("the session is closed. Open a new one.")
@@ -418,7 +419,7 @@ class Session:
     # The one loop through the model
 
     def _after_pending(self, tokens: list[IntArray], slots: Collection[int], logits: Logits) -> list[FloatArray]:
-        """Feed to ``slots`` what they gave out and did not take yet, then their tokens; logits are those of :meth:`forward`."""
+        """Feed ``slots`` their pending tokens, then their new tokens; returns logits as :meth:`forward`."""
         pending = [self._pending[slot] if slot in slots else None for slot in range(self.batch)]
         fed = [
             chunk if first is None else np.concatenate([np.array([first]), chunk])
@@ -449,12 +450,12 @@ class Session:
             else:
                 indices = np.maximum(num_tokens - 1, 0)[:, None]
             after = self._positions + num_tokens
-            # Before the run: one that fails half way has written some of it.
+            # Before the run, because a run that fails half way has written some of it.
             np.maximum(self._written, after, out=self._written)
             self._torn = True
             chunk_logits = executor.run(
                 input_ids, self._positions, num_tokens, int(after.max()), indices,
-                # The memory of a long chunk's activations is of no use to the decode steps that follow.
+                # The decode steps that follow do not need the memory of a long chunk's activations.
                 trim=length > 1 and start + length == longest,
             )  # fmt: skip
             self._positions[:] = after
@@ -472,9 +473,9 @@ class TokenStream(Iterator[tuple[int, int]]):
     """The tokens of :meth:`Session.stream`, each as ``(slot, token)`` as soon as it is chosen.
 
     Attributes:
-        finish_reasons: per prompt why it ended: "stop" for a stop token, or because :meth:`stop` was called; "length"; None as
-            long as it has not ended.
-        stop_tokens: per prompt the stop token that ended it, which was not given out, or None.
+        finish_reasons: why each prompt ended: "stop" (a stop token, or a call of :meth:`stop`) or "length"; None while it has
+            not ended.
+        stop_tokens: the stop token that ended each prompt (it was not given out), or None.
     """
 
     def __init__(
@@ -486,7 +487,7 @@ class TokenStream(Iterator[tuple[int, int]]):
         stops: frozenset[int],
         resume: bool,
     ) -> None:
-        """From checked arguments: :meth:`Session.stream` makes it."""
+        """Takes checked arguments; :meth:`Session.stream` makes it."""
         self.finish_reasons: list[FinishReason | None] = [None] * len(samplers)
         self.stop_tokens: list[int | None] = [None] * len(samplers)
         self._tokens = self._run(session, prompts, most, samplers, stops, resume)
@@ -500,7 +501,7 @@ class TokenStream(Iterator[tuple[int, int]]):
             self.finish_reasons[slot] = "stop"
 
     def close(self) -> None:
-        """Drop the rest. Each slot holds the tokens that it gave out, and ``resume`` goes on after them."""
+        """Drop the rest. Each slot holds the tokens that it gave out, and ``resume`` continues after them."""
         self._tokens.close()
 
     def _run(
@@ -532,8 +533,8 @@ class TokenStream(Iterator[tuple[int, int]]):
                 yield slot, chosen[slot]
                 if session._steps != own:
                     raise InputError(
-                        "the session was used while a stream was open, so that the stream cannot go on. "
-                        "Finish or drop the stream first, or use a session of its own."
+                        "the session was used while a stream was open, so the stream cannot continue. "
+                        "Finish or close the stream first, or use another session."
                     )
             if None not in reasons:
                 return

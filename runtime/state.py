@@ -1,7 +1,7 @@
 """The state of a session: what the manifest declares, what it costs, and the buffers that hold it.
 
 Every state tensor is one contiguous buffer ``[batch, rows, width]`` of fixed capacity; memory is
-planned from the manifest alone and then allocated to the byte. ``rows`` is a constant (rings), or
+planned from the manifest alone and allocated exactly as planned. ``rows`` is a constant (rings), or
 ceil(context / ratio) (entries: row ``i`` belongs to the tokens ``[i * ratio, (i + 1) * ratio)``).
 """
 
@@ -20,7 +20,7 @@ from foldkv.errors import ArtifactError, InputError, listing
 
 @dataclass(frozen=True)
 class StateType:
-    """How one declared dtype is held: the numpy storage and the ONNX element type.
+    """How one declared dtype is stored: the numpy storage and the ONNX element type.
 
     ``storage`` is an unsigned integer of the same size where numpy lacks the type.
     """
@@ -60,11 +60,11 @@ class StateTensor:
     fill: float
 
     def capacity(self, context: int) -> int:
-        """Rows for a context of that many tokens: fixed, or ceil(context / ratio)."""
+        """Rows for a context of this many tokens: fixed, or ceil(context / ratio)."""
         return self.rows if self.rows is not None else -(-context // (self.ratio or 1))
 
     def used_rows(self, tokens: int) -> int:
-        """Rows that may hold something after that many tokens of a sequence."""
+        """Rows that may be in use after this many tokens of a sequence."""
         return self.rows if self.rows is not None else -(-tokens // (self.ratio or 1))
 
     def bytes(self, context: int, batch: int = 1) -> int:
@@ -131,7 +131,7 @@ def _tensor(row: Any, label: str, findings: list[str]) -> StateTensor | None:
 
 
 def plan_bytes(state: StateSpec, context: int, batch: int = 1) -> dict[str, int]:
-    """Bytes by group (``window``, ``entries``, ...) that a session of that size allocates, exactly.
+    """The exact bytes by group (``window``, ``entries``, ...) that a session of this size allocates.
 
     Args:
         state: the state tensors of the model.
@@ -149,20 +149,20 @@ Copies = tuple[tuple[npt.NDArray[Any], ...], ...]
 
 
 class Buffers(Protocol):
-    """What a session needs of the memory that holds its state."""
+    """What a session needs from the memory of its state."""
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
 
     def clear(self, slot: int, tokens: int) -> None:
-        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
+        """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written."""
 
     def copy_used(self, tokens: Sequence[int]) -> Copies:
         """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
 
     def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` gave back, into the same slots."""
+        """Write what :meth:`copy_used` returned into the same slots."""
 
 
 class StateBuffers:
@@ -192,7 +192,7 @@ class StateBuffers:
         return sum(array.nbytes for array in self.arrays.values())
 
     def clear(self, slot: int, tokens: int) -> None:
-        """Give the rows that ``tokens`` tokens of a sequence may have written their first value again."""
+        """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written."""
         for tensor in self.spec.tensors:
             self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = fill_value(tensor)
 
@@ -204,7 +204,7 @@ class StateBuffers:
         )
 
     def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` gave back, into the same slots."""
+        """Write what :meth:`copy_used` returned into the same slots."""
         for slot, rows in enumerate(copies):
             for tensor, copy in zip(self.spec.tensors, rows, strict=True):
                 self.arrays[tensor.name][slot, : len(copy)] = copy
@@ -217,7 +217,7 @@ def _frozen(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def fill_value(tensor: StateTensor) -> Any:
-    """The first value of a tensor's rows, as its storage holds it."""
+    """The first value of a tensor's rows, in its storage type."""
     if tensor.dtype == "bfloat16":
         # numpy has no bfloat16: the upper half of the float32 pattern is the value rounded towards zero.
         return np.float32(tensor.fill).view(np.uint32) >> np.uint32(16)

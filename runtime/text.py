@@ -1,7 +1,7 @@
-"""Text in, text out: a layer of its own above the token ids of a session.
+"""Text in, text out: a layer above the token ids of a session.
 
-A prompt is encoded, its session's stream decoded piece by piece, and a text ends before a stop string, wherever the tokens cut
-it. The names are vLLM's: ``stop``, ``finish_reason``, ``stop_reason``, ``skip_special_tokens``.
+Prompts are encoded, and the session's tokens are decoded piece by piece. A text ends before a stop string, even if the string is
+split across tokens. The names are vLLM's: ``stop``, ``finish_reason``, ``stop_reason``, ``skip_special_tokens``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Completion:
     Attributes:
         index: number of the prompt, and the session's slot.
         text: the text, which ends before a stop string.
-        token_ids: the tokens that the session gave out, those of a stop string included: what its slot holds.
-        finish_reason: "stop" or "length"; None for a piece after which more comes.
-        stop_reason: the stop string, or the one of ``stop_tokens`` that ended the text; None at the end of sequence of the model.
+        token_ids: all tokens that the session gave out, including those of a stop string: what its slot holds.
+        finish_reason: "stop" or "length"; None if more pieces follow.
+        stop_reason: the stop string, or the id from ``stop_tokens``, that ended the text; None at the model's end of sequence.
     """
 
     index: int
@@ -52,7 +52,7 @@ def generate_text(
     requests: Sequence[int] | None = None,
     resume: bool = False,
 ) -> list[Completion]:
-    """The completion of each prompt; arguments and errors are those of :func:`stream_text`."""
+    """The completion of each prompt. Arguments and errors are as in :func:`stream_text`."""
     pieces: dict[int, list[Completion]] = {}
     stream = stream_text(
         session,
@@ -95,27 +95,27 @@ def stream_text(
     requests: Sequence[int] | None = None,
     resume: bool = False,
 ) -> Iterator[Completion]:
-    """Generate, giving out text as soon as it is final: as :class:`Completion`, piece by piece.
+    """Generate text and give it out as soon as it is final, in pieces of the type :class:`Completion`.
 
     The pieces of a prompt together are its completion; the last one has the ``finish_reason``. Text that may be the start of a
-    stop string is held back until it is clear that it is none. Prompt and text joined are the text of all tokens: a text
-    begins with the space that the tokens have there.
+    stop string is held back until it is clear that it is not. Prompt and text joined are the text of all tokens, so a text may
+    begin with a space.
 
     Args:
         session: gets prompt ``i`` in slot ``i``.
-        tokenizer: of the session's bundle.
-        prompts: one prompt, or up to as many as the session's batch: text, or token ids that are taken as they are.
-        max_new_tokens: the most for each prompt.
+        tokenizer: the tokenizer of the session's bundle.
+        prompts: one prompt, or at most as many as the session's batch. Each is text, or token ids that are fed unchanged.
+        max_new_tokens: the most new tokens for each prompt.
         sampling: how tokens are chosen.
-        stop: a text ends before any of these. If several could end it, the one that is complete first does, and of those
-            that are complete at once the longest.
+        stop: a text ends before any of these. If several match, the one that is complete first ends it; if several are
+            complete at the same time, the longest.
         stop_tokens, requests: see :meth:`foldkv.runtime.session.Session.stream`.
-        add_special_tokens: put the special tokens of the tokenizer around texts, as ``AutoTokenizer`` does. None does so
-            where the slot is empty, so that a conversation begins with them and goes on without.
-        skip_special_tokens: leave special tokens out of the text. A stop string cannot match what is left out: use
+        add_special_tokens: add the tokenizer's special tokens to texts, as ``AutoTokenizer`` does. None adds them only if
+            the slot is empty, so that a conversation begins with them and continues without.
+        skip_special_tokens: leave special tokens out of the text. Stop strings cannot match them then: use
             ``stop_tokens``.
-        resume: go on after what the slots hold: the text before, and every token of its ``token_ids``, those of a stop
-            string included.
+        resume: continue after what the slots hold: the earlier text, and every token of its ``token_ids``, including those
+            of a stop string.
 
     Raises:
         CapacityError, InputError: as :meth:`foldkv.runtime.session.Session.stream`; InputError also for an empty stop string.
@@ -154,7 +154,7 @@ def stream_text(
 
 
 def _pieces(tokens: TokenStream, writers: list[_Writer], *, told: bool) -> Iterator[Completion]:
-    """The pieces of all prompts; ``told`` says that the caller named the stop tokens."""
+    """The pieces of all prompts; ``told`` means that the caller named the stop tokens."""
     try:
         for slot, token in tokens:
             piece = writers[slot].push(token)
@@ -192,7 +192,7 @@ class _Writer:
         self._tokens: list[int] = []  # given out since the last piece
 
     def push(self, token: int) -> Completion | None:
-        """The piece that the token makes final, if there is text in it; it is the last one if a stop string is complete."""
+        """The piece that the token makes final, if it has text. It is the last one if a stop string is complete."""
         self._tokens.append(token)
         text, mark = self._released(self._stream.push(token))
         if mark is not None:
@@ -200,14 +200,14 @@ class _Writer:
         return self._piece(text) if text else None
 
     def finish(self, reason: FinishReason, stop_token: int | None) -> Completion:
-        """The last piece, with all that was held back."""
+        """The last piece, with all text that was held back."""
         text, mark = self._released(self._stream.finish())
         if mark is not None:
             return self._piece(text, "stop", mark)
         return self._piece(text + self._held, reason, stop_token)
 
     def _released(self, text: str) -> tuple[str, str | None]:
-        """What of the text held back and of ``text`` can be given out, and the stop string that ends it."""
+        """The part of held-back text and ``text`` that can be given out, and the stop string that ends it, or None."""
         text = self._held + text
         found = [(at + len(mark), at, mark) for mark in self._stop if (at := text.find(mark)) >= 0]
         if found:

@@ -1,7 +1,7 @@
 """Text to token ids and back, as transformers does it, at once or token by token.
 
-Reads the ``tokenizer.json`` of a bundle with the ``tokenizers`` library; export has written it in the form that
-``AutoTokenizer`` gives it, so that transformers is not needed here.
+Reads the ``tokenizer.json`` of a bundle with the ``tokenizers`` library. The export wrote it in the form that
+``AutoTokenizer`` gives it, so transformers is not needed here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-            # transformers cuts and fills up only where a call asks for it, whatever the file says.
+            # transformers truncates and pads only if a call asks for it, whatever the file says.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare exceptions
@@ -49,18 +49,18 @@ class Tokenizer:
         """The tokenizer of a bundle.
 
         Raises:
-            ArtifactError: the bundle holds none.
+            ArtifactError: the bundle has none.
         """
         if bundle.tokenizer is None:
             raise ArtifactError(
-                f"{bundle.folder} holds no tokenizer.json, so that it takes token ids only. "
+                f"{bundle.folder} has no tokenizer.json, so it takes only token ids. "
                 "Put the tokenizer.json beside the checkpoint's weights and make the bundle again."
             )
         return cls(bundle.tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens known, special ones included."""
+        """Number of known tokens, including special ones."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
@@ -75,13 +75,13 @@ class Tokenizer:
         return tuple(text.ids[: (*text.special_tokens_mask, 0).index(0)])
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text: those of ``AutoTokenizer.from_pretrained(checkpoint)(text)``.
+        """The token ids of a text, as ``AutoTokenizer.from_pretrained(checkpoint)(text)`` gives them.
 
         Special tokens that are spelled out in the text are recognised. ``add_special_tokens=False`` leaves out those that the
         tokenizer puts around every text, such as the one that begins a sequence.
 
         Raises:
-            InputError: ``text`` is not text, or holds a surrogate that UTF-8 cannot carry.
+            InputError: ``text`` is not text, or contains a surrogate, which UTF-8 cannot encode.
         """
         if type(add_special_tokens) is not bool:
             raise InputError(f"add_special_tokens must be True or False, got {add_special_tokens!r}.")
@@ -94,29 +94,29 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing.
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids give no text.
 
         Raises:
-            InputError: an id is no integer of 0 or more.
+            InputError: an id is not an integer of 0 or more.
         """
         return str(self._tokenizer.decode(_ids(tokens), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token: int, *, skip_special_tokens: bool = False) -> str | None:
-        """A token as the vocabulary spells it; None for an unknown id, and for a special token that is to be skipped.
+        """A token as the vocabulary spells it; None for an unknown id, and for a skipped special token.
 
         Raises:
-            InputError: ``token`` is no integer of 0 or more.
+            InputError: ``token`` is not an integer of 0 or more.
         """
-        # This is called for every token of a text: what is plainly an id needs no further check.
+        # This is called for every token of a text, so a plain id is not checked further.
         known = token if type(token) is int and 0 <= token < 1 << 32 else _ids((token,))[0]
         text: str | None = self._tokenizer.id_to_token(known)
         return None if skip_special_tokens and text in self._special else text
 
     def stream(self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> TextStream:
-        """A decoder for one sequence of tokens that arrive one by one; the pieces together are :meth:`decode` of all tokens.
+        """A decoder for one sequence of tokens that arrive one by one; the pieces together equal :meth:`decode` of all tokens.
 
-        With ``prompt``, tokens that come before them, the pieces are what the tokens add to the prompt's text, a leading space
-        included.
+        ``prompt`` is tokens that come before. The pieces are then what the tokens add to the prompt's text, including a leading
+        space.
         """
         return TextStream(self, skip_special_tokens=skip_special_tokens, prompt=prompt)
 

@@ -210,7 +210,7 @@ def test_a_folder_of_someone_else_is_refused_before_the_first_stage(pipeline: Pa
     mine = pipeline.parent / "out" / "report" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("years of work")
-    with pytest.raises(InputError, match=r"report is not empty and holds no foldkv\.report"):
+    with pytest.raises(InputError, match=r"report is not empty and is not a foldkv\.report"):
         run_pipeline(load_config(pipeline))
     assert [path for path in (pipeline.parent / "out").rglob("*") if path.is_file()] == [mine]
 
@@ -256,7 +256,7 @@ def reasons(folder: Path, text: str = PIPELINE, **options: Any) -> dict[str, str
     return {step.stage: step.reason for step in steps}
 
 
-MADE_ANEW = {"build": "the graph package is made anew", "validate": "the bundle is made anew"}
+MADE_ANEW = {"build": "the graph package is rebuilt", "validate": "the bundle is rebuilt"}
 
 
 def test_a_first_run_is_previewed_with_estimates(pipeline: Path, tiny_graph: Path, tiny_bundle: Path) -> None:
@@ -380,7 +380,7 @@ def test_the_command_shows_what_would_be_done(finished: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = {line.split("  ")[0]: line for line in result.output.splitlines()}
     assert "unchanged" in rows["export"] and "shapes.batch was [1, 1, 4], is [1, 2, 8]" in rows["build cpu"]
-    assert "the bundle is made anew" in rows["validate"] and "free there: " in result.output
+    assert "the bundle is rebuilt" in rows["validate"] and "free there: " in result.output
     facts = json.loads(CliRunner().invoke(main, ["run", str(path), "--dry-run", "--json"]).stdout)
     assert [step["runs"] for step in facts["steps"]] == [False, True, True]
     assert facts["bytes"] == facts["steps"][1]["bytes"] < facts["free_bytes"]

@@ -102,7 +102,7 @@ def interrupted(
         time.sleep(0.05)
     assert not [pid for pid in children if running(pid)]
     lines = [line for line in err.splitlines() if not line.startswith("[")]
-    assert lines == [f"interrupted by {signal.Signals(signum).name}; what was unfinished is removed."], err
+    assert lines == [f"interrupted by {signal.Signals(signum).name}; unfinished output was removed."], err
     return out, err
 
 
@@ -120,7 +120,7 @@ def test_an_interrupted_export_ends_and_leaves_nothing(
         time.sleep(after)
         out, _ = interrupted(process)
     assert json.loads(out)["error"] == {
-        "type": "Interrupted", "message": "interrupted by SIGINT; what was unfinished is removed.", "exit_code": 130,
+        "type": "Interrupted", "message": "interrupted by SIGINT; unfinished output was removed.", "exit_code": 130,
     }  # fmt: skip
     assert not left(tmp_path / "out")
 

@@ -1,1 +1,1 @@
-"""What accuracy a bundle lost against the PyTorch reference, and whether the gates hold."""
+"""Measure how much accuracy a bundle lost against the PyTorch reference, and whether the gates hold."""

@@ -16,14 +16,14 @@ from foldkv.validation.gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 KIND = "foldkv.report"
 JSON = "report.json"
 
-#: Facts of the provenance that must be equal for the figures of all gates, or of one kind, to compare.
+#: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.
 _ALL = {"checkpoint_sha256": "checkpoint", "profile": "profile"}
 _PLANNED = {
     TEXT: ("other windows of the text", ("seed", "texts", "text_tokens")),
     RETRIEVAL: ("other values", ("seed", "distances", "cases_per_distance")),
     CONTEXTS: ("other contexts", ("seed", "contexts")),
 }
-#: Facts that may differ between releases, and are told.
+#: Facts that may differ between releases, and are shown.
 _TOLD = ("foldkv", "subject", "profile", "layout", "precision", "backend", "reference")
 
 
@@ -38,8 +38,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class GateChange:
-    """A gate before and now, None where it was not judged; why the two values do not compare, None if they do; and what
-    changed in words, empty if nothing but the value did."""
+    """A gate before and now (None if it was not judged), why the two values cannot be compared (None if they can), and what
+    else changed, in words (empty if only the value did)."""
 
     name: str
     comparison: str
@@ -51,7 +51,7 @@ class GateChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An older report beside this one: where it lies, its date and headline, facts that differ, and every gate."""
+    """An older report beside this one: where it is, its date and headline, facts that differ, and every gate."""
 
     report: str
     date: str
@@ -61,11 +61,11 @@ class Comparison:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The content of a report: of its folder, or of its report.json.
+    """The content of a report, from its folder or its report.json.
 
     Raises:
-        InputError: neither, or one that this version does not read.
-        ArtifactError: the folder's files were damaged.
+        InputError: it is neither, or this version cannot read it.
+        ArtifactError: the folder's files are damaged.
     """
     import jsonschema
 
@@ -77,17 +77,17 @@ def read_report(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"{path} is no report: {file} cannot be read ({error.strerror}). Give the folder that --report named, or its {JSON}."
+            f"{path} is not a report: {file} cannot be read ({error.strerror}). Give the folder that --report named, or its {JSON}."
         ) from None
     except ValueError as error:
-        raise InputError(f"{file} is no report: it is not JSON ({error}). Give the {JSON} of a report.") from None
+        raise InputError(f"{file} is not a report: it is not JSON ({error}). Give the {JSON} of a report.") from None
     schema = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
     try:
         jsonschema.validate(content, schema)
     except jsonschema.ValidationError as error:
         raise InputError(
-            f"{file} is no report that this version reads: {error.message[:200]} at {error.json_path}. "
-            "Give the report of this version, or make the older one again."
+            f"{file} is not a report that this version reads: {error.message[:200]} at {error.json_path}. "
+            "Give a report of this version, or make the older one again."
         ) from None
     return content  # type: ignore[no-any-return]
 
@@ -95,13 +95,13 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare(
     name: str, old: Mapping[str, Any], provenance: Mapping[str, Any], verdicts: Sequence[Verdict]
 ) -> Comparison:
-    """Set an older report beside the verdicts of a new one.
+    """Compare an older report with the verdicts of a new one.
 
     Args:
-        name: of the older report, as it was given.
+        name: the older report, as it was given.
         old: its content.
-        provenance: of the new one.
-        verdicts: of the new one.
+        provenance: the new report's provenance.
+        verdicts: the new report's verdicts.
     """
     before = {gate["name"]: gate for gate in old["gates"]}
     earlier = old["provenance"]
@@ -136,7 +136,7 @@ def _judged(gate: Mapping[str, Any] | None) -> Judged | None:
 
 
 def _unlike(of: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Why figures of a kind do not compare, or None."""
+    """Why figures of a kind cannot be compared, or None."""
     found = [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
     if of == TEXT and old["text_sha256"] != new["text_sha256"]:
         found.append("another text")
@@ -160,5 +160,5 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    """A list by its items."""
+    """A value for a message; a list as its items."""
     return " ".join(str(item) for item in value) or "none" if isinstance(value, list) else str(value)

@@ -32,7 +32,7 @@ def retrieval_cases(distances: list[int], per_distance: int, *, seed: int) -> li
     """Streams of ``<letter><digit><digit>;`` records, the format of examples/tiny-v4/stream.py.
 
     Every value is asked for once, at a distance that is a multiple of a record; the records in between
-    repeat all other letters with other values, so that only an exact memory answers.
+    repeat all other letters with other values, so only an exact memory can answer.
     """
     cases = []
     for distance in distances:
@@ -64,7 +64,7 @@ def text_windows(
 
 @dataclass(frozen=True)
 class Text:
-    """What is measured on, and where it is from: a file, or files of the running Python."""
+    """The text to measure on, and where it is from: a file, or files of the running Python."""
 
     words: str
     name: str
@@ -76,7 +76,7 @@ class Text:
 
 
 def load_text(path: Path | None) -> Text:
-    """The text of a UTF-8 file; without one prose and code that every machine with this Python has.
+    """The text of a UTF-8 file; without one, prose and code that every machine with this Python has.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or is empty.
@@ -99,5 +99,5 @@ def load_text(path: Path | None) -> Text:
             f"the text {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
         ) from None
     if not words.strip():
-        raise InputError(f"the text {path} is empty; give some pages of the text that the model is to serve.")
+        raise InputError(f"the text {path} is empty; give some pages of the kind of text that the model will serve.")
     return Text(words, Path(path).name)

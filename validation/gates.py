@@ -1,4 +1,4 @@
-"""Gates: what a release must hold, each with a threshold, the reason for it, and what it needs to say anything."""
+"""Gates: what a release must meet, each with a threshold, the reason for it, and the evidence that it needs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from foldkv.export.profiles import HF, SERVED
 
 HOLDS, FAILS, NOT_INFORMATIVE = "holds", "fails", "not informative"
 LOOSENED, TIGHTENED = "loosened", "tightened"
-#: What a gate's figure comes from; two reports compare only where it is the same.
+#: What a gate's figure comes from; two reports can be compared only if it is the same.
 TEXT, RETRIEVAL, CONTEXTS = "text", "retrieval", "contexts"
 
 
 @dataclass(frozen=True)
 class Need:
-    """What must have been measured before a gate's value says anything.
+    """The evidence that a gate needs before its value says anything.
 
     Attributes:
-        metric: counted in the metrics.
-        least: so much of it, or a function of the gate's threshold.
-        what: the words behind the number.
-        remedy: what to change where it is less.
+        metric: the metric that counts it.
+        least: how much of it is needed, or a function of the gate's threshold.
+        what: the words after the number.
+        remedy: what to change if there is less.
     """
 
     metric: str
@@ -41,18 +41,18 @@ class Need:
         return f"{self.least_for(threshold):g} {self.what}"
 
     def lack(self, threshold: float, metrics: Mapping[str, float]) -> str | None:
-        """Why the gate says nothing with these metrics, or None. What is unknown counts as 0."""
+        """Why the gate says nothing with these metrics, or None. A missing metric counts as 0."""
         found = metrics.get(self.metric, 0.0)
         if found >= self.least_for(threshold):
             return None
-        return f"measured on {found:.3g} {self.what}, it needs {self.least_for(threshold):g}: {self.remedy}"
+        return f"measured on {found:.3g} {self.what}; it needs {self.least_for(threshold):g}: {self.remedy}"
 
 
 @dataclass(frozen=True)
 class Gate:
     """``metric`` must be at most (``<=``) or at least (``>=``) the threshold, ``default`` unless another was ``given``.
 
-    Thresholds lie from 0 to below ``beyond`` (``<=``), or from above 0 to 1 (``>=``, a share): others can never fail or never hold.
+    Thresholds are from 0 to below ``beyond`` (``<=``), or above 0 and up to 1 (``>=``, a share): others never fail or never hold.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Gate:
 
     @property
     def threshold(self) -> float:
-        """The one that is judged by."""
+        """The threshold in use."""
         return self.default if self.given is None else self.given
 
     @property
@@ -84,9 +84,7 @@ class Gate:
             InputError: not a number, or one with which the gate could never fail or never hold.
         """
         low = self.comparison == ">="
-        expected = (
-            "a number above 0 and up to 1" if low else f"a number from 0 up to {self.beyond:g}, which is excluded"
-        )
+        expected = "a number above 0 and up to 1" if low else f"a number of 0 or more and below {self.beyond:g}"
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise InputError(f"gate {self.name} has threshold {threshold!r}; expected {expected}.")
         if not (0 < threshold <= 1 if low else 0 <= threshold < self.beyond):
@@ -98,7 +96,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate with the value that was measured, and why that says nothing (None if it does)."""
+    """A gate with its measured value, and why the value says nothing (None if it does)."""
 
     gate: Gate
     value: float
@@ -106,7 +104,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """``holds``, ``fails`` or ``not informative``. A value that is not a number fails, and what fails needs no more evidence."""
+        """``holds``, ``fails`` or ``not informative``. A value that is not a number fails. A failure needs no more evidence."""
         within = (
             self.value <= self.gate.threshold if self.gate.comparison == "<=" else self.value >= self.gate.threshold
         )
@@ -120,56 +118,56 @@ class Verdict:
         return self.word == HOLDS
 
 
-#: A fault that touches one token in ten is seen among so many with a chance of 97 %.
+#: A fault in one token of ten is seen among this many with a chance of 97 %.
 _TOKENS = Need("tokens", 32, "predicted tokens", "give a longer text or more of it (--text, --text-tokens, --texts).")
-_WINDOWS = Need("text_windows", 2, "windows of the longest compression in a text", "give a longer text, or more tokens of it (--text, --text-tokens).")  # fmt: skip
+_WINDOWS = Need("text_windows", 2, "windows of the largest compression ratio in a text", "give a longer text, or more tokens of it (--text, --text-tokens).")  # fmt: skip
 _ON_TEXT = (_TOKENS, _WINDOWS)
 _CHOICE = (
-    Need("queries_with_choice", 32, "queries, in the worst layer, that had more entries than places to choose from", "give more tokens of a text (--text-tokens)."),
+    Need("queries_with_choice", 32, "queries with more entries than places, in the worst layer", "give more tokens of a text (--text-tokens)."),
 )  # fmt: skip
-#: Values that the reference must answer: of fewer even the loss of all could be chance, at 1 in 100.
+#: Values that the reference must answer. With fewer, even the loss of all could be chance, at 1 in 100.
 _LEAST_ANSWERED = 7
 _RETRIEVED = (
     Need("retrieval_answered", _LEAST_ANSWERED, "values that the reference answers", "give more cases, shorter distances (--cases-per-distance, --distance), or a model that retrieves."),
     Need("retrieval_reference", 0.1, "of all values answered by the reference (guessing answers 0.01)", "give shorter distances (--distance), or a model that retrieves."),
 )  # fmt: skip
-#: The same, of a test with another threshold: with ``n`` losses and no win its p is ``2 ** -n``.
+#: The same for a test with another threshold: with ``n`` losses and no win its p is ``2 ** -n``.
 _TESTED = replace(_RETRIEVED[0], least=lambda threshold: math.floor(-math.log2(threshold)) + 1)
 _LONG_ANSWERED = (
     Need("long_context_answered", _LEAST_ANSWERED, "values that the reference answers in the worst context", "give shorter ones (--context), or a model that retrieves there."),
 )  # fmt: skip
 
 DEFAULT_GATES = (
-    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means that memory was read which was never written, or an overflow.", _ON_TEXT),
+    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means an overflow, or that unwritten memory was read.", _ON_TEXT),
     Gate("kl-mean", "kl_mean", "<=", 1e-6, "In float32 both compute the same function; rounding gives about 1e-10 nats, and bfloat16 weights would give 1e-4.", _ON_TEXT),
     Gate("kl-tail", "kl_p999", "<=", 1e-4, "The mean hides rare tokens; one entry too many or too few shows here first.", _ON_TEXT),
-    Gate("top1", "top1_agreement", ">=", 0.999, "Greedy text must be the reference's, up to ties of equal logits.", _ON_TEXT),
+    Gate("top1", "top1_agreement", ">=", 0.999, "Greedy text must equal the reference's, except where logits tie.", _ON_TEXT),
     Gate("perplexity", "perplexity_ratio", "<=", 1.001, "0.1 % is below what a change of test text gives, and any real loss is above it.", _ON_TEXT),
     Gate("logits", "logit_error_max", "<=", 5e-3, "Float32 sums in another order differ by about 1e-5; the bar is 500 times that, and a wrong entry is above it.", _ON_TEXT),
-    Gate("chunks", "chunk_error_max", "<=", 1e-3, "Chunk edges inside a compression window are where deployed engines have lost digits.", _ON_TEXT),
+    Gate("chunks", "chunk_error_max", "<=", 1e-3, "Deployed engines have lost digits at chunk edges inside a compression window.", _ON_TEXT),
     Gate("layers", "layer_error_max", "<=", 1e-3, "Largest difference of the residual streams after a layer, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
-    Gate("retrieval", "retrieval_loss", "<=", 0.01, "Exact values at a distance are what compression puts at risk; one point is the resolution of the default number of cases.", _RETRIEVED, RETRIEVAL, 1),
+    Gate("retrieval", "retrieval_loss", "<=", 0.01, "Compression puts exact values at a distance at risk; one point is the resolution of the default number of cases.", _RETRIEVED, RETRIEVAL, 1),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases.", (_TESTED, _RETRIEVED[1]), RETRIEVAL),
 )  # fmt: skip
 
 #: ``served`` rounds rows and index to few bits on purpose. Two questions have gates of their own: does the bundle compute
 #: the profile (against its oracle), and what does the profile cost (against transformers).
 SERVED_GATES = (
-    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means that memory was read which was never written, or an overflow.", _ON_TEXT),
-    Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile up to values on the border of two codes, which either side may round: that gives 1e-11 to 3e-8 nats, and the whole profile against none 1e-4 and more.", _ON_TEXT),
-    Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Chunk edges inside a compression window are where deployed engines have lost digits; sums in another order move borders of codes as above.", _ON_TEXT),
-    Gate("layers", "layer_error_max", "<=", 1e-3, "Of the residual streams against the oracle's, the median token's largest difference over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
-    Gate("kl-mean", "kl_mean", "<=", 5e-3, "What fp8 rows and an fp4 index cost: 1e-4 to 5e-4 nats on the model of this repository; ten times as much is damage, not rounding.", _ON_TEXT),
+    Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means an overflow, or that unwritten memory was read.", _ON_TEXT),
+    Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile, but values on the border of two codes may round either way: that gives 1e-11 to 3e-8 nats. Leaving out the profile gives 1e-4 and more.", _ON_TEXT),
+    Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Deployed engines have lost digits at chunk edges inside a compression window. Sums in another order move values across borders of codes, as above.", _ON_TEXT),
+    Gate("layers", "layer_error_max", "<=", 1e-3, "The median token's largest difference of the residual streams from the oracle's, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
+    Gate("kl-mean", "kl_mean", "<=", 5e-3, "fp8 rows and an fp4 index cost 1e-4 to 5e-4 nats on the model of this repository; ten times as much is damage, not rounding.", _ON_TEXT),
     Gate("top1", "top1_agreement", ">=", 0.97, "Rounding changes the likeliest token where two are nearly as likely: 0.3 to 1.6 % of the time on the model of this repository.", _ON_TEXT),
-    Gate("perplexity", "perplexity_ratio", "<=", 1.01, "Quantised rows change the mean loss by less than 0.1 % on the model of this repository; 1 % would be seen in use.", _ON_TEXT),
-    Gate("topk-overlap", "topk_overlap", ">=", 0.85, "Of the entries that the reference's indexer chooses, the share that the subject chooses too: 92 % on the model of this repository in the worst layer. An fp4 index swaps entries near the last place; a wrong rotation or row swaps most.", _CHOICE),
-    Gate("mass-recalled", "mass_recalled", ">=", 0.9, "The reference's attention on its entries that falls on those chosen too, in the worst layer: 94 % on the model of this repository, more than the share of the entries, since those that are swapped weigh little.", _CHOICE),
-    Gate("retrieval", "retrieval_loss", "<=", 0.03, "Exact values at a distance are what quantised rows put at risk; three points are what the default number of cases can tell from none.", _RETRIEVED, RETRIEVAL, 1),
+    Gate("perplexity", "perplexity_ratio", "<=", 1.01, "Quantised rows change the mean loss by less than 0.1 % on the model of this repository; 1 % would be noticed in use.", _ON_TEXT),
+    Gate("topk-overlap", "topk_overlap", ">=", 0.85, "The share of the entries chosen by the reference's indexer that the subject chooses too: 92 % on the model of this repository in the worst layer. An fp4 index swaps entries near the last place; a wrong rotation or row swaps most.", _CHOICE),
+    Gate("mass-recalled", "mass_recalled", ">=", 0.9, "The share of the reference's attention on its entries that falls on entries which the subject chose too, in the worst layer: 94 % on the model of this repository. That is more than the overlap, because swapped entries weigh little.", _CHOICE),
+    Gate("retrieval", "retrieval_loss", "<=", 0.03, "Quantised rows put exact values at a distance at risk; three points are the smallest loss that the default number of cases can tell from none.", _RETRIEVED, RETRIEVAL, 1),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases.", (_TESTED, _RETRIEVED[1]), RETRIEVAL),
 )  # fmt: skip
 LONG_CONTEXT = "long-context"
-#: Judged where long contexts were measured and the reference read them too.
-_LONG = Gate(LONG_CONTEXT, "long_context_loss", "<=", 0.04, "Of the values planted in the worst context, those that the reference answers and the subject does not: one of 28 is the resolution, and a near tie may fall either way.", _LONG_ANSWERED, CONTEXTS, 1)  # fmt: skip
+#: Judged if long contexts were measured and the reference read them too.
+_LONG = Gate(LONG_CONTEXT, "long_context_loss", "<=", 0.04, "The share of the values planted in the worst context that the reference answers and the subject does not: one of 28 is the resolution, and a near tie may fall either way.", _LONG_ANSWERED, CONTEXTS, 1)  # fmt: skip
 PROFILE_GATES = {HF: (*DEFAULT_GATES, _LONG), SERVED: (*SERVED_GATES, _LONG)}
 
 
@@ -177,7 +175,7 @@ def resolve_gates(overrides: Mapping[str, float], profile: str = HF) -> list[Gat
     """The default gates of a profile with some thresholds replaced.
 
     Raises:
-        InputError: an unknown gate, with the nearest known one; a threshold that is no number or out of the gate's range.
+        InputError: an unknown gate, with the nearest known one; a threshold that is not a number or is out of the gate's range.
     """
     gates = PROFILE_GATES[profile]
     names = [gate.name for gate in gates]
@@ -188,8 +186,8 @@ def resolve_gates(overrides: Mapping[str, float], profile: str = HF) -> list[Gat
 
 
 def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:
-    """Every gate with its measured value. What was not asked for is left out: long contexts in a plan without, choices in a
-    model without indexers."""
+    """Every gate with its measured value. Gates that do not apply are left out: long contexts if the plan has none, choices
+    if the model has no indexers."""
     return [
         Verdict(
             gate,

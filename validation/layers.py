@@ -1,6 +1,6 @@
-"""Where two models part: the residual streams after every layer, of the bundle's graph and of the reference.
+"""Find where two models diverge: compare the residual streams of the bundle's graph and the reference after every layer.
 
-What is compared are values inside the graph that it names for this purpose (docs/artifacts.md)."""
+The compared values are inside the graph, which names them for this purpose (docs/artifacts.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foldkv.runtime.bundle import Bundle
 from foldkv.runtime.state import StateBuffers
 
 Streams = npt.NDArray[np.float32]
-#: Relative error above which a layer counts as another function than the reference's. Float32 in another
+#: Relative error above which a layer counts as different from the reference's. Float32 in another
 #: order of summation gives 1e-6 to 1e-5 after a few layers; the smallest planted damage gives above 1e-2.
 DIVERGED = 1e-3
 
@@ -36,12 +36,12 @@ class LayerFigure:
 
     @property
     def diverged(self) -> bool:
-        """Whether the layer computes something else than the reference; NaN does."""
+        """Whether the layer computes something else than the reference. NaN counts as diverged."""
         return not self.error <= DIVERGED
 
 
 class Taps:
-    """Values inside a bundle's graph, which become outputs of a copy in memory: one for all texts.
+    """Values inside a bundle's graph, made outputs of a copy in memory. All texts use one copy.
 
     Raises:
         ArtifactError: the graph was made without taps.
@@ -98,9 +98,9 @@ def _tapped(bundle: Bundle, names: list[str], threads: int) -> Any:
 def compare_layers(
     expected: Sequence[Streams], actual: Sequence[Streams], kinds: Sequence[str], *, typical: bool = False
 ) -> list[LayerFigure]:
-    """One figure per layer: of the largest difference, or of the median token's largest. What is not finite is infinite.
+    """One figure per layer: the largest difference, or with ``typical`` the median token's largest. NaN becomes infinite.
 
-    ``typical`` is for computations that round to few bits, where a single token may rightly fall on either side.
+    ``typical`` is for computations that round to few bits, where a single token may correctly round either way.
     """
     figures = []
     for layer, (want, have, kind) in enumerate(zip(expected, actual, kinds, strict=True)):
@@ -113,5 +113,5 @@ def compare_layers(
 
 
 def first_divergence(figures: Sequence[LayerFigure]) -> int | None:
-    """The first layer that computes something else, or None."""
+    """The first layer that diverges, or None."""
     return next((figure.layer for figure in figures if figure.diverged), None)

@@ -1,8 +1,8 @@
 """Values planted at chosen depths of a long stream, and asked for at its end.
 
-The stream is that of cases.py: ``<letter><digit><digit>;`` records. A planted key occurs once; all other records repeat the
-other keys. The questions are records too, one after another, each with its true value, so that one sequence of tokens
-holds the stream and every question, and subject and reference read the same.
+The stream has the format of cases.py: ``<letter><digit><digit>;`` records. A planted key occurs once; all other records repeat
+the other keys. The questions are records too, one after another, each with its true value. So one sequence of tokens contains
+the stream and every question, and subject and reference read the same.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from foldkv.validation.metrics import compare_logits
 if TYPE_CHECKING:
     from foldkv.validation.runners import Logits, TailRunner
 
-#: Shares of the stream that lie before a planted value.
+#: Shares of the stream before a planted value.
 DEPTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-#: Values planted at each depth; with 7 depths 28 of 52 keys, so that 24 are left for everything else.
+#: Values planted at each depth; with 7 depths 28 of 52 keys, so 24 are left for everything else.
 PER_DEPTH = 4
-#: Tokens of the longest stream that the reference is asked to read: it grows with the square of the length.
+#: Tokens of the longest stream that the reference is asked to read: its cost grows with the square of the length.
 REFERENCE_CONTEXT = 1 << 16
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A value, and the share of the stream that lies before it."""
+    """A value, and the share of the stream before it."""
 
     depth: float
     key: str
@@ -78,14 +78,14 @@ class ContextFigure:
 def planted_stream(
     context: int, *, depths: Sequence[float] = DEPTHS, per_depth: int = PER_DEPTH, seed: int = 0
 ) -> Stream:
-    """A stream that is as long as possible so that it and its questions fill ``context`` tokens of one byte each.
+    """The longest stream that fits, with its questions, into ``context`` tokens of one byte each.
 
     Raises:
-        InputError: too short for what is planted, or too many values for the keys there are.
+        InputError: the context is too short for what is planted, or there are more values than keys.
     """
     count = len(depths) * per_depth
     if count > len(KEYS) - 2:
-        raise InputError(f"{count} values were to be planted; there are {len(KEYS)} keys, of which two must be left.")
+        raise InputError(f"{count} values cannot be planted: there are {len(KEYS)} keys, and two must be left.")
     records = context // RECORD_BYTES - count
     if records < 4 * count:
         raise InputError(
@@ -111,7 +111,7 @@ def planted_stream(
 
 
 def answered(stream: Stream, tail: Sequence[int], logits: Logits) -> list[bool]:
-    """For each question whether the likeliest tokens were its value.
+    """For each question, whether the likeliest tokens were its value.
 
     Args:
         stream: the questions.
@@ -130,7 +130,7 @@ def answered(stream: Stream, tail: Sequence[int], logits: Logits) -> list[bool]:
 def measure_depths(
     subject: TailRunner, reference: TailRunner | None, tokenizer: Tokenizer, context: int, *, seed: int = 0
 ) -> ContextFigure:
-    """Ask the subject, and the reference if there is one, for what a stream of ``context`` tokens holds.
+    """Ask the subject, and the reference if there is one, for the values planted in a stream of ``context`` tokens.
 
     Raises:
         InputError: the tokenizer does not give one token per byte, or the context is too short.
@@ -139,7 +139,7 @@ def measure_depths(
     tokens, tail = (tokenizer.encode(text, add_special_tokens=False) for text in (stream.text, stream.tail))
     if len(tail) != len(stream.tail) or len(tokens) != len(stream.text):
         raise InputError(
-            "long contexts are measured on streams of single bytes, and this tokenizer joins bytes to tokens. "
+            "long contexts are measured on streams of single bytes, but this tokenizer joins bytes into tokens. "
             "Validate without --context."
         )
     tokens = [*tokenizer.prefix, *tokens]

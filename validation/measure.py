@@ -39,7 +39,7 @@ class Sides:
 
 
 def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measurements:
-    """Everything but long contexts.
+    """Measure everything except long contexts.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -128,7 +128,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
 
 
 def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Progress) -> None:
-    """Add what long contexts show, each in a session of its own."""
+    """Measure the long contexts, each in its own session, and add them to ``found``."""
     for context in plan.contexts:
         progress(f"values planted in {context:,} tokens")
         known = sides.reference if context <= REFERENCE_CONTEXT else None

@@ -85,7 +85,7 @@ def _quantile(values: npt.NDArray[np.float64], share: float) -> float:
 
 
 def mcnemar(reference: npt.NDArray[np.bool_], subject: npt.NDArray[np.bool_]) -> float:
-    """One-sided exact McNemar test: the chance of so many losses if subject and reference were equally good.
+    """One-sided exact McNemar test: the chance of this many losses if subject and reference were equally good.
 
     Counts cases that only one of them solves; under the hypothesis each such case is a fair coin.
     """

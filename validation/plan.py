@@ -1,4 +1,4 @@
-"""What is measured; all of it changes the figures and stands in the report."""
+"""What is measured. All of it changes the figures and is in the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Plan:
     """Windows of the text, and values to retrieve at distances (bytes) and from long contexts (tokens).
 
     Raises:
-        InputError: a number is out of its range; all of them are named.
+        InputError: a number is out of its range; all such numbers are named.
     """
 
     seed: int = 0
@@ -34,7 +34,7 @@ class Plan:
         ]  # fmt: skip
         step = RECORD_BYTES
         if not self.distances or any(type(d) is not int or d < step or d % step for d in self.distances):
-            wrong.append(f"distances are {list(self.distances)}, expected multiples of {step}, one at least")
+            wrong.append(f"distances are {list(self.distances)}, expected at least one, all multiples of {step}")
         if wrong:
             raise InputError(f"this cannot be measured: {'; '.join(wrong)}.")
 
@@ -43,7 +43,7 @@ class Plan:
         return max(self.text_tokens, max(self.distances) + 24 * 4 + 8)
 
     def options(self) -> list[str]:
-        """The options of ``foldkv validate`` that say the same; defaults too, which another version may have changed."""
+        """The same as options of ``foldkv validate``, with defaults, because another version may have other defaults."""
         words = ["--seed", str(self.seed), "--texts", str(self.texts), "--text-tokens", str(self.text_tokens)]
         words += [word for distance in self.distances for word in ("--distance", str(distance))]
         words += ["--cases-per-distance", str(self.cases_per_distance)]

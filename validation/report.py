@@ -21,7 +21,7 @@ HTML, JUNIT = "report.html", "junit.xml"
 
 def report_junit(result: ValidationResult) -> str:
     """One test case per gate. A gate that fails is a failure with its value, threshold and reason. One that is not informative
-    is an error: a skipped case would leave a build green. Notes, and thresholds that are not the default, are output."""
+    is an error, because a skipped case would leave a build green. Notes and changed thresholds are output."""
     counts = {word: sum(verdict.word == word for verdict in result.verdicts) for word in (FAILS, NOT_INFORMATIVE)}
     suite = ElementTree.Element(
         "testsuite",
@@ -76,17 +76,17 @@ def report_html(result: ValidationResult) -> str:
     )
 
 
-#: In the table what needs attention comes first.
+#: In the table, gates that need attention come first.
 _FIRST = {FAILS: 0, NOT_INFORMATIVE: 1, HOLDS: 2}
 
 
 def _quoted(text: str) -> str:
-    """In quotation marks, with what cannot be seen as escapes, and every character that can be as it is."""
+    """The text in quotation marks. Characters that cannot be seen are escaped, all others are not."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def format_figure(value: float, digits: int = 4) -> str:
-    """So many significant digits; small and large values in powers of ten."""
+    """A value with ``digits`` significant digits; small and large values in powers of ten."""
     if not math.isfinite(value):
         return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
     if float(value).is_integer() and abs(value) < 1e6:
@@ -97,7 +97,7 @@ def format_figure(value: float, digits: int = 4) -> str:
 
 
 def format_beside(value: float, threshold: float) -> str:
-    """A figure with as many digits as it takes to tell it from the threshold that it is judged by."""
+    """A figure with enough digits to tell it from its threshold."""
     for digits in range(4, 18):
         if (text := format_figure(value, digits)) != format_figure(threshold, digits):
             return text
@@ -116,7 +116,7 @@ def _y(share: float) -> float:
 
 
 def _log_plot(xs: Sequence[float], ys: Sequence[float], label: str) -> dict[str, Any]:
-    """Points and ticks of a line with a logarithmic axis of whole decades; infinite values lie on the upper edge."""
+    """Points and ticks of a line with a logarithmic axis of whole decades; infinite values are on the upper edge."""
     finite = [math.log10(max(y, 1e-16)) for y in ys if math.isfinite(y)] or [-16.0, 0.0]
     low, high = math.floor(min(finite)), math.ceil(max(finite))
     high = max(high, low + 1)

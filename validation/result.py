@@ -1,4 +1,4 @@
-"""What a validation found: measured figures, the verdicts on them, and both as the JSON of the report and back."""
+"""What a validation found: measured figures, the verdicts on them, and both to and from the report's JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 2
 
 @dataclass
 class Measurements:
-    """The figures and the evidence behind them: everything that takes a model to know.
+    """The figures and the evidence behind them: everything that needs a model to measure.
 
     Attributes:
         metrics: what gates read, and more.
@@ -41,7 +41,7 @@ class Measurements:
 
     @property
     def first_divergence(self) -> int | None:
-        """The first layer that computes something else than the reference."""
+        """The first layer that diverges from the reference."""
         return first_divergence(self.layers)
 
 
@@ -51,9 +51,9 @@ class ValidationResult(Measurements):
 
     Attributes:
         verdicts: one per gate that was asked for.
-        not_validated: targets and folders of bundles that were built from the same graph and that this says nothing about.
-        comparison: with an older report, if one was given.
-        source: whether the figures were ``measured``, or those of the report there ``judged again``, or all is ``unchanged``.
+        not_validated: targets and folders of bundles that were built from the same graph but not measured.
+        comparison: the comparison with an older report, if one was given.
+        source: ``measured``; ``judged again``, with the figures of the report there; or ``unchanged``.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
@@ -90,29 +90,29 @@ class ValidationResult(Measurements):
         return ", ".join(parts)
 
     def notes(self) -> list[str]:
-        """What a reader must know to read the figures right."""
+        """What a reader must know to read the figures correctly."""
         notes = []
         queries, tied = (sum(getattr(row, name) for row in self.selection) for name in ("queries", "tied"))
         if tied:
             notes.append(
                 f"Index scores tie exactly at the last place in {tied:,} of {queries:,} queries that had a choice. Several sets of "
                 "entries are equally good there. For texts the reference takes the one that is closest to the subject's, so that "
-                "logits, layers and entries compare; answers of retrieval are compared as they are."
+                "logits, layers and entries can be compared. Retrieval answers are compared without this."
             )
         if self.selection and min(row.queries for row in self.selection) == 0:
             needed = self.provenance["choice_from_tokens"]
             notes.append(
-                "No query of these texts had more compressed entries than places in every layer with an indexer: how entries are "
-                f"chosen was not measured. It is with texts of more than {needed:,} tokens (--text-tokens)."
+                "In a layer with an indexer no query of these texts had more compressed entries than places: how entries are chosen "
+                f"there was not measured. That needs texts of more than {needed:,} tokens (--text-tokens)."
             )
         if far := [figure.context for figure in self.long_context if figure.reference is None]:
             sizes = ", ".join(f"{context:,}" for context in far)
             notes.append(
-                f"Contexts of {sizes} tokens are shown and not judged: the reference reads {REFERENCE_CONTEXT:,} at most."
+                f"Contexts of {sizes} tokens are shown but not judged: the reference reads at most {REFERENCE_CONTEXT:,}."
             )
         if self.not_validated:
             names = ", ".join(row["target"] for row in self.not_validated)
-            notes.append(f"Built from the same graph and not validated: {names}. Nothing here was measured on them.")
+            notes.append(f"Built from the same graph but not validated: {names}. Nothing here was measured on them.")
         return notes
 
 
@@ -151,7 +151,7 @@ def gate_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
-    """What :func:`to_json` wrote, the verdicts left out: they are made anew from the figures."""
+    """What :func:`to_json` wrote, without the verdicts: they are judged again from the figures."""
     return Measurements(
         metrics={name: float(value) for name, value in content["metrics"].items()},
         retrieval=list(content["retrieval"]),

@@ -23,7 +23,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass
 class Reading:
-    """What a reference makes of one text: logits [n, V], residual streams [n, N, C] after every layer, choices by layer."""
+    """What a reference computes for one text: logits [n, V], residual streams [n, N, C] after every layer, choices by layer."""
 
     logits: Logits
     streams: list[Logits] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Reading:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch compute with so many threads, and after that with as many as before."""
+    """Let torch compute with this many threads, then restore the number from before."""
     import torch
 
     before = torch.get_num_threads()
@@ -65,7 +65,7 @@ class TransformersRunner:
     """The reference: transformers' DeepseekV4ForCausalLM, eager, float32.
 
     Raises:
-        CheckpointError: the checkpoint does not load whole.
+        CheckpointError: the checkpoint does not load completely.
         MissingDependencyError: transformers is not installed.
     """
 
@@ -86,9 +86,9 @@ class TransformersRunner:
                     for name in info.get(kind, ())]  # fmt: skip
         if problems:
             raise CheckpointError(
-                listing(f"transformers does not load {checkpoint} whole", problems, "Check the checkpoint.")
+                listing(f"transformers does not load {checkpoint} completely", problems, "Check the checkpoint.")
             )
-        # What transformers dequantises stays bfloat16, which holds e4m3 and e2m1 times a power of two exactly.
+        # What transformers dequantises stays bfloat16, which represents e4m3 and e2m1 times a power of two exactly.
         self.model: Any = model.float().eval().requires_grad_(False)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
@@ -121,7 +121,7 @@ class TransformersRunner:
 
         Args:
             tokens: [n].
-            chosen: by layer, the subject's entries [n, places]; ties are settled as they have it.
+            chosen: by layer, the subject's entries [n, places]; ties are settled in their favour.
             streams: keep the residual streams too.
         """
         import torch
@@ -166,7 +166,7 @@ class TransformersRunner:
 
 
 class OracleRunner:
-    """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute, whatever it costs."""
+    """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute. Speed does not matter."""
 
     name = "foldkv's oracle of the profile served, float32"
 

@@ -1,13 +1,13 @@
-"""Which compressed entries the subject attends to, against those of the reference.
+"""Compare the compressed entries that the subject attends to with those of the reference.
 
-Sets are compared, never their order. Only queries that have more entries to choose from than places count. ``overlap`` is
-the share of the reference's entries that the subject chose too; ``mass_recalled`` is the share of the reference's attention
-on its entries that lies on those.
+Sets are compared, never their order. Only queries that have more entries than places count. ``overlap`` is the share of the
+reference's entries that the subject chose too; ``mass_recalled`` is the share of the reference's attention on its entries
+that falls on these.
 
-Where scores tie at the last place several sets are equally good, and two right implementations may choose differently:
-ReLU makes scores of small or random models true zeros, hundreds of them in one query. :func:`settle_ties` then lets the
-reference take, of its own equally good sets, the one that is closest to the subject's. What it takes is always a set that
-its own scores put first, so that a subject that chose a worse entry is still found.
+Where scores tie at the last place, several sets are equally good, and two correct implementations may choose differently. In
+small or random models ReLU makes many scores exactly zero, hundreds of them in one query. :func:`settle_ties` then lets the
+reference take the one of its equally good sets that is closest to the subject's. The reference's own scores always put that
+set first, so a subject that chose a worse entry is still found.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class SelectionFigure:
-    """One layer over all queries that had a choice, ``tied`` of them with a tie at the last place; shares are 1 where none had."""
+    """One layer over all queries that had a choice, ``tied`` of them with a tie at the last place; shares are 1 if none had."""
 
     layer: int
     queries: int
@@ -51,7 +51,7 @@ class SelectionFigure:
 
 
 def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """The choice with ties at the last place settled as ``preferred`` has it, and which queries had one.
+    """The choice with ties at the last place settled in favour of ``preferred``, and which queries had a tie.
 
     Args:
         scores: [n, E]; -inf where an entry is not visible.
@@ -59,7 +59,7 @@ def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.N
         preferred: [n, places] entries, -1 for none.
 
     Returns:
-        Entries [n, k], changed only where the k-th score equals that of an entry that was not chosen, and [n] bool.
+        Entries [n, k], changed only where the k-th score equals the score of an entry that was not chosen; and [n] bool.
     """
     count, places = own.shape
     if not places:
@@ -68,7 +68,7 @@ def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.N
     last = np.where(full, np.take_along_axis(scores, np.maximum(own, 0), axis=1).min(axis=1), np.inf)[:, None]
     tied = full & ((scores >= last).sum(axis=1) > places)
     level, above = scores == last, scores > last
-    # Of entries on the same level those that are preferred come first, then those that were chosen, then the rest.
+    # On the same level preferred entries come first, then chosen ones, then the rest.
     rank = 4 * above + level * (1 + _members(own, scores.shape[1]) + 2 * _members(preferred, scores.shape[1]))
     best = np.argsort(-np.minimum(rank, 4), axis=1, kind="stable")[:, :places]
     return np.where(tied[:, None], best, own), tied

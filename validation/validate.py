@@ -34,7 +34,7 @@ from foldkv.validation.report import write_report
 from foldkv.validation.result import Measurements, ValidationResult, measurements_from_json
 from foldkv.validation.runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 
-#: Files of a bundle that is computed with one thread.
+#: Bundles with smaller weights are computed with one thread.
 SMALL_BYTES = 64 << 20
 MEASURED, JUDGED_AGAIN, UNCHANGED = "measured", "judged again", "unchanged"
 
@@ -64,19 +64,19 @@ def validate(
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
         baseline: an older report, its folder or report.json: the new one shows what changed.
-        threads: that subject and reference compute with; the default is :func:`validation_threads`.
-        keep: where the report there holds figures of the same bundle, plan, text and versions, judge those again.
-        key: stored in the report's manifest, for a caller that wants to know later what it was made for.
-        allow_unknown_keys: keys of the reference's config.json to ignore, beside those that the export was allowed to.
-        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
+        threads: threads of subject and reference; the default is :func:`validation_threads`.
+        keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
+        key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
+        allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
-        InputError: the bundle was made from another checkpoint or is an engine, an unknown gate or a threshold out of range,
-            a bundle without tokenizer, a text that cannot be read or has nothing to predict, a baseline that is no report,
-            contexts that are too short or too long or without the gate that they were to have.
+        InputError: the bundle was made from another checkpoint, is an engine or has no tokenizer; a gate is unknown or its
+            threshold out of range; the text cannot be read or has nothing to predict; the baseline is not a report; a context
+            is too short or too long, or the gate of long contexts has none.
         ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
-        MissingDependencyError: a package that validation needs is not here.
+        MissingDependencyError: a package that validation needs is missing.
     """
     plan, words, bundle, report = plan or Plan(), load_text(text), Path(bundle), Path(report)
     if threads is not None and (type(threads) is not int or threads < 1):
@@ -152,7 +152,7 @@ def _measured_key(bundle: Path, plan: Plan, text: Text) -> str:
 
 
 def _stored(report: Path, measured: str) -> tuple[dict[str, Any], Measurements | None]:
-    """The manifest and the figures of the report there, if they were measured from the same."""
+    """The manifest of the report there, and its figures if they were measured from the same inputs."""
     try:
         manifest = read_manifest(report, kind=KIND)
         verify_files(report, manifest)
@@ -174,7 +174,7 @@ def _not_validated(bundle: Path, manifest: Mapping[str, Any]) -> list[dict[str, 
             if other["inputs"]["graph"] == manifest["inputs"]["graph"]:
                 found.append({"target": str(other["target"]["name"]), "folder": folder.name})
         except (ArtifactError, KeyError, TypeError):
-            continue  # no bundle, or none that could be used
+            continue  # not a bundle, or not a usable one
     return found
 
 
@@ -182,7 +182,7 @@ def _command(
     bundle: Path, reference: Path, report: Path, plan: Plan, text: Path | None, gates: list[Gate], threads: int,
     allow_unknown_keys: Sequence[str],
 ) -> str:  # fmt: skip
-    """A line for a shell that measures the same again."""
+    """A shell command that measures the same again."""
     words = ["foldkv", "validate", str(bundle), "--reference", str(reference), "--report", str(report), *plan.options()]
     words += [word for gate in gates if gate.given is not None for word in ("--gate", f"{gate.name}={gate.given!r}")]
     words += ["--text", str(text)] if text is not None else []
@@ -193,8 +193,8 @@ def _command(
 def validation_threads(bundle: Bundle) -> int:
     """One for a small model, else the processors that this process may use.
 
-    Operators of a small model take microseconds: torch's and ONNX Runtime's threads spend four fifths of the processor time on
-    waiting for each other, actively, and on a busy machine take that time from the thread that they wait for.
+    Operators of a small model take microseconds. With more threads, torch and ONNX Runtime spend four fifths of the processor time
+    on waiting actively. On a busy machine they take that time from the thread that they wait for.
     """
     weights = sum(file["bytes"] for kind in ("files", "linked") for file in bundle.manifest.get(kind, {}).values())
     return 1 if weights < SMALL_BYTES else default_threads()
@@ -225,11 +225,11 @@ def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what
     for context in plan.contexts:
         planted_stream(context, seed=plan.seed)
         if context > longest:
-            raise InputError(f"a context of {context} tokens was asked for; {what} takes {longest} at most.")
+            raise InputError(f"a context of {context} tokens was asked for; {what} takes at most {longest}.")
     if LONG_CONTEXT in gates and not any(context <= REFERENCE_CONTEXT for context in plan.contexts):
         raise InputError(
-            f"gate {LONG_CONTEXT} compares with the reference, which reads contexts of up to {REFERENCE_CONTEXT} tokens; none "
-            "of those is measured. Give one with --context (validate.contexts in a pipeline file), or leave the gate out."
+            f"gate {LONG_CONTEXT} compares with the reference, which reads contexts of up to {REFERENCE_CONTEXT} tokens, but "
+            "none of those is measured. Give one with --context (validate.contexts in a pipeline file), or leave the gate out."
         )
 
 

@@ -1,7 +1,7 @@
 """Calls of every operator: inputs that are the same on every machine, and what the outputs must be.
 
-What is expected comes from the operators' definitions in float64 and can be kept in a file, so that a machine with a GPU need
-not compute it. Inputs are drawn from a counter by exact arithmetic: they have the same bits wherever they are made, whatever
+What is expected comes from the operators' definitions in float64 and can be kept in a file, so a machine with a GPU does
+not have to compute it. Inputs are drawn from a counter by exact arithmetic: they have the same bits wherever they are made, whatever
 the version of torch or numpy. Rows that no kernel may read hold NaN, or bytes that decode to it.
 """
 
@@ -285,7 +285,7 @@ class _Call:
         return [_ints(self.start), _ints(self.real)]
 
     def stored(self, values: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor]:
-        """Rows [..., D] of float32 as they are stored, and the float32 values that they stand for."""
+        """Rows [..., D] of float32 as stored, and the float32 values that they represent."""
         if self.rows == DENSE:
             return values.bfloat16(), values.bfloat16().float()
         unread = values.isnan().any(-1, keepdim=True)
@@ -482,7 +482,7 @@ def _attention_case(
         unit = _HALF_STATE + (2 * of.width * max(reach, 1.0) + 128) * _HALF_SINGLE
         valid = torch.arange(chunk)[None, :] < call.tail[1][:, None]
         bound = 2 * unit * float(values.abs().max())
-        # Roundings of many weights are independent, so that the whole is nearer than the worst of one value.
+        # Roundings of many weights are independent, so the whole is nearer than the worst case of one value.
         return [Expectation(0, "near", where=valid, values=expected[valid], bound=bound, relative=2 * _HALF_STATE)]
 
     return Case(operator, call.rows, inputs, expect, attributes)

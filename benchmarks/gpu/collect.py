@@ -40,7 +40,7 @@ def main(out: Path, into: Path | None) -> None:
 
 
 def compact(content: Any, indent: int = 0) -> str:
-    """JSON with a line per row of a list, so that a change of one row is a change of one line."""
+    """JSON with a line per row of a list, so a change of one row changes one line."""
     pad = " " * (indent + 1)
     if isinstance(content, dict) and indent < 4:
         kept = {key: value for key, value in content.items() if key not in _LEFT_OUT}

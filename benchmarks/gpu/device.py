@@ -39,7 +39,7 @@ class Device:
         return tensor.contiguous().to(self.torch_device, copy=True)
 
     def expose(self, tensor: Tensor) -> int:
-        """The address of a tensor that lies there already."""
+        """The address of a tensor that is there already."""
         return tensor.data_ptr()
 
     def wait(self) -> None:

@@ -33,13 +33,13 @@ def main() -> None:
 @click.argument("parcels", type=click.Path(path_type=Path))
 @click.option("--mib", default=56.0, show_default=True, help="Largest parcel.")
 def _pack(folder: Path, parcels: Path, mib: float) -> None:
-    """Write the parcels anew."""
+    """Write the parcels again."""
     for line in pack(folder, parcels, mib):
         click.echo(line)
 
 
 def pack(folder: Path, parcels: Path, mib: float) -> list[str]:
-    """Write the parcels of a folder anew, each of at most ``mib``; a line for each."""
+    """Write all parcels of a folder, each of at most ``mib``; returns a line for each."""
     shutil.rmtree(parcels, ignore_errors=True)
     parcels.mkdir(parents=True)
     groups: list[list[tuple[str, bytes]]] = [[]]

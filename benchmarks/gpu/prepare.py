@@ -27,7 +27,7 @@ PARTS = ("kernels", "model", "engine")
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=kit.DEFAULT_PARCEL, show_default=True)
 @click.option("--sm", default=90, show_default=True, help="Compute capability of the GPU.")
-@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Make only these parts anew; the default is all.")
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Make only these parts; the default is all.")
 @click.option("--parcels", "packed", type=click.Path(path_type=Path), help="Folder for the parcels.")
 @click.option("--mib", default=56.0, show_default=True, help="Largest parcel.")
 def main(output: Path, sm: int, only: tuple[str, ...], packed: Path | None, mib: float) -> None:

@@ -1,12 +1,12 @@
 """What ``step_engine.py`` needs, made on a machine without a GPU: plans, what they must compute, and the library for them.
 
-All of it lies in ``PARCEL/engine``:
+All of it is in ``PARCEL/engine``:
 
 - ``material.tar.xz``: probes and bundles, each with inputs and with what ONNX Runtime computes from them on the CPU;
 - ``python.tar.xz``: the Python packages of TensorRT-RTX for the GPU machine's Python;
 - ``library.xz``: ``libtensorrt_rtx.so.1``.
 
-Plans name no compute capability, so that they are tried on any GPU; kernels of plugins are compiled for the one that is asked for.
+Plans name no compute capability, so they can be tried on any GPU. Kernels of plugins are compiled for the requested one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Probe:
         low: names of inputs and outputs that the engine has in bfloat16.
         limits: of the largest error of an output, over the largest value that is expected there.
         sizes: smallest and largest shape of inputs whose shape is not fixed.
-        aliases: outputs that lie in the buffer of an input.
+        aliases: outputs that are in the buffer of an input.
     """
 
     name: str
@@ -127,7 +127,7 @@ def product_probe() -> Probe:
 
 
 def plugin_probe() -> Probe:
-    """The window's update, whose state is written where it lies, and attention over it, both plugins, behind products."""
+    """The window's update, which writes its state in place, and attention over it: both are plugins, after products."""
     rng, window, heads, width, rotary, chunk = np.random.default_rng(2), 32, 4, 64, 16, 3
 
     def build(low: int) -> onnx.ModelProto:

@@ -165,7 +165,7 @@ def texts(lengths: Sequence[int], chunk: int) -> Texts:
 
 
 def _module(name: str) -> Any:
-    """A module that lies beside the checkpoint."""
+    """A module that is beside the checkpoint."""
     sys.path.insert(0, str(CHECKPOINT))
     try:
         return __import__(name)
@@ -186,7 +186,7 @@ def drive(
 ) -> Run:
     """Feed the texts in chunks, then one token per step and sequence.
 
-    Nothing waits for the device, so that a GPU's steps follow each other.
+    Nothing waits for the device, so a GPU's steps follow each other.
 
     Args:
         decoder: on the device of everything else, in any floating type.

@@ -3,9 +3,10 @@
 #
 #   PYTHON=python3 benchmarks/gpu/run.sh OUT [STEP...]
 #
-# Steps, in order of worth: kernels engine model stability sanitizer speed. Each has a time limit, ten minutes together, and a
-# result file of its own in OUT; one that fails does not stop the next. `tune` runs where it is named only. `prepare.py` made the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; where
-# it came in pieces (FOLDKV_GPU_PARCELS, build/gpu-parcels) they are joined first. Nothing is installed.
+# Steps, in order of importance: kernels engine model stability sanitizer speed. Each has a time limit, ten minutes together,
+# and a result file of its own in OUT; one that fails does not stop the next. `tune` runs only if it is named. `prepare.py`
+# makes the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; if it comes in pieces (FOLDKV_GPU_PARCELS,
+# build/gpu-parcels), they are joined first. Nothing is installed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?usage: benchmarks/gpu/run.sh OUT [STEP...]}

@@ -76,7 +76,7 @@ def unpack(source: Path, target: Path) -> dict[str, Any]:
             facts["missing"] += [] if stamp.exists() else [name]
         elif not stamp.exists() or stamp.read_text() != _digest(source / name):
             stamp.unlink(missing_ok=True)
-            if folder != "site":  # the library lies in that one
+            if folder != "site":  # the library is in that one
                 shutil.rmtree(target / folder, ignore_errors=True)
             with tarfile.open(source / name, "r:xz") as archive:
                 archive.extractall(target / folder, filter="data")
@@ -375,7 +375,7 @@ def follow(notes: Notes, session: Any, case: Mapping[str, Any], logits: Array, t
     own, seconds = [session.prefill(prompts).argmax(-1)], []
     for _ in range(len(tokens) - 1):
         start = time.perf_counter()
-        after = session.decode(own[-1].tolist())  # the logits come back to the host, so that it has waited for them
+        after = session.decode(own[-1].tolist())  # the logits come back to the host, so it has waited for them
         seconds.append(time.perf_counter() - start)
         own.append(after.argmax(-1))
     agree = np.stack(own) == tokens
@@ -549,7 +549,7 @@ def main(out: Path | None, budget: float, only: tuple[str, ...], one: str | None
         facts = unpack(parcel() / "engine", root())
         recorder.fact(unpacking=facts)
         if facts["missing"]:
-            raise FileNotFoundError(f"not here yet: {', '.join(facts['missing'])}; the parcel is not whole")
+            raise FileNotFoundError(f"not here yet: {', '.join(facts['missing'])}; the parcel is not complete")
         made_of = root() / "material" / "sources"
         if not made_of.exists() or made_of.read_text() != sources():
             raise RuntimeError("the bundles were made with other kernels than are here: run prepare.py again")

@@ -1,6 +1,6 @@
 """Every kernel of every operator on the GPU against its definition in float64, at the shapes of three models.
 
-``python benchmarks/gpu/step_kernels.py -o OUT/kernels.json``. What is expected lies in the parcel (``prepare.py``); inputs are
+``python benchmarks/gpu/step_kernels.py -o OUT/kernels.json``. The expected values are in the parcel (``prepare.py``); inputs are
 drawn again and compared by digest. With ``--no-check`` the kernels run once each and nothing is compared: for compute-sanitizer.
 """
 

@@ -2,7 +2,7 @@
 
 Every operator that touches compressed KV launches its kernel, the rest of export/model is torch's own in float32. A row per
 form of the state: the logits of the reference's tokens beside the CPU's, and 200 tokens that follow freely. What is compared
-and where the bounds come from is said in prepare_model.py, which makes the references without a GPU.
+and where the bounds come from is described in prepare_model.py, which makes the references without a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kernel once under compute-sanitizer: memcheck for accesses outside of tensors, racecheck for shared memory.
 
-``python benchmarks/gpu/step_sanitizer.py -o OUT/sanitizer.json``. torch's allocator is switched off, so that each tensor is an
-allocation of its own and what lies behind it is nobody's.
+``python benchmarks/gpu/step_sanitizer.py -o OUT/sanitizer.json``. torch's allocator is switched off, so each tensor is a
+separate allocation, and the memory behind it belongs to none.
 """
 
 from __future__ import annotations

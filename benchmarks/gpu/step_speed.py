@@ -3,7 +3,7 @@
 ``python benchmarks/gpu/step_speed.py -o OUT/speed.json``. Shapes are those of V4-Flash and V4-Pro at the end of a full context.
 The floor of a call is the larger of the bytes that it must move over the measured copy bandwidth and the operations that it
 must do over the measured bfloat16 matrix rate; the share is floor over time. A time is the median over replays of a CUDA
-graph of 20 calls. The calls read several copies of their inputs in turn, as layers do, so that small ones do not come from
+graph of 20 calls. The calls read several copies of their inputs in turn, as layers do, so small ones do not come from
 the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike.
 """
 
@@ -44,7 +44,7 @@ CASES = (
     ("FoldkvWindowAttention", FP8_DS_MLA), ("FoldkvCompressFp8", DENSE), ("FoldkvCompressOnlineFp8", DENSE),
     ("FoldkvCompressFp4", INDEX_FP4),
 )  # fmt: skip
-#: What is measured where: the corners first, so that a time limit cuts what lies between.
+#: What is measured where: the corners first, so a time limit cuts what is between.
 CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
 
 
@@ -62,7 +62,9 @@ class Call(NamedTuple):
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-@click.option("--seconds", default=120.0, show_default=True, help="Stop after that long; what is missing is said.")
+@click.option(
+    "--seconds", default=120.0, show_default=True, help="Stop after this many seconds; the result says what is missing."
+)
 def main(output: Path, seconds: float) -> None:
     """Run the step."""
     with kit.recorded(output, "speed", WHAT) as recorder:
@@ -241,7 +243,7 @@ def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
 
 
 def torch_step(call: Call) -> Callable[[], Tensor] | None:
-    """The operator's step in torch, in bfloat16, as one would write it without a kernel; None where it is no product."""
+    """The operator's step in torch, in bfloat16, as one would write it without a kernel; None if it is not a product."""
     values = call.inputs
     if call.operator == "FoldkvIndexScores":
         q, weights, entries = values[:3]

@@ -110,7 +110,7 @@ def test_state_that_the_gpu_cannot_hold_is_refused_and_given_back(
     tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
 ) -> None:
     gpu.limit = 100_000
-    with pytest.raises(InputError, match=r"needs \d+ bytes .* which the GPU cannot give"):
+    with pytest.raises(InputError, match=r"needs \d+ bytes .* which the GPU cannot allocate"):
         Session(make_bundle(tiny_bundle, tmp_path), context=1024)
     assert_given_back(gpu)
 
@@ -175,7 +175,7 @@ def test_another_gpu_or_another_version_is_told(
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(bundle_module, "device_capability", lambda: 80)
     monkeypatch.setattr(cuda_module, "cuda_driver", HostDriver)
-    with pytest.raises(MissingDependencyError, match=r"was built by tensorrt-rtx 1\.0; installed is 1\.7"):
+    with pytest.raises(MissingDependencyError, match=r"was built by tensorrt-rtx 1\.0; 1\.7.* is installed"):
         Session(folder, context=256)
 
 

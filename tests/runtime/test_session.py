@@ -388,10 +388,10 @@ def generate(**options: Any) -> Callable[[Session], object]:
         (lambda s: s.forward([[1], [2]]), "got tokens for 2 slots"),
         (lambda s: s.forward(3), "chunks must be a list, got 3"),
         (lambda s: s.forward([[1]], logits="some"), "logits must be"),
-        (lambda s: s.reset([3]), "slots must be among 0 to 0"),
+        (lambda s: s.reset([3]), "slots must be numbers from 0 to 0"),
         (lambda s: s.reset(0), "slots must be a list, got 0"),
-        (lambda s: s.reset([False]), "slots must be among 0 to 0"),
-        (lambda s: s.reset(["a"]), "slots must be among 0 to 0"),
+        (lambda s: s.reset([False]), "slots must be numbers from 0 to 0"),
+        (lambda s: s.reset(["a"]), "slots must be numbers from 0 to 0"),
         (lambda s: s.restore(None), "expected what snapshot"),
     ],
 )

@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_worst_context_that_the_reference_read() -> None
     ("contexts", "gates", "message"),
     [
         ((100,), {}, "too short to plant"),
-        ((2 << 20,), {}, "takes 1048576 at most"),
+        ((2 << 20,), {}, "takes at most 1048576"),
         ((1 << 20,), {"long-context": 0.0}, "reads contexts of up to 65536"),
     ],
 )

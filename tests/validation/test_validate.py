@@ -152,7 +152,7 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
     assert set(words.values()) == {"not informative"} and result.exit_code == EXIT_GATE_FAILED
     assert result.headline == "10 of 10 gates are not informative" and not content(world, "short")["passed"]
     page = (world / "short" / "report.html").read_text()
-    assert "measured on 4 predicted tokens, it needs 32" in page and 'errors="10"' in report_junit(result)
+    assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="10"' in report_junit(result)
     assert any(
         "how entries are chosen was not measured. It is with texts of more than 67 tokens" in n for n in result.notes()
     )
@@ -227,10 +227,10 @@ def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | 
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("absent", None, "is no report: .* cannot be read"),
+        ("absent", None, "is not a report: .* cannot be read"),
         ("r.json", "not json", "it is not JSON"),
-        ("r.json", "[]", "is no report that this version reads"),
-        ("r.json", '{"schema_version": 1, "passed": true}', "is no report that this version reads"),
+        ("r.json", "[]", "is not a report that this version reads"),
+        ("r.json", '{"schema_version": 1, "passed": true}', "is not a report that this version reads"),
     ],
 )
 def test_a_baseline_that_is_no_report_is_refused_before_anything_is_measured(
