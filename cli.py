@@ -560,7 +560,9 @@ def plan_command(
     }  # fmt: skip
     given = [name for name, value in only_targets.items() if value is not None]
     if given and not targets:
-        raise click.UsageError(f"{', '.join(given)} changes nothing without --target. Name a target, for example cpu.")
+        raise click.UsageError(
+            f"{', '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing without --target. Name a target, for example cpu."
+        )
     spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
     if plot is not None:
         check_plot_path(plot)
@@ -779,7 +781,7 @@ def _plot(
 @_allow_unknown_key
 @_json
 def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
-    """Show facts about ARTIFACT: a checkpoint, a graph package, a bundle or a report. Its files are verified.
+    """Show facts about ARTIFACT: a checkpoint, a graph package, a bundle or a report, whose files are verified.
 
     For a bundle: shapes, layout, bytes of the state, engine and plugins. For a report: gates, figures and what was measured. For
     a graph package: nodes, operators and how its weights are stored. For a checkpoint: geometry and how its tensors are stored.

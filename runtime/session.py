@@ -242,7 +242,7 @@ class Session:
     ) -> TokenStream:
         """Generate tokens and give each one out as ``(slot, token)`` as soon as it is chosen.
 
-        Prompt ``i`` goes to slot ``i``; slots beyond the prompts stay unused. A finished slot costs no state.
+        Prompt ``i`` goes to slot ``i``; slots beyond the prompts stay unused. A slot that has ended is not computed any more.
         Nothing is changed before the first token is asked for.
 
         Args:

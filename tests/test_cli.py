@@ -200,7 +200,7 @@ def test_a_key_that_nobody_knows_is_refused_or_allowed_by_name(tiny_checkpoint: 
     ("options", "message"),
     [
         (["--chunk", "64"], "--chunk changes nothing without --target"),
-        (["--plugins", "on", "--max-context"], "--plugins, --max-context changes nothing without --target"),
+        (["--plugins", "on", "--max-context"], "--plugins, --max-context change nothing without --target"),
         (["--profile", "served"], "--profile changes nothing without --target"),
         (["--weights", "repack"], "--weights changes nothing without --target"),
         (["--batch", "1000000000000"], "batch is 1,000,000,000,000; expected 1 to 65,535"),
