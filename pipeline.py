@@ -384,7 +384,7 @@ def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
     if not reason:
         progress(f"unchanged, {work.graph}")
         return False
-    progress(reason)
+    progress(f"starts: {reason}")
     expected = export_estimate(work.checkpoint.spec, read_runs(), _package(work))
     if expected is not None:
         progress.expect(expected.low, expected.high)
@@ -422,7 +422,7 @@ def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Pr
 
     wanted = work.config.validation
     if reason := _FORCED if force else work.validate_reason():
-        progress(reason)
+        progress(f"starts: {reason}")
     # Always called: the report also lists what has been built beside the bundle since.
     found = validate(
         work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),

@@ -96,12 +96,9 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
     out = pipeline.parent / "out"
     done: set[str] = set()
     for step, finished in [
-        ("export: reading", set()),
         ("export: tracing", set()),
         ("export: writing", set()),
         ("build: cpu: optimizing", {"graph"}),
-        ("build: cpu: loading", {"graph"}),
-        ("validate: loading", {"graph", "bundles/cpu"}),
         ("validate: text 1", {"graph", "bundles/cpu"}),
         ("validate: retrieval", {"graph", "bundles/cpu"}),
     ]:
@@ -111,7 +108,7 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
             lines = []
             for line in child.stderr:
                 lines.append(line)
-                if line.startswith(step):
+                if f"] {step}" in line:
                     os.kill(child.pid, signal.SIGKILL)
                     break
             else:
@@ -134,7 +131,7 @@ def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
         assert child.stderr is not None
         for line in child.stderr:
-            if line.startswith("build: rtx4090: building"):
+            if "] build: rtx4090: building" in line:
                 (worker,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in
                              pid.read_text().split())  # fmt: skip
                 os.kill(child.pid, signal.SIGKILL)
