@@ -36,7 +36,7 @@ _RTX, _TENSORRT, _GPU = (*_EXPORT, "tensorrt_rtx"), (*_EXPORT, "tensorrt"), ("nu
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
 FEATURES = {
     "inspect checkpoints": Feature(_EXPORT),
-    "export": Feature((*_EXPORT, "transformers"), "export"),
+    "export": Feature((*_EXPORT, "transformers", "safetensors"), "export"),
     "inject": Feature(_EXPORT, "inject"),
     "build cpu": Feature((*_EXPORT, "onnxruntime"), "build"),
     "build TensorRT-RTX engines": Feature(_RTX, "build"),
@@ -47,7 +47,7 @@ FEATURES = {
     "generate with TensorRT-RTX engines": Feature((*_GPU, "tensorrt_rtx"), "generate", gpu=True),
     "generate with TensorRT engines": Feature((*_GPU, "tensorrt"), "generate", gpu=True),
     "validate": Feature(_VALIDATE, "validate"),
-    "run, beside its stages": Feature((*_EXPORT, "transformers", "pydantic"), "run"),
+    "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
 #: Packages that the table above does not list, and their uses.
 _ALSO = {"accelerate": "validate, with quantised checkpoints", "rich": "bars on a terminal"}

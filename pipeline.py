@@ -27,7 +27,7 @@ from foldkv.optimize.formats import Package, stored_format
 from foldkv.optimize.history import Estimate, read_runs, record_builds, record_export
 from foldkv.optimize.spec import Shapes
 from foldkv.optimize.targets import resolve_targets
-from foldkv.packages import require
+from foldkv.packages import FEATURES, missing, require
 from foldkv.progress import Progress, Say, silent
 
 if TYPE_CHECKING:
@@ -206,6 +206,8 @@ class _Pipeline:
         if BUILD in self.stages:
             check_here(choices)
         if EXPORT in self.stages:
+            if missing(FEATURES["export"].modules) and self.export_reason():
+                require("export")
             check_destination(self.graph, kind=GRAPH_KIND)
         if BUILD in self.stages:
             for target in targets:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from foldkv.export.state import state_tensors
 from foldkv.export.tokenizer import TOKENIZER, tokenizer_json
 from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 from foldkv.export.weights import FOLDER, referenced, repacked
+from foldkv.packages import version_of
 from foldkv.progress import Progress, Say, silent
 
 KIND = "foldkv.graph"
@@ -41,9 +41,7 @@ def graph_spec(profile: str) -> dict[str, Any]:
 
 def tool_versions() -> dict[str, str]:
     """Versions of the tools that make a graph."""
-    return {
-        name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript", "transformers")
-    }
+    return {name: version_of(name) or "missing" for name in ("torch", "onnx", "onnx-ir", "onnxscript", "transformers")}
 
 
 def export_checkpoint(
