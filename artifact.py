@@ -145,6 +145,7 @@ def check_destination(destination: Path, *, kind: str) -> None:
         # Permissions do not show a read-only or special file system; creating a folder does.
         Path(tempfile.mkdtemp(prefix=".foldkv-check-", dir=folder)).rmdir()
     except OSError as error:
+        error.filename = str(destination)  # not the folder that was to show it
         raise system_failure(error, destination.parent) from None
 
 

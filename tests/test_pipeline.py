@@ -171,15 +171,15 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
         ('["cpu"]', '["a1000"]', "unknown target 'a1000'"),
         ('["cpu"]', '["rtx4090"]', "validate.target is 'cpu', which build.targets does not list"),
         ("[validate]", '[validate]\ntarget = "h100"', "'h100', which build.targets does not list"),
-        ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes 1048576"),
+        ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes at most 1048576"),
         ("[validate]", "[validate]\ncontexts = [64]", "64"),
-        ("[validate]", "[validate]\ngates = { kl-maen = 1 }", "unknown gate 'kl-maen', did you mean 'kl-mean'"),
+        ("[validate]", "[validate]\ngates = { kl-maen = 1 }", r"unknown gate 'kl-maen' \(did you mean 'kl-mean'"),
         ("[validate]", "[validate]\ngates = { long-context = 0 }", "none of those is measured"),
         ("[validate]", '[validate]\ntext = "none.txt"', "none.txt cannot be read"),
         ("[build]", '[build]\nlayout = "fp8"', "cpu: layout fp8 is not supported"),
         ("[build]", '[build]\nshapes = { batch = [1, 1, 1000000] }', "batch is 1,000,000; expected 1 to 65,535"),
-        ('output = "out"', 'output = "pipeline.toml/out"', "cannot write to"),
-        ('output = "out"', 'output = "/proc/out"', "cannot write to"),
+        ('output = "out"', 'output = "pipeline.toml/out"', "pipeline.toml/out/.*Not a directory"),
+        ('output = "out"', 'output = "/proc/out"', "/proc/out/.*No such file"),
     ],
 )  # fmt: skip
 def test_what_cannot_succeed_is_refused_before_the_first_stage(
@@ -302,8 +302,8 @@ def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
     cases: list[tuple[str, Any, str]] = [
         ("config.json", lambda b: json.dumps(json.loads(b) | {"routed_scaling_factor": 1.25}).encode(), "config.json: routed_scaling_factor"),
         ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "changed (its files)"),
-        ("tokenizer.json", lambda b: b + b" ", "tokenizer.json changed"),
-        ("generation_config.json", lambda _: b'{"eos_token_id": [7]}', "special tokens"),
+        ("tokenizer.json", lambda b: b + b" ", "the tokenizer or the generation_config.json"),
+        ("generation_config.json", lambda _: b'{"eos_token_id": [7]}', "generation_config.json"),
     ]  # fmt: skip
     for name, change, reason in cases:
         before = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -326,7 +326,7 @@ def test_another_foldkv_or_tool_is_the_reason(finished: Path, monkeypatch: pytes
     monkeypatch.setattr("foldkv.export.graph.tool_versions", lambda: {"torch": "9.9"})
     assert reasons(finished)["export"].endswith(", is 9.9") and "torch was" in reasons(finished)["export"]
     monkeypatch.undo()
-    monkeypatch.setattr("foldkv.optimize.engine.cpu_version", lambda: "9.9")
+    monkeypatch.setattr("foldkv.optimize.choices.version_of", lambda _: "9.9")
     found = reasons(finished)
     assert found["export"] == "" and "backend_version was" in found["build"]
 

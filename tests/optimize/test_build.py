@@ -266,7 +266,7 @@ def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Pat
 
 def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
-    with pytest.raises(BuildError, match=r"is packed, but .* is no plugin"):
+    with pytest.raises(BuildError, match=r"is packed, but .* is not a plugin"):
         lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=80, layout="fp8", rotary=16)
 
 

@@ -209,7 +209,7 @@ def test_a_plan_weighs_what_its_weights_weigh_in_the_file(sm: int, tmp_path: Pat
 
 
 def test_experts_of_an_older_package_are_refused_with_the_way_out() -> None:
-    with pytest.raises(BuildError, match=r"does not say where its matrices lie.*export the checkpoint again"):
+    with pytest.raises(BuildError, match=r"does not say where its matrices are.*export the checkpoint again"):
         place_weights(Layer(FP4, 4, 64, 32, 128).model(known=False), ir.DataType.BFLOAT16, low=lambda _: True)
 
 

@@ -73,7 +73,8 @@ def damaged_bundle(graph: Path, folder: Path, damage: Damage) -> Path:
     damage(model)
     with staged(folder / "graph", kind="foldkv.graph") as work:
         onnx.save(model, work / "model.onnx")
-        (work / "tokenizer.json").write_bytes((graph / "tokenizer.json").read_bytes())
+        for name in ("config.json", "tokenizer.json"):
+            (work / name).write_bytes((graph / name).read_bytes())
         content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
         write_manifest(work, kind="foldkv.graph", content=content)
     report = build_bundles(folder / "graph", folder, ["cpu"])

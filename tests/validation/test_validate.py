@@ -154,7 +154,8 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
     page = (world / "short" / "report.html").read_text()
     assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="10"' in report_junit(result)
     assert any(
-        "how entries are chosen was not measured. It is with texts of more than 67 tokens" in n for n in result.notes()
+        "how entries are chosen there was not measured. That needs texts of more than 67 tokens" in n
+        for n in result.notes()
     )
     short.write_text("H")
     with pytest.raises(InputError, match="has 1 tokens; there is nothing to predict"):
@@ -261,13 +262,13 @@ def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gate", "kl-mean=inf"], "gate kl-mean has threshold inf; expected a number from 0"),
+        (["--gate", "kl-mean=inf"], "gate kl-mean has threshold inf; expected a number of 0"),
         (["--gate", "kl-mean=nan"], "gate kl-mean has threshold nan"),
         (["--gate", "top1=-1"], "gate top1 has threshold -1.0; expected a number above 0"),
         (["--gate", "kl-mean=1", "--gate", "kl-mean=2"], "--gate kl-mean is given twice"),
         (["--gate", "kl-mean"], "expected NAME=VALUE"),
         (["--gate", "kl-men=1"], "did you mean 'kl-mean'?"),
-        (["--distance", "6"], "distances are [6], expected multiples of 4"),
+        (["--distance", "6"], "distances are [6], expected at least one, all multiples of 4"),
         (["--texts", "0", "--seed", "-1"], "seed is -1, expected an integer of 0 or more; texts is 0"),
     ],
 )
