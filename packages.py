@@ -36,7 +36,7 @@ _RTX, _TENSORRT, _GPU = (*_EXPORT, "tensorrt_rtx"), (*_EXPORT, "tensorrt"), ("nu
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
 FEATURES = {
     "inspect checkpoints": Feature(_EXPORT),
-    "export": Feature((*_EXPORT, "transformers", "safetensors"), "export"),
+    "export": Feature((*_EXPORT, "transformers", "tokenizers", "safetensors"), "export"),
     "inject": Feature(_EXPORT, "inject"),
     "build cpu": Feature((*_EXPORT, "onnxruntime"), "build"),
     "build TensorRT-RTX engines": Feature(_RTX, "build"),

@@ -40,8 +40,9 @@ def graph_spec(profile: str) -> dict[str, Any]:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the tools that make a graph."""
-    return {name: version_of(name) or "missing" for name in ("torch", "onnx", "onnx-ir", "onnxscript", "transformers")}
+    """Versions of the tools that make a graph; without tools that are not installed."""
+    tools = ("torch", "onnx", "onnx-ir", "onnxscript", "transformers")
+    return {name: version for name in tools if (version := version_of(name))}
 
 
 def export_checkpoint(
