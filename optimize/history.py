@@ -134,9 +134,13 @@ def estimate(
 ) -> Estimate | None:
     """How long a stage may take, from the runs of that kind with the nearest weights; None without a comparable run.
 
+    A model without weights has none: sizes of zero compare with nothing.
+
     Part of the time grows with the layers (tracing, parsing) and part with the weights (reading, writing). One run does not
     tell the parts apart, so the medians of both scalings bound the estimate.
     """
+    if weight_bytes <= 0 or layers <= 0:
+        return None
     alike = [
         run
         for run in runs

@@ -73,6 +73,11 @@ def test_another_size_is_bounded_by_layers_and_by_bytes() -> None:
     assert estimate([run(10.0)], EXPORT, weight_bytes=100 * MEGA, layers=8) is None
 
 
+@pytest.mark.parametrize(("weights", "layers"), [(0, 4), (MEGA, 0), (-1, 4)])
+def test_a_package_without_weights_is_compared_with_nothing(weights: int, layers: int) -> None:
+    assert estimate([run(10.0)], EXPORT, weight_bytes=weights, layers=layers) is None
+
+
 def test_the_nearest_runs_count_and_one_slow_one_does_not() -> None:
     far = [run(1e6, weights=1 << 40)] * 20
     near = [run(10.0), run(11.0), run(12.0), run(11.0), run(500.0)]
