@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line. Ctrl-C also ends the imports."""
     try:
-        from foldkv.cli import main as run
+        from .cli import main as run
     except KeyboardInterrupt:
         sys.exit(130)
     run()

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foldkv.errors import ArtifactError, InputError, system_failure
-from foldkv.progress import Say, silent
+from .errors import ArtifactError, InputError, system_failure
+from .progress import Say, silent
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import foldkv
-from foldkv.errors import FoldkvError, InputError
-from foldkv.progress import Progress
-from foldkv.shell import Group, progress
-from foldkv.units import duration_text, read_tokens, size_text
+from . import __version__
+from .errors import FoldkvError, InputError
+from .progress import Progress
+from .shell import Group, progress
+from .units import duration_text, read_tokens, size_text
 
 if TYPE_CHECKING:
-    from foldkv.export.spec import ModelSpec
-    from foldkv.optimize.fit import TargetPlan
-    from foldkv.optimize.formats import Package
-    from foldkv.optimize.history import Estimate
-    from foldkv.pipeline import Step
+    from .export.spec import ModelSpec
+    from .optimize.fit import TargetPlan
+    from .optimize.formats import Package
+    from .optimize.history import Estimate
+    from .pipeline import Step
 
 
 class _Tokens(click.ParamType[int]):
@@ -68,7 +68,7 @@ def _show(facts: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    from foldkv.inspection import describe
+    from .inspection import describe
 
     click.echo(describe(facts))
 
@@ -85,7 +85,7 @@ def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("-v", "--verbose", is_flag=True, help="Show more: what packages say, and tracebacks.")
-@click.version_option(foldkv.__version__, prog_name="foldkv")
+@click.version_option(__version__, prog_name="foldkv")
 def main(verbose: bool) -> None:
     """Turn DeepSeek-V4-class checkpoints into engines that keep the KV cache compressed."""
 
@@ -117,9 +117,9 @@ def export_command(
     kind of layer is one function. reference copies no weights; OUTPUT must be on the checkpoint's file system. Bundles can be
     built from all three, with or without plugins.
     """
-    from foldkv.artifact import read_manifest
-    from foldkv.export.graph import KIND, export_checkpoint
-    from foldkv.optimize.history import record_export
+    from .artifact import read_manifest
+    from .export.graph import KIND, export_checkpoint
+    from .optimize.history import record_export
 
     report, start = progress(), time.monotonic()
     _expect_export(report, checkpoint, weights, allow_unknown_keys)
@@ -142,9 +142,9 @@ def export_command(
 
 def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> None:
     """Report how long comparable exports took. Says nothing of a checkpoint that cannot be read: export refuses it."""
-    from foldkv.export.spec import ModelSpec
-    from foldkv.optimize.fit import export_estimate
-    from foldkv.optimize.history import read_runs
+    from .export.spec import ModelSpec
+    from .optimize.fit import export_estimate
+    from .optimize.history import read_runs
 
     with contextlib.suppress(FoldkvError, OSError):
         package = _package(checkpoint, weights, allow_unknown_keys)
@@ -164,8 +164,8 @@ def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unkno
 @_json
 def inject_command(graph: Path, output: Path, target: str, layout: str, as_json: bool) -> None:
     """Assign nodes of GRAPH to the compressed-KV attention plugins of a target."""
-    from foldkv.optimize.targets import resolve_targets
-    from foldkv.plugins.inject import inject
+    from .optimize.targets import resolve_targets
+    from .plugins.inject import inject
 
     chosen = resolve_targets([target])[0]
     if chosen.sm is None:
@@ -212,8 +212,8 @@ def build_command(
     Targets that this machine cannot build are refused before the first build. A bundle is left unchanged if its graph, settings
     and tools are unchanged.
     """
-    from foldkv.optimize.build import build_bundles
-    from foldkv.optimize.history import record_builds
+    from .optimize.build import build_bundles
+    from .optimize.history import record_builds
 
     report = build_bundles(graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, progress=progress())
     record_builds(graph, report.results)
@@ -255,7 +255,7 @@ def generate_command(
     seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
-    from foldkv.runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
+    from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = load_bundle(bundle)
@@ -343,9 +343,9 @@ def validate_command(
     The exit code is 1 if a gate fails, or if one holds on too little evidence ("not informative").
     """
     _wait_passively()
-    from foldkv.validation.plan import Plan
-    from foldkv.validation.result import to_json
-    from foldkv.validation.validate import validate
+    from .validation.plan import Plan
+    from .validation.result import to_json
+    from .validation.validate import validate
 
     result = validate(
         bundle,
@@ -390,7 +390,7 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
 
 def _print_report(content: dict[str, Any]) -> None:
     """Print a report from its JSON: gates, what lacks evidence, notes, what changed, and the verdict."""
-    from foldkv.validation.report import format_beside
+    from .validation.report import format_beside
 
     rows = [["gate", "", "measured", "", "threshold", ""]]
     for gate in content["gates"]:
@@ -438,8 +438,8 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     tools changed, or if its artifact is damaged. `--dry-run` shows which of these.
     """
     _wait_passively()
-    from foldkv.config import load_config
-    from foldkv.pipeline import preview, run_pipeline
+    from .config import load_config
+    from .pipeline import preview, run_pipeline
 
     config = load_config(pipeline)
     if dry_run:
@@ -481,7 +481,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
 
 
 def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
-    from foldkv.artifact import free_bytes
+    from .artifact import free_bytes
 
     need, free = sum(step.bytes or 0 for step in steps), free_bytes(output)
     if as_json:
@@ -550,9 +550,9 @@ def plan_command(
     export, build and run record them in history.jsonl in FOLDKV_CACHE (default: ~/.cache/foldkv). `build` writes the format
     that is marked with *.
     """
-    from foldkv.export.plot import check_plot_path
-    from foldkv.export.spec import ModelSpec
-    from foldkv.optimize.fit import within_model
+    from .export.plot import check_plot_path
+    from .export.spec import ModelSpec
+    from .optimize.fit import within_model
 
     only_targets = {
         "--chunk": chunk, "--plugins": plugins, "--profile": profile, "--weights": weights,
@@ -595,7 +595,7 @@ def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
 
 def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> dict[str, Any]:
     """The facts; also prints them as a table unless ``as_json``."""
-    from foldkv.export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
+    from .export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
 
     context, batch = sizes["context"], sizes["batch"]
     plans = []
@@ -640,11 +640,11 @@ def _plan_targets(
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The facts; also prints them as tables unless ``as_json``."""
-    from foldkv.export.plan import parameter_count
-    from foldkv.optimize.fit import export_estimate, graph_bytes, plan_targets
-    from foldkv.optimize.formats import FORMATS
-    from foldkv.optimize.history import read_runs
-    from foldkv.optimize.targets import resolve_targets
+    from .export.plan import parameter_count
+    from .optimize.fit import export_estimate, graph_bytes, plan_targets
+    from .optimize.formats import FORMATS
+    from .optimize.history import read_runs
+    from .optimize.targets import resolve_targets
 
     targets, runs = resolve_targets(names), read_runs()
     options |= {name: sizes[name] for name in ("context", "batch", "chunk")}
@@ -677,19 +677,19 @@ def _plan_targets(
 
 def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
     """The format in which an export with ``--weights`` would keep its weights."""
-    from foldkv.optimize.formats import Package
+    from .optimize.formats import Package
 
     return Package(weights, "float32" if weights == "float32" else _stored_format(checkpoint, allow_unknown_keys))
 
 
 def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str:
     """The format of the experts of a checkpoint, from its headers if its weights are there, else from config.json."""
-    from foldkv.export.config_reader import read_config
-    from foldkv.optimize.formats import stored_format
+    from .export.config_reader import read_config
+    from .optimize.formats import stored_format
 
     if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
         return stored_format(read_config(checkpoint))
-    from foldkv.export.checkpoint import Checkpoint
+    from .export.checkpoint import Checkpoint
 
     source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
     return stored_format(source.config, {name: stored.dtype for name, stored in source.headers.items()})
@@ -766,9 +766,9 @@ def _estimated(found: Estimate | None) -> str:
 def _plot(
     path: Path, checkpoint: Path, spec: ModelSpec, batch: int, layout: str | None, targets: tuple[str, ...]
 ) -> None:
-    from foldkv.export.layouts import DENSE
-    from foldkv.export.plot import write_plot
-    from foldkv.optimize.targets import resolve_targets
+    from .export.layouts import DENSE
+    from .export.plot import write_plot
+    from .optimize.targets import resolve_targets
 
     limits = {t.name: t.memory_gib << 30 for t in resolve_targets(targets) if t.memory_gib} if targets else {}
     name = checkpoint.resolve().parent.name if checkpoint.name == "config.json" else checkpoint.resolve().stem
@@ -786,7 +786,7 @@ def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json
     For a bundle: shapes, layout, bytes of the state, engine and plugins. For a report: gates, figures and what was measured. For
     a graph package: nodes, operators and how its weights are stored. For a checkpoint: geometry and how its tensors are stored.
     """
-    from foldkv.inspection import inspect_artifact
+    from .inspection import inspect_artifact
 
     _show(inspect_artifact(artifact, allow_unknown_keys=allow_unknown_keys), as_json)
 
@@ -795,7 +795,7 @@ def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json
 @_json
 def doctor_command(as_json: bool) -> None:
     """Show what works on this machine, and what is missing for the rest."""
-    from foldkv.doctor import examine
+    from .doctor import examine
 
     facts = examine()
     if as_json:
@@ -830,8 +830,8 @@ def doctor_command(as_json: bool) -> None:
 @_json
 def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
     """List the targets that bundles can be built for, their backends, and whether this machine can build them."""
-    from foldkv.optimize.choices import PLUGINS, Choice, missing_for
-    from foldkv.optimize.targets import load_targets
+    from .optimize.choices import PLUGINS, Choice, missing_for
+    from .optimize.targets import load_targets
 
     targets = load_targets()
     if coverage is not None:
@@ -857,9 +857,9 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
 
 
 def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:
-    from foldkv.export.spec import ModelSpec
-    from foldkv.plugins.coverage import coverage
-    from foldkv.plugins.spec import BODIES
+    from .export.spec import ModelSpec
+    from .plugins.coverage import coverage
+    from .plugins.spec import BODIES
 
     found = coverage(ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys), sms)
     if as_json:

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from foldkv.errors import InputError, listing, nearest
-from foldkv.export.layouts import DENSE, cache_layout
-from foldkv.optimize.choices import PLUGINS
-from foldkv.units import read_tokens
+from .errors import InputError, listing, nearest
+from .export.layouts import DENSE, cache_layout
+from .optimize.choices import PLUGINS
+from .units import read_tokens
 
 #: A number of tokens, as the command line reads it: 4096, "64k" or "1M".
 Tokens = Annotated[int, BeforeValidator(read_tokens)]

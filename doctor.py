@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from foldkv.packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
+from .packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
 
 # A package that is found may still be unusable: one of its libraries may be missing. An import may end the process, and
 # takes memory.
@@ -29,7 +29,7 @@ for name in sys.argv[2:]:
 
 def examine() -> dict[str, Any]:
     """Facts about Python, packages, processors, memory and GPUs; nothing is changed and no GPU is touched."""
-    from foldkv.plugins.cuda import device_capability, device_count
+    from .plugins.cuda import device_capability, device_count
 
     absent = set(missing(modules()))
     problems = import_problems([module for module in modules() if module not in absent])

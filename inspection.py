@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foldkv.artifact import MANIFEST, read_manifest, verify_files
-from foldkv.errors import ArtifactError, InputError
-from foldkv.export.state import StateTensor
-from foldkv.units import duration_text, size_text
+from .artifact import MANIFEST, read_manifest, verify_files
+from .errors import ArtifactError, InputError
+from .export.state import StateTensor
+from .units import duration_text, size_text
 
 _SHOWN = (
     "foldkv_version", "profile", "weights", "layout", "precision", "backend", "target", "shapes", "tool_versions", "inputs", "model",
@@ -112,8 +112,8 @@ def _report_facts(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str, Any]:
-    from foldkv.export.checkpoint import Checkpoint, model_facts
-    from foldkv.export.plan import parameter_count
+    from .export.checkpoint import Checkpoint, model_facts
+    from .export.plan import parameter_count
 
     checkpoint = Checkpoint(path, allow_unknown_keys=allow_unknown_keys)
     checkpoint.check()

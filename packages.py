@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from foldkv.errors import FoldkvError, MissingDependencyError, system_failure
+from .errors import FoldkvError, MissingDependencyError, system_failure
 
 _EXPORT = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 _GENERATE = ("numpy", "onnxruntime", "tokenizers")

@@ -15,24 +15,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import foldkv
-from foldkv.artifact import check_destination, reason_to_replace, sha256_file, sha256_json
-from foldkv.config import PipelineConfig
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
-from foldkv.optimize.build import KIND as BUNDLE_KIND
-from foldkv.optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
-from foldkv.optimize.choices import check_here, choose
-from foldkv.optimize.fit import export_estimate, graph_bytes, plan_target
-from foldkv.optimize.formats import Package, stored_format
-from foldkv.optimize.history import Estimate, read_runs, record_builds, record_export
-from foldkv.optimize.spec import Shapes
-from foldkv.optimize.targets import resolve_targets
-from foldkv.packages import FEATURES, missing, require
-from foldkv.progress import Progress, Say, silent
+from . import __version__
+from .artifact import check_destination, reason_to_replace, sha256_file, sha256_json
+from .config import PipelineConfig
+from .errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from .optimize.build import KIND as BUNDLE_KIND
+from .optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
+from .optimize.choices import check_here, choose
+from .optimize.fit import export_estimate, graph_bytes, plan_target
+from .optimize.formats import Package, stored_format
+from .optimize.history import Estimate, read_runs, record_builds, record_export
+from .optimize.spec import Shapes
+from .optimize.targets import resolve_targets
+from .packages import FEATURES, missing, require
+from .progress import Progress, Say, silent
 
 if TYPE_CHECKING:
-    from foldkv.export.checkpoint import Checkpoint
-    from foldkv.validation.plan import Plan
+    from .export.checkpoint import Checkpoint
+    from .validation.plan import Plan
 
 EXPORT, BUILD, VALIDATE = "export", "build", "validate"
 STAGES = (EXPORT, BUILD, VALIDATE)
@@ -173,7 +173,7 @@ class _Pipeline:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, from its headers."""
-        from foldkv.export.checkpoint import Checkpoint
+        from .export.checkpoint import Checkpoint
 
         return Checkpoint(Path(self.config.checkpoint), allow_unknown_keys=self.config.export.allow_unknown_keys)
 
@@ -191,8 +191,8 @@ class _Pipeline:
 
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
-        from foldkv.export.graph import KIND as GRAPH_KIND
-        from foldkv.export.profiles import check_profile
+        from .export.graph import KIND as GRAPH_KIND
+        from .export.profiles import check_profile
 
         config = self.config
         targets = resolve_targets(config.build.targets)
@@ -216,12 +216,12 @@ class _Pipeline:
             self._check_earlier()
 
     def _check_validation(self) -> None:
-        from foldkv.export.tokenizer import TOKENIZER
-        from foldkv.optimize.targets import load_targets
-        from foldkv.validation.baseline import KIND, read_report
-        from foldkv.validation.cases import load_text
-        from foldkv.validation.gates import resolve_gates
-        from foldkv.validation.validate import check_contexts
+        from .export.tokenizer import TOKENIZER
+        from .optimize.targets import load_targets
+        from .validation.baseline import KIND, read_report
+        from .validation.cases import load_text
+        from .validation.gates import resolve_gates
+        from .validation.validate import check_contexts
 
         wanted, profile = self.config.validation, self.config.export.profile
         resolve_gates(wanted.gates, profile)
@@ -270,7 +270,7 @@ class _Pipeline:
 
     def export_reason(self) -> str:
         """Why the graph package is not what would be exported; "" if it is."""
-        from foldkv.export.graph import KIND
+        from .export.graph import KIND
 
         reason, manifest = reason_to_replace(self.graph, kind=KIND)
         return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
@@ -281,7 +281,7 @@ class _Pipeline:
 
     def plan(self) -> Plan:
         """What `validate` measures."""
-        from foldkv.validation.plan import Plan
+        from .validation.plan import Plan
 
         wanted = self.config.validation
         return Plan(
@@ -295,7 +295,7 @@ class _Pipeline:
 
     def validate_key(self) -> str:
         """What a report depends on, as JSON."""
-        from foldkv.validation.baseline import read_report
+        from .validation.baseline import read_report
 
         wanted = self.config.validation
         key = {
@@ -304,13 +304,13 @@ class _Pipeline:
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
             "baseline": sha256_json(read_report(Path(wanted.baseline))) if wanted.baseline else None,
             "bundle": sha256_file(self.bundle / "manifest.json"),
-            "foldkv": foldkv.__version__,
+            "foldkv": __version__,
         }
         return json.dumps(key, sort_keys=True)
 
     def validate_reason(self) -> str:
         """Why the report is not what would be measured; "" if it is. The bundle must exist."""
-        from foldkv.validation.baseline import KIND
+        from .validation.baseline import KIND
 
         reason, manifest = reason_to_replace(self.report, kind=KIND)
         if manifest is None or manifest.get("key") == self.validate_key():
@@ -327,11 +327,11 @@ class _Pipeline:
 
 def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
     """Why a graph package, whose manifest is ``made``, is not what would be exported; "" if it is."""
-    from foldkv.export.graph import graph_spec, tool_versions
+    from .export.graph import graph_spec, tool_versions
 
     wanted = config.export
-    if made["foldkv_version"] != foldkv.__version__:
-        return f"it was made by foldkv {made['foldkv_version']}; this is {foldkv.__version__}"
+    if made["foldkv_version"] != __version__:
+        return f"it was made by foldkv {made['foldkv_version']}; this is {__version__}"
     settings = {"profile": wanted.profile, "weights": wanted.weights}
     changes = [f"export.{name} was {made[name]}, is {new}" for name, new in settings.items() if made[name] != new]
     changes += [
@@ -345,8 +345,8 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
 
 
 def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
-    from foldkv.export.checkpoint import model_facts
-    from foldkv.export.graph import CONFIG, same_files
+    from .export.checkpoint import model_facts
+    from .export.graph import CONFIG, same_files
 
     # For weights kept as stored only the headers are hashed; a replaced file is found below.
     expected = source.digest() if weights == "float32" else source.identity()
@@ -380,7 +380,7 @@ def _validate_change(name: str, old: Any, new: Any) -> str:
 
 
 def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
-    from foldkv.export.graph import export_checkpoint
+    from .export.graph import export_checkpoint
 
     reason = _FORCED if force else work.export_reason()
     if not reason:
@@ -419,8 +419,8 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
 
 
 def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
-    from foldkv.validation.result import to_json
-    from foldkv.validation.validate import MEASURED, UNCHANGED, validate
+    from .validation.result import to_json
+    from .validation.validate import MEASURED, UNCHANGED, validate
 
     wanted = work.config.validation
     if reason := _FORCED if force else work.validate_reason():

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import click
 
-from foldkv.artifact import abandon_unfinished
-from foldkv.errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL
-from foldkv.packages import as_user_error, needed_by, require_for
-from foldkv.progress import BYTES, Progress
+from .artifact import abandon_unfinished
+from .errors import EXIT_INTERNAL, EXIT_OK, EXIT_SIGNAL
+from .packages import as_user_error, needed_by, require_for
+from .progress import BYTES, Progress
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkv.artifact import confined, sha256_file, sha256_json
-from foldkv.errors import ArtifactError, CheckpointError, listing
-from foldkv.export.config_reader import read_config, read_model, read_object
-from foldkv.export.formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
-from foldkv.export.model.decoder import Decoder, Layer
-from foldkv.export.model.hadamard import hadamard_matrix
-from foldkv.export.model.rope import inverse_frequencies
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.shards import Shard, Stored, read_shard
-from foldkv.export.spec import CSA, ModelSpec
-from foldkv.export.storage import refuse_unread_weights, unread_tensors
-from foldkv.export.tokenizer import TEXT_FILES
+from ..artifact import confined, sha256_file, sha256_json
+from ..errors import ArtifactError, CheckpointError, listing
+from .config_reader import read_config, read_model, read_object
+from .formats import FP8_BLOCK, PLAIN, SCALE_DTYPES, Format, dequantised, format_of, scale_values
+from .model.decoder import Decoder, Layer
+from .model.hadamard import hadamard_matrix
+from .model.rope import inverse_frequencies
+from .profiles import HF, SERVED
+from .shards import Shard, Stored, read_shard
+from .spec import CSA, ModelSpec
+from .storage import refuse_unread_weights, unread_tensors
+from .tokenizer import TEXT_FILES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

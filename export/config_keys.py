@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foldkv.errors import nearest
-from foldkv.export.notices import warn_once
+from ..errors import nearest
+from .notices import warn_once
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import CheckpointError, listing
-from foldkv.export.config_keys import KeyReport
-from foldkv.export.config_rope import ROPE_KEYS, is_number, read_rope
-from foldkv.export.spec import CSA, HCA, LAYER_TYPES, SLIDING, ModelSpec
-from foldkv.export.storage import unread_file, unread_in_folder
+from ..errors import CheckpointError, listing
+from .config_keys import KeyReport
+from .config_rope import ROPE_KEYS, is_number, read_rope
+from .spec import CSA, HCA, LAYER_TYPES, SLIDING, ModelSpec
+from .storage import unread_file, unread_in_folder
 
 _RATIO_TO_TYPE = {0: SLIDING, 4: CSA, 128: HCA}
 _DEFAULT_RATES = {CSA: 4, HCA: 128}

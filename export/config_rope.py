@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from foldkv.export.config_keys import KeyReport, shortened
-from foldkv.export.spec import Yarn
+from .config_keys import KeyReport, shortened
+from .spec import Yarn
 
 ROPE_KEYS = (
     "rope_theta", "compress_rope_theta", "rope_scaling", "rope_parameters", "qk_rope_head_dim", "partial_rotary_factor",

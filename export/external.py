@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from foldkv.artifact import confined
-from foldkv.errors import ArtifactError
+from ..artifact import confined
+from ..errors import ArtifactError
 
 
 def read_values(tensor: ir.TensorProtocol) -> np.ndarray:

@@ -12,20 +12,20 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-import foldkv
-from foldkv.artifact import only_writer, read_manifest, staged, write_manifest
-from foldkv.errors import ArtifactError, InputError
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
-from foldkv.export.layers import PREFIX, flat, layer_counts, layered_model, operators_of
-from foldkv.export.operators.registry import ONNX_OPSET
-from foldkv.export.profiles import HF, check_profile
-from foldkv.export.repack import repack
-from foldkv.export.state import state_tensors
-from foldkv.export.tokenizer import TOKENIZER, tokenizer_json
-from foldkv.export.trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
-from foldkv.export.weights import FOLDER, referenced, repacked
-from foldkv.packages import version_of
-from foldkv.progress import Progress, Say, silent
+from .. import __version__
+from ..artifact import only_writer, read_manifest, staged, write_manifest
+from ..errors import ArtifactError, InputError
+from ..packages import version_of
+from ..progress import Progress, Say, silent
+from .checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
+from .layers import PREFIX, flat, layer_counts, layered_model, operators_of
+from .operators.registry import ONNX_OPSET
+from .profiles import HF, check_profile
+from .repack import repack
+from .state import state_tensors
+from .tokenizer import TOKENIZER, tokenizer_json
+from .trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
+from .weights import FOLDER, referenced, repacked
 
 KIND = "foldkv.graph"
 MODEL, WEIGHTS, CONFIG = "model.onnx", "weights.bin", "config.json"
@@ -199,7 +199,7 @@ def _copy_texts(source: Checkpoint, folder: Path) -> None:
 
 def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
     return {
-        "foldkv_version": foldkv.__version__,
+        "foldkv_version": __version__,
         "tool_versions": tool_versions(),
         "profile": profile,
         "weights": weights,

@@ -18,21 +18,21 @@ from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foldkv.artifact import sha256_json
-from foldkv.errors import FoldkvError
-from foldkv.export.model.decoder import CHOSEN, TAP, Layer
-from foldkv.export.model.hadamard import hadamard_matrix
-from foldkv.export.model.hyper_connections import collapse_last
-from foldkv.export.model.norm import RMSNorm
-from foldkv.export.model.rope import inverse_frequencies
-from foldkv.export.operators import packed, packed_words
-from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, translation_table
-from foldkv.export.profiles import HF
-from foldkv.export.spec import CSA, HCA, ModelSpec
-from foldkv.export.state import state_tensors
-from foldkv.export.trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
-from foldkv.export.weights import Data, Packed, Plain, Quantised, Source, Weights
-from foldkv.progress import Progress, Say, silent
+from ..artifact import sha256_json
+from ..errors import FoldkvError
+from ..progress import Progress, Say, silent
+from .model.decoder import CHOSEN, TAP, Layer
+from .model.hadamard import hadamard_matrix
+from .model.hyper_connections import collapse_last
+from .model.norm import RMSNorm
+from .model.rope import inverse_frequencies
+from .operators import packed, packed_words
+from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
+from .profiles import HF
+from .spec import CSA, HCA, ModelSpec
+from .state import state_tensors
+from .trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
+from .weights import Data, Packed, Plain, Quantised, Source, Weights
 
 PREFIX = "FoldkvLayer"
 #: Tables that layers of a kind share and no checkpoint has: by name in a layer, from the model and the kind of attention.

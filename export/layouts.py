@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foldkv.errors import InputError
+from ..errors import InputError
 
 #: Version of every format below; kernels read this version and refuse others.
 LAYOUT_VERSION = 1

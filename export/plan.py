@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from foldkv.errors import InputError
-from foldkv.export.layouts import BUILT, DENSE, LAYOUTS, row_bytes
-from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
-from foldkv.export.state import StateTensor, state_tensors
+from ..errors import InputError
+from .layouts import BUILT, DENSE, LAYOUTS, row_bytes
+from .spec import CSA, HCA, SLIDING, ModelSpec
+from .state import StateTensor, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
 _DENSE_ITEMS = {"float32": 4, "bf16": 2}  # bytes of a channel

@@ -14,9 +14,9 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from foldkv.errors import InputError, system_failure
-from foldkv.export.plan import V32_BYTES_PER_TOKEN, plan_memory
-from foldkv.export.spec import ModelSpec
+from ..errors import InputError, system_failure
+from .plan import V32_BYTES_PER_TOKEN, plan_memory
+from .spec import ModelSpec
 
 #: Context sizes to draw: 1k to 1M.
 CONTEXTS = tuple(1 << power for power in range(10, 21))

@@ -7,9 +7,9 @@ rotated by a Hadamard matrix and quantised to FP4, and the compressor and its ca
 
 from __future__ import annotations
 
-from foldkv.errors import InputError, listing
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, row_bytes
-from foldkv.export.spec import CSA, ModelSpec
+from ..errors import InputError, listing
+from .layouts import FP8_DS_MLA, INDEX_FP4, row_bytes
+from .spec import CSA, ModelSpec
 
 HF, SERVED = "hf", "served"
 PROFILES = (HF, SERVED)

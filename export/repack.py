@@ -13,10 +13,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from foldkv.artifact import sha256_json
-from foldkv.errors import CheckpointError, InputError, system_failure
-from foldkv.export.weights import Copy
-from foldkv.progress import BYTES, Progress, Say, silent
+from ..artifact import sha256_json
+from ..errors import CheckpointError, InputError, system_failure
+from ..progress import BYTES, Progress, Say, silent
+from .weights import Copy
 
 JOURNAL = "journal.json"
 _CHUNK = 16 << 20

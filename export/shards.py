@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkv.errors import CheckpointError
+from ..errors import CheckpointError
 
 #: Bits of an element, by safetensors' dtype.
 _BITS = {

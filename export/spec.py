@@ -77,7 +77,7 @@ class ModelSpec:
         Raises:
             CheckpointError: unknown, missing or contradictory keys, all listed.
         """
-        from foldkv.export.config_reader import read_model
+        from .config_reader import read_model
 
         return read_model(config, source=source, allow_unknown_keys=allow_unknown_keys).spec
 
@@ -90,8 +90,8 @@ class ModelSpec:
         Raises:
             CheckpointError: there is no file, it is not a JSON object, or as :meth:`from_config`.
         """
-        from foldkv.export.config_reader import read_config
-        from foldkv.export.storage import warn_of_unread_weights
+        from .config_reader import read_config
+        from .storage import warn_of_unread_weights
 
         path = Path(path)
         config = read_config(path)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foldkv.export.layouts import ONLINE_ROWS
-from foldkv.export.spec import CSA, SLIDING, ModelSpec
+from .layouts import ONLINE_ROWS
+from .spec import CSA, SLIDING, ModelSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 

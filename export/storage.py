@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import CheckpointError
-from foldkv.export.notices import warn_once
+from ..errors import CheckpointError
+from .notices import warn_once
 
 logger = logging.getLogger(__name__)
 

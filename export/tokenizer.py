@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from foldkv.packages import require
+from ..packages import require
 
 TOKENIZER = "tokenizer.json"
 #: Files of a checkpoint that define how its texts begin, end and are read.

@@ -17,12 +17,12 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from foldkv.errors import FoldkvError
-from foldkv.export.model.decoder import CHOSEN, TAP, Decoder, new_state
-from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
-from foldkv.export.state import state_tensors
+from ..errors import FoldkvError
+from .model.decoder import CHOSEN, TAP, Decoder, new_state
+from .operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
+from .profiles import HF, SERVED
+from .spec import CSA, HCA, SLIDING, ModelSpec
+from .state import state_tensors
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
 LOGITS = "logits"

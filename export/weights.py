@@ -14,11 +14,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from foldkv.errors import CheckpointError, listing
-from foldkv.export.checkpoint import Checkpoint, parameter_shapes, scale_name
-from foldkv.export.formats import PLAIN
-from foldkv.export.operators.packed import PARTS, Matrix
-from foldkv.export.shards import Stored
+from ..errors import CheckpointError, listing
+from .checkpoint import Checkpoint, parameter_shapes, scale_name
+from .formats import PLAIN
+from .operators.packed import PARTS, Matrix
+from .shards import Stored
 
 EXPERTS = "ffn.experts"
 #: Folder of the package with the weights, linked or repacked.

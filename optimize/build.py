@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import foldkv
-from foldkv.artifact import (
+from .. import __version__
+from ..artifact import (
     check_destination,
     only_writer,
     read_manifest,
@@ -26,24 +26,24 @@ from foldkv.artifact import (
     verify_files,
     write_manifest,
 )
-from foldkv.errors import EXIT_OK, BuildError, InputError
-from foldkv.export.graph import CONFIG, MODEL, flat_model
-from foldkv.export.graph import KIND as GRAPH_KIND
-from foldkv.export.layouts import DENSE
-from foldkv.export.profiles import SERVED
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import StateTensor
-from foldkv.export.tokenizer import TOKENIZER
-from foldkv.optimize.choices import PACKED, Choice, backend_version, check_here, choose
-from foldkv.optimize.engine import RTX, end_children
-from foldkv.optimize.history import expected_build
-from foldkv.optimize.kernels import Bundled
-from foldkv.optimize.passes.pack import pack_state
-from foldkv.optimize.plan import named_capability
-from foldkv.optimize.spec import BuildSpec, Shapes
-from foldkv.optimize.targets import Target, resolve_targets
-from foldkv.packages import as_user_error
-from foldkv.progress import Progress, Say, silent
+from ..errors import EXIT_OK, BuildError, InputError
+from ..export.graph import CONFIG, MODEL, flat_model
+from ..export.graph import KIND as GRAPH_KIND
+from ..export.layouts import DENSE
+from ..export.profiles import SERVED
+from ..export.spec import ModelSpec
+from ..export.state import StateTensor
+from ..export.tokenizer import TOKENIZER
+from ..packages import as_user_error
+from ..progress import Progress, Say, silent
+from .choices import PACKED, Choice, backend_version, check_here, choose
+from .engine import RTX, end_children
+from .history import expected_build
+from .kernels import Bundled
+from .passes.pack import pack_state
+from .plan import named_capability
+from .spec import BuildSpec, Shapes
+from .targets import Target, resolve_targets
 
 KIND = "foldkv.bundle"
 PLAN = "engine.plan"
@@ -241,7 +241,7 @@ class _Job:
         """
         compiler = ""
         if self.plugins:
-            from foldkv.plugins.compile import compiler_identity
+            from ..plugins.compile import compiler_identity
 
             compiler = compiler_identity()
         return BuildSpec(
@@ -317,7 +317,7 @@ def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
 
 def _other_version(manifest: dict[str, Any]) -> str:
     made = manifest.get("foldkv_version")
-    return "" if made == foldkv.__version__ else f"it was made by foldkv {made}; this is {foldkv.__version__}"
+    return "" if made == __version__ else f"it was made by foldkv {made}; this is {__version__}"
 
 
 _CHANGES = {
@@ -344,7 +344,7 @@ _RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "re
 def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
     manifest = job.manifest
     return {
-        "foldkv_version": foldkv.__version__,
+        "foldkv_version": __version__,
         "tool_versions": {spec.backend: spec.backend_version},
         "target": spec.target,
         "backend": spec.backend,
@@ -374,8 +374,8 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
 def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     import onnxruntime
 
-    from foldkv.optimize.passes.cpu import cpu_graph
-    from foldkv.plugins.inject import rotary_channels
+    from ..plugins.inject import rotary_channels
+    from .passes.cpu import cpu_graph
 
     progress("optimizing the graph")
     state = [StateTensor(**row) for row in job.manifest["state"]]
@@ -404,9 +404,9 @@ def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
-    from foldkv.optimize.engine import build_plan
-    from foldkv.optimize.passes.lower import lowered_graph
-    from foldkv.plugins.inject import rotary_channels
+    from ..plugins.inject import rotary_channels
+    from .engine import build_plan
+    from .passes.lower import lowered_graph
 
     target = job.target
     assert target.sm is not None
@@ -447,8 +447,8 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
 def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     """Inject the model, and compile the kernels that it launches into the bundle."""
-    from foldkv.optimize.kernels import bundle_kernels
-    from foldkv.plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+    from .kernels import bundle_kernels
 
     target = job.target
     assert target.sm is not None

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foldkv.errors import InputError, MissingDependencyError, listing
-from foldkv.export.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
-from foldkv.export.profiles import SERVED
-from foldkv.export.spec import ModelSpec
-from foldkv.optimize.targets import Target
-from foldkv.packages import pip_line, require, version_of
-from foldkv.plugins.coverage import coverage
+from ..errors import InputError, MissingDependencyError, listing
+from ..export.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
+from ..export.profiles import SERVED
+from ..export.spec import ModelSpec
+from ..packages import pip_line, require, version_of
+from ..plugins.coverage import coverage
+from .targets import Target
 
 #: Whether GPU targets get plugins by default. Only plugins keep packed rows and update caches in place. Function bodies need
 #: every cache twice, and activations that grow with the context. The cpu target never has plugins.
@@ -130,7 +130,7 @@ def backend_version(target: Target) -> str:
     Raises:
         MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
     """
-    from foldkv.optimize.engine import engine_version
+    from .engine import engine_version
 
     if target.sm is None:
         require("build cpu")

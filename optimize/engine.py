@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import BuildError, MissingDependencyError, listing
-from foldkv.export.state import StateTensor
-from foldkv.optimize.plan import check_plan
-from foldkv.optimize.spec import Shapes
-from foldkv.packages import pip_line, require
-from foldkv.plugins.cuda import device_capability
-from foldkv.progress import Say, silent
+from ..errors import BuildError, MissingDependencyError, listing
+from ..export.state import StateTensor
+from ..packages import pip_line, require
+from ..plugins.cuda import device_capability
+from ..progress import Say, silent
+from .plan import check_plan
+from .spec import Shapes
 
 _TENSORRT_MAJOR = 11
 RTX, TENSORRT = "tensorrt-rtx", "tensorrt"

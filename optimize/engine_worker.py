@@ -42,7 +42,7 @@ def build(request: dict[str, Any]) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     launched: set[str] = set()
     if request["plugins"]:
-        from foldkv.plugins.tensorrt import register_plugins
+        from ..plugins.tensorrt import register_plugins
 
         register_plugins(trt, observe=lambda _, steps: launched.update(one.kernel.name for one in steps.launches))
     parser = trt.OnnxParser(network, logger)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foldkv.errors import InputError, listing
-from foldkv.export.layouts import DENSE
-from foldkv.export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
-from foldkv.export.profiles import HF, check_profile
-from foldkv.export.spec import ModelSpec
-from foldkv.optimize.choices import Choice, choose, kept_layouts, missing_for
-from foldkv.optimize.formats import Package, kept_formats, weight_bytes_in
-from foldkv.optimize.history import BUILD, EXPORT, Estimate, Run, estimate
-from foldkv.optimize.targets import Target
+from ..errors import InputError, listing
+from ..export.layouts import DENSE
+from ..export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
+from ..export.profiles import HF, check_profile
+from ..export.spec import ModelSpec
+from .choices import Choice, choose, kept_layouts, missing_for
+from .formats import Package, kept_formats, weight_bytes_in
+from .history import BUILD, EXPORT, Estimate, Run, estimate
+from .targets import Target
 
 _LOG = logging.getLogger(__name__)
 FLOAT32_PACKAGE = Package()

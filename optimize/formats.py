@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foldkv.export.plan import parameter_groups, table_bytes
-from foldkv.export.spec import CSA, ModelSpec
+from ..export.plan import parameter_groups, table_bytes
+from ..export.spec import CSA, ModelSpec
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldkv.artifact import MANIFEST
+from ..artifact import MANIFEST
 
 if TYPE_CHECKING:
-    from foldkv.optimize.build import TargetResult
+    from .build import TargetResult
 
 EXPORT, BUILD = "export", "build"
 _FILE = "history.jsonl"
@@ -96,8 +96,8 @@ def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> 
 
 def weight_bytes(manifest: Mapping[str, Any]) -> int:
     """Bytes of a graph package's weights, in its own files and in linked ones."""
-    from foldkv.export.graph import WEIGHTS
-    from foldkv.export.weights import FOLDER
+    from ..export.graph import WEIGHTS
+    from ..export.weights import FOLDER
 
     files = {**manifest["files"], **manifest.get("linked", {})}
     return sum(facts["bytes"] for name, facts in files.items() if name == WEIGHTS or name.startswith(f"{FOLDER}/"))

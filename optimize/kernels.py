@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foldkv.artifact import sha256_json
-from foldkv.plugins.compile import compile_kernels, compiler_identity
-from foldkv.plugins.inject import Injection
-from foldkv.plugins.spec import NAMESPACE
-from foldkv.progress import Say, silent
+from ..artifact import sha256_json
+from ..plugins.compile import compile_kernels, compiler_identity
+from ..plugins.inject import Injection
+from ..plugins.spec import NAMESPACE
+from ..progress import Say, silent
 
 KERNELS = "kernels"
 

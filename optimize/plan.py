@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from foldkv.errors import BuildError
+from ..errors import BuildError
 
 _HEADER_BYTES = 64
 _MAGIC = b"vtrt"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foldkv.artifact import sha256_json
-from foldkv.errors import InputError
-from foldkv.export.plan import check_sizes
+from ..artifact import sha256_json
+from ..errors import InputError
+from ..export.plan import check_sizes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
-from foldkv.errors import InputError, nearest
+from ..errors import InputError, nearest
 
 
 @dataclass(frozen=True)

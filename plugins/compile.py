@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import BuildError
-from foldkv.packages import lacks
-from foldkv.plugins.launch import Kernel
-from foldkv.progress import Progress, Say, silent
+from ..errors import BuildError
+from ..packages import lacks
+from ..progress import Progress, Say, silent
+from .launch import Kernel
 
 #: Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per capability).
 SHARED_LIMITS = {
@@ -104,9 +104,7 @@ def _imported(module: str) -> set[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += re.findall(
-                r"^from foldkv\.plugins\.kernels\.(\w+) import", (_KERNELS / f"{name}.py").read_text(), re.MULTILINE
-            )
+            waiting += re.findall(r"^from \.(\w+) import", (_KERNELS / f"{name}.py").read_text(), re.MULTILINE)
     return found
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
-from foldkv.export.profiles import PROFILES
-from foldkv.export.spec import ModelSpec
-from foldkv.plugins.launch import kernels
-from foldkv.plugins.model import OperatorCall, operator_calls
-from foldkv.plugins.spec import PLUGINS
+from ..errors import InputError
+from ..export.layouts import DENSE, LAYOUTS, row_bytes
+from ..export.profiles import PROFILES
+from ..export.spec import ModelSpec
+from .launch import kernels
+from .model import OperatorCall, operator_calls
+from .spec import PLUGINS
 
 #: Types of dense rows that engines keep.
 DTYPES = ("bfloat16",)

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foldkv.errors import FoldkvError, MissingDependencyError
-from foldkv.packages import installed, lacks
-from foldkv.plugins.launch import Launch, Plan
+from ..errors import FoldkvError, MissingDependencyError
+from ..packages import installed, lacks
+from .launch import Launch, Plan
 
 # Triton adds two pointers to scratch memory to every kernel's arguments; plugins/compile.py refuses kernels that use them.
 _HIDDEN_POINTERS = 2

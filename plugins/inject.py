@@ -17,16 +17,16 @@ from typing import Any
 
 import onnx
 
-import foldkv
-from foldkv.artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
-from foldkv.errors import InputError, listing
-from foldkv.export.graph import CONFIG, KIND, MODEL, flat_model, link_file
-from foldkv.export.layouts import DENSE, CacheLayout, cache_layout, row_bytes
-from foldkv.export.operators.registry import DOMAIN
-from foldkv.export.spec import ModelSpec
-from foldkv.plugins.launch import Kernel, kernels
-from foldkv.plugins.spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
-from foldkv.progress import Say, silent
+from .. import __version__
+from ..artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
+from ..errors import InputError, listing
+from ..export.graph import CONFIG, KIND, MODEL, flat_model, link_file
+from ..export.layouts import DENSE, CacheLayout, cache_layout, row_bytes
+from ..export.operators.registry import DOMAIN
+from ..export.spec import ModelSpec
+from ..progress import Say, silent
+from .launch import Kernel, kernels
+from .spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
@@ -139,7 +139,7 @@ def inject(
         onnx.save(model, folder / MODEL)
         made_anew = ("files", "kind", "schema_version", "linked", "layers")
         content = {key: value for key, value in manifest.items() if key not in made_anew}
-        content["foldkv_version"] = foldkv.__version__
+        content["foldkv_version"] = __version__
         content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
         content["injection"] = injection.facts()
         known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
-from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
+from ..errors import InputError
+from ..export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
+from .spec import PLUGINS, STATE, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")

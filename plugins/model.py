@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from foldkv.export.layouts import LAYOUTS
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
-from foldkv.plugins.launch import Kernel, kernels
+from ..export.layouts import LAYOUTS
+from ..export.profiles import HF, SERVED
+from ..export.spec import CSA, HCA, SLIDING, ModelSpec
+from .launch import Kernel, kernels
 
 
 class OperatorCall(NamedTuple):

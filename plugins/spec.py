@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION, ONLINE_ROWS
+from ..export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUT_VERSION, ONLINE_ROWS
 
 #: The namespace of foldkv's plugins in TensorRT's registry. The registered creator takes a node with this
 #: namespace even if there is a function body of the same name.

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from foldkv.export.layouts import DENSE
-from foldkv.plugins.cuda import KernelImage, Launcher
-from foldkv.plugins.launch import Plan, largest_workspace, plan
-from foldkv.plugins.spec import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
+from ..export.layouts import DENSE
+from .cuda import KernelImage, Launcher
+from .launch import Plan, largest_workspace, plan
+from .spec import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
 
 _LIBRARIES: dict[str, Launcher] = {}
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
-from foldkv.export.operators.registry import operators
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import state_tensors
-from foldkv.plugins.cuda import Launcher
-from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.spec import PLUGINS, STATE, PluginSpec
+from ..errors import InputError
+from ..export.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
+from ..export.operators.registry import operators
+from ..export.spec import ModelSpec
+from ..export.state import state_tensors
+from .cuda import Launcher
+from .launch import Plan, plan
+from .spec import PLUGINS, STATE, PluginSpec
 
 #: Enqueues the launches of a plan: plan, inputs, outputs (those in place are inputs too), scratch memory or None.
 LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]

@@ -10,19 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foldkv.runtime.bundle import Bundle as Bundle
-    from foldkv.runtime.bundle import load_bundle as load_bundle
-    from foldkv.runtime.detokenizer import TextStream as TextStream
-    from foldkv.runtime.sampling import GREEDY as GREEDY
-    from foldkv.runtime.sampling import Sampling as Sampling
-    from foldkv.runtime.session import Session as Session
-    from foldkv.runtime.session import Snapshot as Snapshot
-    from foldkv.runtime.session import TokenStream as TokenStream
-    from foldkv.runtime.state import plan_bytes as plan_bytes
-    from foldkv.runtime.text import Completion as Completion
-    from foldkv.runtime.text import generate_text as generate_text
-    from foldkv.runtime.text import stream_text as stream_text
-    from foldkv.runtime.tokenizer import Tokenizer as Tokenizer
+    from .bundle import Bundle as Bundle
+    from .bundle import load_bundle as load_bundle
+    from .detokenizer import TextStream as TextStream
+    from .sampling import GREEDY as GREEDY
+    from .sampling import Sampling as Sampling
+    from .session import Session as Session
+    from .session import Snapshot as Snapshot
+    from .session import TokenStream as TokenStream
+    from .state import plan_bytes as plan_bytes
+    from .text import Completion as Completion
+    from .text import generate_text as generate_text
+    from .text import stream_text as stream_text
+    from .tokenizer import Tokenizer as Tokenizer
 
 #: From a public name to its module.
 _HOMES = {

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import ArtifactError, FoldkvError, listing
-from foldkv.packages import installed, lacks
-from foldkv.runtime.bundle import Bundle
-from foldkv.runtime.state import STATE_TYPES, StateBuffers
+from ..errors import ArtifactError, FoldkvError, listing
+from ..packages import installed, lacks
+from .bundle import Bundle
+from .state import STATE_TYPES, StateBuffers
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]

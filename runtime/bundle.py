@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foldkv.artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
-from foldkv.errors import ArtifactError, MissingDependencyError, listing
-from foldkv.packages import installed, pip_line
-from foldkv.plugins.cuda import device_capability
-from foldkv.runtime.plugins import plugin_findings
-from foldkv.runtime.state import StateSpec
+from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
+from ..errors import ArtifactError, MissingDependencyError, listing
+from ..packages import installed, pip_line
+from ..plugins.cuda import device_capability
+from .plugins import plugin_findings
+from .state import StateSpec
 
 KIND = "foldkv.bundle"
 ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from foldkv.runtime.tokenizer import Tokenizer
+    from .tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 #: A token that stands for one byte, as the library's ByteFallback reads it.

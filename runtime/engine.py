@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
-from foldkv.plugins.cuda import Device, check
-from foldkv.plugins.tensorrt import provide_kernels, register_plugins
-from foldkv.runtime.backend import FloatArray, IntArray
-from foldkv.runtime.bundle import ENGINE_MODULES, Bundle
-from foldkv.runtime.plugins import bundle_kernels
-from foldkv.runtime.state import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
+from ..errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
+from ..plugins.cuda import Device, check
+from ..plugins.tensorrt import provide_kernels, register_plugins
+from .backend import FloatArray, IntArray
+from .bundle import ENGINE_MODULES, Bundle
+from .plugins import bundle_kernels
+from .state import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
 
 _ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
 _MAIN, _INDEX = (frozenset({"FoldkvCompress", f"FoldkvCompress{suffix}"}) for suffix in ("Fp8", "Fp4"))

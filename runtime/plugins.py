@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from foldkv.artifact import confined
-from foldkv.export.layouts import DENSE
-from foldkv.plugins.cuda import KernelImage
-from foldkv.plugins.spec import NAMESPACE, PLUGINS
+from ..artifact import confined
+from ..export.layouts import DENSE
+from ..plugins.cuda import KernelImage
+from ..plugins.spec import NAMESPACE, PLUGINS
 
 
 def plugin_findings(manifest: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import FoldkvError, InputError
+from ..errors import FoldkvError, InputError
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import CapacityError, FoldkvError, InputError, short
-from foldkv.runtime.backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
-from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
-from foldkv.runtime.sampling import GREEDY, Sampler, Sampling
-from foldkv.runtime.state import Buffers, StateBuffers
+from ..errors import CapacityError, FoldkvError, InputError, short
+from .backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
+from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
+from .sampling import GREEDY, Sampler, Sampling
+from .state import Buffers, StateBuffers
 
 Logits = Literal["last", "all"]
 #: Why a sequence ended: a stop token or stop string, or the number of tokens that was asked for.
@@ -545,7 +545,7 @@ def _open(bundle: Bundle, context: int, batch: int, threads: int | None, spin: b
     if bundle.backend == ONNXRUNTIME:
         buffers = StateBuffers(bundle.state, context, batch)
         return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads, spin=spin)
-    from foldkv.runtime.engine import EngineExecutor
+    from .engine import EngineExecutor
 
     engine = EngineExecutor(bundle, context=context, batch=batch)
     return engine.buffers, engine

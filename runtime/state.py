@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import ArtifactError, InputError, listing
+from ..errors import ArtifactError, InputError, listing
 
 
 @dataclass(frozen=True)

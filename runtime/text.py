@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foldkv.errors import InputError, short
-from foldkv.runtime.detokenizer import possible_start
-from foldkv.runtime.sampling import GREEDY, Sampling
-from foldkv.runtime.session import FinishReason, Session, TokenStream
-from foldkv.runtime.tokenizer import Tokenizer
+from ..errors import InputError, short
+from .detokenizer import possible_start
+from .sampling import GREEDY, Sampling
+from .session import FinishReason, Session, TokenStream
+from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foldkv.errors import ArtifactError, InputError, short
-from foldkv.packages import installed, lacks
-from foldkv.runtime.bundle import Bundle
-from foldkv.runtime.detokenizer import TextStream
+from ..errors import ArtifactError, InputError, short
+from ..packages import installed, lacks
+from .bundle import Bundle
+from .detokenizer import TextStream
 
 
 class Tokenizer:

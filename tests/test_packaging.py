@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -63,3 +64,12 @@ print([name for name in sys.modules if name in heavy or name.startswith(made) an
     run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False, cwd="/")
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
+
+
+def test_inside_the_package_imports_are_relative() -> None:
+    """The package is the repository's root, so only relative imports show its structure to readers of a checkout."""
+    folders = ("export", "optimize", "plugins", "runtime", "validation")
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    assert len(files) > 50
+    absolute = re.compile(r"^\s*(from|import) foldkv\b", re.MULTILINE)
+    assert [file for file in files if absolute.search(file.read_text())] == []

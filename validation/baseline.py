@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from foldkv.artifact import MANIFEST, read_manifest, verify_files
-from foldkv.errors import InputError
-from foldkv.validation.gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
+from ..artifact import MANIFEST, read_manifest, verify_files
+from ..errors import InputError
+from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 
 KIND = "foldkv.report"
 JSON = "report.json"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from foldkv.errors import InputError
+from ..errors import InputError
 
 KEYS = string.ascii_letters
 RECORD_BYTES = 4

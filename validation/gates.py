@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from foldkv.errors import InputError, nearest
-from foldkv.export.profiles import HF, SERVED
+from ..errors import InputError, nearest
+from ..export.profiles import HF, SERVED
 
 HOLDS, FAILS, NOT_INFORMATIVE = "holds", "fails", "not informative"
 LOOSENED, TIGHTENED = "loosened", "tightened"

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from foldkv.errors import ArtifactError
-from foldkv.export.model.decoder import CHOSEN, TAP
-from foldkv.runtime.bundle import Bundle
-from foldkv.runtime.state import StateBuffers
+from ..errors import ArtifactError
+from ..export.model.decoder import CHOSEN, TAP
+from ..runtime.bundle import Bundle
+from ..runtime.state import StateBuffers
 
 Streams = npt.NDArray[np.float32]
 #: Relative error above which a layer counts as different from the reference's. Float32 in another

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from foldkv.errors import InputError
-from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.cases import KEYS, RECORD_BYTES
-from foldkv.validation.metrics import compare_logits
+from ..errors import InputError
+from ..runtime.tokenizer import Tokenizer
+from .cases import KEYS, RECORD_BYTES
+from .metrics import compare_logits
 
 if TYPE_CHECKING:
-    from foldkv.validation.runners import Logits, TailRunner
+    from .runners import Logits, TailRunner
 
 #: Shares of the stream before a planted value.
 DEPTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)

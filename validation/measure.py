@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from foldkv.errors import InputError
-from foldkv.export.checkpoint import Checkpoint
-from foldkv.export.spec import CSA
-from foldkv.progress import Progress
-from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.cases import RetrievalCase, Text, retrieval_cases, text_windows
-from foldkv.validation.layers import Taps, compare_layers
-from foldkv.validation.long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
-from foldkv.validation.metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
-from foldkv.validation.plan import Plan
-from foldkv.validation.result import Measurements
-from foldkv.validation.runners import OracleRunner, Runner, SessionRunner, TransformersRunner
-from foldkv.validation.selection import compare_selections
+from ..errors import InputError
+from ..export.checkpoint import Checkpoint
+from ..export.spec import CSA
+from ..progress import Progress
+from ..runtime.tokenizer import Tokenizer
+from .cases import RetrievalCase, Text, retrieval_cases, text_windows
+from .layers import Taps, compare_layers
+from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
+from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from .plan import Plan
+from .result import Measurements
+from .runners import OracleRunner, Runner, SessionRunner, TransformersRunner
+from .selection import compare_selections
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
 _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foldkv.errors import InputError
-from foldkv.validation.cases import RECORD_BYTES
+from ..errors import InputError
+from .cases import RECORD_BYTES
 
 
 @dataclass(frozen=True)

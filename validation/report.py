@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from foldkv.validation.baseline import JSON
-from foldkv.validation.gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
-from foldkv.validation.layers import DIVERGED
-from foldkv.validation.long_context import REFERENCE_CONTEXT
-from foldkv.validation.result import ValidationResult, to_json
+from .baseline import JSON
+from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
+from .layers import DIVERGED
+from .long_context import REFERENCE_CONTEXT
+from .result import ValidationResult, to_json
 
 HTML, JUNIT = "report.html", "junit.xml"
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK
-from foldkv.validation.baseline import Comparison
-from foldkv.validation.gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
-from foldkv.validation.layers import LayerFigure, first_divergence
-from foldkv.validation.long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
-from foldkv.validation.selection import SelectionFigure
+from ..errors import EXIT_GATE_FAILED, EXIT_OK
+from .baseline import Comparison
+from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
+from .layers import LayerFigure, first_divergence
+from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
+from .selection import SelectionFigure
 
 SCHEMA_VERSION = 2
 

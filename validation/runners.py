@@ -12,11 +12,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from foldkv.errors import CheckpointError, listing
-from foldkv.export.checkpoint import Checkpoint
-from foldkv.packages import require
-from foldkv.runtime.session import Session
-from foldkv.validation.selection import Ints, Selection, settle_ties
+from ..errors import CheckpointError, listing
+from ..export.checkpoint import Checkpoint
+from ..packages import require
+from ..runtime.session import Session
+from .selection import Ints, Selection, settle_ties
 
 Logits = npt.NDArray[np.float32]
 
@@ -171,7 +171,7 @@ class OracleRunner:
     name = "foldkv's oracle of the profile served, float32"
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
-        from foldkv.export.checkpoint import decoder_from_checkpoint
+        from ..export.checkpoint import decoder_from_checkpoint
 
         self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
 
@@ -179,7 +179,7 @@ class OracleRunner:
         """Logits and streams from one pass over all tokens, without a cache. Ties go to the lowest entry, as in a bundle."""
         import torch
 
-        from foldkv.export.served import served_forward
+        from ..export.served import served_forward
 
         with torch.no_grad():
             run = served_forward(self._decoder, torch.tensor(list(tokens)))

@@ -12,27 +12,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import foldkv
-from foldkv.artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
-from foldkv.errors import ArtifactError, InputError
-from foldkv.export.checkpoint import Checkpoint
-from foldkv.export.profiles import PROFILES, SERVED
-from foldkv.export.spec import CSA
-from foldkv.optimize.build import KIND as BUNDLE
-from foldkv.packages import require
-from foldkv.progress import Progress, Say, silent
-from foldkv.runtime.backend import default_threads
-from foldkv.runtime.bundle import ONNXRUNTIME, Bundle, load_bundle
-from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.baseline import JSON, KIND, compare, read_report
-from foldkv.validation.cases import Text, load_text
-from foldkv.validation.gates import LONG_CONTEXT, Gate, judge, resolve_gates
-from foldkv.validation.long_context import REFERENCE_CONTEXT, planted_stream
-from foldkv.validation.measure import Sides, measure, measure_contexts
-from foldkv.validation.plan import Plan
-from foldkv.validation.report import write_report
-from foldkv.validation.result import Measurements, ValidationResult, measurements_from_json
-from foldkv.validation.runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
+from .. import __version__
+from ..artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
+from ..errors import ArtifactError, InputError
+from ..export.checkpoint import Checkpoint
+from ..export.profiles import PROFILES, SERVED
+from ..export.spec import CSA
+from ..optimize.build import KIND as BUNDLE
+from ..packages import require
+from ..progress import Progress, Say, silent
+from ..runtime.backend import default_threads
+from ..runtime.bundle import ONNXRUNTIME, Bundle, load_bundle
+from ..runtime.tokenizer import Tokenizer
+from .baseline import JSON, KIND, compare, read_report
+from .cases import Text, load_text
+from .gates import LONG_CONTEXT, Gate, judge, resolve_gates
+from .long_context import REFERENCE_CONTEXT, planted_stream
+from .measure import Sides, measure, measure_contexts
+from .plan import Plan
+from .report import write_report
+from .result import Measurements, ValidationResult, measurements_from_json
+from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 
 #: Bundles with smaller weights are computed with one thread.
 SMALL_BYTES = 64 << 20
@@ -117,7 +117,7 @@ def validate(
             found = _measure(loaded, checkpoint, plan, words, threads, Progress.of(progress))
             result = judged_result(found, MEASURED)
         write_report(result, folder)
-        content = {"foldkv_version": foldkv.__version__, "passed": result.passed, "key": key}
+        content = {"foldkv_version": __version__, "passed": result.passed, "key": key}
         write_manifest(folder, kind=KIND, content=content | {"measured": measured, "judged": judged})
     progress(result.headline)
     return result
@@ -148,7 +148,7 @@ def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: Mapping[st
 def _measured_key(bundle: Path, plan: Plan, text: Text) -> str:
     """A digest of everything that the figures depend on; thresholds are not part of it."""
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "onnxruntime")}
-    return sha256_json([foldkv.__version__, versions, vars(plan), text.sha256, sha256_file(bundle / MANIFEST)])
+    return sha256_json([__version__, versions, vars(plan), text.sha256, sha256_file(bundle / MANIFEST)])
 
 
 def _stored(report: Path, measured: str) -> tuple[dict[str, Any], Measurements | None]:
@@ -239,7 +239,7 @@ def _provenance(sides: Sides, plan: Plan, text: Text) -> dict[str, Any]:
     csa = [ratio for ratio, kind in zip(spec.ratios, spec.layer_types, strict=True) if kind == CSA]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "foldkv": foldkv.__version__,
+        "foldkv": __version__,
         "subject": sides.subject.name,
         "reference": sides.reference.name,
         "bundle": str(folder),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foldkv.export.model.compressor import Compressor
-from foldkv.export.model.indexer import Indexer
-from foldkv.export.model.norm import RMSNorm, rms_normalize, split_last
-from foldkv.export.model.rope import inverse_frequencies
-from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
-from foldkv.export.operators.quantize import quantize_fp8
-from foldkv.export.operators.rope import rope
-from foldkv.export.operators.window import window_update
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import CSA, HCA, SLIDING, ModelSpec
+from ..operators.attention import dense_attention, sparse_attention, window_attention
+from ..operators.quantize import quantize_fp8
+from ..operators.rope import rope
+from ..operators.window import window_update
+from ..profiles import HF, SERVED
+from ..spec import CSA, HCA, SLIDING, ModelSpec
+from .compressor import Compressor
+from .indexer import Indexer
+from .norm import RMSNorm, rms_normalize, split_last
+from .rope import inverse_frequencies
 
 
 class Attention(nn.Module):

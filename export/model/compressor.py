@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foldkv.export.model.norm import RMSNorm
-from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
-from foldkv.export.operators.compress_online import compress_online, compress_online_fp8
-from foldkv.export.profiles import HF, SERVED
+from ..operators.compress import compress, compress_fp4, compress_fp8
+from ..operators.compress_online import compress_online, compress_online_fp8
+from ..profiles import HF, SERVED
+from .norm import RMSNorm
 
 
 class Compressor(nn.Module):

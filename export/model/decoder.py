@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from foldkv.export.model.attention import Attention
-from foldkv.export.model.hyper_connections import collapse, collapse_last, expand
-from foldkv.export.model.moe import MixtureOfExperts
-from foldkv.export.model.norm import RMSNorm
-from foldkv.export.profiles import HF
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import StateTensor, state_tensors
+from ..profiles import HF
+from ..spec import ModelSpec
+from ..state import StateTensor, state_tensors
+from .attention import Attention
+from .hyper_connections import collapse, collapse_last, expand
+from .moe import MixtureOfExperts
+from .norm import RMSNorm
 
 #: Names of values inside the graph: the residual streams after a layer, and the entries that its indexer chose.
 TAP, CHOSEN = "tap.layers.{layer}.hidden", "tap.layers.{layer}.chosen"

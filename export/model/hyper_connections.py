@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foldkv.export.model.norm import rms_normalize, split_last
-from foldkv.export.operators.sinkhorn import sinkhorn
-from foldkv.export.spec import ModelSpec
+from ..operators.sinkhorn import sinkhorn
+from ..spec import ModelSpec
+from .norm import rms_normalize, split_last
 
 
 def collapse(

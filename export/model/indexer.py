@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foldkv.export.model.compressor import Compressor
-from foldkv.export.model.hadamard import hadamard_matrix
-from foldkv.export.model.norm import split_last
-from foldkv.export.operators.index import index_scores, index_select
-from foldkv.export.operators.quantize import quantize_fp4
-from foldkv.export.operators.rope import rope
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import ModelSpec
+from ..operators.index import index_scores, index_select
+from ..operators.quantize import quantize_fp4
+from ..operators.rope import rope
+from ..profiles import HF, SERVED
+from ..spec import ModelSpec
+from .compressor import Compressor
+from .hadamard import hadamard_matrix
+from .norm import split_last
 
 
 class Indexer(nn.Module):

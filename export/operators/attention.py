@@ -13,11 +13,11 @@ from onnxscript import FLOAT, INT8, INT32, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.index import FoldkvActiveRows, FoldkvVisibleEntries, active_entries, visible_entries
-from foldkv.export.operators.quantize import FoldkvUnpackFp8
-from foldkv.export.operators.registry import OPSET, operator
-from foldkv.export.operators.rope import FoldkvRope
-from foldkv.export.operators.rope import _eager as rope
+from .index import FoldkvActiveRows, FoldkvVisibleEntries, active_entries, visible_entries
+from .quantize import FoldkvUnpackFp8
+from .registry import OPSET, operator
+from .rope import FoldkvRope
+from .rope import _eager as rope
 
 
 def _window_keys(

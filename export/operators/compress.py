@@ -21,8 +21,8 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
-from foldkv.export.operators.quantize import (
+from .entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
+from .quantize import (
     FoldkvPackFp4,
     FoldkvPackFp8,
     FoldkvQuantizeFp4,
@@ -30,8 +30,8 @@ from foldkv.export.operators.quantize import (
     quantized_fp4,
     quantized_fp8,
 )
-from foldkv.export.operators.registry import OPSET, operator
-from foldkv.export.operators.window import FoldkvRingSources, FoldkvTakeRows, ring_sources
+from .registry import OPSET, operator
+from .window import FoldkvRingSources, FoldkvTakeRows, ring_sources
 
 
 def _chunk(

@@ -20,10 +20,10 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
-from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvQuantizeFp8, quantized_fp8
-from foldkv.export.operators.registry import OPSET, operator
-from foldkv.export.operators.window import FoldkvTakeRows
+from .entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
+from .quantize import FoldkvPackFp8, FoldkvQuantizeFp8, quantized_fp8
+from .registry import OPSET, operator
+from .window import FoldkvTakeRows
 
 
 def _merged(

@@ -11,10 +11,10 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.registry import OPSET
-from foldkv.export.operators.rope import FoldkvRope
-from foldkv.export.operators.rope import _eager as rope
-from foldkv.export.operators.window import FoldkvTakeRows
+from .registry import OPSET
+from .rope import FoldkvRope
+from .rope import _eager as rope
+from .window import FoldkvTakeRows
 
 
 def finish_entries(merged: Tensor, begins: Tensor, norm: Tensor, inv_freq: Tensor, eps: float) -> Tensor:

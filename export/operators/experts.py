@@ -16,9 +16,9 @@ from onnxscript import FLOAT, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.grouped import CONSTANTS, clamped_swiglu, grouped_experts
-from foldkv.export.operators.packed import _function
-from foldkv.export.operators.registry import OPSET, operator
+from .grouped import CONSTANTS, clamped_swiglu, grouped_experts
+from .packed import _function
+from .registry import OPSET, operator
 
 
 def _eager(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:

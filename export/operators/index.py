@@ -14,7 +14,7 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.registry import OPSET, operator
+from .registry import OPSET, operator
 
 
 def visible_entries(positions: Tensor, chunk: int, ratio: int) -> Tensor:

@@ -19,9 +19,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from foldkv.export.formats import FP4, byte_pairs, byte_values, scale_values
-from foldkv.export.operators.grouped import CONSTANTS, grouped_experts
-from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
+from ..formats import FP4, byte_pairs, byte_values, scale_values
+from .grouped import CONSTANTS, grouped_experts
+from .registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
 EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}

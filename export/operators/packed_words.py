@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import torch
 
-from foldkv.export.formats import FP4, byte_pairs, byte_values, scale_values
-from foldkv.export.operators.grouped import clamped_swiglu
-from foldkv.export.operators.packed import EXPERTS, PARTS, Matrix, _function
+from ..formats import FP4, byte_pairs, byte_values, scale_values
+from .grouped import clamped_swiglu
+from .packed import EXPERTS, PARTS, Matrix, _function
 
 #: Bytes in a word.
 WORD = 4

@@ -17,9 +17,9 @@ from onnxscript import FLOAT, INT8, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4
-from foldkv.export.operators.registry import OPSET, operator
-from foldkv.export.operators.rows import pack, unpack
+from ..layouts import FP8_DS_MLA, INDEX_FP4
+from .registry import OPSET, operator
+from .rows import pack, unpack
 
 # 2 ** (i - 149): every power of two that float32 has.
 _POWERS = numpy_helper.from_array(np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32))

@@ -63,7 +63,7 @@ def operator(
 
 def operators() -> dict[str, Operator]:
     """All operators by ONNX name. Importing the operator modules registers them."""
-    from foldkv.export.operators import (  # noqa: F401
+    from . import (  # noqa: F401
         attention,
         compress,
         compress_online,

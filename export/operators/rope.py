@@ -13,7 +13,7 @@ from onnxscript import FLOAT, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.registry import OPSET, operator
+from .registry import OPSET, operator
 
 
 def _eager(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_bytes
+from ..layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_bytes
 
 _FLOOR = 1e-4
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

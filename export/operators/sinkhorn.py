@@ -12,7 +12,7 @@ from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.registry import OPSET, operator
+from .registry import OPSET, operator
 
 
 def _eager(matrix: Tensor, iterations: int, eps: float) -> Tensor:

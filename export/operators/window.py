@@ -12,7 +12,7 @@ from onnxscript import FLOAT, INT32, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from foldkv.export.operators.registry import OPSET, operator
+from .registry import OPSET, operator
 
 
 def ring_sources(slots: int, chunk: int, positions: Tensor, num_tokens: Tensor) -> Tensor:

@@ -17,20 +17,20 @@ import onnx_ir as ir
 from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
-from foldkv.errors import FoldkvError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
-from foldkv.export.operators.attention import (
+from ...errors import FoldkvError
+from ...export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
+from ...export.operators.attention import (
     FoldkvQueryPositions,
     FoldkvScale,
     FoldkvSharedLogits,
     FoldkvSharedSum,
     FoldkvWindowKeys,
 )
-from foldkv.export.operators.index import FoldkvVisibleEntries
-from foldkv.export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
-from foldkv.export.operators.registry import DOMAIN, OPSET
-from foldkv.export.operators.rope import FoldkvRope
-from foldkv.export.plan import BLOCK_ROOM, block_rows
+from ...export.operators.index import FoldkvVisibleEntries
+from ...export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
+from ...export.operators.registry import DOMAIN, OPSET
+from ...export.operators.rope import FoldkvRope
+from ...export.plan import BLOCK_ROOM, block_rows
 
 _ROWS = "FoldkvBlockRows"
 

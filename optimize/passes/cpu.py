@@ -26,12 +26,12 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
-from foldkv.export.external import read_lazily
-from foldkv.export.graph import MODEL, WEIGHTS
-from foldkv.export.layers import flat
-from foldkv.export.operators.experts import grouped_body
-from foldkv.export.operators.registry import DOMAIN
-from foldkv.optimize.passes.blocks import read_in_blocks
+from ...export.external import read_lazily
+from ...export.graph import MODEL, WEIGHTS
+from ...export.layers import flat
+from ...export.operators.experts import grouped_body
+from ...export.operators.registry import DOMAIN
+from .blocks import read_in_blocks
 
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number: torch.export writes the rows of window and chunk in this way.

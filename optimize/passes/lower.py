@@ -19,19 +19,19 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from foldkv.artifact import confined
-from foldkv.errors import BuildError
-from foldkv.export.external import read_values
-from foldkv.export.graph import CONFIG, MODEL, WEIGHTS, flat_model
-from foldkv.export.layouts import DENSE, LAYOUTS, row_bytes
-from foldkv.export.operators.experts import bounded_body
-from foldkv.export.plan import gathered_tokens
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import StateTensor
-from foldkv.optimize.formats import fp8_gap
-from foldkv.optimize.passes.weights import place_weights
-from foldkv.plugins.inject import NAMESPACE_ATTRIBUTE
-from foldkv.plugins.spec import PLUGINS, STATE
+from ...artifact import confined
+from ...errors import BuildError
+from ...export.external import read_values
+from ...export.graph import CONFIG, MODEL, WEIGHTS, flat_model
+from ...export.layouts import DENSE, LAYOUTS, row_bytes
+from ...export.operators.experts import bounded_body
+from ...export.plan import gathered_tokens
+from ...export.spec import ModelSpec
+from ...export.state import StateTensor
+from ...plugins.inject import NAMESPACE_ATTRIBUTE
+from ...plugins.spec import PLUGINS, STATE
+from ..formats import fp8_gap
+from .weights import place_weights
 
 #: Weights whose matrix product runs in low precision, and state groups whose rows are stored in it.
 LOW_PRECISION = (

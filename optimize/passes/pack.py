@@ -14,14 +14,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
-from foldkv.export.operators.attention import FoldkvSparseAttentionFp8
-from foldkv.export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
-from foldkv.export.operators.compress_online import FoldkvCompressOnlinePackedFp8
-from foldkv.export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
-from foldkv.export.operators.registry import DOMAIN
-from foldkv.export.state import StateTensor
-from foldkv.optimize.passes.blocks import attach
+from ...export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
+from ...export.operators.attention import FoldkvSparseAttentionFp8
+from ...export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
+from ...export.operators.compress_online import FoldkvCompressOnlinePackedFp8
+from ...export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
+from ...export.operators.registry import DOMAIN
+from ...export.state import StateTensor
+from .blocks import attach
 
 _ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")
 _BODIES = (

@@ -23,11 +23,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from foldkv.errors import BuildError
-from foldkv.export.external import read_values
-from foldkv.export.formats import FP8, scale_values
-from foldkv.export.operators.packed import BLOCK, EXPONENTS, PARTIAL, PARTS, Matrix
-from foldkv.export.operators.packed_words import (
+from ...errors import BuildError
+from ...export.external import read_values
+from ...export.formats import FP8, scale_values
+from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL, PARTS, Matrix
+from ...export.operators.packed_words import (
     WORD,
     code_bytes,
     format_of_node,
@@ -35,7 +35,7 @@ from foldkv.export.operators.packed_words import (
     routed_experts_words,
     scale_bytes,
 )
-from foldkv.export.operators.registry import DOMAIN
+from ...export.operators.registry import DOMAIN
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 

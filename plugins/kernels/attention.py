@@ -11,8 +11,8 @@ Without a split the program writes the final rows: the softmax includes the sink
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.rotation import rotate
-from foldkv.plugins.kernels.rows import read_rows
+from .rotation import rotate
+from .rows import read_rows
 
 WINDOW = tl.constexpr(0)
 CHOSEN = tl.constexpr(1)

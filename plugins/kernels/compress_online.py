@@ -7,7 +7,7 @@ afterwards, so state can be updated in place within one launch.
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.entry import gather_scored, write_entry
+from .entry import gather_scored, write_entry
 
 
 @triton.jit

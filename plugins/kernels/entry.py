@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.mixing import mix
-from foldkv.plugins.kernels.rotation import rotate
-from foldkv.plugins.kernels.rows import rounded, write_row
+from .mixing import mix
+from .rotation import rotate
+from .rows import rounded, write_row
 
 
 @triton.jit

@@ -7,7 +7,7 @@ multiplied separately, so a score has float32's accuracy and not the state type'
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.rows import read_index_rows
+from .rows import read_index_rows
 
 
 @triton.jit

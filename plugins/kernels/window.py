@@ -7,7 +7,7 @@ other program touches the slot, so input and output can be one buffer.
 import triton
 import triton.language as tl
 
-from foldkv.plugins.kernels.rows import write_row
+from .rows import write_row
 
 
 @triton.jit
