@@ -17,15 +17,16 @@ import click
 
 from . import __version__
 from .errors import FoldkvError, InputError
+from .export.checkpoint.config_reader import spec_from_file
 from .progress import Progress
 from .shell import Group, progress
 from .units import duration_text, read_tokens, size_text
 
 if TYPE_CHECKING:
-    from .export.spec import ModelSpec
+    from .export.contract.geometry import ModelSpec
     from .optimize.fit import TargetPlan
-    from .optimize.formats import Package
     from .optimize.history import Estimate
+    from .optimize.kept_weights import Package
     from .pipeline import Step
 
 
@@ -142,13 +143,12 @@ def export_command(
 
 def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> None:
     """Report how long comparable exports took. Says nothing of a checkpoint that cannot be read: export refuses it."""
-    from .export.spec import ModelSpec
     from .optimize.fit import export_estimate
     from .optimize.history import read_runs
 
     with contextlib.suppress(FoldkvError, OSError):
         package = _package(checkpoint, weights, allow_unknown_keys)
-        spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
+        spec = spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
         expected = export_estimate(spec, read_runs(), package)
         if expected is not None:
             report.expect(expected.low, expected.high)
@@ -343,8 +343,8 @@ def validate_command(
     The exit code is 1 if a gate fails, or if one holds on too little evidence ("not informative").
     """
     _wait_passively()
-    from .validation.plan import Plan
     from .validation.result import to_json
+    from .validation.settings import Plan
     from .validation.validate import validate
 
     result = validate(
@@ -551,7 +551,6 @@ def plan_command(
     that is marked with *.
     """
     from .export.plot import check_plot_path
-    from .export.spec import ModelSpec
     from .optimize.fit import within_model
 
     only_targets = {
@@ -563,7 +562,7 @@ def plan_command(
         raise click.UsageError(
             f"{', '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing without --target. Name a target, for example cpu."
         )
-    spec = ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
+    spec = spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
     if plot is not None:
         check_plot_path(plot)
     planned = within_model(spec, context)
@@ -595,7 +594,7 @@ def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
 
 def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> dict[str, Any]:
     """The facts; also prints them as a table unless ``as_json``."""
-    from .export.plan import OFFERED, parameter_count, plan_memory, weight_bytes
+    from .export.memory import OFFERED, parameter_count, plan_memory, weight_bytes
 
     context, batch = sizes["context"], sizes["batch"]
     plans = []
@@ -640,10 +639,10 @@ def _plan_targets(
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The facts; also prints them as tables unless ``as_json``."""
-    from .export.plan import parameter_count
+    from .export.memory import parameter_count
     from .optimize.fit import export_estimate, graph_bytes, plan_targets
-    from .optimize.formats import FORMATS
     from .optimize.history import read_runs
+    from .optimize.kept_weights import FORMATS
     from .optimize.targets import resolve_targets
 
     targets, runs = resolve_targets(names), read_runs()
@@ -677,19 +676,19 @@ def _plan_targets(
 
 def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
     """The format in which an export with ``--weights`` would keep its weights."""
-    from .optimize.formats import Package
+    from .optimize.kept_weights import Package
 
     return Package(weights, "float32" if weights == "float32" else _stored_format(checkpoint, allow_unknown_keys))
 
 
 def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str:
     """The format of the experts of a checkpoint, from its headers if its weights are there, else from config.json."""
-    from .export.config_reader import read_config
-    from .optimize.formats import stored_format
+    from .export.checkpoint.config_reader import read_config
+    from .optimize.kept_weights import stored_format
 
     if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
         return stored_format(read_config(checkpoint))
-    from .export.checkpoint import Checkpoint
+    from .export.checkpoint.reader import Checkpoint
 
     source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
     return stored_format(source.config, {name: stored.dtype for name, stored in source.headers.items()})
@@ -766,7 +765,7 @@ def _estimated(found: Estimate | None) -> str:
 def _plot(
     path: Path, checkpoint: Path, spec: ModelSpec, batch: int, layout: str | None, targets: tuple[str, ...]
 ) -> None:
-    from .export.layouts import DENSE
+    from .export.contract.layouts import DENSE
     from .export.plot import write_plot
     from .optimize.targets import resolve_targets
 
@@ -857,11 +856,10 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
 
 
 def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:
-    from .export.spec import ModelSpec
     from .plugins.coverage import coverage
-    from .plugins.spec import BODIES
+    from .plugins.declarations import BODIES
 
-    found = coverage(ModelSpec.from_file(checkpoint, allow_unknown_keys=allow_unknown_keys), sms)
+    found = coverage(spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys), sms)
     if as_json:
         click.echo(json.dumps({"plugins": [row.to_dict() for row in found], "bodies": BODIES}, indent=2))
         return

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import InputError, listing, nearest
-from .export.layouts import DENSE, cache_layout
+from .export.contract.layouts import DENSE, cache_layout
 from .optimize.choices import PLUGINS
 from .units import read_tokens
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .artifact import MANIFEST, read_manifest, verify_files
 from .errors import ArtifactError, InputError
-from .export.state import StateTensor
+from .export.contract.state import StateTensor
 from .units import duration_text, size_text
 
 _SHOWN = (
@@ -112,8 +112,8 @@ def _report_facts(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str, Any]:
-    from .export.checkpoint import Checkpoint, model_facts
-    from .export.plan import parameter_count
+    from .export.checkpoint.reader import Checkpoint, model_facts
+    from .export.memory import parameter_count
 
     checkpoint = Checkpoint(path, allow_unknown_keys=allow_unknown_keys)
     checkpoint.check()

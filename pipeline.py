@@ -23,16 +23,16 @@ from .optimize.build import KIND as BUNDLE_KIND
 from .optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
 from .optimize.choices import check_here, choose
 from .optimize.fit import export_estimate, graph_bytes, plan_target
-from .optimize.formats import Package, stored_format
 from .optimize.history import Estimate, read_runs, record_builds, record_export
-from .optimize.spec import Shapes
+from .optimize.kept_weights import Package, stored_format
+from .optimize.recipe import Shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require
 from .progress import Progress, Say, silent
 
 if TYPE_CHECKING:
-    from .export.checkpoint import Checkpoint
-    from .validation.plan import Plan
+    from .export.checkpoint.reader import Checkpoint
+    from .validation.settings import Plan
 
 EXPORT, BUILD, VALIDATE = "export", "build", "validate"
 STAGES = (EXPORT, BUILD, VALIDATE)
@@ -173,7 +173,7 @@ class _Pipeline:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, from its headers."""
-        from .export.checkpoint import Checkpoint
+        from .export.checkpoint.reader import Checkpoint
 
         return Checkpoint(Path(self.config.checkpoint), allow_unknown_keys=self.config.export.allow_unknown_keys)
 
@@ -191,8 +191,8 @@ class _Pipeline:
 
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
+        from .export.contract.profiles import check_profile
         from .export.graph import KIND as GRAPH_KIND
-        from .export.profiles import check_profile
 
         config = self.config
         targets = resolve_targets(config.build.targets)
@@ -216,7 +216,7 @@ class _Pipeline:
             self._check_earlier()
 
     def _check_validation(self) -> None:
-        from .export.tokenizer import TOKENIZER
+        from .export.checkpoint.texts import TOKENIZER
         from .optimize.targets import load_targets
         from .validation.baseline import KIND, read_report
         from .validation.cases import load_text
@@ -281,7 +281,7 @@ class _Pipeline:
 
     def plan(self) -> Plan:
         """What `validate` measures."""
-        from .validation.plan import Plan
+        from .validation.settings import Plan
 
         wanted = self.config.validation
         return Plan(
@@ -345,7 +345,7 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
 
 
 def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
-    from .export.checkpoint import model_facts
+    from .export.checkpoint.reader import model_facts
     from .export.graph import CONFIG, same_files
 
     # For weights kept as stored only the headers are hashed; a replaced file is found below.

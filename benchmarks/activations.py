@@ -24,11 +24,11 @@ import numpy as np
 from moe import CONFIG
 
 import foldkv
+from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.graph import export_checkpoint
-from foldkv.export.plan import BLOCK_ROOM, activations
-from foldkv.export.spec import ModelSpec
+from foldkv.export.memory import BLOCK_ROOM, activations
 from foldkv.optimize.build import PLAN, build_bundles
-from foldkv.optimize.spec import Shapes
+from foldkv.optimize.recipe import Shapes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "activations.json"
@@ -42,8 +42,8 @@ _REGION = re.compile(rb"name=devmem_topdown_(\d+) size=(\d+) ")
 def chunk_bytes(bundle: Path, batch: int, chunk: int, context: int) -> int:
     """Bytes that ONNX Runtime takes for one chunk at the end of a context. For a process that does nothing else."""
     from foldkv.runtime.backend import OnnxRuntimeExecutor
+    from foldkv.runtime.buffers import StateBuffers
     from foldkv.runtime.bundle import load_bundle
-    from foldkv.runtime.state import StateBuffers
 
     loaded = load_bundle(bundle)
     buffers = StateBuffers(loaded.state, context, batch)
@@ -95,7 +95,7 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
         return
     from checkpoints import random_checkpoint  # moe.py puts tests/support on the path
 
-    spec = ModelSpec.from_file(checkpoint)
+    spec = spec_from_file(checkpoint)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -111,7 +111,7 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
             "tiny-v4": graph,
             "wide": export_checkpoint(random_checkpoint(wide, work / "wide"), work / "wide-graph"),
         }
-        specs = {"tiny-v4": spec, "wide": ModelSpec.from_file(work / "wide")}
+        specs = {"tiny-v4": spec, "wide": spec_from_file(work / "wide")}
         for (name, package), plugins in itertools.product(graphs.items(), (False, True)):
             out = work / f"{name}-{plugins}"
             build_bundles(package, out, ["a100"], plugins=plugins)

@@ -30,8 +30,9 @@ _ONE_LAYER = """
 import sys, time
 from pathlib import Path
 from foldkv.export.layers import _traced
-from foldkv.export.spec import ModelSpec
-spec = ModelSpec.from_file(Path(sys.argv[1]))
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.geometry import ModelSpec
+spec = spec_from_file(Path(sys.argv[1]))
 _traced(spec, spec.num_layers - 1)
 start, cpu = time.monotonic(), time.process_time()
 _traced(spec, spec.num_layers - 2)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import ModelSpec
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, triton_version
 from foldkv.plugins.launch import Kernel
 from foldkv.plugins.model import model_kernels
@@ -48,7 +48,7 @@ def sections() -> Iterator[tuple[str, str, dict[int, list[Kernel]]]]:
         for layout, profile in FORMS:
             new: dict[int, list[Kernel]] = {}
             for sm in SHARED_LIMITS:
-                found = model_kernels(ModelSpec.from_file(config), sm=sm, layout=layout, profile=profile)
+                found = model_kernels(spec_from_file(config), sm=sm, layout=layout, profile=profile)
                 new[sm] = [kernel for kernel in found if (kernel, sm) not in seen]
                 seen |= {(kernel, sm) for kernel in new[sm]}
             yield model, form(layout, profile), new

@@ -67,7 +67,7 @@ class _Watched:
         import numpy as np
         import torch
 
-        from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+        from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
         from foldkv.validation.metrics import compare_logits
 
         decoder, count = decoder_from_checkpoint(Checkpoint(checkpoint)), len(self.tail)

@@ -17,13 +17,13 @@ from ..artifact import only_writer, read_manifest, staged, write_manifest
 from ..errors import ArtifactError, InputError
 from ..packages import version_of
 from ..progress import Progress, Say, silent
-from .checkpoint import Checkpoint, decoder_from_checkpoint, model_facts
+from .checkpoint.reader import Checkpoint, decoder_from_checkpoint, model_facts
+from .checkpoint.texts import TOKENIZER, tokenizer_json
+from .contract.profiles import HF, check_profile
+from .contract.state import state_tensors
 from .layers import PREFIX, flat, layer_counts, layered_model, operators_of
 from .operators.registry import ONNX_OPSET
-from .profiles import HF, check_profile
 from .repack import repack
-from .state import state_tensors
-from .tokenizer import TOKENIZER, tokenizer_json
 from .trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 from .weights import FOLDER, referenced, repacked
 

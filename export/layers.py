@@ -21,6 +21,9 @@ from torch.nn import functional
 from ..artifact import sha256_json
 from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
+from .contract.geometry import CSA, HCA, ModelSpec
+from .contract.profiles import HF
+from .contract.state import state_tensors
 from .model.decoder import CHOSEN, TAP, Layer
 from .model.hadamard import hadamard_matrix
 from .model.hyper_connections import collapse_last
@@ -28,9 +31,6 @@ from .model.norm import RMSNorm
 from .model.rope import inverse_frequencies
 from .operators import packed, packed_words
 from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
-from .profiles import HF
-from .spec import CSA, HCA, ModelSpec
-from .state import state_tensors
 from .trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
 from .weights import Data, Packed, Plain, Quantised, Source, Weights
 
@@ -98,7 +98,7 @@ def layered_model(spec: ModelSpec, weights: Weights, profile: str = HF, *, progr
     Args:
         spec: the model.
         weights: where each weight is, and how it is stored.
-        profile: the numerics, see export/profiles.py.
+        profile: the numerics, see export/contract/profiles.py.
         progress: a :class:`~foldkv.progress.Progress` learns how many kinds are traced.
 
     Raises:

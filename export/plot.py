@@ -15,8 +15,9 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import InputError, system_failure
-from .plan import V32_BYTES_PER_TOKEN, plan_memory
-from .spec import ModelSpec
+from .checkpoint.config_reader import spec_from_file
+from .contract.geometry import ModelSpec
+from .memory import V32_BYTES_PER_TOKEN, plan_memory
 
 #: Context sizes to draw: 1k to 1M.
 CONTEXTS = tuple(1 << power for power in range(10, 21))
@@ -44,7 +45,7 @@ class Curve:
 def released_specs() -> dict[str, ModelSpec]:
     """The released models with configurations in this package."""
     folder = resources.files("foldkv.export").joinpath("configs")
-    return {name: ModelSpec.from_file(Path(str(folder.joinpath(file)))) for name, file in RELEASED.items()}
+    return {name: spec_from_file(Path(str(folder.joinpath(file)))) for name, file in RELEASED.items()}
 
 
 def memory_curves(models: Mapping[str, ModelSpec], *, batch: int, layout: str) -> list[Curve]:

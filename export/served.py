@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .contract.geometry import CSA, SLIDING, ModelSpec
 from .model.attention import Attention
 from .model.compressor import Compressor
 from .model.decoder import Decoder, Layer
 from .model.hyper_connections import collapse, collapse_last, expand
 from .model.indexer import Indexer
 from .model.norm import split_last
-from .spec import CSA, SLIDING, ModelSpec
 
 _LEAST = 1e-4  # floor of a tile's largest magnitude (export/operators/rows.py has its source)
 #: Magnitudes of the codes in order: the code of a magnitude is its index.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FoldkvError
+from .contract.geometry import CSA, HCA, SLIDING, ModelSpec
+from .contract.profiles import HF, SERVED
+from .contract.state import state_tensors
 from .model.decoder import CHOSEN, TAP, Decoder, new_state
 from .operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
-from .profiles import HF, SERVED
-from .spec import CSA, HCA, SLIDING, ModelSpec
-from .state import state_tensors
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
 LOGITS = "logits"

@@ -15,10 +15,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import CheckpointError, listing
-from .checkpoint import Checkpoint, parameter_shapes, scale_name
-from .formats import PLAIN
+from .checkpoint.formats import PLAIN
+from .checkpoint.reader import Checkpoint, parameter_shapes, scale_name
+from .checkpoint.shards import Stored
 from .operators.packed import PARTS, Matrix
-from .shards import Stored
 
 EXPERTS = "ffn.experts"
 #: Folder of the package with the weights, linked or repacked.

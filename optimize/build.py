@@ -27,22 +27,22 @@ from ..artifact import (
     write_manifest,
 )
 from ..errors import EXIT_OK, BuildError, InputError
+from ..export.checkpoint.config_reader import spec_from_file
+from ..export.checkpoint.texts import TOKENIZER
+from ..export.contract.layouts import DENSE
+from ..export.contract.profiles import SERVED
+from ..export.contract.state import StateTensor
 from ..export.graph import CONFIG, MODEL, flat_model
 from ..export.graph import KIND as GRAPH_KIND
-from ..export.layouts import DENSE
-from ..export.profiles import SERVED
-from ..export.spec import ModelSpec
-from ..export.state import StateTensor
-from ..export.tokenizer import TOKENIZER
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
+from .bundled_kernels import Bundled
 from .choices import PACKED, Choice, backend_version, check_here, choose
-from .engine import RTX, end_children
+from .engine_build import RTX, end_children
 from .history import expected_build
-from .kernels import Bundled
 from .passes.pack import pack_state
-from .plan import named_capability
-from .spec import BuildSpec, Shapes
+from .plan_file import named_capability
+from .recipe import BuildSpec, Shapes
 from .targets import Target, resolve_targets
 
 KIND = "foldkv.bundle"
@@ -175,7 +175,7 @@ def _jobs(
     if "injection" in manifest:
         choices = _injected_choices(graph, manifest, chosen, plugins, layout)
     else:
-        spec = ModelSpec.from_file(Path(graph) / CONFIG)
+        spec = spec_from_file(Path(graph) / CONFIG)
         choices = choose(spec, manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
     return [_Job(Path(graph), manifest, choice, shapes or Shapes()) for choice in choices]
 
@@ -405,7 +405,7 @@ def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
 def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     from ..plugins.inject import rotary_channels
-    from .engine import build_plan
+    from .engine_build import build_plan
     from .passes.lower import lowered_graph
 
     target = job.target
@@ -448,7 +448,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     """Inject the model, and compile the kernels that it launches into the bundle."""
     from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
-    from .kernels import bundle_kernels
+    from .bundled_kernels import bundle_kernels
 
     target = job.target
     assert target.sm is not None

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError, MissingDependencyError, listing
-from ..export.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
-from ..export.profiles import SERVED
-from ..export.spec import ModelSpec
+from ..export.contract.geometry import ModelSpec
+from ..export.contract.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
+from ..export.contract.profiles import SERVED
 from ..packages import pip_line, require, version_of
 from ..plugins.coverage import coverage
 from .targets import Target
@@ -130,7 +130,7 @@ def backend_version(target: Target) -> str:
     Raises:
         MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
     """
-    from .engine import engine_version
+    from .engine_build import engine_version
 
     if target.sm is None:
         require("build cpu")

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import InputError, listing
-from ..export.layouts import DENSE
-from ..export.plan import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
-from ..export.profiles import HF, check_profile
-from ..export.spec import ModelSpec
+from ..export.contract.geometry import ModelSpec
+from ..export.contract.layouts import DENSE
+from ..export.contract.profiles import HF, check_profile
+from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
-from .formats import Package, kept_formats, weight_bytes_in
 from .history import BUILD, EXPORT, Estimate, Run, estimate
+from .kept_weights import Package, kept_formats, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)

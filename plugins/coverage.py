@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..export.layouts import DENSE, LAYOUTS, row_bytes
-from ..export.profiles import PROFILES
-from ..export.spec import ModelSpec
+from ..export.contract.geometry import ModelSpec
+from ..export.contract.layouts import DENSE, LAYOUTS, row_bytes
+from ..export.contract.profiles import PROFILES
+from .declarations import PLUGINS
 from .launch import kernels
 from .model import OperatorCall, operator_calls
-from .spec import PLUGINS
 
 #: Types of dense rows that engines keep.
 DTYPES = ("bfloat16",)

@@ -20,13 +20,13 @@ import onnx
 from .. import __version__
 from ..artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
 from ..errors import InputError, listing
+from ..export.checkpoint.config_reader import spec_from_file
+from ..export.contract.layouts import DENSE, CacheLayout, cache_layout, row_bytes
 from ..export.graph import CONFIG, KIND, MODEL, flat_model, link_file
-from ..export.layouts import DENSE, CacheLayout, cache_layout, row_bytes
 from ..export.operators.registry import DOMAIN
-from ..export.spec import ModelSpec
 from ..progress import Say, silent
+from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 from .launch import Kernel, kernels
-from .spec import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
@@ -149,7 +149,7 @@ def inject(
 
 def rotary_channels(graph: Path) -> int:
     """Channels of a row that RoPE turns, from the configuration in a graph package."""
-    return ModelSpec.from_file(Path(graph) / CONFIG).rope_dim
+    return spec_from_file(Path(graph) / CONFIG).rope_dim
 
 
 def inject_nodes(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
-from .spec import PLUGINS, STATE, PluginSpec
+from ..export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
+from .declarations import PLUGINS, STATE, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..export.layouts import LAYOUTS
-from ..export.profiles import HF, SERVED
-from ..export.spec import CSA, HCA, SLIDING, ModelSpec
+from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
+from ..export.contract.layouts import LAYOUTS
+from ..export.contract.profiles import HF, SERVED
 from .launch import Kernel, kernels
 
 
@@ -69,8 +69,8 @@ def model_kernels(
         spec: of the model.
         sm: compute capability.
         dtype: type of dense rows of the state.
-        layout: name of the cache layout, see export/layouts.py.
-        profile: of the graph, see export/profiles.py.
+        layout: name of the cache layout, see export/contract/layouts.py.
+        profile: of the graph, see export/contract/profiles.py.
 
     Raises:
         ValueError: sizes or row formats that the kernels cannot take.

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..export.layouts import DENSE
+from ..export.contract.layouts import DENSE
 from .cuda import KernelImage, Launcher
+from .declarations import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
 from .launch import Plan, largest_workspace, plan
-from .spec import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
 
 _LIBRARIES: dict[str, Launcher] = {}
 

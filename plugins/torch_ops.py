@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..export.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
+from ..export.contract.geometry import ModelSpec
+from ..export.contract.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
+from ..export.contract.state import state_tensors
 from ..export.operators.registry import operators
-from ..export.spec import ModelSpec
-from ..export.state import state_tensors
 from .cuda import Launcher
+from .declarations import PLUGINS, STATE, PluginSpec
 from .launch import Plan, plan
-from .spec import PLUGINS, STATE, PluginSpec
 
 #: Enqueues the launches of a plan: plan, inputs, outputs (those in place are inputs too), scratch memory or None.
 LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]
@@ -223,7 +223,7 @@ def new_state(
         spec: of the model.
         context: tokens that each sequence has room for.
         batch: sequences.
-        layout: name of the cache layout, see export/layouts.py.
+        layout: name of the cache layout, see export/contract/layouts.py.
         dtype: of dense rows.
         device: of the state.
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .buffers import plan_bytes as plan_bytes
     from .bundle import Bundle as Bundle
     from .bundle import load_bundle as load_bundle
     from .detokenizer import TextStream as TextStream
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .session import Snapshot as Snapshot
     from .session import TokenStream as TokenStream
-    from .state import plan_bytes as plan_bytes
     from .text import Completion as Completion
     from .text import generate_text as generate_text
     from .text import stream_text as stream_text

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, listing
 from ..packages import installed, lacks
+from .buffers import STATE_TYPES, StateBuffers
 from .bundle import Bundle
-from .state import STATE_TYPES, StateBuffers
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]

@@ -14,8 +14,8 @@ from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_fi
 from ..errors import ArtifactError, MissingDependencyError, listing
 from ..packages import installed, pip_line
 from ..plugins.cuda import device_capability
-from .plugins import plugin_findings
-from .state import StateSpec
+from .buffers import StateSpec
+from .plugin_check import plugin_findings
 
 KIND = "foldkv.bundle"
 ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"

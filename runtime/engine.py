@@ -26,9 +26,9 @@ from ..errors import ArtifactError, FoldkvError, InputError, MissingDependencyEr
 from ..plugins.cuda import Device, check
 from ..plugins.tensorrt import provide_kernels, register_plugins
 from .backend import FloatArray, IntArray
+from .buffers import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
 from .bundle import ENGINE_MODULES, Bundle
-from .plugins import bundle_kernels
-from .state import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
+from .plugin_check import bundle_kernels
 
 _ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
 _MAIN, _INDEX = (frozenset({"FoldkvCompress", f"FoldkvCompress{suffix}"}) for suffix in ("Fp8", "Fp4"))

@@ -27,9 +27,9 @@ import numpy.typing as npt
 
 from ..errors import CapacityError, FoldkvError, InputError, short
 from .backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
+from .buffers import Buffers, StateBuffers
 from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
 from .sampling import GREEDY, Sampler, Sampling
-from .state import Buffers, StateBuffers
 
 Logits = Literal["last", "all"]
 #: Why a sequence ended: a stop token or stop string, or the number of tokens that was asked for.
@@ -152,7 +152,7 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state buffers: the sum of :func:`foldkv.runtime.state.plan_bytes`, plus second buffers for what an
+        """Bytes of the state buffers: the sum of :func:`foldkv.runtime.buffers.plan_bytes`, plus second buffers for what an
         engine's function bodies write."""
         return self._buffers.bytes
 

@@ -10,7 +10,7 @@ import pytest
 
 from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError
-from foldkv.export.checkpoint import Checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.inspection import describe, inspect_artifact
 from foldkv.runtime.session import Session
 

@@ -319,7 +319,7 @@ def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
 
 
 def test_another_foldkv_or_tool_is_the_reason(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldkv.__version__", "9.9")
+    monkeypatch.setattr("foldkv.pipeline.__version__", "9.9")
     found = reasons(finished)
     assert found["export"] == "it was made by foldkv 0.1.0; this is 9.9"
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import InputError, nearest
-from ..export.profiles import HF, SERVED
+from ..export.contract.profiles import HF, SERVED
 
 HOLDS, FAILS, NOT_INFORMATIVE = "holds", "fails", "not informative"
 LOOSENED, TIGHTENED = "loosened", "tightened"

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..export.checkpoint import Checkpoint
-from ..export.spec import CSA
+from ..export.checkpoint.reader import Checkpoint
+from ..export.contract.geometry import CSA
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
-from .layers import Taps, compare_layers
+from .divergence import Taps, compare_layers
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
-from .plan import Plan
 from .result import Measurements
 from .runners import OracleRunner, Runner, SessionRunner, TransformersRunner
 from .selection import compare_selections
+from .settings import Plan
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
 _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)

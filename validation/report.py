@@ -11,8 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .baseline import JSON
+from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
-from .layers import DIVERGED
 from .long_context import REFERENCE_CONTEXT
 from .result import ValidationResult, to_json
 

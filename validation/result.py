@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import EXIT_GATE_FAILED, EXIT_OK
 from .baseline import Comparison
+from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
-from .layers import LayerFigure, first_divergence
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
 from .selection import SelectionFigure
 

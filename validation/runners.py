@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError, listing
-from ..export.checkpoint import Checkpoint
+from ..export.checkpoint.reader import Checkpoint
 from ..packages import require
 from ..runtime.session import Session
 from .selection import Ints, Selection, settle_ties
@@ -171,7 +171,7 @@ class OracleRunner:
     name = "foldkv's oracle of the profile served, float32"
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
-        from ..export.checkpoint import decoder_from_checkpoint
+        from ..export.checkpoint.reader import decoder_from_checkpoint
 
         self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
 

@@ -15,9 +15,9 @@ from typing import Any
 from .. import __version__
 from ..artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
 from ..errors import ArtifactError, InputError
-from ..export.checkpoint import Checkpoint
-from ..export.profiles import PROFILES, SERVED
-from ..export.spec import CSA
+from ..export.checkpoint.reader import Checkpoint
+from ..export.contract.geometry import CSA
+from ..export.contract.profiles import PROFILES, SERVED
 from ..optimize.build import KIND as BUNDLE
 from ..packages import require
 from ..progress import Progress, Say, silent
@@ -29,10 +29,10 @@ from .cases import Text, load_text
 from .gates import LONG_CONTEXT, Gate, judge, resolve_gates
 from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import Sides, measure, measure_contexts
-from .plan import Plan
 from .report import write_report
 from .result import Measurements, ValidationResult, measurements_from_json
 from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
+from .settings import Plan
 
 #: Bundles with smaller weights are computed with one thread.
 SMALL_BYTES = 64 << 20

@@ -25,7 +25,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUTS
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
+from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUTS
+from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
@@ -33,11 +36,9 @@ from foldkv.export.operators.compress_online import compress_online
 from foldkv.export.operators.index import index_scores, index_select
 from foldkv.export.operators.rows import pack, unpack
 from foldkv.export.operators.window import window_update
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import CSA, HCA, ModelSpec
+from foldkv.plugins.declarations import PLUGINS, STATE
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.model import operator_calls
-from foldkv.plugins.spec import PLUGINS, STATE
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
 _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
@@ -600,7 +601,7 @@ def models(root: Path) -> Iterator[tuple[Geometry, ModelSpec]]:
         ("tiny-v4", "examples/tiny-v4/config.json"), ("v4-flash", "export/configs/deepseek-v4-flash.json"),
         ("v4-pro", "export/configs/deepseek-v4-pro.json"),
     ):  # fmt: skip
-        spec = ModelSpec.from_file(root / file)
+        spec = spec_from_file(root / file)
         yield Geometry.of_model(name, spec), spec
 
 

@@ -41,9 +41,9 @@ from step_engine import PACKED, sources
 from foldkv.export.graph import export_checkpoint
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators
 from foldkv.optimize.build import build_bundles
-from foldkv.optimize.engine import build_plan
-from foldkv.optimize.kernels import bundle_kernels
-from foldkv.optimize.spec import Shapes
+from foldkv.optimize.bundled_kernels import bundle_kernels
+from foldkv.optimize.engine_build import build_plan
+from foldkv.optimize.recipe import Shapes
 from foldkv.optimize.targets import Target, load_targets
 from foldkv.plugins.inject import inject_nodes, set_library
 from foldkv.runtime.session import Session

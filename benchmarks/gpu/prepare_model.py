@@ -35,11 +35,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.model.decoder import Decoder
 from foldkv.export.operators import attention
-from foldkv.export.profiles import HF, SERVED
-from foldkv.export.spec import ModelSpec
 from foldkv.plugins.launch import Kernel
 from foldkv.plugins.model import model_kernels
 from foldkv.plugins.torch_ops import new_state
@@ -73,7 +74,7 @@ class Setup:
     @property
     def spec(self) -> ModelSpec:
         """Of the model."""
-        return ModelSpec.from_file(self.checkpoint)
+        return spec_from_file(self.checkpoint)
 
     @property
     def needed(self) -> int:

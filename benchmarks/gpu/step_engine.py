@@ -232,7 +232,7 @@ def load_kernels(notes: Notes, driver: Any, folder: Path, case: Mapping[str, Any
     """Load the kernels of a probe's plugins, if it has any."""
     if case["plugins"]:
         from foldkv.plugins.tensorrt import provide_kernels
-        from foldkv.runtime.plugins import bundle_kernels
+        from foldkv.runtime.plugin_check import bundle_kernels
 
         notes.at("loading kernels")
         table = case["kernels"]
@@ -389,7 +389,7 @@ def follow(notes: Notes, session: Any, case: Mapping[str, Any], logits: Array, t
 
 def native_check(notes: Notes, name: str, capability: str) -> str:
     """A probe whose plan is built on this machine, for the ``CURRENT`` device or with no capability named ("default")."""
-    from foldkv.optimize.plan import read_plan_header
+    from foldkv.optimize.plan_file import read_plan_header
 
     folder = root() / "material" / "probes" / name
     case = json.loads((folder / "case.json").read_text())

@@ -26,7 +26,7 @@ from foldkv.export.operators.quantize import quantized_fp4, quantized_fp8
 from foldkv.export.trace import expected_operators
 from foldkv.plugins.compile import compile_kernels
 from foldkv.plugins.cuda import Launcher, cuda_driver, device_capability
-from foldkv.plugins.spec import PLUGINS
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.torch_ops import KernelOperators, LaunchPlan, launched_by, new_state, use_kernels
 
 WHAT = "tiny-v4 whole in torch, its compressed-KV operators through our kernels, against the CPU in float32"

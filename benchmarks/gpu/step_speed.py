@@ -23,12 +23,12 @@ from cases import Geometry, models
 from device import Device, gpu
 from torch import Tensor
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
+from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
+from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.operators.rows import pack
-from foldkv.export.profiles import PROFILES
+from foldkv.plugins.declarations import PLUGINS, STATE
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.model import operator_calls
-from foldkv.plugins.spec import PLUGINS, STATE
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}

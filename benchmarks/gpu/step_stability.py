@@ -14,7 +14,7 @@ import torch
 from cases import Case, Form, drawn, model_forms, models
 from device import Device, Placed, gpu, run, same_bits
 
-from foldkv.plugins.spec import PLUGINS
+from foldkv.plugins.declarations import PLUGINS
 
 WHAT = "outputs bit by bit: 100 runs of a call, and every sequence of a batch beside the same sequence alone"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..contract.geometry import CSA, HCA, SLIDING, ModelSpec
+from ..contract.profiles import HF, SERVED
 from ..operators.attention import dense_attention, sparse_attention, window_attention
 from ..operators.quantize import quantize_fp8
 from ..operators.rope import rope
 from ..operators.window import window_update
-from ..profiles import HF, SERVED
-from ..spec import CSA, HCA, SLIDING, ModelSpec
 from .compressor import Compressor
 from .indexer import Indexer
 from .norm import RMSNorm, rms_normalize, split_last
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         tokens: Tensor,
         active_context: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [B, S, C] normed, state as export/state.py lists it for the layer -> out [B, S, C], state."""
+        """x [B, S, C] normed, state as export/contract/state.py lists it for the layer -> out [B, S, C], state."""
         latent = self.q_norm(self.wq_a(x))
         q = rms_normalize(split_last(self.wq_b(latent), self.heads, self.width), self.eps)
         q = rope(q, tokens, self.inv_freq, 0)

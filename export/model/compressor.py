@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..contract.profiles import HF, SERVED
 from ..operators.compress import compress, compress_fp4, compress_fp8
 from ..operators.compress_online import compress_online, compress_online_fp8
-from ..profiles import HF, SERVED
 from .norm import RMSNorm
 
 
@@ -39,7 +39,7 @@ class Compressor(nn.Module):
         num_tokens: Tensor,
         hadamard: Tensor | None = None,
     ) -> list[Tensor]:
-        """x [B, S, C]; state = entries and carries, as export/state.py lists them -> the state after the chunk.
+        """x [B, S, C]; state = entries and carries, as export/contract/state.py lists them -> the state after the chunk.
 
         hadamard [D, D] is the rotation of an indexer's entries in the profile ``served``.
         """

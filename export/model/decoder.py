@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..profiles import HF
-from ..spec import ModelSpec
-from ..state import StateTensor, state_tensors
+from ..contract.geometry import ModelSpec
+from ..contract.profiles import HF
+from ..contract.state import StateTensor, state_tensors
 from .attention import Attention
 from .hyper_connections import collapse, collapse_last, expand
 from .moe import MixtureOfExperts
@@ -60,7 +60,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """A whole model; parameters have the released checkpoints' names, experts are stacked per layer.
 
-    ``profile`` chooses the computation, see export/profiles.py.
+    ``profile`` chooses the computation, see export/contract/profiles.py.
     """
 
     def __init__(self, spec: ModelSpec, profile: str = HF) -> None:

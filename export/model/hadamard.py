@@ -9,7 +9,7 @@ from torch import Tensor
 def hadamard_matrix(width: int) -> Tensor:
     """[width, width] float32, Sylvester's construction over ``sqrt(width)``: orthonormal and symmetric.
 
-    ``width`` is a power of two (export/profiles.py checks it).
+    ``width`` is a power of two (export/contract/profiles.py checks it).
     """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < width:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..contract.geometry import ModelSpec
 from ..operators.sinkhorn import sinkhorn
-from ..spec import ModelSpec
 from .norm import rms_normalize, split_last
 
 

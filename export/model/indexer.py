@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..contract.geometry import ModelSpec
+from ..contract.profiles import HF, SERVED
 from ..operators.index import index_scores, index_select
 from ..operators.quantize import quantize_fp4
 from ..operators.rope import rope
-from ..profiles import HF, SERVED
-from ..spec import ModelSpec
 from .compressor import Compressor
 from .hadamard import hadamard_matrix
 from .norm import split_last

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contract.geometry import ModelSpec
 from ..operators.experts import routed_experts
-from ..spec import ModelSpec
 
 
 class Gate(nn.Module):

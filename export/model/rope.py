@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..spec import SLIDING, ModelSpec, Yarn
+from ..contract.geometry import SLIDING, ModelSpec, Yarn
 
 
 def inverse_frequencies(spec: ModelSpec, layer_type: str) -> Tensor:

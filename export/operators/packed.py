@@ -1,7 +1,7 @@
 """Weights as released, decoded where they are used: e4m3 blocks, and the chosen experts of a packed stack.
 
 These functions exist only in the graph: they replace float32 weights after tracing. Their values equal
-export/formats.py bit for bit. Bytes that are looked up (exponents, pairs of e2m1, e4m3 of experts) are int8. ONNX counts
+export/checkpoint/formats.py bit for bit. Bytes that are looked up (exponents, pairs of e2m1, e4m3 of experts) are int8. ONNX counts
 a negative index from the end of the table, so byte 255, which is -1 in int8, finds row 255. The reason for int8 is Gather:
 it takes no FP8 in TensorRT and no FP4 in either backend, but int8 in both.
 
@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..formats import FP4, byte_pairs, byte_values, scale_values
+from ..checkpoint.formats import FP4, byte_pairs, byte_values, scale_values
 from .grouped import CONSTANTS, grouped_experts
 from .registry import DOMAIN, ONNX_OPSET
 

@@ -17,7 +17,7 @@ from onnxscript import FLOAT, INT8, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from ..layouts import FP8_DS_MLA, INDEX_FP4
+from ..contract.layouts import FP8_DS_MLA, INDEX_FP4
 from .registry import OPSET, operator
 from .rows import pack, unpack
 

@@ -1,4 +1,4 @@
-"""The meaning of a packed cache row: values to bytes and back, in torch. See export/layouts.py for the formats.
+"""The meaning of a packed cache row: values to bytes and back, in torch. See export/contract/layouts.py for the formats.
 
 A scale is the smallest power of two that brings a tile's largest magnitude into the format's range (at most 448 for
 e4m3, 6 for e2m1). Largest magnitudes below 1e-4 count as 1e-4. Values are rounded to nearest even. For e4m3 the released
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_bytes
+from ..contract.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_bytes
 
 _FLOOR = 1e-4
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

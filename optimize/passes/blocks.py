@@ -18,7 +18,8 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
 from ...errors import FoldkvError
-from ...export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
+from ...export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
+from ...export.memory import BLOCK_ROOM, block_rows
 from ...export.operators.attention import (
     FoldkvQueryPositions,
     FoldkvScale,
@@ -30,7 +31,6 @@ from ...export.operators.index import FoldkvVisibleEntries
 from ...export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
 from ...export.operators.registry import DOMAIN, OPSET
 from ...export.operators.rope import FoldkvRope
-from ...export.plan import BLOCK_ROOM, block_rows
 
 _ROWS = "FoldkvBlockRows"
 

@@ -1,7 +1,7 @@
 """The graph in the form that TensorRT takes: operators inlined, heavy products in low precision, the rest float32.
 
 Injected nodes stay nodes, without a body that could silently replace them. If only plugins touch the rows of the state,
-these rows can be packed bytes (export/layouts.py).
+these rows can be packed bytes (export/contract/layouts.py).
 
 Only ``LOW_PRECISION`` says what may be rounded: the large projections, the experts, the
 embedding and the head, and the rows of the caches. Everything else stays float32: norms, softmax and
@@ -21,17 +21,17 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveU
 
 from ...artifact import confined
 from ...errors import BuildError
+from ...export.checkpoint.config_reader import spec_from_file
+from ...export.contract.layouts import DENSE, LAYOUTS, row_bytes
+from ...export.contract.state import StateTensor
 from ...export.external import read_values
 from ...export.graph import CONFIG, MODEL, WEIGHTS, flat_model
-from ...export.layouts import DENSE, LAYOUTS, row_bytes
+from ...export.memory import gathered_tokens
 from ...export.operators.experts import bounded_body
-from ...export.plan import gathered_tokens
-from ...export.spec import ModelSpec
-from ...export.state import StateTensor
+from ...plugins.declarations import PLUGINS, STATE
 from ...plugins.inject import NAMESPACE_ATTRIBUTE
-from ...plugins.spec import PLUGINS, STATE
-from ..formats import fp8_gap
-from .weights import place_weights
+from ..kept_weights import fp8_gap
+from .place_weights import place_weights
 
 #: Weights whose matrix product runs in low precision, and state groups whose rows are stored in it.
 LOW_PRECISION = (
@@ -117,7 +117,7 @@ def lowered_graph(
 
 def _bound_experts(model: ir.Model, graph: Path, tokens: int, dtype: ir.DataType) -> None:
     """Let an engine gather the experts' weights for a few tokens at a time, if ``tokens`` at once would be too many."""
-    at_once = gathered_tokens(ModelSpec.from_file(graph / CONFIG), int(dtype.itemsize))
+    at_once = gathered_tokens(spec_from_file(graph / CONFIG), int(dtype.itemsize))
     if tokens <= at_once:
         return
     body = ir.serde.deserialize_function(bounded_body(at_once))

@@ -3,7 +3,7 @@
 A served graph quantises a row before it writes it, so keeping the row's bytes instead changes no value: nodes that
 quantised now pack, and nodes that read now decode. Only some rows are decoded: the window with the chunk, the chosen
 entries, and the active rows of caches that a step reads as a whole (the index, and the entries of HCA). Nodes that touch
-packed rows have ``rows``, ``rotary`` and ``layout_version``, like injected ones (plugins/spec.py).
+packed rows have ``rows``, ``rotary`` and ``layout_version``, like injected ones (plugins/declarations.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
+from ...export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
+from ...export.contract.state import StateTensor
 from ...export.operators.attention import FoldkvSparseAttentionFp8
 from ...export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
 from ...export.operators.compress_online import FoldkvCompressOnlinePackedFp8
 from ...export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
 from ...export.operators.registry import DOMAIN
-from ...export.state import StateTensor
 from .blocks import attach
 
 _ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")

@@ -1,4 +1,4 @@
-"""Rows of the state in every format of export/layouts.py: round to its values, write one row, read a block of rows.
+"""Rows of the state in every format of export/contract/layouts.py: round to its values, write one row, read a block of rows.
 
 export/operators/rows.py defines the meaning of the bytes; this module implements version 1 of the formats. e4m3
 and e2m1 are coded with integer arithmetic on every GPU: compute capabilities 8.0 and 8.6 have no instructions for

@@ -15,7 +15,7 @@ import pytest
 from engine import HostDriver, library
 
 from foldkv.errors import BuildError
-from foldkv.optimize.plan import check_plan
+from foldkv.optimize.plan_file import check_plan
 from foldkv.plugins.cuda import device_count
 from foldkv.runtime.engine import library_logger
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.state import state_tensors, total_bytes
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.operators.index import visible_entries
-from foldkv.export.state import state_tensors, total_bytes
 
 CONTEXT, VOCAB = 64, 61
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

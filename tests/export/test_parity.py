@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM, DynamicCache
 
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.state import state_tensors
 from foldkv.export.model.decoder import Decoder, new_state
-from foldkv.export.state import state_tensors
 
 TOLERANCE = 1e-4  # largest logit difference; logits have a standard deviation of about 1
 CONTEXT = 96

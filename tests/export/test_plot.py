@@ -9,16 +9,17 @@ from xml.etree import ElementTree
 import pytest
 
 from foldkv.errors import InputError
-from foldkv.export.plan import plan_memory
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.memory import plan_memory
 from foldkv.export.plot import CONTEXTS, memory_curves, released_specs, write_plot
-from foldkv.export.spec import ModelSpec
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
 def tiny(tiny_checkpoint: Path) -> ModelSpec:
-    return ModelSpec.from_file(tiny_checkpoint)
+    return spec_from_file(tiny_checkpoint)
 
 
 def test_the_curves_are_the_planners_figures(tiny: ModelSpec) -> None:

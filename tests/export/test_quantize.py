@@ -11,7 +11,7 @@ import torch
 from onnxscript import FLOAT, INT8, script
 from torch import Tensor
 
-from foldkv.export.layouts import FP8_DS_MLA, INDEX_FP4
+from foldkv.export.contract.layouts import FP8_DS_MLA, INDEX_FP4
 from foldkv.export.operators.quantize import (
     FoldkvPackFp4,
     FoldkvPackFp8,

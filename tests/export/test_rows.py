@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foldkv.errors import InputError
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
+from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
 from foldkv.export.operators.rows import pack, unpack
 
 FORMATS = [(FP8_DS_MLA, 64), (INDEX_FP8, 0), (INDEX_FP4, 0)]

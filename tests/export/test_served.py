@@ -18,14 +18,17 @@ from torch import Tensor
 
 from foldkv.artifact import read_manifest
 from foldkv.errors import InputError
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.geometry import CSA, SLIDING
+from foldkv.export.contract.profiles import check_profile
+from foldkv.export.contract.state import state_tensors
 from foldkv.export.graph import KIND, export_checkpoint
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.operators.quantize import quantized_fp4, quantized_fp8
 from foldkv.export.operators.rope import rope
-from foldkv.export.profiles import check_profile
 from foldkv.export.served import (
     E2M1,
     E4M3,
@@ -37,8 +40,6 @@ from foldkv.export.served import (
     rotation,
     served_forward,
 )
-from foldkv.export.spec import CSA, SLIDING, ModelSpec
-from foldkv.export.state import state_tensors
 
 LONGEST = 1 << 20
 
@@ -85,7 +86,7 @@ def test_queries_and_keys_that_are_both_rotated_give_the_same_products() -> None
 
 
 def test_angles_are_float32_to_the_longest_context_and_those_of_the_export() -> None:
-    spec = ModelSpec.from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-flash.json")
+    spec = spec_from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-flash.json")
     for kind in (SLIDING, CSA):
         inv_freq = inverse_frequencies(spec, kind)
         positions = torch.cat((torch.arange(0, LONGEST, 997), torch.arange(LONGEST - 5, LONGEST)))
@@ -226,4 +227,4 @@ def test_models_without_packed_rows_have_no_served_profile(make_reference: Any, 
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "graph", profile="served")
     assert not (tmp_path / "graph").exists()
     with pytest.raises(InputError, match="profile 'sreved' is not known"):
-        check_profile("sreved", ModelSpec.from_file(tmp_path / "checkpoint"))
+        check_profile("sreved", spec_from_file(tmp_path / "checkpoint"))

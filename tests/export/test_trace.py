@@ -14,9 +14,9 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 
 from foldkv.artifact import read_manifest
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.state import StateTensor
 from foldkv.export.graph import KIND, export_checkpoint
-from foldkv.export.state import StateTensor
 from foldkv.export.trace import expected_counts
 
 CONTEXT = 80

@@ -18,15 +18,15 @@ from lowered import lowered_logits
 from foldkv.artifact import read_manifest, sha256_json, verify_files, write_manifest
 from foldkv.config import PipelineConfig
 from foldkv.errors import ArtifactError, CheckpointError, InputError
-from foldkv.export.checkpoint import Checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
+from foldkv.export.contract.state import state_tensors
 from foldkv.export.graph import KIND, WEIGHT_MODES, export_checkpoint, flat_model, link_files
-from foldkv.export.plan import parameter_groups
+from foldkv.export.memory import parameter_groups
 from foldkv.export.repack import repack
-from foldkv.export.state import state_tensors
 from foldkv.export.weights import Packed, referenced, repacked
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.fit import plan_target
-from foldkv.optimize.formats import Package, stored_format
+from foldkv.optimize.kept_weights import Package, stored_format
 from foldkv.optimize.targets import load_targets
 from foldkv.pipeline import export_changes
 from foldkv.plugins.inject import inject

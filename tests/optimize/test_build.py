@@ -22,26 +22,26 @@ from recorded import Recorded
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.state import StateTensor, total_bytes
+from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
-from foldkv.export.plan import plan_memory
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import StateTensor, total_bytes
 from foldkv.optimize.build import build_bundles
-from foldkv.optimize.engine import build_plan
+from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.passes.lower import lowered_graph
-from foldkv.optimize.plan import check_plan, read_plan_header
-from foldkv.optimize.spec import BuildSpec, Shapes
+from foldkv.optimize.plan_file import check_plan, read_plan_header
+from foldkv.optimize.recipe import BuildSpec, Shapes
 from foldkv.optimize.targets import load_targets
 from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import KernelImage
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.inject import inject
-from foldkv.plugins.spec import PLUGINS
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
+from foldkv.runtime.buffers import StateSpec, plan_bytes
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
-from foldkv.runtime.state import StateSpec, plan_bytes
 
 SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "bfloat16", False)
 OTHERS: dict[str, Any] = {
@@ -100,7 +100,7 @@ def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, t
 def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
     tiny_graph: Path, tmp_path: Path, room: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foldkv.export.plan.EXPERT_ROOM", room)
+    monkeypatch.setattr("foldkv.export.memory.EXPERT_ROOM", room)
     state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
     lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89, tokens=64)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
@@ -144,9 +144,7 @@ def plugin_engines(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_an_engine_has_the_caches_and_the_weight_that_the_plan_says(
     plugin_engines: dict[str, Path], tiny_checkpoint: Path, layout: str
 ) -> None:
-    plan = plan_target(
-        ModelSpec.from_file(tiny_checkpoint), load_targets()["l40s"], context=5000, batch=3, layout=layout
-    )
+    plan = plan_target(spec_from_file(tiny_checkpoint), load_targets()["l40s"], context=5000, batch=3, layout=layout)
     manifest = read_manifest(plugin_engines[layout], kind="foldkv.bundle")
     state = [StateTensor(**row) for row in manifest["state"]]
     groups: dict[str, int] = {}
@@ -241,7 +239,7 @@ def test_the_rounding_of_served_graphs_is_what_an_engine_takes_without_plugins(t
 
 def test_packed_rows_take_what_the_planner_says(plugin_engines: dict[str, Path], tiny_graph: Path) -> None:
     manifest = read_manifest(plugin_engines["fp8+fp4"], kind="foldkv.bundle")
-    planned = plan_memory(ModelSpec.from_file(tiny_graph / "config.json"), context=1000, batch=3, layout="fp8+fp4")
+    planned = plan_memory(spec_from_file(tiny_graph / "config.json"), context=1000, batch=3, layout="fp8+fp4")
     assert plan_bytes(StateSpec.from_manifest(manifest["state"]), 1000, 3) == planned.groups
     assert {row["dtype"] for row in manifest["state"] if row["group"] == "window"} == {"int8"}
 

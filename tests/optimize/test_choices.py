@@ -10,10 +10,10 @@ import pytest
 from foldkv import packages
 from foldkv.artifact import read_manifest
 from foldkv.errors import InputError, MissingDependencyError
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.layouts import BUILT, DENSE, LAYOUTS
+from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.graph import KIND, flat_model
-from foldkv.export.layouts import BUILT, DENSE, LAYOUTS
-from foldkv.export.profiles import PROFILES
-from foldkv.export.spec import ModelSpec
 from foldkv.optimize import choices
 from foldkv.optimize.build import build_bundles, reasons_to_build
 from foldkv.optimize.choices import PLUGINS, Choice, check_here, choose, kept_layouts, layout_gap
@@ -35,7 +35,7 @@ def injects(graph: Path, target: Target, layout: str) -> bool:
     """Whether the nodes of a graph can be given to plugins, as a build does it."""
     assert target.sm is not None
     model, manifest = flat_model(graph), read_manifest(graph, kind=KIND)
-    spec = ModelSpec.from_file(graph / "config.json")
+    spec = spec_from_file(graph / "config.json")
     try:
         inject_nodes(
             model, manifest["state"], rotary=spec.rope_dim, target=target.name, sm=target.sm, dtype=target.precision,
@@ -50,7 +50,7 @@ def injects(graph: Path, target: Target, layout: str) -> bool:
 def test_a_layout_is_kept_exactly_where_injection_and_packing_take_it(
     graphs: dict[str, Path], target: Target, profile: str
 ) -> None:
-    spec = ModelSpec.from_file(graphs[profile] / "config.json")
+    spec = spec_from_file(graphs[profile] / "config.json")
     kept = kept_layouts(spec, profile, target)
     if target.sm is None:
         assert kept == [DENSE, *(["fp8+fp4"] if profile == "served" else [])]
@@ -67,7 +67,7 @@ def test_a_layout_is_kept_exactly_where_injection_and_packing_take_it(
 def test_plan_and_build_refuse_and_choose_the_same(
     graphs: dict[str, Path], tmp_path: Path, names: list[str], layout: str, profile: str, plugins: bool | None
 ) -> None:
-    spec = ModelSpec.from_file(graphs[profile] / "config.json")
+    spec = spec_from_file(graphs[profile] / "config.json")
     asked = {"plugins": plugins, "layout": layout}
 
     def planned() -> list[tuple[str, str, bool]]:
@@ -88,7 +88,7 @@ def test_plan_and_build_refuse_and_choose_the_same(
 
 
 def test_layouts_that_are_offered_are_kept_by_some_target_and_the_others_by_none() -> None:
-    spec = ModelSpec.from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-flash.json")
+    spec = spec_from_file(Path(__file__).parents[1] / "data" / "deepseek-v4-flash.json")
     for name in LAYOUTS:
         kept = [
             t

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldkv.errors import InputError
-from foldkv.export.plan import parameter_count, parameter_groups, plan_memory
-from foldkv.export.spec import ModelSpec
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.memory import parameter_count, parameter_groups, plan_memory
 from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
-from foldkv.optimize.formats import FORMATS, Package, fp8_gap, kept_formats, stored_format, weight_bytes_in
+from foldkv.optimize.kept_weights import FORMATS, Package, fp8_gap, kept_formats, stored_format, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
-FLASH, PRO = (ModelSpec.from_file(DATA / f"deepseek-v4-{name}.json") for name in ("flash", "pro"))
+FLASH, PRO = (spec_from_file(DATA / f"deepseek-v4-{name}.json") for name in ("flash", "pro"))
 FLASH_CONFIG = json.loads((DATA / "deepseek-v4-flash.json").read_text())
 TARGETS = load_targets()
 GPUS = [target for target in TARGETS.values() if target.sm]

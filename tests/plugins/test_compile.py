@@ -12,12 +12,12 @@ from types import ModuleType
 import pytest
 
 from foldkv.errors import BuildError
-from foldkv.export.profiles import HF, PROFILES, SERVED
-from foldkv.export.spec import ModelSpec
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.profiles import HF, PROFILES, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, ptx_parameters, triton_version
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Kernel, kernels
 from foldkv.plugins.model import model_kernels, operator_calls
-from foldkv.plugins.spec import PLUGINS
 
 ROOT = Path(__file__).parents[2]
 #: What is compiled in every run, by layout, profile and model; the page of kernels has more, and all of it is checked but the figures.
@@ -43,7 +43,7 @@ table = load_table()
 
 def wanted() -> Iterator[tuple[Kernel, int]]:
     for layout, profile, name, sms in SAMPLE:
-        spec = ModelSpec.from_file(ROOT / "tests" / "data" / f"deepseek-v4-{name}.json")
+        spec = spec_from_file(ROOT / "tests" / "data" / f"deepseek-v4-{name}.json")
         for sm in sms:
             for kernel in model_kernels(spec, sm=sm, layout=layout, profile=profile):
                 # The others of a served graph are those of hf.
@@ -120,7 +120,7 @@ def test_no_path_of_this_machine_is_in_the_ptx(compiled: Compiled) -> None:
 
 
 def test_the_calls_of_a_model_are_of_known_operators_and_complete() -> None:
-    spec = ModelSpec.from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
+    spec = spec_from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
     known = set()
     for profile in PROFILES:
         calls = operator_calls(spec, profile)
@@ -131,7 +131,7 @@ def test_the_calls_of_a_model_are_of_known_operators_and_complete() -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "fp8+fp4"])
 def test_only_compression_of_a_served_graph_has_kernels_of_its_own(layout: str) -> None:
-    spec = ModelSpec.from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
+    spec = spec_from_file(ROOT / "tests" / "data" / "deepseek-v4-flash.json")
     common, served = (model_kernels(spec, sm=80, layout=layout, profile=profile) for profile in PROFILES)
     own = [kernel for kernel in served if kernel not in common]
     # Packed main rows round as they pack, whatever the profile.

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 
 from foldkv.artifact import read_manifest
 from foldkv.cli import main
-from foldkv.export.layouts import LAYOUTS
-from foldkv.export.profiles import PROFILES
-from foldkv.export.spec import ModelSpec
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.layouts import LAYOUTS
+from foldkv.export.contract.profiles import PROFILES
 from foldkv.optimize.targets import load_targets
 from foldkv.plugins.coverage import coverage
+from foldkv.plugins.declarations import BODIES, PLUGINS
 from foldkv.plugins.inject import inject_nodes
-from foldkv.plugins.spec import BODIES, PLUGINS
 
 DATA = Path(__file__).parents[1] / "data"
 SMS = sorted({target.sm for target in load_targets().values() if target.sm})
@@ -26,7 +26,7 @@ SMS = sorted({target.sm for target in load_targets().values() if target.sm})
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_the_released_models_have_every_plugin_on_every_target_and_layout(name: str) -> None:
-    rows = coverage(ModelSpec.from_file(DATA / f"deepseek-v4-{name}.json"), SMS)
+    rows = coverage(spec_from_file(DATA / f"deepseek-v4-{name}.json"), SMS)
     assert {row.operator for row in rows} == set(PLUGINS) - ({"FoldkvWindowAttention"} if name == "pro" else set())
     for row in rows:
         assert set(row.gaps) == set(SMS)
@@ -38,7 +38,7 @@ def test_the_released_models_have_every_plugin_on_every_target_and_layout(name: 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_table_agrees_with_injection(tiny_graph: Path, served_graph: Path, profile: str) -> None:
     graph = {"hf": tiny_graph, "served": served_graph}[profile]
-    spec = ModelSpec.from_file(graph / "config.json")
+    spec = spec_from_file(graph / "config.json")
     state = read_manifest(graph, kind="foldkv.graph")["state"]
     found = coverage(spec, [80], [profile])
     assert all(row in coverage(spec, [80]) for row in found)
@@ -54,7 +54,7 @@ def test_the_table_agrees_with_injection(tiny_graph: Path, served_graph: Path, p
 
 
 def test_sizes_that_no_kernel_takes_are_a_gap(tiny_graph: Path) -> None:
-    spec = ModelSpec.from_file(tiny_graph / "config.json")
+    spec = spec_from_file(tiny_graph / "config.json")
     odd = dataclasses.replace(spec, head_dim=72, rope_dim=24)
     gaps = {row.operator: row.gaps[80] for row in coverage(odd, [80]) if row.rows == "dense"}
     assert "72 wide; expected a multiple of 16" in gaps["FoldkvSparseAttention"]

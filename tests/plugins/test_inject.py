@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.errors import ArtifactError, InputError
+from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.graph import KIND
-from foldkv.export.profiles import PROFILES
 from foldkv.optimize.build import build_bundles
+from foldkv.plugins.declarations import BODIES, FIELDS, PLUGINS, PluginSpec
 from foldkv.plugins.inject import inject, inject_nodes, strip_injection
-from foldkv.plugins.spec import BODIES, FIELDS, PLUGINS, PluginSpec
 from foldkv.runtime.session import Session
 
 SPARSE = PLUGINS["FoldkvSparseAttention"]

@@ -14,7 +14,7 @@ import torch
 from interpreter import DTYPES, run
 from torch import Tensor
 
-from foldkv.export.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress, compress_fp4, compress_fp8
@@ -24,8 +24,8 @@ from foldkv.export.operators.registry import operators
 from foldkv.export.operators.rows import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins import launch
+from foldkv.plugins.declarations import BODIES, PLUGINS
 from foldkv.plugins.launch import SPARSE_SPAN, plan
-from foldkv.plugins.spec import BODIES, PLUGINS
 
 # Relative half unit in the last place.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8}

@@ -17,11 +17,11 @@ import torch
 from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
 
-from foldkv.export.layouts import DENSE, LAYOUT_VERSION
+from foldkv.export.contract.layouts import DENSE, LAYOUT_VERSION
 from foldkv.plugins import tensorrt
 from foldkv.plugins.cuda import KernelImage
+from foldkv.plugins.declarations import FIELDS, NAMESPACE, PLUGINS, STATE
 from foldkv.plugins.launch import kernels
-from foldkv.plugins.spec import FIELDS, NAMESPACE, PLUGINS, STATE
 from foldkv.plugins.tensorrt import provide_kernels, read_fields, register_plugins, release_kernels
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")

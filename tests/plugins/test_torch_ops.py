@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldkv.errors import FoldkvError
-from foldkv.export.checkpoint import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.operators import attention, index
 from foldkv.export.operators.registry import operators
-from foldkv.export.profiles import HF, SERVED
 from foldkv.plugins.cuda import KernelImage, Launcher, device_capability
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Kernel, Plan
-from foldkv.plugins.spec import PLUGINS
 from foldkv.plugins.torch_ops import KernelOperators, LaunchPlan, new_state, use, use_kernels
 
 SM = 90

@@ -20,10 +20,10 @@ from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import Device
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
+from foldkv.runtime.buffers import StateBuffers, StateSpec, StateTensor
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.engine import DeviceBuffers, updated_in_place
 from foldkv.runtime.session import Session
-from foldkv.runtime.state import StateBuffers, StateSpec, StateTensor
 
 PROMPTS = [[84, 104, 101, *range(40, 90)], [65, 66, 67]]
 

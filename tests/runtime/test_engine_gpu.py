@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foldkv.optimize.build import build_bundles
-from foldkv.optimize.spec import Shapes
+from foldkv.optimize.recipe import Shapes
 from foldkv.optimize.targets import load_targets
 from foldkv.plugins.cuda import device_capability
 from foldkv.runtime.session import Session

@@ -20,8 +20,8 @@ from transformers import DeepseekV4ForCausalLM
 
 from foldkv.artifact import read_manifest
 from foldkv.errors import CapacityError, FoldkvError, InputError
-from foldkv.export.spec import ModelSpec
-from foldkv.export.state import state_tensors, total_bytes
+from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.state import state_tensors, total_bytes
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.sampling import Sampling
 from foldkv.runtime.session import Session, Snapshot
@@ -133,7 +133,7 @@ def test_exceeding_the_context_is_refused_before_the_state_is_touched(tiny_bundl
 def test_the_bytes_of_the_state_are_the_planned_ones(
     tiny_bundle: Path, tiny_checkpoint: Path, context: int, batch: int
 ) -> None:
-    planned = total_bytes(state_tensors(ModelSpec.from_file(tiny_checkpoint)), context, batch)
+    planned = total_bytes(state_tensors(spec_from_file(tiny_checkpoint)), context, batch)
     with Session(tiny_bundle, context=context, batch=batch) as session:
         assert session.state_bytes == planned
 

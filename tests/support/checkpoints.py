@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foldkv.export.checkpoint import Checkpoint, expert_parts, parameter_shapes, scale_name
-from foldkv.export.spec import ModelSpec
+from foldkv.export.checkpoint.config_reader import spec_from_config
+from foldkv.export.checkpoint.reader import Checkpoint, expert_parts, parameter_shapes, scale_name
+from foldkv.export.contract.geometry import ModelSpec
 
 #: Tensors in e4m3; every other matrix is bfloat16 but those of the second pattern, which are float32.
 _FP8 = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|\.shared_experts\.w[123]\.weight$")
@@ -135,7 +136,7 @@ def sparse_checkpoint(config: Path, out: Path, form: str = "instruct") -> Path:
     Tensors lie as safetensors writes them: wider dtypes first, then by name.
     """
     text = config.read_text()
-    spec = ModelSpec.from_config(json.loads(text))
+    spec = spec_from_config(json.loads(text))
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, dtype, shape in _table(spec, form):
         layer = re.match(r"layers\.(\d+)\.", name)
@@ -156,7 +157,7 @@ def random_checkpoint(config: dict[str, Any], out: Path, form: str = "instruct",
 
     Forms are those of :func:`small_checkpoint`, and "plain", which is bfloat16 and float32.
     """
-    spec = ModelSpec.from_config(config)
+    spec = spec_from_config(config)
     generator = torch.Generator().manual_seed(seed)
     table: dict[str, str] = {}
     out.mkdir(parents=True)

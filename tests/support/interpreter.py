@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from foldkv.export.layouts import DENSE
+from foldkv.export.contract.layouts import DENSE
+from foldkv.plugins.declarations import PLUGINS, STATE
 from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.spec import PLUGINS, STATE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "int32": torch.int32, "int64": torch.int64, "int8": torch.int8}  # fmt: skip

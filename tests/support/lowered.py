@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from foldkv.artifact import read_manifest
+from foldkv.export.contract.state import StateTensor
 from foldkv.export.external import read_lazily
 from foldkv.export.graph import KIND
-from foldkv.export.state import StateTensor
 from foldkv.optimize.passes.lower import lowered_graph
 
 _LOW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT

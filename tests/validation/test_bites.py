@@ -22,9 +22,9 @@ from foldkv.artifact import MANIFEST, read_manifest, staged, write_manifest
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
 from foldkv.export.graph import export_checkpoint
 from foldkv.optimize.build import build_bundles
-from foldkv.validation.plan import Plan
 from foldkv.validation.result import ValidationResult
 from foldkv.validation.runners import OracleRunner, TransformersRunner
+from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
 SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)

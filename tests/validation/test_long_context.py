@@ -19,7 +19,7 @@ from foldkv.validation.long_context import (
     largest_loss,
     planted_stream,
 )
-from foldkv.validation.plan import Plan
+from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
 SHORT = {"texts": 1, "text_tokens": 64, "distances": (64,), "cases_per_distance": 4}

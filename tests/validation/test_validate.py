@@ -23,11 +23,11 @@ from foldkv.artifact import MANIFEST, read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from foldkv.validation.baseline import KIND, compare, read_report
+from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
-from foldkv.validation.layers import LayerFigure
-from foldkv.validation.plan import Plan
 from foldkv.validation.report import format_beside, report_html, report_junit
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
+from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
 PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5)

@@ -1,0 +1,1 @@
+"""What every part agrees on: geometry, state, layouts and profiles. Standard library only."""

@@ -1,0 +1,136 @@
+"""Which weight formats a GPU's engines keep, and how large a model is in them. Standard library only.
+
+This is the only table of them, with its sources. Cache rows are different: plugins read packed rows as bytes on every GPU
+(plugins/coverage.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..export.contract.geometry import CSA, ModelSpec
+from ..export.memory import parameter_groups, table_bytes
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Bits per parameter of each group (export/memory.py), how to export a package with it, and the source.
+
+    Attributes:
+        name: of the experts' format.
+        bits: of each group; of ``projections`` where engines keep e4m3 matrices.
+        exported: the value of `foldkv export --weights`.
+        source: how it is known.
+    """
+
+    name: str
+    bits: Mapping[str, float]
+    exported: str
+    source: str
+
+
+def _bits(experts: float, projections: float, ends: float) -> dict[str, float]:
+    # Whatever optimize/passes/lower.py keeps in float32 is float32 in every format.
+    return {"experts": experts, "projections": projections, "ends": ends, "precise": 32}
+
+
+_WORDS = (
+    "carried in int32 words, gathered and decoded (optimize/passes/place_weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
+    "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
+)
+FLOAT32 = "float32"
+#: From wide to narrow. fp8 and fp4 are as released: e4m3 with a scale per 128 x 128 block (below a thousandth, so not
+#: counted); experts in e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
+FORMATS = {
+    row.name: row
+    for row in (
+        WeightFormat("float32", _bits(32, 32, 32), "float32", "the cpu target: ONNX Runtime's graph is float32"),
+        WeightFormat(
+            "bf16", _bits(16, 16, 16), "float32",
+            "TensorRT-RTX 1.7 built for 80, 86, 89, 120, 121; NVIDIA's TensorRT support matrix for 90, 100, 103",
+        ),
+        WeightFormat("fp8", _bits(8, 8, 16), "reference or repack", f"experts in e4m3, {_WORDS}"),
+        WeightFormat("fp4", _bits(4.25, 8, 16), "reference or repack", f"experts in e2m1, {_WORDS}"),
+    )
+}  # fmt: skip
+
+#: Compute capabilities whose engines keep e4m3 matrices. TensorRT-RTX 1.7 built block-scaled e4m3 for 89, 120, 121, one byte per
+#: weight in the plan, and refused 80 and 86; NVIDIA Model Optimizer's support matrix, 'Ada and later', for 90, 100, 103.
+_FP8_MATRICES = (89, 90, 100, 103, 120, 121)
+# The experts' words are the only packed e2m1 that targets keep: TensorRT cannot gather FP4, and V4 has e2m1 in experts only.
+
+
+def fp8_gap(sm: int) -> str:
+    """Why engines for a compute capability do not keep e4m3 matrices; "" if they do."""
+    return "" if sm in _FP8_MATRICES else f"engines for sm{sm} keep no e4m3 matrices"
+
+
+def kept_formats(sm: int | None) -> tuple[str, ...]:
+    """The formats that bundles for a compute capability keep, from wide to narrow; None is the cpu, whose bundles keep all."""
+    return tuple(name for name in FORMATS if sm is None or name != FLOAT32)
+
+
+@dataclass(frozen=True)
+class Package:
+    """How a graph package stores its weights: ``weights`` is the value of ``foldkv export --weights``, ``stored`` the format
+    of the checkpoint's experts."""
+
+    weights: str = FLOAT32
+    stored: str = FLOAT32
+
+    @property
+    def format(self) -> str:
+        """The format of the package's own weights."""
+        return FLOAT32 if self.weights == FLOAT32 else self.stored
+
+    def built_in(self, sm: int | None) -> str:
+        """The format in which ``build`` writes a bundle for a compute capability, None for the cpu."""
+        return kept_formats(sm)[0] if self.format == FLOAT32 else self.format
+
+
+_EXPERT_DTYPES = {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "bf16"}
+_CONFIG_DTYPES = {"fp4": "fp4", "fp8": "fp8", "bfloat16": "bf16", "float16": "bf16"}
+
+
+def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = None) -> str:
+    """The format of a checkpoint's experts.
+
+    Args:
+        config: its parsed config.json, which need not say it.
+        dtypes: of every tensor by released name, if the weights are there.
+    """
+    for name, dtype in (dtypes or {}).items():
+        if ".experts." in name and not name.endswith("scale"):
+            return _EXPERT_DTYPES.get(dtype, FLOAT32)
+    quantised = config.get("quantization_config")
+    names = [config.get("expert_dtype"), config.get("dtype"), config.get("torch_dtype")]
+    if isinstance(quantised, Mapping):
+        # The first release of V4-Flash names only fp8, but its experts are in fp4.
+        names[1:1] = [quantised.get("expert_dtype"), "fp4" if quantised.get("quant_method") == "fp8" else None]
+    return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
+
+
+def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int:
+    """Bytes of the weights in a format, with the hash layers' tables.
+
+    Args:
+        spec: the model.
+        format_: a name in :data:`FORMATS`.
+        sm: compute capability of the engine. The engine may have to widen e4m3 matrices to the precision of their products:
+            bfloat16, or float32 in the indexer. None counts them as stored.
+    """
+    bits, counts = dict(FORMATS[format_].bits), parameter_groups(spec)
+    total = table_bytes(spec)
+    if bits["projections"] == 8:
+        if sm is not None and fp8_gap(sm):
+            bits["projections"] = FORMATS["bf16"].bits["projections"]
+        else:  # the indexer's query projection is stored in that way too, though its product is float32
+            total -= _index_queries(spec) * 24 // 8
+    return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
+
+
+def _index_queries(spec: ModelSpec) -> int:
+    """Parameters of the indexers' query projections."""
+    return spec.layer_types.count(CSA) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim
