@@ -55,19 +55,21 @@ routed_experts = operator(
 
 
 def grouped_body() -> onnx.FunctionProto:
-    """FoldkvRoutedExperts with the same inputs for ONNX Runtime, float32.
+    """FoldkvRoutedExperts with the same inputs for ONNX Runtime: products in float32, whatever type the weights have.
 
     A chunk of T tokens gathers only the experts that it chose, one after the other, instead of T * K copies. A single token
     shares nothing: its experts are gathered at once, as in the other body, which starts fewer nodes.
     """
     grouped = grouped_experts(
         """
-            w13_one = Gather <axis = 0> (w13, expert)
+            w13_stored = Gather <axis = 0> (w13, expert)
+            w13_one = Cast <to = 1> (w13_stored)
             both = MatMul (w13_one, columns)
             gate, up = Split <axis = 0, num_outputs = 2> (both)
         """,
         """
-            w2_one = Gather <axis = 0> (w2, expert)
+            w2_stored = Gather <axis = 0> (w2, expert)
+            w2_one = Cast <to = 1> (w2_stored)
             down = MatMul (w2_one, hidden)
         """,
         name="y_grouped",
@@ -82,11 +84,13 @@ def grouped_body() -> onnx.FunctionProto:
             then_branch = single () => (float[T, C] y_single) {{
                 column = Transpose <perm = [1, 0]> (x)
                 own = Squeeze (chosen, first)
-                own_w13 = Gather <axis = 0> (w13, own)
+                own_w13_stored = Gather <axis = 0> (w13, own)
+                own_w13 = Cast <to = 1> (own_w13_stored)
                 own_both = MatMul (own_w13, column)
                 own_gate, own_up = Split <axis = 1, num_outputs = 2> (own_both)
                 {clamped_swiglu("own_")}
-                own_w2 = Gather <axis = 0> (w2, own)
+                own_w2_stored = Gather <axis = 0> (w2, own)
+                own_w2 = Cast <to = 1> (own_w2_stored)
                 own_down = MatMul (own_w2, own_hidden)
                 own_rows = Squeeze (own_down, third)
                 y_single = MatMul (weights, own_rows)

@@ -25,6 +25,8 @@ from .registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
 EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}
+#: The same with float32 scales instead of exponents.
+SCALED_EXPERTS = {"fp4": "FoldkvScaledExpertsFp4", "fp8": "FoldkvScaledExpertsFp8"}
 PARTS = ("w1", "w2", "w3")
 # Bytes of codes that are decoded at once. Their indices and values take 12 and 17 times as much; all stay in the cache.
 _BAND = 1 << 18
@@ -34,7 +36,8 @@ _LANES = 16
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight of an expert within its row: byte offsets of codes and scales, shape [R, C], grid of scales [r, c]."""
+    """One weight of an expert within its row: where its codes (bytes) and scales (elements) begin, shape [R, C], grid of
+    scales [r, c]."""
 
     codes: int
     scales: int
@@ -91,7 +94,7 @@ def partial_block_scale() -> onnx.FunctionProto:
     )  # fmt: skip
 
 
-def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionProto:
+def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = False) -> onnx.FunctionProto:
     """The chosen experts' clamped SwiGLU from packed weights, as defined in operators/experts.py.
 
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
@@ -104,6 +107,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     Args:
         format_: "fp4" or "fp8".
         matrices: where w1, w2 and w3 are in a row.
+        scaled: scales are float32, and not exponents.
     """
     halves = 2 if format_ == FP4 else 1
     elements = _elements(format_).reshape(256, halves)
@@ -111,7 +115,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
     constants |= CONSTANTS | {
         "powers": np.tile(_exponent_table(), (_LANES, 1)), "axes": np.array([0, 1]),
     } | {f"half_{half}": np.array(half) for half in range(halves)}  # fmt: skip
-    bands = {part: _Bands(part, matrices[part], halves, constants) for part in PARTS}
+    bands = {part: _Bands(part, matrices[part], halves, constants, scaled) for part in PARTS}
     head = "limit = Constant <value_float: float = @limit> () low = Neg (limit)"
     body = head + grouped_experts(
         f"""
@@ -124,15 +128,18 @@ def routed_experts(format_: str, matrices: dict[str, Matrix]) -> onnx.FunctionPr
         bands["w2"].parted("hidden", "h") + bands["w2"].loop("down", "h"),
     )
     inputs = ["x", "chosen", "weights", "codes", "scales", "slots"]
-    return _function(EXPERTS[format_], inputs, ["y"], ["limit"], body, constants)
+    name = (SCALED_EXPERTS if scaled else EXPERTS)[format_]
+    return _function(name, inputs, ["y"], ["limit"], body, constants)
 
 
 class _Bands:
     """Statements that multiply one weight with columns, a band of rows at a time; their constants are added to a table."""
 
-    def __init__(self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray], scaled: bool
+    ) -> None:
         (rows, columns), (r, c) = matrix.shape, matrix.grid
-        self.part, self.halves = part, halves
+        self.part, self.halves, self.scaled = part, halves, scaled
         width = columns // halves  # bytes of a row
         blocks = max(n for n in range(1, r + 1) if r % n == 0 and (n == 1 or n * (rows // r) * width <= _BAND))
         code, scale = blocks * (rows // r) * width, blocks * c
@@ -172,8 +179,8 @@ class _Bands:
                 => (bool {p}_more, float[R, N] {p}_sum) {{
                 {p}_more = Identity ({p}_go)
                 {self._index("code")}
-                {self._index("scale")}
-                {p}_power = GatherElements <axis = 1> (powers, {p}_scale_index)
+                {self._slice("scale", f"{p}_power") if self.scaled else self._index("scale")}
+                {"" if self.scaled else f"{p}_power = GatherElements <axis = 1> (powers, {p}_scale_index)"}
                 {p}_factors = Reshape ({p}_power, {p}_grid)
                 {products}
                 {p}_sum = {total} ({terms})
@@ -185,14 +192,22 @@ class _Bands:
         # Through uint8: without negative indices the look-up has no branch to predict.
         name = f"{self.part}_{kind}"
         return f"""
+                {self._slice(kind, f"{name}_signed")}
+                {name}_bytes = Cast <to = 2> ({name}_signed)
+                {name}_number = Cast <to = 6> ({name}_bytes)
+                {name}_index = Reshape ({name}_number, {name}_lanes)
+        """
+
+
+    def _slice(self, kind: str, out: str) -> str:
+        """A band's part of the expert's row of ``codes`` or ``scales``."""
+        name = f"{self.part}_{kind}"
+        return f"""
                 {name}_far = Mul ({self.part}_at, {name}_step)
                 {name}_from = Add ({name}_far, {name})
                 {name}_start = Concat <axis = 0> (place, {name}_from)
                 {name}_end = Add ({name}_start, {name}_size)
-                {name}_signed = Slice ({kind}s, {name}_start, {name}_end, axes)
-                {name}_bytes = Cast <to = 2> ({name}_signed)
-                {name}_number = Cast <to = 6> ({name}_bytes)
-                {name}_index = Reshape ({name}_number, {name}_lanes)
+                {out} = Slice ({kind}s, {name}_start, {name}_end, axes)
         """
 
 

@@ -1,0 +1,125 @@
+"""The chain of a bundle: which segment every call runs, and where its weights lie as the segment takes them.
+
+A call is one run of a segment: ``embed``, ``layers.0`` and so on, ``head``; the segment ``step`` runs before them and makes
+what all layers share. Build writes the table, and the runtime reads it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...errors import ArtifactError
+
+CHAIN, PLACED = "chain.json", "placed.bin"
+STEP = "step"
+VERSION = 1
+#: Bytes of an element, by the names of types in a chain.
+ITEM_BYTES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "float8e4m3fn": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One range of bytes that a segment takes as a weight.
+
+    Attributes:
+        file: of the checkpoint, as its lock names it, or of the bundle.
+        placed: whether the file belongs to the bundle.
+        offset: of the first byte.
+        dtype: a key of ``ITEM_BYTES``.
+        shape: of the tensor.
+    """
+
+    file: str
+    placed: bool
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the range."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a segment with one layer's weights: ``embed``, ``layers.3`` or ``head``."""
+
+    owner: str
+    segment: str
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer, or None for the ends."""
+        return int(self.owner.removeprefix("layers.")) if self.owner.startswith("layers.") else None
+
+
+@dataclass(frozen=True)
+class ChainTable:
+    """The chain: file of every segment, calls in order, and the weights of every call by the segment's input."""
+
+    segments: dict[str, str]
+    calls: tuple[Call, ...]
+    weights: dict[str, dict[str, Bound]]
+
+    @property
+    def files(self) -> set[str]:
+        """The files of the checkpoint that are read."""
+        return {bound.file for roles in self.weights.values() for bound in roles.values() if not bound.placed}
+
+    def write(self, path: Path) -> None:
+        """Write the table as JSON, one call per line."""
+        weights = {
+            owner: {role: [b.file, b.placed, b.offset, b.dtype, list(b.shape)] for role, b in roles.items()}
+            for owner, roles in self.weights.items()
+        }
+        content = {
+            "version": VERSION,
+            "segments": self.segments,
+            "calls": [[call.owner, call.segment] for call in self.calls],
+            "weights": weights,
+        }
+        text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+        path.write_text(text.replace('"layers.', '\n"layers.') + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> ChainTable:
+        """Read and check a table.
+
+        Raises:
+            ArtifactError: it is missing, of another version or damaged.
+        """
+        try:
+            content = json.loads(path.read_bytes())
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']!r}, expected {VERSION}")
+            table = cls(
+                {str(name): str(file) for name, file in content["segments"].items()},
+                tuple(Call(str(owner), str(segment)) for owner, segment in content["calls"]),
+                {
+                    owner: {role: _bound(*row) for role, row in roles.items()}
+                    for owner, roles in content["weights"].items()
+                },
+            )
+            unknown = {call.segment for call in table.calls} - table.segments.keys()
+            if unknown or STEP not in table.segments:
+                raise ValueError(f"no segment {', '.join(sorted(unknown)) or STEP}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path} is no table of a chain ({type(error).__name__}: {error}). Make the bundle again."
+            ) from None
+        return table
+
+
+def _bound(file: Any, placed: Any, offset: Any, dtype: Any, shape: Any) -> Bound:
+    if type(file) is not str or type(placed) is not bool or type(offset) is not int or offset < 0:
+        raise ValueError(f"a weight lies in {file!r} at {offset!r}")
+    if dtype not in ITEM_BYTES or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"a weight has dtype {dtype!r} and shape {shape!r}")
+    return Bound(file, placed, offset, dtype, tuple(shape))

@@ -1,0 +1,471 @@
+"""Segments: a model as a chain of small graphs without weights, one per kind of layer.
+
+A segment is a function ``(streams, step tensors, its state, its weights) -> (streams, its state)``. Layers of one kind
+(attention, routing and the formats of their weights) differ only in the values of their weights. So one of them is traced,
+with weights that have a shape but no memory, and its graph takes every weight as an input, under its role
+(export/roles.py). Time, memory and size depend on the number of kinds, and not on the layers or on the weights.
+
+============  =======================================================  ==================================
+segment       inputs                                                   outputs
+============  =======================================================  ==================================
+``step``      input_ids, positions                                     tokens [B, S], each token's position
+``embed``     input_ids, weights                                       streams [B, S, N, C]
+a kind        streams, step tensors, ``past.{group}``, weights         streams, ``present.{group}``
+``head``      streams, logit_indices, weights                          logits [B, L, V]
+============  =======================================================  ==================================
+
+Tables that follow from the geometry alone (rotary frequencies, the Hadamard matrix) are constants of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import FoldkvError
+from ..progress import Progress, Say, silent
+from .checkpoint.reader import scale_name
+from .contract.geometry import CSA, HCA, ModelSpec
+from .contract.profiles import HF, SERVED
+from .contract.state import StateTensor, state_tensors
+from .model.decoder import Layer
+from .model.hadamard import hadamard_matrix
+from .model.hyper_connections import collapse_last
+from .model.norm import RMSNorm
+from .model.rope import inverse_frequencies
+from .operators import packed, packed_words
+from .operators.experts import grouped_body
+from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
+from .roles import EMBED, EXPERTS, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
+from .trace import LOGITS, add_functions, expected_operators, operator_counts, quiet, tidy
+
+STEP = "step"
+STREAMS, TOKENS = "streams", "tokens"
+#: The tensors that every layer takes beside its streams, state and weights.
+STEP_INPUTS = ("input_ids", "positions", "num_tokens", TOKENS, "active_context")
+_ARGUMENTS = (STREAMS, *STEP_INPUTS)
+_AFTER = "after"
+#: The value inside a segment that has the entries which its indexer chose.
+CHOSEN = "chosen"
+# Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
+_BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One graph of the chain.
+
+    Attributes:
+        name: of the kind, which is also its file's stem.
+        model: the graph; its inputs are ``arguments``, then the state, then ``weights``.
+        arguments: names of the inputs that other segments, or the step, give.
+        groups: state groups in order; inputs ``past.{group}``, outputs ``present.{group}``.
+        weights: roles, in the order of the inputs.
+    """
+
+    name: str
+    model: ir.Model
+    arguments: tuple[str, ...]
+    groups: tuple[str, ...]
+    weights: tuple[str, ...]
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Nodes of each foldkv operator."""
+        return operator_counts(self.model)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Two layers with the same kind have the same graph: attention, routing, and how each weight is stored."""
+
+    attention: str
+    hashed: bool
+    stored: tuple[tuple[str, object], ...]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, layer: int, roles: Mapping[str, Source]) -> Kind:
+        """The kind of one layer."""
+        stored = tuple(sorted((role, source.signature) for role, source in roles.items()))
+        return cls(spec.layer_types[layer], spec.hash_layers[layer], stored)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The segments of a model by name, and the segment of each layer."""
+
+    segments: dict[str, Segment]
+    layers: tuple[str, ...]
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Nodes of each foldkv operator in all layers together."""
+        total: dict[str, int] = {}
+        for name in self.layers:
+            for operator, count in self.segments[name].operators.items():
+                total[operator] = total.get(operator, 0) + count
+        return dict(sorted(total.items()))
+
+
+def trace_chain(spec: ModelSpec, sources: Sources, profile: str = HF, *, progress: Say = silent) -> Chain:
+    """The segments of a model; no weight is read.
+
+    Args:
+        spec: the geometry.
+        sources: how each weight is stored.
+        profile: the numerics, see export/contract/profiles.py.
+        progress: a :class:`~foldkv.progress.Progress` learns how many segments are traced.
+
+    Raises:
+        FoldkvError: an operator was lost on the way, which would be an internal fault.
+    """
+    kinds = [Kind.of(spec, layer, sources[f"layers.{layer}"]) for layer in range(spec.num_layers)]
+    names: dict[Kind, str] = {}
+    for kind in kinds:
+        if kind not in names:
+            names[kind] = _name(kind, names)
+    report = Progress.of(progress)
+    segments = {STEP: _step(), EMBED: _embed(spec, sources[EMBED])}
+    for kind, name in names.items():
+        report.steps(len(segments) - 2, len(names), "kinds of layers")
+        layer = kinds.index(kind)
+        segments[name] = _layer(spec, layer, profile, name, sources[f"layers.{layer}"])
+    segments[HEAD] = _head(spec, sources[HEAD])
+    chain = Chain(segments, tuple(names[kind] for kind in kinds))
+    _check(chain, spec, profile)
+    return chain
+
+
+def _name(kind: Kind, known: Iterable[Kind]) -> str:
+    attention = {CSA: "csa", HCA: "hca"}.get(kind.attention, "sliding")
+    like = sum((other.attention, other.hashed) == (kind.attention, kind.hashed) for other in known)
+    return f"{attention}-{'hash' if kind.hashed else 'moe'}{f'-{like + 1}' if like else ''}"
+
+
+# What is traced
+
+
+class _OneLayer(nn.Module):
+    """A layer with its state as separate outputs."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, streams: Tensor, input_ids: Tensor, positions: Tensor, num_tokens: Tensor, tokens: Tensor,
+        active_context: Tensor, state: list[Tensor],
+    ) -> list[Tensor]:  # fmt: skip
+        out, after = self.layer(streams, state, input_ids, positions, num_tokens, tokens, active_context)
+        return [out, *after]
+
+
+class _Step(nn.Module):
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        return positions.long().unsqueeze(1) + torch.arange(input_ids.shape[1]).unsqueeze(0)
+
+
+class _Embed(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.count = spec.hc_mult
+        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.count, -1)
+
+
+class _Head(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.hc_head_fn = nn.Parameter(torch.empty(spec.hc_mult, spec.hc_mult * spec.hidden_size))
+        self.hc_head_base = nn.Parameter(torch.empty(spec.hc_mult))
+        self.hc_head_scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, streams: Tensor, logit_indices: Tensor) -> Tensor:
+        index = logit_indices[:, :, None, None].expand(-1, -1, streams.shape[2], streams.shape[3])
+        kept = streams.gather(1, index)
+        x = self.norm(collapse_last(kept, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.spec))
+        return functional.linear(x, self.head.weight)
+
+
+def _step() -> Segment:
+    dim = _dimensions()
+    arguments = (torch.zeros(_BATCH, _CHUNK, dtype=torch.int64), torch.zeros(_BATCH, dtype=torch.int32))
+    model = _export(_Step(), arguments, ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"]}))
+    return _finish(STEP, model, ("input_ids", "positions"), (TOKENS,), (), {})
+
+
+def _embed(spec: ModelSpec, roles: Mapping[str, Source]) -> Segment:
+    dim = _dimensions()
+    with torch.device("meta"):
+        module = _Embed(spec)
+    ids = torch.zeros(_BATCH, _CHUNK, dtype=torch.int64)
+    model = _export(_hollow(module), (ids,), ({0: dim["batch"], 1: dim["chunk"]},))
+    return _finish(EMBED, model, ("input_ids",), (STREAMS,), (), roles)
+
+
+def _head(spec: ModelSpec, roles: Mapping[str, Source]) -> Segment:
+    dim = _dimensions()
+    with torch.device("meta"):
+        module = _Head(spec)
+    arguments = (
+        torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _KEPT, dtype=torch.int64)
+    )  # fmt: skip
+    shapes = ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"], 1: dim["kept"]})
+    model = _export(_hollow(module), arguments, shapes)
+    return _finish(HEAD, model, (STREAMS, "logit_indices"), (LOGITS,), (), roles)
+
+
+def _layer(spec: ModelSpec, layer: int, profile: str, name: str, roles: Mapping[str, Source]) -> Segment:
+    with torch.device("meta"):
+        module = Layer(spec, layer, profile)
+    kind = spec.layer_types[layer]
+    module.attn.inv_freq = inverse_frequencies(spec, kind)
+    if kind == CSA and profile == SERVED:
+        module.attn.indexer.hadamard = hadamard_matrix(spec.index_head_dim)
+    dim, rows = _dimensions(), [row for row in state_tensors(spec) if row.layer == layer]
+    context = _CAPACITY * max(1, spec.ratios[layer]) + 1
+    arguments = (
+        torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _CHUNK, dtype=torch.int64),
+        torch.zeros(_BATCH, dtype=torch.int32), torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
+        torch.zeros(_BATCH, _CHUNK, dtype=torch.int64), torch.tensor([_CHUNK]),
+        [torch.zeros(_BATCH, row.capacity(context), row.width) for row in rows],
+    )  # fmt: skip
+    batch, chunk = dim["batch"], dim["chunk"]
+    states = [{0: batch, 1: dim["entries"]} if row.ratio else {0: batch} for row in rows]
+    shapes = ({0: batch, 1: chunk}, {0: batch, 1: chunk}, {0: batch}, {0: batch}, {0: batch, 1: chunk}, None, states)
+    model = _export(_OneLayer(_hollow(module)), arguments, shapes)  # type: ignore[arg-type]
+    for key in list(model.graph.initializers):
+        model.graph.initializers[key].name = key.removeprefix("layer.")
+    groups = tuple(row.group for row in rows)
+    segment = _finish(name, model, _ARGUMENTS, (_AFTER,), groups, roles)
+    _declare(segment, spec, rows)
+    return segment
+
+
+def _declare(segment: Segment, spec: ModelSpec, rows: Iterable[StateTensor]) -> None:
+    """Give dynamic sizes readable names instead of torch's, and the indexer's choice its name."""
+    graph = segment.model.graph
+    values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+    for row in rows:
+        for name in (past(row.group), present(row.group)):
+            values[name].shape = ir.Shape(["batch", f"entries_{row.ratio}" if row.ratio else row.rows, row.width])
+            values[name].dtype = ir.DataType.FLOAT
+    streams = ["batch", "chunk", spec.hc_mult, spec.hidden_size]
+    for name, shape in (
+        (STREAMS, streams), (_AFTER, streams), ("input_ids", ["batch", "chunk"]), ("positions", ["batch"]),
+        ("num_tokens", ["batch"]), (TOKENS, ["batch", "chunk"]), ("active_context", [1]),
+    ):  # fmt: skip
+        values[name].shape = ir.Shape(shape)
+    for node in graph:
+        if node.op_type == "FoldkvIndexSelect":
+            node.outputs[0].name = CHOSEN
+
+
+def past(group: str) -> str:
+    """The input of a segment with the state of a group."""
+    return f"past.{group}"
+
+
+def present(group: str) -> str:
+    """The output of a segment with the state of a group."""
+    return f"present.{group}"
+
+
+def _dimensions() -> dict[str, torch.export.Dim]:
+    sizes = {"batch": 65536, "chunk": 1 << 20, "kept": 1 << 20, "entries": 1 << 24}
+    return {name: torch.export.Dim(name, min=1, max=size) for name, size in sizes.items()}
+
+
+def _hollow(module: nn.Module) -> nn.Module:
+    """Give every weight its shape without memory: one zero, repeated by strides of zero."""
+    for part in module.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            setattr(
+                part, name, nn.Parameter(torch.zeros((), dtype=value.dtype).expand(value.shape), requires_grad=False)
+            )
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                part.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
+    return module.eval()
+
+
+def _export(module: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module, arguments, dynamo=True, dynamic_shapes=shapes, custom_translation_table=translation_table(),
+            opset_version=ONNX_OPSET, optimize=False, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    return program.model
+
+
+def _finish(
+    name: str, model: ir.Model, arguments: tuple[str, ...], outputs: tuple[str, ...], groups: tuple[str, ...],
+    roles: Mapping[str, Source],
+) -> Segment:  # fmt: skip
+    """Name inputs and outputs, turn every weight into an input, and attach the operators' bodies."""
+    graph = model.graph
+    for value, label in zip(graph.inputs, [*arguments, *map(past, groups)], strict=True):
+        value.name = label
+    for value, label in zip(graph.outputs, [*outputs, *map(present, groups)], strict=True):
+        value.name = label
+    tidy(model)
+    for role, source in roles.items():
+        if isinstance(source, Packed):
+            _take_packed(model, role, source)
+        else:
+            _take(model, role, source)
+    made = [packed.exponents(), packed.block_scale(), packed.partial_block_scale()]
+    made += [_experts_body(source) for source in roles.values() if isinstance(source, Packed)]
+    if any(role.startswith(EXPERTS) and _narrow(source) for role, source in roles.items()):
+        made.append(grouped_body())  # products in float32: few backends have narrower ones in standard operators
+    used = {node.op_type for node in graph}
+    for proto in made:
+        if proto.name in used:
+            model.functions[DOMAIN, proto.name, ""] = ir.serde.deserialize_function(proto)
+    add_functions(model)
+    graph.name = name
+    taken = tuple(value.name or "" for value in graph.inputs[len(arguments) + len(groups) :])
+    return Segment(name, model, arguments, groups, taken)
+
+
+def _experts_body(source: Packed) -> object:
+    return packed.routed_experts(source.format, dict(source.matrices), scaled=_scaled(source))
+
+
+def _narrow(source: Source) -> bool:
+    return isinstance(source, Plain) and onnx_dtype(source.weight) in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+
+
+def _scaled(source: Packed) -> bool:
+    return onnx_dtype(source.scales) == ir.DataType.FLOAT
+
+
+def _take(model: ir.Model, role: str, source: Plain | Quantised) -> None:
+    """Let the graph take a stored weight as an input, and convert it to the type that the traced graph has."""
+    graph = model.graph
+    if role not in graph.initializers:
+        raise FoldkvError(f"the traced segment has no weight {role}. Report this as a fault of foldkv.")
+    value = graph.initializers.pop(role)
+    stored = _input(model, role, onnx_dtype(source.weight), source.weight.shape)
+    if isinstance(source, Quantised):
+        nodes = _dequantise(model, role, stored, source)
+        _stand_in(value, nodes[-1].outputs[0])
+    elif stored.dtype == value.dtype:
+        ir.convenience.replace_all_uses_with(value, stored)
+        return
+    else:
+        assert value.dtype is not None
+        if _is_table(value):  # rows are looked up, and then converted
+            [use] = value.uses()
+            looked = use.node.outputs[0]
+            cast = ir.node("Cast", [looked], attributes={"to": int(value.dtype)}, name=f"{role}.cast")
+            made = cast.outputs[0]
+            made.name, made.dtype, made.shape = f"{role}.rows", value.dtype, looked.shape
+            ir.convenience.replace_all_uses_with(looked, made)
+            cast.replace_input_with(0, looked)
+            use.node.replace_input_with(0, stored)
+            looked.dtype = stored.dtype
+            graph.insert_after(use.node, cast)
+            return
+        if role.startswith(EXPERTS):  # the body converts the experts that it chose
+            ir.convenience.replace_all_uses_with(value, stored)
+            return
+        nodes = [ir.node("Cast", [stored], attributes={"to": int(value.dtype)}, name=f"{role}.cast")]
+        _stand_in(value, nodes[-1].outputs[0])
+    graph.insert_before(graph[0], nodes)
+
+
+def _is_table(value: ir.Value) -> bool:
+    uses = list(value.uses())
+    return len(uses) == 1 and uses[0].node.op_type == "Gather" and uses[0].idx == 0
+
+
+def _input(model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    model.graph.inputs.append(value)
+    return value
+
+
+def _stand_in(old: ir.Value, new: ir.Value) -> None:
+    name, new.shape, new.dtype = old.name, old.shape, old.dtype
+    old.name = f"{name}.traced"
+    new.name = f"{name}.value"
+    ir.convenience.replace_all_uses_with(old, new)
+
+
+def _dequantise(model: ir.Model, role: str, stored: ir.Value, source: Quantised) -> list[ir.Node]:
+    scale = _input(model, scale_name(role), onnx_dtype(source.scale), source.scale.shape)
+    nodes = []
+    if scale.dtype == ir.DataType.INT8:
+        nodes.append(ir.Node(DOMAIN, packed.EXPONENTS, [scale], name=f"{role}.exponents"))
+        scale = nodes[0].outputs[0]
+        scale.name, scale.dtype, scale.shape = f"{role}.factors", ir.DataType.FLOAT, ir.Shape(source.scale.shape)
+    (rows, columns), (r, c), (height, width) = source.weight.shape, source.scale.shape, source.block
+    whole = r * height == rows and c * width == columns
+    sizes = {"blocks": [r, height, c, width], "grid": [r, 1, c, 1], "shape": [rows, columns]}
+    if not whole:
+        sizes["whole"] = [r * height, c * width]
+    attributes = [ir.AttrInt64s(key, value) for key, value in sizes.items()]
+    # Not part of the function: ONNX Runtime does not accept an FP8 value in a nested function.
+    one = ir.node("Constant", [], attributes={"value_float": 1.0}, name=f"{role}.one")
+    one.outputs[0].name, one.outputs[0].dtype, one.outputs[0].shape = f"{role}.one", ir.DataType.FLOAT, ir.Shape([])
+    nodes.append(one)
+    nodes.append(ir.node("DequantizeLinear", [stored, one.outputs[0]], name=f"{role}.dequantize"))
+    elements = nodes[-1].outputs[0]
+    elements.name, elements.dtype, elements.shape = f"{role}.elements", ir.DataType.FLOAT, stored.shape
+    kind = packed.BLOCK if whole else packed.PARTIAL
+    nodes.append(ir.Node(DOMAIN, kind, [elements, scale], attributes, name=f"{role}.scaled"))
+    return nodes
+
+
+def _take_packed(model: ir.Model, role: str, source: Packed) -> None:
+    """Give the routed experts their packed weights instead of float32 ones."""
+    graph = model.graph
+    node = next(node for node in graph if node.op_type == "FoldkvRoutedExperts")
+    for weight in (f"{role}.w13", f"{role}.w2"):
+        graph.initializers.pop(weight)
+    given = [
+        _input(model, f"{role}.codes", ir.DataType.INT8, source.codes.shape),
+        _input(model, f"{role}.scales", onnx_dtype(source.scales), source.scales.shape),
+    ]
+    # A row has the number of its expert here; where rows of a file are used in place, another table stands in.
+    slots = ir.Value(name=f"{role}.slots", const_value=ir.tensor(list(range(source.codes.shape[0])), name=f"{role}.slots"))
+    slots.dtype, slots.shape = ir.DataType.INT64, ir.Shape([source.codes.shape[0]])
+    graph.register_initializer(slots)
+    # The body knows where the matrices are. Engines give the node another body and must know it too.
+    geometry = [ir.AttrInt64s(key, values) for key, values in packed_words.geometry(dict(source.matrices)).items()]
+    name = (packed.SCALED_EXPERTS if _scaled(source) else packed.EXPERTS)[source.format]
+    new = ir.Node(
+        DOMAIN, name, [*node.inputs[:3], *given, slots],
+        [ir.AttrFloat32("limit", node.attributes["limit"].value), *geometry], name=node.name,
+    )  # fmt: skip
+    old = node.outputs[0]
+    graph.insert_before(node, new)
+    output = new.outputs[0]
+    output.name, output.shape, output.dtype = old.name, old.shape, old.dtype
+    ir.convenience.replace_all_uses_with(old, output)
+    graph.remove(node, safe=True)
+
+
+def _check(chain: Chain, spec: ModelSpec, profile: str) -> None:
+    found = chain.operators
+    experts = sum(found.pop(name, 0) for name in _EXPERTS)
+    for name in (packed.EXPONENTS, packed.BLOCK, packed.PARTIAL):
+        found.pop(name, None)
+    expected = expected_operators(spec, profile)
+    if found | {"FoldkvRoutedExperts": experts} != expected:
+        raise FoldkvError(f"the segments have operators {found}; expected {expected}. Report this as a fault of foldkv.")
+
+
+_EXPERTS = ("FoldkvRoutedExperts", *packed.EXPERTS.values(), *packed.SCALED_EXPERTS.values())

@@ -1,0 +1,295 @@
+"""The cpu bundle of a package: its segments in the form that ONNX Runtime runs fastest, and every weight where it is read.
+
+A weight that the graph takes as it is stored stays in the checkpoint's files. What the CPU needs in another form is
+*placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..errors import BuildError
+from ..export.checkpoint.formats import FP8, Format, dequantised
+from ..export.checkpoint.reader import scale_name
+from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable
+from ..export.contract.layouts import DENSE
+from ..export.contract.lock import Weight
+from ..export.contract.state import StateTensor
+from ..export.operators.packed import PARTS
+from ..export.package import FOLDER, Package
+from ..export.roles import EXPERTS, onnx_dtype
+from ..export.segments import STEP, STEP_INPUTS, Segment
+from ..export.stitch import read_parts
+from ..progress import BYTES, Progress, Say, silent
+from .passes.cpu import optimize_for_cpu
+from .passes.hoist import hoist
+from .passes.pack import pack_state
+from .passes.place import Rows, row_weight, rows_of, take_float32, take_rows
+
+_ALIGNMENT = 64
+_NAMES = {
+    ir.DataType.FLOAT: "float32", ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "float8e4m3fn",
+}  # fmt: skip
+_NARROW = ("BF16", "F16")
+
+
+@dataclass
+class Placement:
+    """What a segment takes in another form than stored: roles in float32, and rows of experts in place, by call."""
+
+    widened: set[str] = field(default_factory=set)
+    rows: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
+
+
+def placement(package: Package, name: str, *, place: bool = True) -> Placement:
+    """How the CPU takes the weights of one segment, for all of its calls.
+
+    Args:
+        package: the package.
+        name: of the segment.
+        place: whether weights may be converted once; if not, a step converts them.
+    """
+    owners = [owner for owner, segment in package.calls() if segment == name]
+    found = Placement()
+    first = package.lock.weights[owners[0]]
+    for role, weight in first.items():
+        matrix = weight.dtype == "F8_E4M3" and scale_name(role) in first
+        if place and role != "embed.weight" and (weight.dtype in _NARROW or matrix):
+            found.widened.add(role)
+    codes, scales = f"{EXPERTS}.codes", f"{EXPERTS}.scales"
+    if codes in first and first[scales].dtype == "I8":
+        sizes = {file: facts.bytes for file, facts in package.lock.files.items()}
+        for owner in owners:
+            weights = package.lock.weights[owner]
+            pair = [rows_of(weights[role], len(PARTS), sizes) for role in (codes, scales)]
+            if pair[0] is None or pair[1] is None or pair[0].slots != pair[1].slots:
+                found.rows.clear()
+                break
+            found.rows[owner] = (pair[0], pair[1])
+        forms = {tuple((rows.stride, rows.starts) for rows in pair) for pair in found.rows.values()}
+        if len(forms) > 1:
+            found.rows.clear()
+    return found
+
+
+def write_chain(
+    package: Package,
+    files: Mapping[str, Path],
+    out: Path,
+    *,
+    layout: str = DENSE,
+    rotary: int = 0,
+    place: bool = True,
+    progress: Say = silent,
+) -> tuple[list[StateTensor], dict[str, dict[str, int]], dict[str, str]]:
+    """Write the segments, the table of the chain and the placed weights of a cpu bundle.
+
+    Args:
+        package: the graph package.
+        files: path of every file of the lock.
+        out: folder of the bundle.
+        layout: name of the cache layout.
+        rotary: rotated channels of a row, for packed layouts.
+        place: convert weights once, into the bundle; else the segments convert them in every step.
+        progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
+
+    Returns:
+        The state as the bundle keeps it, nodes of every segment ("inlined" and "optimized"), and the sha256 of the files
+        that were hashed as they were written.
+
+    Raises:
+        BuildError: a step tensor has no fixed shape, which would be an internal fault.
+        SystemFailure: the disk is full or cannot be written.
+    """
+    report = Progress.of(progress)
+    names = list(package.manifest["segments"])
+    placements = {name: placement(package, name, place=place) for name in names if name != STEP}
+    report("optimizing the segments")
+    models: dict[str, ir.Model] = {}
+    nodes: dict[str, dict[str, int]] = {}
+    states: dict[int, list[StateTensor]] = {}
+    for number, name in enumerate(names):
+        report.steps(number, len(names), "segments")
+        segment = package.segment(name)
+        packed = _prepare(package, segment, placements.get(name), layout, rotary)
+        for layer, kind in enumerate(package.layers):
+            if kind == name:
+                states[layer] = packed
+        nodes[name] = {"inlined": optimize_for_cpu(segment.model)}
+        models[name] = segment.model
+    _share_step(models)
+    (out / FOLDER).mkdir()
+    for name, model in models.items():
+        nodes[name]["optimized"] = len(model.graph)
+        ir.save(model, out / FOLDER / f"{name}.onnx")
+    writer = _Placed(package, files, placements, report)
+    weights = writer.write(out / PLACED)
+    table = ChainTable(
+        {name: f"{FOLDER}/{name}.onnx" for name in names},
+        tuple(Call(owner, name) for owner, name in package.calls()),
+        weights,
+    )
+    table.write(out / CHAIN)
+    return _state(package, states), nodes, writer.digests
+
+
+def _prepare(
+    package: Package, segment: Segment, placed: Placement | None, layout: str, rotary: int
+) -> list[StateTensor]:
+    """Let a segment take its weights and its state in the form that the bundle has; returns its state."""
+    if placed is None:
+        return []
+    for role in sorted(placed.widened):
+        take_float32(segment.model, role)
+    if placed.rows:
+        take_rows(segment.model, EXPERTS, *next(iter(placed.rows.values())))
+    if segment.name not in package.layers:
+        return []
+    rows = package.state_of(package.layers.index(segment.name))
+    own = [StateTensor(**row.to_dict() | {"input": f"past.{row.group}", "output": f"present.{row.group}"}) for row in rows]
+    return own if layout == DENSE else pack_state(segment.model, own, layout, rotary)
+
+
+def _state(package: Package, states: Mapping[int, list[StateTensor]]) -> list[StateTensor]:
+    """The state of the whole model as the bundle keeps it, under the names of the package."""
+    found = []
+    for layer in range(len(package.layers)):
+        for row, kept in zip(package.state_of(layer), states[layer], strict=True):
+            found.append(StateTensor(**row.to_dict() | {"width": kept.width, "dtype": kept.dtype}))
+    return found
+
+
+def _share_step(models: dict[str, ir.Model]) -> None:
+    step = models[STEP]
+    have = {value.name for value in step.graph.inputs}
+    types = {"num_tokens": (ir.DataType.INT32, ["batch"]), "active_context": (ir.DataType.INT64, [1])}
+    for name, (dtype, shape) in types.items():
+        if name not in have:
+            step.graph.inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape)))
+    kinds = {name: model for name, model in models.items() if any(v.name == "streams" for v in model.graph.inputs)}
+    layers = {name: model for name, model in kinds.items() if any(v.name == "after" for v in model.graph.outputs)}
+    hoist(step, layers, STEP_INPUTS)
+    for value in step.graph.outputs:
+        if value.shape is None:
+            raise BuildError(f"the step's tensor {value.name} has no shape. Report this as a fault of foldkv.")
+
+
+class _Placed:
+    """Writes the placed weights of a bundle one after the other, and says where every weight lies."""
+
+    def __init__(
+        self, package: Package, files: Mapping[str, Path], placements: Mapping[str, Placement], progress: Progress
+    ) -> None:
+        self._package, self._files, self._placements, self._progress = package, files, placements, progress
+        self.digests: dict[str, str] = {}
+        self._at = 0
+
+    def write(self, path: Path) -> dict[str, dict[str, Bound]]:
+        """Write the file, unless nothing is placed; returns where every weight of every call lies."""
+        total = sum(self._size(owner, name, role) for owner, name, role in self._roles())
+        if total:
+            self._progress(f"placing {total / 2**20:.0f} MiB of weights in the form that the CPU reads")
+        weights: dict[str, dict[str, Bound]] = {owner: {} for owner, _ in self._package.calls()}
+        digest = hashlib.sha256()
+        with path.open("wb") as out:
+
+            def add(data: Any) -> None:
+                out.write(data)
+                digest.update(data)
+                self._at += len(data)
+                self._progress.steps(min(self._at, total), total, BYTES)
+
+            for owner, name, role in self._roles():
+                weights[owner] |= self._place(owner, name, role, add, out)
+        if self._at:
+            self.digests[path.name] = digest.hexdigest()
+        else:
+            path.unlink()
+        return weights
+
+    def _roles(self) -> Iterator[tuple[str, str, str]]:
+        for owner, name in self._package.calls():
+            for role in self._package.lock.weights[owner]:
+                yield owner, name, role
+
+    def _in_place(self, weight: Weight) -> bool:
+        [first, *others] = weight.parts
+        return not others and first.offset % max(1, onnx_dtype(weight).itemsize) == 0
+
+    def _size(self, owner: str, name: str, role: str) -> int:
+        weight, placed = self._package.lock.weights[owner][role], self._placements[name]
+        if role in placed.widened:
+            return 4 * int(np.prod(weight.shape))
+        if placed.rows and role in (f"{EXPERTS}.codes", f"{EXPERTS}.scales"):
+            return 0
+        return 0 if self._in_place(weight) or self._dropped(owner, role, placed) else weight.bytes
+
+    def _dropped(self, owner: str, role: str, placed: Placement) -> bool:
+        """Whether a role is the scale of a matrix that is placed without it."""
+        return any(scale_name(wide) == role and wide != role for wide in placed.widened)
+
+    def _place(self, owner: str, name: str, role: str, add: Any, out: BinaryIO) -> dict[str, Bound]:
+        weight, placed = self._package.lock.weights[owner][role], self._placements[name]
+        dtype = _NAMES[onnx_dtype(weight)]
+        if self._dropped(owner, role, placed):
+            return {}
+        if placed.rows and role in (f"{EXPERTS}.codes", f"{EXPERTS}.scales"):
+            rows = placed.rows[owner][role.endswith(".scales")]
+            found = {role: self._bound(row_weight(weight, rows), "int8")}
+            if role.endswith(".codes"):
+                slots = np.array(rows.slots, np.int64)
+                found[f"{EXPERTS}.slots"] = self._written(slots.tobytes(), "int64", slots.shape, add)
+            return found
+        if role in placed.widened:
+            return {role: self._widened(owner, role, weight, add)}
+        if self._in_place(weight):
+            return {role: self._bound(weight, dtype)}
+        return {role: self._written(read_parts(weight, self._files), dtype, weight.shape, add)}
+
+    def _bound(self, weight: Weight, dtype: str) -> Bound:
+        [part] = weight.parts
+        return Bound(part.file, False, part.offset, dtype, weight.shape)
+
+    def _written(self, data: Any, dtype: str, shape: tuple[int, ...], add: Any) -> Bound:
+        add(bytes(-self._at % _ALIGNMENT))
+        bound = Bound(PLACED, True, self._at, dtype, tuple(shape))
+        add(data)
+        return bound
+
+    def _widened(self, owner: str, role: str, weight: Weight, add: Any) -> Bound:
+        """Write a weight in float32, a part at a time; the values are exact."""
+        add(bytes(-self._at % _ALIGNMENT))
+        bound = Bound(PLACED, True, self._at, "float32", weight.shape)
+        if weight.dtype == "F8_E4M3":
+            scale = self._package.lock.weights[owner][scale_name(role)]
+            rows, columns = weight.shape
+            block = self._block(owner, role, rows, columns)
+            codes = torch.frombuffer(read_parts(weight, self._files), dtype=torch.float8_e4m3fn).reshape(weight.shape)
+            kind = torch.float32 if scale.dtype == "F32" else torch.float8_e8m0fnu
+            factors = torch.frombuffer(read_parts(scale, self._files), dtype=kind).reshape(scale.shape)
+            add(dequantised(codes, factors, Format(FP8, block)).numpy().tobytes())
+            return bound
+        for part in weight.parts:
+            data = read_parts(Weight("U8", (part.bytes,), (part,)), self._files)
+            kind = torch.bfloat16 if weight.dtype == "BF16" else torch.float16
+            add(torch.frombuffer(data, dtype=kind).to(torch.float32).numpy().tobytes())
+        return bound
+
+    def _block(self, owner: str, role: str, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns that share a scale: what the package's graph says, which has it from config.json."""
+        name = dict(self._package.calls())[owner]
+        for node in self._package.segment(name).model.graph:
+            if node.name == f"{role}.scaled":
+                blocks = node.attributes["blocks"].as_ints()
+                return int(blocks[1]), int(blocks[3])
+        raise BuildError(f"the segment {name} does not say which elements of {role} share a scale. Export it again.")

@@ -1,0 +1,137 @@
+"""Files with weights, mapped into memory: each opened once, checked, and never copied.
+
+Pages are read when a step needs them, and the system shares them between processes. A file is checked through the
+descriptor that is mapped, so nobody can put another one in its place in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArtifactError, InputError
+from ..export.contract.chain import Bound
+from ..export.contract.lock import LockedFile, WeightsLock
+
+VARIABLE = "FOLDKV_WEIGHTS"
+#: numpy's storage of a type, and ONNX's number for it; numpy has no narrow floats, so integers hold their bits.
+TYPES: dict[str, tuple[npt.DTypeLike, int]] = {
+    "float32": (np.float32, 1), "bfloat16": (np.uint16, 16), "float16": (np.float16, 10), "int64": (np.int64, 7),
+    "int32": (np.int32, 6), "int8": (np.int8, 3), "float8e4m3fn": (np.uint8, 17),
+}  # fmt: skip
+
+
+def weight_folders(bundle: Path, given: Path | None, before: str | None) -> list[Path]:
+    """Where weights are looked for: what the caller names, ``FOLDKV_WEIGHTS``, ``weights/`` of the bundle, where they were."""
+    named = [given] if given is not None else []
+    variable = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    return [*named, *variable, bundle / "weights", *([Path(before)] if before else [])]
+
+
+def find_files(lock: WeightsLock, wanted: set[str], folders: list[Path]) -> dict[str, Path]:
+    """The path of every wanted file of a lock.
+
+    Raises:
+        InputError: files are missing, or those there have other tensors.
+    """
+    part = WeightsLock({name: facts for name, facts in lock.files.items() if name in wanted}, {}, lock.source)
+    return part.find(folders)
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    path: Path
+    identity: tuple[int, ...]
+    bytes: npt.NDArray[np.uint8]
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written: device, inode, size, and times of content and of status in ns."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class WeightFiles:
+    """The mapped files of one model."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, _Mapped] = {}
+
+    def open(self, name: str, path: Path, locked: LockedFile | None = None) -> None:
+        """Map a file.
+
+        Args:
+            name: under which weights name it.
+            path: where it is; links are followed.
+            locked: what the lock says of it, for a file of the checkpoint.
+
+        Raises:
+            InputError: it cannot be read, or is not the locked file.
+        """
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if locked is not None:
+                    _check(path, file.read(locked.header_bytes), status.st_size, locked)
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path} cannot be read: {reason}. Fetch or copy it again.") from None
+        self._files[name] = _Mapped(path, identity(status), np.frombuffer(data, np.uint8))
+
+    def view(self, bound: Bound) -> npt.NDArray[Any]:
+        """A weight as an array over the mapped file: nothing is read or copied.
+
+        Raises:
+            ArtifactError: the file ends within the weight.
+        """
+        data = self._files[bound.file].bytes
+        if bound.offset + bound.bytes > len(data):
+            raise ArtifactError(
+                f"{self._files[bound.file].path} has {len(data)} bytes; a weight ends at {bound.offset + bound.bytes}. "
+                "Make the bundle again."
+            )
+        part = data[bound.offset : bound.offset + bound.bytes]
+        return part.view(np.dtype(TYPES[bound.dtype][0])).reshape(bound.shape)
+
+    def changed(self) -> list[str]:
+        """What happened to the files since they were mapped; nothing if they are the same."""
+        found = []
+        for file in self._files.values():
+            try:
+                now = identity(file.path.stat())
+            except OSError as error:
+                found.append(f"{file.path} cannot be read any more: {error.strerror}")
+                continue
+            if now != file.identity:
+                found.append(f"{file.path} was changed or replaced")
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all mapped files."""
+        return sum(len(file.bytes) for file in self._files.values())
+
+
+def _check(path: Path, head: bytes, size: int, locked: LockedFile) -> None:
+    if size != locked.bytes:
+        raise InputError(f"{path} has {size} bytes; the lock says {locked.bytes}. Fetch or copy it again.")
+    if hashlib.sha256(head).hexdigest() != locked.header_sha256:
+        raise InputError(f"{path} has other tensors than the lock says (its header differs). Fetch the right one.")
+
+
+def check_indices(table: npt.NDArray[Any], end: int, what: str, path: Mapping[str, str] | str) -> None:
+    """Check that every index of a table is from 0 to ``end`` - 1.
+
+    Raises:
+        InputError: one is not.
+    """
+    if table.size and (int(table.min()) < 0 or int(table.max()) >= end):
+        raise InputError(f"{what} in {path} has indices from {table.min()} to {table.max()}; expected 0 to {end - 1}.")
