@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .export.contract.geometry import ModelSpec
     from .optimize.fit import TargetPlan
     from .optimize.history import Estimate
-    from .optimize.kept_weights import Package
     from .pipeline import Step
 
 
@@ -53,6 +52,11 @@ _allow_unknown_key = click.option(
 )
 
 
+_weights_from = click.option(
+    "--weights-from",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder with the checkpoint's weight files; default: FOLDKV_WEIGHTS, `weights` beside the manifest, where they were.",
+)
 _plugins = click.option(
     "--plugins",
     type=click.Choice(["on", "off"]),
@@ -101,31 +105,31 @@ def main(verbose: bool) -> None:
     help="Numerics: hf is what transformers computes, served what deployed systems compute.",
 )
 @click.option(
-    "--weights",
-    type=click.Choice(["float32", "reference", "repack"]),
-    default="float32",
-    show_default=True,
-    help="Write weights in float32, use the checkpoint's files in place, or copy them as they are stored.",
+    "--flat", is_flag=True, help="Write the whole model as one graph for other tools, with its weights beside it."
 )
 @_allow_unknown_key
 @_json
 def export_command(
-    checkpoint: Path, output: Path, profile: str, weights: str, allow_unknown_keys: tuple[str, ...], as_json: bool
+    checkpoint: Path, output: Path, profile: str, flat: bool, allow_unknown_keys: tuple[str, ...], as_json: bool
 ) -> None:
-    """Export CHECKPOINT to an ONNX graph with its compressed caches as explicit state.
+    """Export CHECKPOINT to ONNX, with its compressed caches as explicit state: one graph per kind of layer.
 
-    With reference and repack, quantised weights stay quantised, also in engines for GPUs that keep their format, and every
-    kind of layer is one function. reference copies no weights; OUTPUT must be on the checkpoint's file system. Bundles can be
-    built from all three, with or without plugins.
+    The graphs take weights as inputs. No weight is read or copied: a lock says where each lies in the checkpoint's files. With
+    --flat, OUTPUT is instead one ONNX model of all layers, for Netron, other tools and plain ONNX Runtime.
     """
     from .artifact import read_manifest
-    from .export.graph import KIND, export_checkpoint
+    from .export.flat import export_flat
+    from .export.package import KIND, export_checkpoint
     from .optimize.history import record_export
 
     report, start = progress(), time.monotonic()
-    _expect_export(report, checkpoint, weights, allow_unknown_keys)
+    if flat:
+        path = export_flat(checkpoint, output, profile=profile, allow_unknown_keys=allow_unknown_keys, progress=report)
+        click.echo(json.dumps({"model": str(path)}) if as_json else f"model: {path}")
+        return
+    _expect_export(report, checkpoint, allow_unknown_keys)
     path = export_checkpoint(
-        checkpoint, output, profile=profile, weights=weights, allow_unknown_keys=allow_unknown_keys, progress=report
+        checkpoint, output, profile=profile, allow_unknown_keys=allow_unknown_keys, progress=report
     )
     seconds = time.monotonic() - start
     record_export(path, seconds)
@@ -136,20 +140,20 @@ def export_command(
             "seconds": round(seconds, 2),
             "bytes": sum(f["bytes"] for f in manifest["files"].values()),
         }
-        _show(facts | {name: manifest[name] for name in ("profile", "weights", "operators")}, True)
+        _show(facts | {name: manifest[name] for name in ("profile", "weights", "layers", "operators")}, True)
     else:
         click.echo(f"graph package: {path}")
 
 
-def _expect_export(report: Progress, checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> None:
+def _expect_export(report: Progress, checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> None:
     """Report how long comparable exports took. Says nothing of a checkpoint that cannot be read: export refuses it."""
     from .optimize.fit import export_estimate
     from .optimize.history import read_runs
 
     with contextlib.suppress(FoldkvError, OSError):
-        package = _package(checkpoint, weights, allow_unknown_keys)
+        stored = _stored_format(checkpoint, allow_unknown_keys)
         spec = spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
-        expected = export_estimate(spec, read_runs(), package)
+        expected = export_estimate(spec, read_runs(), stored)
         if expected is not None:
             report.expect(expected.low, expected.high)
 
@@ -202,10 +206,16 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Builds at once; default: as many as memory and processors allow."
 )
+@_weights_from
+@click.option(
+    "--no-place",
+    is_flag=True,
+    help="Leave the cpu bundle's weights as they are stored; every step then converts them. Slow, but writes none.",
+)
 @_json
 def build_command(
     graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None,
-    as_json: bool,
+    weights_from: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build one bundle per target from the graph package GRAPH. TensorRT-RTX builds without a GPU.
 
@@ -215,7 +225,10 @@ def build_command(
     from .optimize.build import build_bundles
     from .optimize.history import record_builds
 
-    report = build_bundles(graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, progress=progress())
+    report = build_bundles(
+        graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, weights_from=weights_from,
+        place=not no_place, progress=progress(),
+    )  # fmt: skip
     record_builds(graph, report.results)
     if as_json:
         _show({"bundles": [result.to_dict() for result in report.results]}, True)
@@ -524,11 +537,6 @@ def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
 )
 @_plugins
 @click.option("--profile", help="With --target: profile of the graph, as for `export`; default: hf.")
-@click.option(
-    "--weights",
-    type=click.Choice(["float32", "reference", "repack"]),
-    help="With --target: as for `export`; default: float32.",
-)
 @click.option("--max-context", is_flag=True, help="With --target: show the largest context that fits on one device.")
 @click.option(
     "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
@@ -537,7 +545,7 @@ def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
 @_json
 def plan_command(
     checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int | None,
-    plugins: str | None, profile: str | None, weights: str | None, max_context: bool, plot: Path | None,
+    plugins: str | None, profile: str | None, max_context: bool, plot: Path | None,
     allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show how much memory CHECKPOINT, a folder or a bare config.json, needs for caches and weights.
@@ -554,7 +562,7 @@ def plan_command(
     from .optimize.fit import within_model
 
     only_targets = {
-        "--chunk": chunk, "--plugins": plugins, "--profile": profile, "--weights": weights,
+        "--chunk": chunk, "--plugins": plugins, "--profile": profile,
         "--max-context": max_context or None,
     }  # fmt: skip
     given = [name for name, value in only_targets.items() if value is not None]
@@ -571,7 +579,7 @@ def plan_command(
     sizes = {"context": planned, "batch": batch, "asked": context}
     if targets:
         facts = _plan_targets(
-            spec, _package(checkpoint, weights or "float32", allow_unknown_keys), targets,
+            spec, _stored_format(checkpoint, allow_unknown_keys), targets,
             sizes | {"chunk": chunk or min(256, planned)}, layout, as_json,
             plugins=_on(plugins), profile=profile or "hf", max_context=max_context,
         )  # fmt: skip
@@ -635,7 +643,7 @@ def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as
 
 
 def _plan_targets(
-    spec: ModelSpec, package: Package, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
+    spec: ModelSpec, stored: str, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The facts; also prints them as tables unless ``as_json``."""
@@ -647,10 +655,10 @@ def _plan_targets(
 
     targets, runs = resolve_targets(names), read_runs()
     options |= {name: sizes[name] for name in ("context", "batch", "chunk")}
-    plans = plan_targets(spec, targets, layout=layout, runs=runs, package=package, **options)
-    export, graph = export_estimate(spec, runs, package), graph_bytes(spec, package)
+    plans = plan_targets(spec, targets, layout=layout, runs=runs, stored=stored, **options)
+    export, graph = export_estimate(spec, runs, stored), graph_bytes(spec)
     facts = {
-        "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], **vars(package),
+        "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], "stored": stored,
         "graph": graph, "export_seconds": export.to_dict() if export else None,
         "targets": [plan.to_dict() for plan in plans],
     }  # fmt: skip
@@ -672,13 +680,6 @@ def _plan_targets(
     _print_disk_and_time(plans, graph, export)
     _print_assumptions(plans)
     return facts
-
-
-def _package(checkpoint: Path, weights: str, allow_unknown_keys: tuple[str, ...]) -> Package:
-    """The format in which an export with ``--weights`` would keep its weights."""
-    from .optimize.kept_weights import Package
-
-    return Package(weights, "float32" if weights == "float32" else _stored_format(checkpoint, allow_unknown_keys))
 
 
 def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str:
@@ -739,8 +740,7 @@ def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate |
 
 def _print_assumptions(plans: list[TargetPlan]) -> None:
     click.echo(
-        "`foldkv build` writes the format marked with *: the target's widest after `export --weights float32`, the checkpoint's "
-        "own after `--weights reference` or `repack`."
+        "`foldkv build` writes the format marked with *: quantised experts as they are stored, plain ones in the type of their products."
     )
     if any(plan.target.sm for plan in plans):
         click.echo(

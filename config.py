@@ -33,7 +33,6 @@ class ExportConfig(_Strict):
     """The export stage."""
 
     profile: Literal["hf", "served"] = "hf"
-    weights: Literal["float32", "reference", "repack"] = "float32"
     allow_unknown_keys: list[str] = []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections import Counter
@@ -17,7 +16,7 @@ from .units import duration_text, size_text
 
 _SHOWN = (
     "foldkv_version", "profile", "weights", "layout", "precision", "backend", "target", "shapes", "tool_versions", "inputs", "model",
-    "operators", "layers", "injection", "engine", "plugins", "kernels", "precision_islands", "build", "cache_key", "passed",
+    "operators", "injection", "engine", "plugins", "kernels", "precision_islands", "build", "cache_key", "passed",
 )  # fmt: skip
 #: Contexts (tokens) for which a bundle's state is counted, besides the largest of the model.
 _CONTEXTS = (4096, 65536)
@@ -58,19 +57,24 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
         facts["state"] = _state_facts(manifest)
     if kind == "foldkv.report":
         facts |= _report_facts(path)
-    if kind == "foldkv.graph" and importlib.util.find_spec("onnx"):
-        facts["nodes"] = _node_counts(path)
+    if "segments" in manifest:
+        facts["segments"] = _segment_facts(path, manifest)
     facts["files"] = {name: row["bytes"] for name, row in files.items()}
     return facts
 
 
-def _node_counts(path: Path) -> dict[str, int]:
-    """Nodes of the graph itself and of its functions; no weight is read."""
-    import onnx
-
-    model = onnx.load(path / "model.onnx", load_external_data=False)
-    functions = {function.name: len(function.node) for function in model.functions}
-    return {"graph": len(model.graph.node), "functions": len(functions), "in functions": sum(functions.values())}
+def _segment_facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every segment: size, how many layers it serves, and how many weights it takes as inputs."""
+    layers = Counter(manifest["layers"])
+    return {
+        name: {
+            "bytes": manifest["files"][row["file"]]["bytes"],
+            "layers": layers[name],
+            "weights": len(row["weights"]),
+            "operators": row["operators"],
+        }
+        for name, row in manifest["segments"].items()
+    }
 
 
 def _state_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .optimize.build import BuildReport, TargetResult, build_bundles, reasons_to
 from .optimize.choices import check_here, choose
 from .optimize.fit import export_estimate, graph_bytes, plan_target
 from .optimize.history import Estimate, read_runs, record_builds, record_export
-from .optimize.kept_weights import Package, stored_format
+from .optimize.kept_weights import stored_format
 from .optimize.recipe import Shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require
@@ -192,7 +192,7 @@ class _Pipeline:
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
         from .export.contract.profiles import check_profile
-        from .export.graph import KIND as GRAPH_KIND
+        from .export.package import KIND as GRAPH_KIND
 
         config = self.config
         targets = resolve_targets(config.build.targets)
@@ -270,7 +270,7 @@ class _Pipeline:
 
     def export_reason(self) -> str:
         """Why the graph package is not what would be exported; "" if it is."""
-        from .export.graph import KIND
+        from .export.package import KIND
 
         reason, manifest = reason_to_replace(self.graph, kind=KIND)
         return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
@@ -327,13 +327,14 @@ class _Pipeline:
 
 def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
     """Why a graph package, whose manifest is ``made``, is not what would be exported; "" if it is."""
-    from .export.graph import graph_spec, tool_versions
+    from .export.package import graph_spec, tool_versions
 
     wanted = config.export
     if made["foldkv_version"] != __version__:
         return f"it was made by foldkv {made['foldkv_version']}; this is {__version__}"
-    settings = {"profile": wanted.profile, "weights": wanted.weights}
-    changes = [f"export.{name} was {made[name]}, is {new}" for name, new in settings.items() if made[name] != new]
+    changes = []
+    if made["profile"] != wanted.profile:
+        changes.append(f"export.profile was {made['profile']}, is {wanted.profile}")
     changes += [
         f"{name} was {made['tool_versions'].get(name)}, is {new}"
         for name, new in tool_versions().items()
@@ -341,22 +342,18 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
     ]
     if not changes and made["spec"] != graph_spec(wanted.profile):
         changes.append("this foldkv exports differently")
-    return "; ".join(changes) or _checkpoint_changes(source, graph, made, wanted.weights)
+    return "; ".join(changes) or _checkpoint_changes(source, graph, made)
 
 
-def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any], weights: str) -> str:
+def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
     from .export.checkpoint.reader import model_facts
-    from .export.graph import CONFIG, same_files
+    from .export.package import CONFIG
 
-    # For weights kept as stored only the headers are hashed; a replaced file is found below.
-    expected = source.digest() if weights == "float32" else source.identity()
-    if made["inputs"]["checkpoint"]["sha256"] != expected:
+    if made["inputs"]["checkpoint"]["sha256"] != source.identity():
         old = json.loads((graph / CONFIG).read_text())
         keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
         what = f"config.json: {', '.join(keys)}" if keys else "its files"
         return f"the checkpoint {source.folder} changed ({what})"
-    if not same_files(graph, dict(made), source):
-        return f"weight files of the checkpoint {source.folder} were replaced"
     if made["inputs"]["checkpoint"].get("texts") != source.texts_digest():
         return f"the tokenizer or the generation_config.json of {source.folder} changed"
     if made["model"] != json.loads(json.dumps(model_facts(source))):
@@ -380,14 +377,14 @@ def _validate_change(name: str, old: Any, new: Any) -> str:
 
 
 def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
-    from .export.graph import export_checkpoint
+    from .export.package import export_checkpoint
 
     reason = _FORCED if force else work.export_reason()
     if not reason:
         progress(f"unchanged, {work.graph}")
         return False
     progress(f"starts: {reason}")
-    expected = export_estimate(work.checkpoint.spec, read_runs(), _package(work))
+    expected = export_estimate(work.checkpoint.spec, read_runs(), _stored(work))
     if expected is not None:
         progress.expect(expected.low, expected.high)
     start = time.monotonic()
@@ -395,7 +392,6 @@ def _export(work: _Pipeline, force: bool, progress: Progress) -> bool:
         Path(work.config.checkpoint),
         work.graph,
         profile=work.config.export.profile,
-        weights=work.config.export.weights,
         allow_unknown_keys=work.config.export.allow_unknown_keys,
         progress=progress,
     )
@@ -443,19 +439,18 @@ def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Pr
 # Estimates of a preview.
 
 
-def _package(work: _Pipeline) -> Package:
-    weights = work.config.export.weights
+def _stored(work: _Pipeline) -> str:
     dtypes = {name: stored.dtype for name, stored in work.checkpoint.headers.items()}
-    return Package(weights, "float32" if weights == "float32" else stored_format(work.checkpoint.config, dtypes))
+    return stored_format(work.checkpoint.config, dtypes)
 
 
 def _export_step(work: _Pipeline, force: bool) -> Step:
     reason = _FORCED if force else work.export_reason()
     if not reason:
         return Step(EXPORT, "", work.graph, "")
-    spec, package = work.checkpoint.spec, _package(work)
-    seconds = export_estimate(spec, read_runs(), package)
-    return Step(EXPORT, "", work.graph, reason, seconds, graph_bytes(spec, package))
+    spec = work.checkpoint.spec
+    seconds = export_estimate(spec, read_runs(), _stored(work))
+    return Step(EXPORT, "", work.graph, reason, seconds, graph_bytes(spec))
 
 
 def _build_steps(work: _Pipeline, force: bool, earlier: str) -> list[Step]:
@@ -475,7 +470,7 @@ def _build_steps(work: _Pipeline, force: bool, earlier: str) -> list[Step]:
         planned = plan_target(
             spec, choice.target, context=min(shapes.context[2], spec.max_position_embeddings), layout=choice.layout,
             batch=shapes.batch[2], chunk=shapes.chunk[2], plugins=config.build.plugins == "on",
-            profile=config.export.profile, runs=runs, package=_package(work),
+            profile=config.export.profile, runs=runs, stored=_stored(work),
         )  # fmt: skip
         steps.append(Step(BUILD, name, work.bundles / name, reasons[name], planned.build, planned.bundle))
     return steps

@@ -25,7 +25,7 @@ from moe import CONFIG
 
 import foldkv
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.graph import export_checkpoint
+from foldkv.export.package import export_checkpoint
 from foldkv.export.memory import BLOCK_ROOM, activations
 from foldkv.optimize.build import PLAN, build_bundles
 from foldkv.optimize.recipe import Shapes

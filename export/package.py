@@ -19,18 +19,22 @@ from ..artifact import only_writer, read_manifest, staged, write_manifest
 from ..errors import ArtifactError, InputError
 from ..packages import version_of
 from ..progress import Progress, Say, silent
+from .checkpoint.config_reader import spec_from_file
 from .checkpoint.reader import Checkpoint, model_facts
 from .checkpoint.texts import TOKENIZER, tokenizer_json
-from .contract.lock import LOCK, WeightsLock
+from .contract.geometry import ModelSpec
+from .contract.lock import LOCK, WeightsLock, weight_folders
 from .contract.profiles import HF, check_profile
 from .contract.state import StateTensor, state_tensors
 from .operators.registry import ONNX_OPSET
-from .roles import lock_of, sources_of
+from .roles import Sources, inputs_of, lock_of, sources_of
 from .segments import Chain, Segment, trace_chain
 from .trace import INPUTS, LOGITS
 
 KIND = "foldkv.graph"
 CONFIG, FOLDER = "config.json", "segments"
+#: The whole graph of an injected package, with nodes given to plugins.
+INJECTED = "injected.onnx"
 
 
 def graph_spec(profile: str) -> dict[str, Any]:
@@ -83,15 +87,26 @@ def export_checkpoint(
         size = sum(path.stat().st_size for path in (folder / FOLDER).iterdir())
         kinds = len(set(chain.layers))
         report(f"{len(chain.layers)} layers of {kinds} kinds; {size / 2**10:.0f} KiB of graphs")
-        lock_of(source, sources).write(folder / LOCK)
+        lock = lock_of(source, sources)
+        lock.write(folder / LOCK)
         (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
         if (tokenizer := tokenizer_json(source.folder)) is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        write_manifest(folder, kind=KIND, content=_content(source, profile, chain))
+        write_manifest(folder, kind=KIND, content=_content(source, profile, chain, lock, sources))
     return Path(out)
 
 
-def _content(source: Checkpoint, profile: str, chain: Chain) -> dict[str, Any]:
+def stored_as(sources: Sources) -> dict[str, int]:
+    """Bytes of weights by the dtype in which the checkpoint stores them."""
+    total: dict[str, int] = {}
+    for roles in sources.values():
+        for role, source in roles.items():
+            for weight in inputs_of(role, source).values():
+                total[weight.dtype] = total.get(weight.dtype, 0) + weight.bytes
+    return dict(sorted(total.items()))
+
+
+def _content(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources) -> dict[str, Any]:
     return {
         "foldkv_version": __version__,
         "tool_versions": tool_versions(),
@@ -120,6 +135,7 @@ def _content(source: Checkpoint, profile: str, chain: Chain) -> dict[str, Any]:
         },
         "layers": list(chain.layers),
         "operators": chain.operators,
+        "weights": {"bytes": lock.bytes, "files": len(lock.files), "stored": stored_as(sources)},
         "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
     }
 
@@ -131,6 +147,19 @@ class Package:
     folder: Path
     manifest: dict[str, Any]
     lock: WeightsLock
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The geometry, from the package's config.json."""
+        return spec_from_file(self.folder / CONFIG)
+
+    def find_weights(self, given: Path | None = None) -> dict[str, Path]:
+        """The path of every file of the lock; see :func:`weight_folders`.
+
+        Raises:
+            InputError: files are missing, or those there have other tensors; all are listed.
+        """
+        return self.lock.find(weight_folders(self.folder, given, str(self.checkpoint)))
 
     @property
     def layers(self) -> tuple[str, ...]:

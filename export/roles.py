@@ -106,9 +106,7 @@ def sources_of(checkpoint: Checkpoint) -> Sources:
         owner, role = owner_and_role(name)
         if role == f"{EXPERTS}.w2" and EXPERTS in sources.get(owner, {}):
             continue  # packed together with w13
-        found = (
-            _experts(checkpoint, name, shape) if role.startswith(f"{EXPERTS}.") else _single(checkpoint, name)
-        )
+        found = _experts(checkpoint, name, shape) if role.startswith(f"{EXPERTS}.") else _single(checkpoint, name)
         if isinstance(found, str):
             problems.append(found)
         else:
@@ -211,10 +209,14 @@ def _in_order(parts: Mapping[str, tuple[int | slice, ...]]) -> list[str]:
     return sorted(parts, key=place)
 
 
+def _same(name: str) -> str:
+    return name
+
+
 def _packed(checkpoint: Checkpoint, prefix: str, format_: Format) -> Source | str:
     spec = checkpoint.spec
     stacked = f"{prefix}.w13" in checkpoint.headers
-    shapes = {part: (spec.moe_intermediate_size, spec.hidden_size) for part in ("w1", "w3")}
+    shapes = dict.fromkeys(("w1", "w3"), (spec.moe_intermediate_size, spec.hidden_size))
     shapes["w2"] = (spec.hidden_size, spec.moe_intermediate_size)
     grids = {part: format_.scale_shape(shape) for part, shape in shapes.items()}
     for part, shape in shapes.items():
@@ -238,7 +240,7 @@ def _packed(checkpoint: Checkpoint, prefix: str, format_: Format) -> Source | st
     for expert in range(spec.num_experts):
         for part in PARTS:
             sizes = (prod(format_.stored_shape(shapes[part])), prod(grids[part]) * BITS[scale_dtype] // 8)
-            for table, name_of, size in zip(tables, (str, scale_name), sizes, strict=True):
+            for table, name_of, size in zip(tables, (_same, scale_name), sizes, strict=True):
                 if stacked:
                     stored = checkpoint.headers[name_of(f"{prefix}.{'w2' if part == 'w2' else 'w13'}")]
                     start = expert * size if part == "w2" else (2 * expert + (part == "w3")) * size

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,8 @@ class _Head(nn.Module):
         index = logit_indices[:, :, None, None].expand(-1, -1, streams.shape[2], streams.shape[3])
         kept = streams.gather(1, index)
         x = self.norm(collapse_last(kept, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.spec))
-        return functional.linear(x, self.head.weight)
+        logits: Tensor = functional.linear(x, self.head.weight)
+        return logits
 
 
 def _step() -> Segment:
@@ -339,7 +341,7 @@ def _finish(
     return Segment(name, model, arguments, groups, taken)
 
 
-def _experts_body(source: Packed) -> object:
+def _experts_body(source: Packed) -> onnx.FunctionProto:
     return packed.routed_experts(source.format, dict(source.matrices), scaled=_scaled(source))
 
 
@@ -348,7 +350,7 @@ def _narrow(source: Source) -> bool:
 
 
 def _scaled(source: Packed) -> bool:
-    return onnx_dtype(source.scales) == ir.DataType.FLOAT
+    return bool(onnx_dtype(source.scales) == ir.DataType.FLOAT)
 
 
 def _take(model: ir.Model, role: str, source: Plain | Quantised) -> None:
@@ -440,7 +442,9 @@ def _take_packed(model: ir.Model, role: str, source: Packed) -> None:
         _input(model, f"{role}.scales", onnx_dtype(source.scales), source.scales.shape),
     ]
     # A row has the number of its expert here; where rows of a file are used in place, another table stands in.
-    slots = ir.Value(name=f"{role}.slots", const_value=ir.tensor(list(range(source.codes.shape[0])), name=f"{role}.slots"))
+    slots = ir.Value(
+        name=f"{role}.slots", const_value=ir.tensor(list(range(source.codes.shape[0])), name=f"{role}.slots")
+    )
     slots.dtype, slots.shape = ir.DataType.INT64, ir.Shape([source.codes.shape[0]])
     graph.register_initializer(slots)
     # The body knows where the matrices are. Engines give the node another body and must know it too.
@@ -465,7 +469,9 @@ def _check(chain: Chain, spec: ModelSpec, profile: str) -> None:
         found.pop(name, None)
     expected = expected_operators(spec, profile)
     if found | {"FoldkvRoutedExperts": experts} != expected:
-        raise FoldkvError(f"the segments have operators {found}; expected {expected}. Report this as a fault of foldkv.")
+        raise FoldkvError(
+            f"the segments have operators {found}; expected {expected}. Report this as a fault of foldkv."
+        )
 
 
 _EXPERTS = ("FoldkvRoutedExperts", *packed.EXPERTS.values(), *packed.SCALED_EXPERTS.values())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
@@ -18,7 +19,7 @@ from ..errors import ArtifactError
 from .contract.lock import Weight, WeightsLock
 from .model.decoder import CHOSEN, TAP
 from .operators.registry import DOMAIN
-from .package import Package
+from .package import INJECTED, Package
 from .roles import EMBED, HEAD, onnx_dtype
 from .segments import STEP, STREAMS, TOKENS, Segment
 from .trace import INPUTS, LOGITS
@@ -26,9 +27,26 @@ from .trace import INPUTS, LOGITS
 PREFIX = "FoldkvLayer"
 
 
-def stitched(package: Package) -> ir.Model:
-    """The whole model with a function per kind of layer; its weights are inputs, after the state."""
-    segments = {name: package.segment(name) for name in package.manifest["segments"]}
+def flat_model(package: Package) -> onnx.ModelProto:
+    """The whole graph with every operator as a node, and weights as inputs; what injection made of it, for an injected package."""
+    if INJECTED in package.manifest["files"]:
+        injected: onnx.ModelProto = onnx.load(package.folder / INJECTED, load_external_data=False)
+        return injected
+    return ir.to_proto(flat(stitched(package)))
+
+
+def stitched(
+    package: Package, segments: Mapping[str, Segment] | None = None, lock: WeightsLock | None = None
+) -> ir.Model:
+    """The whole model with a function per kind of layer; its weights are inputs, after the state.
+
+    Args:
+        package: the graph package.
+        segments: instead of the package's; they are taken apart.
+        lock: instead of the package's, for segments that take their weights in another form.
+    """
+    lock = lock or package.lock
+    segments = dict(segments or {name: package.segment(name) for name in package.manifest["segments"]})
     step, embed, head = (segments.pop(name) for name in (STEP, EMBED, HEAD))
     given: dict[str, ir.Value] = {}
     types = {"positions": ir.DataType.INT32, "num_tokens": ir.DataType.INT32}
@@ -48,11 +66,11 @@ def stitched(package: Package) -> ir.Model:
             model.functions.setdefault(identifier, function)
     calls = {name: _function(model, segment) for name, segment in segments.items()}
     given[TOKENS] = _splice(model, step, given, {})[TOKENS]
-    streams = _splice(model, embed, given, _weights(model, EMBED, package.lock, embed))[STREAMS]
+    streams = _splice(model, embed, given, _weights(model, EMBED, lock, embed))[STREAMS]
     outputs = []
     for layer, name in enumerate(package.layers):
         segment, rows = segments[name], package.state_of(layer)
-        weights = _weights(model, f"layers.{layer}", package.lock, segment)
+        weights = _weights(model, f"layers.{layer}", lock, segment)
         arguments = [{STREAMS: streams, **given}[argument] for argument in segment.arguments]
         arguments += [state[row.input] for row in rows] + [weights[role] for role in segment.weights]
         node = ir.Node(DOMAIN, calls[name], arguments, num_outputs=1 + len(rows), name=f"layers.{layer}")
@@ -64,7 +82,7 @@ def stitched(package: Package) -> ir.Model:
         graph.append(node)
         outputs += node.outputs[1:]
         streams = node.outputs[0]
-    ends = _splice(model, head, {STREAMS: streams, **given}, _weights(model, HEAD, package.lock, head))
+    ends = _splice(model, head, {STREAMS: streams, **given}, _weights(model, HEAD, lock, head))
     graph.outputs[:] = [ends[LOGITS], *outputs]
     ends[LOGITS].shape = ir.Shape(["batch", "kept", package.manifest["model"]["vocab_size"]])
     model.opset_imports[DOMAIN] = 1
@@ -212,5 +230,3 @@ def _function(model: ir.Model, segment: Segment) -> str:
     body = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=graph.opset_imports, name=name)
     model.functions[DOMAIN, name, ""] = ir.Function(DOMAIN, name, "", graph=body, attributes=[])
     return name
-
-

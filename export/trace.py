@@ -1,8 +1,4 @@
-"""From the decoder to an ONNX model: torch.export, with foldkv operators kept as nodes and their bodies as functions.
-
-The graph's inputs and outputs, including every state tensor, have names (docs/artifacts.md lists them).
-Batch, chunk length, number of logits and the capacity of the entries are dynamic.
-"""
+"""What every traced graph goes through: torch's exporter made quiet, leftovers removed, the operators' bodies attached."""
 
 from __future__ import annotations
 
@@ -14,123 +10,13 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import onnxscript.optimizer
-import torch
-from torch import Tensor, nn
 
-from ..errors import FoldkvError
 from .contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from .contract.profiles import HF, SERVED
-from .contract.state import state_tensors
-from .model.decoder import CHOSEN, TAP, Decoder, new_state
-from .operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
+from .operators.registry import DOMAIN, operators
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
 LOGITS = "logits"
-# Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
-_BATCH, _CHUNK, _KEPT, _CONTEXT = 2, 5, 3, 64
-
-
-class _Flat(nn.Module):
-    """The decoder with its state as separate arguments, because torch.export needs their names."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        num_tokens: Tensor,
-        active_context: Tensor,
-        logit_indices: Tensor,
-        state: list[Tensor],
-    ) -> list[Tensor]:
-        logits, after, taps = self.decoder.run(input_ids, positions, num_tokens, active_context, logit_indices, state)
-        return [logits, *after, *taps]
-
-
-def onnx_from_decoder(decoder: Decoder) -> ir.Model:
-    """The model as ONNX with its weights in memory, in an opset and IR version that every backend accepts.
-
-    Raises:
-        FoldkvError: an operator was lost on the way, which would be an internal fault.
-    """
-    tensors = state_tensors(decoder.spec)
-    arguments, shapes = _example(decoder)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _Flat(decoder),
-            arguments,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            custom_translation_table=translation_table(),
-            opset_version=ONNX_OPSET,
-            optimize=False,
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model
-    for value, name in zip(model.graph.inputs, [*INPUTS, *(t.input for t in tensors)], strict=True):
-        value.name = name
-    outputs = list(model.graph.outputs)
-    taps = outputs[1 + len(tensors) :]
-    del model.graph.outputs[1 + len(tensors) :]
-    for value, name in zip(model.graph.outputs, [LOGITS, *(t.output for t in tensors)], strict=True):
-        value.name = name
-    for layer, value in enumerate(taps):
-        value.name = TAP.format(layer=layer)
-    sparse = (layer for layer, kind in enumerate(decoder.spec.layer_types) if kind == CSA)
-    for node in model.graph:
-        if node.op_type == "FoldkvIndexSelect":
-            node.outputs[0].name = CHOSEN.format(layer=next(sparse))
-    for name in list(model.graph.initializers):
-        value = model.graph.initializers[name]
-        value.name = name.removeprefix("decoder.")
-    name_dimensions(model, decoder.spec)
-    tidy(model)
-    add_functions(model)
-    _check_operators(model, decoder)
-    return model
-
-
-def _example(decoder: Decoder) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    chunk = torch.export.Dim("chunk", min=1, max=1 << 20)
-    kept = torch.export.Dim("kept", min=1, max=1 << 20)
-    capacities = {
-        ratio: torch.export.Dim(f"entries_{ratio}", min=1, max=1 << 24) for ratio in set(decoder.spec.ratios) if ratio
-    }
-    arguments = (
-        torch.zeros(_BATCH, _CHUNK, dtype=torch.int64),
-        torch.zeros(_BATCH, dtype=torch.int32),
-        torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
-        torch.tensor([_CHUNK]),
-        torch.zeros(_BATCH, _KEPT, dtype=torch.int64),
-        # Capacities must also differ between ratios, or torch would join their dimensions.
-        new_state(decoder.spec, _CONTEXT * max(1, *decoder.spec.ratios) + 1, _BATCH),
-    )
-    state_shapes = [{0: batch, 1: capacities[t.ratio]} if t.ratio else {0: batch} for t in state_tensors(decoder.spec)]
-    return arguments, ({0: batch, 1: chunk}, {0: batch}, {0: batch}, None, {0: batch, 1: kept}, state_shapes)
-
-
-def name_dimensions(model: ir.Model, spec: ModelSpec) -> None:
-    """Give dynamic sizes readable names instead of torch's."""
-    tensors = state_tensors(spec)
-    values = {value.name: value for value in [*model.graph.inputs, *model.graph.outputs]}
-    for tensor in tensors:
-        rows = f"entries_{tensor.ratio}" if tensor.ratio else tensor.rows
-        for name in (tensor.input, tensor.output):
-            values[name].shape = ir.Shape(["batch", rows, tensor.width])
-    for name, shape in (
-        ("input_ids", ["batch", "chunk"]),
-        ("positions", ["batch"]),
-        ("num_tokens", ["batch"]),
-        ("active_context", [1]),
-        ("logit_indices", ["batch", "kept"]),
-        (LOGITS, ["batch", "kept", spec.vocab_size]),
-    ):
-        values[name].shape = ir.Shape(shape)
 
 
 def tidy(model: ir.Model) -> None:
@@ -205,11 +91,6 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph if node.domain == DOMAIN).items()))
 
 
-def expected_counts(decoder: Decoder) -> dict[str, int]:
-    """How many nodes of each operator a decoder must give."""
-    return expected_operators(decoder.spec, decoder.profile)
-
-
 def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
     """How many nodes of each operator a model must give, from its layer kinds alone."""
     kinds = Counter(spec.layer_types)
@@ -233,14 +114,6 @@ def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
         "FoldkvWindowUpdate": spec.num_layers,
     }
     return {name: count for name, count in counts.items() if count}
-
-
-def _check_operators(model: ir.Model, decoder: Decoder) -> None:
-    found, expected = operator_counts(model), expected_counts(decoder)
-    if found != expected:
-        raise FoldkvError(
-            f"the traced graph has operators {found}; expected {expected}. Report this as a fault of foldkv."
-        )
 
 
 @contextlib.contextmanager

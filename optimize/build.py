@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,28 +18,26 @@ from .. import __version__
 from ..artifact import (
     check_destination,
     only_writer,
-    read_manifest,
     reason_to_replace,
     sha256_file,
+    sha256_json,
     staged,
     verify_files,
     write_manifest,
 )
 from ..errors import EXIT_OK, BuildError, InputError
-from ..export.checkpoint.config_reader import spec_from_file
 from ..export.checkpoint.texts import TOKENIZER
+from ..export.contract.chain import CHAIN
 from ..export.contract.layouts import DENSE
+from ..export.contract.lock import LOCK
 from ..export.contract.profiles import SERVED
-from ..export.contract.state import StateTensor
-from ..export.graph import CONFIG, MODEL, flat_model
-from ..export.graph import KIND as GRAPH_KIND
+from ..export.package import FOLDER, Package, read_package
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
 from .bundled_kernels import Bundled
 from .choices import PACKED, Choice, backend_version, check_here, choose
 from .engine_build import RTX, end_children
 from .history import expected_build
-from .passes.pack import pack_state
 from .plan_file import named_capability
 from .recipe import BuildSpec, Shapes
 from .targets import Target, resolve_targets
@@ -90,6 +87,8 @@ def build_bundles(
     shapes: Shapes | None = None,
     jobs: int | None = None,
     force: bool = False,
+    weights_from: Path | None = None,
+    place: bool = True,
     progress: Say = silent,
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
@@ -108,16 +107,22 @@ def build_bundles(
         shapes: sizes that engines are built for.
         jobs: parallel builds; the default is what memory and processors allow.
         force: also build bundles that are unchanged.
+        weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS`` says,
+            in ``weights/`` of the package, and where they were exported from.
+        place: let cpu bundles have weights in float32 that the checkpoint stores in another type; else every step converts
+            them.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: unknown targets or layout, a layout that a target does not support, or ``out`` cannot be written.
+        InputError: unknown targets or layout, a layout that a target does not support, weights are missing or others, or
+            ``out`` cannot be written.
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
-    manifest = read_manifest(graph, kind=GRAPH_KIND)
-    verify_files(graph, manifest)
-    planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
+    package = read_package(graph)
+    verify_files(graph, package.manifest)
+    planned = _jobs(package, targets, plugins, layout, shapes, place)
+    files = package.find_weights(weights_from)
     check_here([job.choice for job in planned])
     for job in planned:
         check_destination(Path(out) / job.target.name, kind=KIND)
@@ -125,7 +130,7 @@ def build_bundles(
     report, counting, done = Progress.of(progress), threading.Lock(), list[Target]()
 
     def one(job: _Job) -> TargetResult:
-        result = _build_target(job, Path(out) / job.target.name, force, report)
+        result = _build_target(job, files, Path(out) / job.target.name, force, report)
         with counting:
             done.append(job.target)
             report.steps(len(done), len(planned), "targets")
@@ -133,7 +138,7 @@ def build_bundles(
 
     if len(planned) > 1:
         report.steps(0, len(planned), "targets")
-    pool = ThreadPoolExecutor(jobs or _parallel_builds(manifest))
+    pool = ThreadPoolExecutor(jobs or _parallel_builds(package.lock.bytes))
     try:
         return BuildReport(list(pool.map(one, planned)))
     except BaseException:  # an interrupt: do not wait for the others, which may take minutes
@@ -152,14 +157,14 @@ def reasons_to_build(
     plugins: bool | None = None,
     layout: str | None = None,
     shapes: Shapes | None = None,
+    place: bool = True,
     only: str | None = None,
 ) -> dict[str, str]:
     """Why :func:`build_bundles` would build each target; "" if it is unchanged. Arguments and errors are the same.
 
     With ``only``, the answer is for that target only.
     """
-    manifest = read_manifest(graph, kind=GRAPH_KIND)
-    planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
+    planned = _jobs(read_package(graph), targets, plugins, layout, shapes, place)
     return {
         job.target.name: _reason_to_build(Path(out) / job.target.name, job.spec())
         for job in planned
@@ -168,16 +173,15 @@ def reasons_to_build(
 
 
 def _jobs(
-    graph: Path, manifest: dict[str, Any], targets: Sequence[str | Target], plugins: bool | None, layout: str | None,
-    shapes: Shapes | None,
+    package: Package, targets: Sequence[str | Target], plugins: bool | None, layout: str | None, shapes: Shapes | None,
+    place: bool,
 ) -> list[_Job]:  # fmt: skip
     chosen = resolve_targets(targets)
-    if "injection" in manifest:
-        choices = _injected_choices(graph, manifest, chosen, plugins, layout)
+    if "injection" in package.manifest:
+        choices = _injected_choices(package.folder, package.manifest, chosen, plugins, layout)
     else:
-        spec = spec_from_file(Path(graph) / CONFIG)
-        choices = choose(spec, manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
-    return [_Job(Path(graph), manifest, choice, shapes or Shapes()) for choice in choices]
+        choices = choose(package.spec, package.manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
+    return [_Job(package, choice, shapes or Shapes(), place) for choice in choices]
 
 
 def _injected_choices(
@@ -202,21 +206,25 @@ def _injected_choices(
     ]
 
 
-def _parallel_builds(manifest: dict[str, Any]) -> int:
-    files = [*manifest["files"].values(), *manifest.get("linked", {}).values()]
-    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in files))
+def _parallel_builds(weight_bytes: int) -> int:
+    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * weight_bytes)
     memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One target's build: the graph package, its manifest, and everything else that the bundle depends on."""
+    """One target's build: the graph package, and everything else that the bundle depends on."""
 
-    graph: Path
-    manifest: dict[str, Any]
+    package: Package
     choice: Choice
     shapes: Shapes
+    place: bool
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the package."""
+        return self.package.manifest
 
     @property
     def target(self) -> Target:
@@ -245,8 +253,8 @@ class _Job:
 
             compiler = compiler_identity()
         return BuildSpec(
-            graph_sha256=self.manifest["files"][MODEL]["sha256"],
-            weights_sha256=_other_files_digest(self.manifest),
+            graph_sha256=_files_digest(self.manifest, graphs=True),
+            weights_sha256=_files_digest(self.manifest, graphs=False),
             target=self.target.to_dict(),
             backend=self.target.backend,
             backend_version=backend_version(self.target),
@@ -255,10 +263,11 @@ class _Job:
             kernel_compiler=compiler,
             layout=self.layout,
             shapes=self.shapes,
+            place=self.place or self.target.sm is not None,
         )
 
 
-def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> TargetResult:
+def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: bool, report: Progress) -> TargetResult:
     start = time.monotonic()
     target = job.target
 
@@ -277,9 +286,10 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
                     progress.expect(expected.low, expected.high)
                 with staged(folder, kind=KIND) as work:
                     build = _write_cpu if target.backend == "onnxruntime" else _write_engine
-                    content = build(job, work, progress)
+                    content = build(job, files, work, progress)
                     content["build"]["seconds"] = round(time.monotonic() - start, 3)
-                    write_manifest(work, kind=KIND, content=_common(job, spec) | content)
+                    known = content.pop("known", {})
+                    write_manifest(work, kind=KIND, content=_common(job, spec) | content, known=known)
             layers = content["engine"].get("plugin_layers")
             plugins = f" with {layers} plugin layers" if layers else ""
             progress(f"built in {time.monotonic() - start:.1f} s{plugins}")
@@ -292,10 +302,10 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
             return done("failed", str(failure), failure.exit_code)
 
 
-def _other_files_digest(manifest: dict[str, Any]) -> str:
-    known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
-    known |= {name: f"{facts['head_sha256']}:{facts['bytes']}" for name, facts in manifest.get("linked", {}).items()}
-    return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
+def _files_digest(manifest: dict[str, Any], *, graphs: bool) -> str:
+    """sha256 over the graphs of a package, or over its other files: the lock, the configuration and the tokenizer."""
+    known = {name: f["sha256"] for name, f in manifest["files"].items() if name.endswith(".onnx") == graphs}
+    return sha256_json({"files": known, "layers": manifest["layers"]} if graphs else {"files": known})
 
 
 def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
@@ -338,7 +348,7 @@ def _change(name: str, old: Any, new: Any) -> str:
 
 
 #: Fields that a bundle depends on and that are nowhere else in its manifest.
-_RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "recipe")
+_RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "place", "recipe")
 
 
 def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
@@ -353,7 +363,7 @@ def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
         "layout": spec.layout,
         "shapes": asdict(spec.shapes),
         "inputs": {
-            "graph": {"manifest_sha256": sha256_file(job.graph / "manifest.json")},
+            "graph": {"manifest_sha256": sha256_file(job.package.folder / "manifest.json")},
             "checkpoint": manifest["inputs"]["checkpoint"],
         },
         "cache_key": spec.cache_key(),
@@ -371,56 +381,52 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
             shutil.copyfile(graph / name, work / name)
 
 
-def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
+def _write_cpu(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> dict[str, Any]:
     import onnxruntime
 
-    from ..plugins.inject import rotary_channels
-    from .passes.cpu import cpu_graph
+    from .chain import write_chain
 
-    progress("optimizing the graph")
-    state = [StateTensor(**row) for row in job.manifest["state"]]
-
-    def pack(model: Any) -> None:
-        if job.layout != DENSE:
-            state[:] = pack_state(model, state, job.layout, rotary_channels(job.graph))
-
-    nodes = cpu_graph(job.graph, work, prepare=pack)
-    _copy(job.graph, work, (TOKENIZER,))
+    package = job.package
+    state, nodes, known = write_chain(
+        package, files, work, layout=job.layout, rotary=package.spec.rope_dim, place=job.place, progress=progress
+    )  # fmt: skip
+    _copy(package.folder, work, (TOKENIZER, LOCK))
     progress("loading it in ONNX Runtime")
-    try:
-        session = onnxruntime.InferenceSession(str(work / MODEL), providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime raises its own classes, which share no base
-        raise BuildError(f"ONNX Runtime cannot load the graph: {str(error)[:400]}") from None
-    names = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
-    missing = [name for tensor in state for name in (tensor.input, tensor.output) if name not in names]
-    if missing:
-        raise BuildError(f"the graph lacks the state tensors {', '.join(missing[:5])}. Export it again.")
+    for name in nodes:
+        try:
+            onnxruntime.InferenceSession(str(work / f"{FOLDER}/{name}.onnx"), providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises its own classes, which share no base
+            raise BuildError(f"ONNX Runtime cannot load the segment {name}: {str(error)[:400]}") from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "state": [tensor.to_dict() for tensor in state],
-        "engine": {"file": MODEL, "nodes": nodes},
+        "engine": {"file": CHAIN, "nodes": nodes},
         "build": {"peak_rss_bytes": peak},
+        "known": known,
     }
 
 
-def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
-    from ..plugins.inject import rotary_channels
-    from .engine_build import build_plan
-    from .passes.lower import lowered_graph
+def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> dict[str, Any]:
+    import onnx_ir as ir
 
-    target = job.target
+    from ..export.stitch import bind_weights, flat_model
+    from .engine_build import build_plan
+    from .passes.lower import MODEL, lowered_graph
+
+    target, package = job.target, job.package
     assert target.sm is not None
-    injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
+    proto, bundled = _inject(job, work, progress) if job.plugins else (flat_model(package), Bundled())
     progress(f"lowering to {target.precision}")
-    state = [StateTensor(**row) for row in job.manifest["state"]]
+    model = bind_weights(ir.from_proto(proto), package.lock, files)
     # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
     scratch = work.with_name(f"{work.name}-graph")
     scratch.mkdir()
     try:
         state, precision, weights = lowered_graph(
-            job.graph, scratch, state, target.precision, sm=target.sm, injected=injected, layout=job.layout,
-            rotary=rotary_channels(job.graph), tokens=job.shapes.batch[2] * job.shapes.chunk[2],
+            model, package.spec, scratch, package.state, target.precision, sm=target.sm, layout=job.layout,
+            rotary=package.spec.rope_dim, tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
+        del model, proto
         named = named_capability(target.sm) if target.backend == RTX else target.sm
         result = build_plan(
             scratch / MODEL, work / PLAN, sm=named, state=state, shapes=job.shapes, backend=target.backend,
@@ -431,7 +437,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     unbundled = set(result["kernels"]) - bundled.names
     if unbundled:
         raise BuildError(f"the engine can launch kernels that were not compiled: {', '.join(sorted(unbundled))}.")
-    _copy(job.graph, work, (TOKENIZER,))
+    _copy(package.folder, work, (TOKENIZER,))
     return {
         "state": [tensor.to_dict() for tensor in state],
         "engine": {
@@ -447,15 +453,16 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
 def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     """Inject the model, and compile the kernels that it launches into the bundle."""
-    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+    from ..export.stitch import flat_model
+    from ..plugins.inject import inject_nodes, set_library, strip_injection
     from .bundled_kernels import bundle_kernels
 
     target = job.target
     assert target.sm is not None
-    model = flat_model(job.graph)
+    model = flat_model(job.package)
     strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
     injection = inject_nodes(
-        model, job.manifest["state"], rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,
+        model, job.manifest["state"], rotary=job.package.spec.rope_dim, target=target.name, sm=target.sm,
         dtype=target.precision, layout=job.layout,
     )  # fmt: skip
     progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")

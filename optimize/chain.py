@@ -23,7 +23,7 @@ from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight
 from ..export.contract.state import StateTensor
-from ..export.operators.packed import PARTS
+from ..export.in_place import Rows, in_place_rows, row_weight, take_rows
 from ..export.package import FOLDER, Package
 from ..export.roles import EXPERTS, onnx_dtype
 from ..export.segments import STEP, STEP_INPUTS, Segment
@@ -32,7 +32,7 @@ from ..progress import BYTES, Progress, Say, silent
 from .passes.cpu import optimize_for_cpu
 from .passes.hoist import hoist
 from .passes.pack import pack_state
-from .passes.place import Rows, row_weight, rows_of, take_float32, take_rows
+from .passes.place import take_float32
 
 _ALIGNMENT = 64
 _NAMES = {
@@ -66,19 +66,7 @@ def placement(package: Package, name: str, *, place: bool = True) -> Placement:
         matrix = weight.dtype == "F8_E4M3" and scale_name(role) in first
         if place and role != "embed.weight" and (weight.dtype in _NARROW or matrix):
             found.widened.add(role)
-    codes, scales = f"{EXPERTS}.codes", f"{EXPERTS}.scales"
-    if codes in first and first[scales].dtype == "I8":
-        sizes = {file: facts.bytes for file, facts in package.lock.files.items()}
-        for owner in owners:
-            weights = package.lock.weights[owner]
-            pair = [rows_of(weights[role], len(PARTS), sizes) for role in (codes, scales)]
-            if pair[0] is None or pair[1] is None or pair[0].slots != pair[1].slots:
-                found.rows.clear()
-                break
-            found.rows[owner] = (pair[0], pair[1])
-        forms = {tuple((rows.stride, rows.starts) for rows in pair) for pair in found.rows.values()}
-        if len(forms) > 1:
-            found.rows.clear()
+    found.rows = in_place_rows(package.lock, owners, EXPERTS)
     return found
 
 
@@ -156,7 +144,9 @@ def _prepare(
     if segment.name not in package.layers:
         return []
     rows = package.state_of(package.layers.index(segment.name))
-    own = [StateTensor(**row.to_dict() | {"input": f"past.{row.group}", "output": f"present.{row.group}"}) for row in rows]
+    own = [
+        StateTensor(**row.to_dict() | {"input": f"past.{row.group}", "output": f"present.{row.group}"}) for row in rows
+    ]
     return own if layout == DENSE else pack_state(segment.model, own, layout, rotary)
 
 
@@ -193,6 +183,7 @@ class _Placed:
         self._package, self._files, self._placements, self._progress = package, files, placements, progress
         self.digests: dict[str, str] = {}
         self._at = 0
+        self._blocks: dict[tuple[str, str], tuple[int, int]] = {}
 
     def write(self, path: Path) -> dict[str, dict[str, Bound]]:
         """Write the file, unless nothing is placed; returns where every weight of every call lies."""
@@ -272,8 +263,7 @@ class _Placed:
         bound = Bound(PLACED, True, self._at, "float32", weight.shape)
         if weight.dtype == "F8_E4M3":
             scale = self._package.lock.weights[owner][scale_name(role)]
-            rows, columns = weight.shape
-            block = self._block(owner, role, rows, columns)
+            block = self._block(owner, role)
             codes = torch.frombuffer(read_parts(weight, self._files), dtype=torch.float8_e4m3fn).reshape(weight.shape)
             kind = torch.float32 if scale.dtype == "F32" else torch.float8_e8m0fnu
             factors = torch.frombuffer(read_parts(scale, self._files), dtype=kind).reshape(scale.shape)
@@ -285,11 +275,14 @@ class _Placed:
             add(torch.frombuffer(data, dtype=kind).to(torch.float32).numpy().tobytes())
         return bound
 
-    def _block(self, owner: str, role: str, rows: int, columns: int) -> tuple[int, int]:
+    def _block(self, owner: str, role: str) -> tuple[int, int]:
         """Rows and columns that share a scale: what the package's graph says, which has it from config.json."""
         name = dict(self._package.calls())[owner]
-        for node in self._package.segment(name).model.graph:
-            if node.name == f"{role}.scaled":
-                blocks = node.attributes["blocks"].as_ints()
-                return int(blocks[1]), int(blocks[3])
+        if (name, role) not in self._blocks:
+            for node in self._package.segment(name).model.graph:
+                if (node.name or "").endswith(".scaled"):
+                    blocks = node.attributes["blocks"].as_ints()
+                    self._blocks[name, (node.name or "").removesuffix(".scaled")] = (int(blocks[1]), int(blocks[3]))
+        if (name, role) in self._blocks:
+            return self._blocks[name, role]
         raise BuildError(f"the segment {name} does not say which elements of {role} share a scale. Export it again.")

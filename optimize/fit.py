@@ -20,11 +20,10 @@ from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
 from .history import BUILD, EXPORT, Estimate, Run, estimate
-from .kept_weights import Package, kept_formats, weight_bytes_in
+from .kept_weights import FLOAT32, built_in, kept_formats, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)
-FLOAT32_PACKAGE = Package()
 
 # The planner's names for rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
@@ -117,7 +116,7 @@ def plan_target(
     chunk: int = 256,
     plugins: bool | None = None,
     profile: str = HF,
-    package: Package = FLOAT32_PACKAGE,
+    stored: str = FLOAT32,
     max_context: bool = False,
     runs: Sequence[Run] = (),
 ) -> TargetPlan:
@@ -132,7 +131,7 @@ def plan_target(
         chunk: tokens of a sequence that go through the model at once.
         plugins: whether GPU targets get plugins; None is the default of ``build``.
         profile: of the graph.
-        package: how the graph package stores its weights.
+        stored: the format of the checkpoint's experts.
         max_context: also find the largest context that fits.
         runs: earlier runs on this machine, for the time.
 
@@ -143,7 +142,7 @@ def plan_target(
     check_sizes(batch, chunk)
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
     sizes = {name: weight_bytes_in(spec, name, target.sm) for name in kept_formats(target.sm)}
-    built_in = package.built_in(target.sm)
+    written = built_in(stored, target.sm)
     capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
     code = (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) if target.sm is not None else _CPU_GRAPH
@@ -156,11 +155,11 @@ def plan_target(
         activations=live,
         plugins=choice.plugins,
         weights=sizes,
-        built_in=built_in,
-        bundle=sizes[built_in] + code * spec.num_layers,
+        built_in=written,
+        bundle=sizes[written] + code * spec.num_layers,
         build=estimate(
-            list(runs), BUILD, weight_bytes=weight_bytes_in(spec, package.format), layers=spec.num_layers,
-            backend=target.backend, plugins=choice.plugins, weights=package.weights,
+            list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,
+            backend=target.backend, plugins=choice.plugins,
         ),
         missing=missing_for(choice),
         max_context={
@@ -178,7 +177,7 @@ def _resident(
     return (
         plan_memory(spec, context=context, batch=batch, layout=rows),
         2 if gpu and not choice.plugins else 1,
-        # For a package with weights in float32, where experts take most.
+        # For plain experts, which take most.
         activations(
             spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if gpu else 4,
             room=None if gpu else BLOCK_ROOM,
@@ -199,16 +198,15 @@ def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chu
     return low
 
 
-def graph_bytes(spec: ModelSpec, package: Package = FLOAT32_PACKAGE) -> int:
-    """Size of the graph package on disk; the links of ``reference`` take nothing."""
-    held = 0 if package.weights == "reference" else weight_bytes_in(spec, package.format)
-    return held + _GRAPH * spec.num_layers
+def graph_bytes(spec: ModelSpec) -> int:
+    """Size of the graph package on disk: a segment per kind of layer; weights stay where they are."""
+    kinds = set(zip(spec.layer_types, spec.hash_layers, strict=True))
+    return _GRAPH * len(kinds)
 
 
-def export_estimate(spec: ModelSpec, runs: Sequence[Run], package: Package = FLOAT32_PACKAGE) -> Estimate | None:
+def export_estimate(spec: ModelSpec, runs: Sequence[Run], stored: str = FLOAT32) -> Estimate | None:
     """How long an export may take here, or None if no earlier run tells."""
-    held = weight_bytes_in(spec, package.format)
-    return estimate(list(runs), EXPORT, weight_bytes=held, layers=spec.num_layers, weights=package.weights)
+    return estimate(list(runs), EXPORT, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers)
 
 
 def within_model(spec: ModelSpec, context: int) -> int:

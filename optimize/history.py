@@ -31,13 +31,12 @@ _COMPARABLE = 64  # weights that many times larger or smaller say nothing: the b
 
 @dataclass(frozen=True)
 class Run:
-    """One completed stage: "export" or "build", the backend of a build, whether it had plugins, how the package stores its
-    weights (``foldkv export --weights``), their bytes including linked files, the number of layers, and the seconds it took."""
+    """One completed stage: "export" or "build", the backend of a build, whether it had plugins, the bytes of the weights, the
+    number of layers, and the seconds it took."""
 
     stage: str
     backend: str
     plugins: bool
-    weights: str
     weight_bytes: int
     layers: int
     seconds: float
@@ -79,7 +78,7 @@ def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         manifest = json.loads((graph / MANIFEST).read_text())
         layers = len(manifest["model"]["layer_types"])
-        run = Run(stage, backend, plugins, manifest["weights"], weight_bytes(manifest), layers, round(seconds, 3))
+        run = Run(stage, backend, plugins, weight_bytes(manifest), layers, round(seconds, 3))
         path = history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:  # one short write: lines of two processes do not mix
@@ -90,17 +89,13 @@ def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> 
     """How long a build from the graph package with this manifest takes; None without a comparable run."""
     return estimate(
         read_runs(), BUILD, weight_bytes=weight_bytes(manifest), layers=len(manifest["model"]["layer_types"]),
-        backend=backend, plugins=plugins, weights=manifest["weights"],
+        backend=backend, plugins=plugins,
     )  # fmt: skip
 
 
 def weight_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of a graph package's weights, in its own files and in linked ones."""
-    from ..export.graph import WEIGHTS
-    from ..export.weights import FOLDER
-
-    files = {**manifest["files"], **manifest.get("linked", {})}
-    return sum(facts["bytes"] for name, facts in files.items() if name == WEIGHTS or name.startswith(f"{FOLDER}/"))
+    """Bytes of the weights that a graph package's lock names."""
+    return int(manifest["weights"]["bytes"])
 
 
 def read_runs() -> list[Run]:
@@ -130,7 +125,6 @@ def estimate(
     layers: int,
     backend: str = "",
     plugins: bool = False,
-    weights: str = "float32",
 ) -> Estimate | None:
     """How long a stage may take, from the runs of that kind with the nearest weights; None without a comparable run.
 
@@ -144,7 +138,7 @@ def estimate(
     alike = [
         run
         for run in runs
-        if (run.stage, run.backend, run.plugins, run.weights) == (stage, backend, plugins, weights)
+        if (run.stage, run.backend, run.plugins) == (stage, backend, plugins)
         and 1 / _COMPARABLE <= run.weight_bytes / weight_bytes <= _COMPARABLE
     ]
     if not alike:

@@ -16,18 +16,18 @@ from ..export.memory import parameter_groups, table_bytes
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Bits per parameter of each group (export/memory.py), how to export a package with it, and the source.
+    """Bits per parameter of each group (export/memory.py), which checkpoints give it, and the source.
 
     Attributes:
         name: of the experts' format.
         bits: of each group; of ``projections`` where engines keep e4m3 matrices.
-        exported: the value of `foldkv export --weights`.
+        stored: what the checkpoint must be for `build` to write it.
         source: how it is known.
     """
 
     name: str
     bits: Mapping[str, float]
-    exported: str
+    stored: str
     source: str
 
 
@@ -46,13 +46,13 @@ FLOAT32 = "float32"
 FORMATS = {
     row.name: row
     for row in (
-        WeightFormat("float32", _bits(32, 32, 32), "float32", "the cpu target: ONNX Runtime's graph is float32"),
+        WeightFormat("float32", _bits(32, 32, 32), "any plain format", "the cpu target: ONNX Runtime's graph is float32"),
         WeightFormat(
-            "bf16", _bits(16, 16, 16), "float32",
+            "bf16", _bits(16, 16, 16), "any plain format",
             "TensorRT-RTX 1.7 built for 80, 86, 89, 120, 121; NVIDIA's TensorRT support matrix for 90, 100, 103",
         ),
-        WeightFormat("fp8", _bits(8, 8, 16), "reference or repack", f"experts in e4m3, {_WORDS}"),
-        WeightFormat("fp4", _bits(4.25, 8, 16), "reference or repack", f"experts in e2m1, {_WORDS}"),
+        WeightFormat("fp8", _bits(8, 8, 16), "fp8", f"experts in e4m3, {_WORDS}"),
+        WeightFormat("fp4", _bits(4.25, 8, 16), "fp4", f"experts in e2m1, {_WORDS}"),
     )
 }  # fmt: skip
 
@@ -72,22 +72,16 @@ def kept_formats(sm: int | None) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if sm is None or name != FLOAT32)
 
 
-@dataclass(frozen=True)
-class Package:
-    """How a graph package stores its weights: ``weights`` is the value of ``foldkv export --weights``, ``stored`` the format
-    of the checkpoint's experts."""
+def built_in(stored: str, sm: int | None) -> str:
+    """The format in which ``build`` writes a bundle for a compute capability, None for the cpu.
 
-    weights: str = FLOAT32
-    stored: str = FLOAT32
+    Quantised experts stay as they are stored. Plain ones become the type of their products.
 
-    @property
-    def format(self) -> str:
-        """The format of the package's own weights."""
-        return FLOAT32 if self.weights == FLOAT32 else self.stored
-
-    def built_in(self, sm: int | None) -> str:
-        """The format in which ``build`` writes a bundle for a compute capability, None for the cpu."""
-        return kept_formats(sm)[0] if self.format == FLOAT32 else self.format
+    Args:
+        stored: the format of the checkpoint's experts.
+        sm: of the target.
+    """
+    return stored if stored in ("fp8", "fp4") else kept_formats(sm)[0]
 
 
 _EXPERT_DTYPES = {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "bf16"}

@@ -18,12 +18,12 @@ from typing import Any
 import onnx
 
 from .. import __version__
-from ..artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
+from ..artifact import MANIFEST, sha256_file, staged, verify_files, write_manifest
 from ..errors import InputError, listing
-from ..export.checkpoint.config_reader import spec_from_file
 from ..export.contract.layouts import DENSE, CacheLayout, cache_layout, row_bytes
-from ..export.graph import CONFIG, KIND, MODEL, flat_model, link_file
 from ..export.operators.registry import DOMAIN
+from ..export.package import INJECTED, KIND, read_package
+from ..export.stitch import flat_model
 from ..progress import Say, silent
 from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 from .launch import Kernel, kernels
@@ -107,9 +107,10 @@ def inject(
     Raises:
         ArtifactError: the graph package is damaged.
         InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes or was already
-            injected, the layout is unknown, ``out`` cannot be written, or linked files cannot be linked there.
+            injected, the layout is unknown.
     """
-    manifest = read_manifest(graph, kind=KIND)
+    package = read_package(graph)
+    manifest = package.manifest
     verify_files(graph, manifest)
     if "injection" in manifest:
         raise InputError(
@@ -117,39 +118,25 @@ def inject(
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
-    model = flat_model(graph)
+    model = flat_model(package)
     injection = inject_nodes(
-        model, manifest["state"], rotary=rotary_channels(graph), target=target, sm=sm, dtype=dtype, layout=layout,
+        model, manifest["state"], rotary=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
     )  # fmt: skip
     for row in injection.rows:
         progress(f"{row.operator}: {row.injected} of {row.nodes}")
     with staged(Path(out), kind=KIND) as folder:
         for name in manifest["files"]:
-            if name != MODEL:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(Path(graph) / name, folder / name)
-        heads: dict[str, int] = {}
-        for name, facts in manifest.get("linked", {}).items():
-            link_file(
-                (Path(graph) / name).resolve(), folder / name,
-                advice=f"Choose an output folder on the file system of {graph}, or let build inject: `foldkv build --plugins on`.",
-            )  # fmt: skip
-            heads[name] = facts["head_bytes"]
-        onnx.save(model, folder / MODEL)
-        made_anew = ("files", "kind", "schema_version", "linked", "layers")
-        content = {key: value for key, value in manifest.items() if key not in made_anew}
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(graph) / name, folder / name)
+        onnx.save(model, folder / INJECTED)
+        content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
         content["foldkv_version"] = __version__
         content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
         content["injection"] = injection.facts()
-        known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
-        write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
+        known = {name: facts["sha256"] for name, facts in manifest["files"].items()}
+        write_manifest(folder, kind=KIND, content=content, known=known)
     return injection
-
-
-def rotary_channels(graph: Path) -> int:
-    """Channels of a row that RoPE turns, from the configuration in a graph package."""
-    return spec_from_file(Path(graph) / CONFIG).rope_dim
 
 
 def inject_nodes(

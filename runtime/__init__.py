@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .bundle import load_bundle as load_bundle
     from .detokenizer import TextStream as TextStream
+    from .model import Model as Model
     from .sampling import GREEDY as GREEDY
     from .sampling import Sampling as Sampling
     from .session import Session as Session
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 #: From a public name to its module.
 _HOMES = {
-    "Bundle": "bundle", "Completion": "text", "GREEDY": "sampling", "Sampling": "sampling", "Session": "session",
+    "Bundle": "bundle", "Completion": "text", "GREEDY": "sampling", "Model": "model", "Sampling": "sampling", "Session": "session",
     "Snapshot": "session", "TextStream": "detokenizer", "TokenStream": "session", "Tokenizer": "tokenizer",
-    "generate_text": "text", "load_bundle": "bundle", "plan_bytes": "state", "stream_text": "text",
+    "generate_text": "text", "load_bundle": "bundle", "plan_bytes": "buffers", "stream_text": "text",
 }  # fmt: skip
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the names of the table
 

@@ -11,7 +11,7 @@ the processors from one another.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, listing
-from ..export.contract.chain import CHAIN, STEP, Bound, ChainTable
-from ..export.contract.lock import LOCK, WeightsLock
+from ..export.contract.chain import CHAIN, STEP, Bound, Call, ChainTable
+from ..export.contract.lock import LOCK, WeightsLock, weight_folders
 from ..packages import installed, lacks
 from .backend import FloatArray, IntArray, default_threads
 from .buffers import STATE_TYPES, StateBuffers
 from .bundle import Bundle
-from .weight_files import TYPES, WeightFiles, check_indices, find_files, weight_folders
+from .weight_files import TYPES, WeightFiles, check_indices, find_files
 
 _STREAMS, _AFTER, _PAST, _PRESENT = "streams", "after", "past.", "present."
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 _SIZE = re.compile(r"(batch|chunk|kept)(?: ([+*]) (\d+))?")
+#: Called with a layer or None, the streams [B, S, N, C] after it, and other outputs by name.
+Observer = Callable[[int | None, FloatArray, Mapping[str, npt.NDArray[Any]]], None]
 # Threads of the process's one pool, once it exists.
 _pool: list[int] = []
 
@@ -38,9 +40,22 @@ class ChainModel:
     """The segments of a bundle, loaded, and its weights, mapped. Any number of executors share it, also on several threads."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, spin: bool = True, weights_from: Path | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        spin: bool = True,
+        weights_from: Path | None = None,
+        instead: Mapping[str, bytes] | None = None,
     ) -> None:
         """Find and map the weights, and load the segments.
+
+        Args:
+            bundle: the checked bundle.
+            threads: threads per operator.
+            spin: let idle threads wait actively.
+            weights_from: where the checkpoint's weight files are.
+            instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
 
         Raises:
             ArtifactError: a segment cannot be loaded, or is not the one that the table describes.
@@ -62,15 +77,29 @@ class ChainModel:
             self.files.open(name, path, lock.files[name])
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
-        options = _options(onnxruntime, threads or default_threads(), spin)
-        self.sessions = {name: _load(onnxruntime, bundle.folder / file, options) for name, file in self.table.segments.items()}
+        options = session_options(onnxruntime, threads or default_threads(), spin)
+        self.sessions = {
+            name: _load(onnxruntime, bundle.folder / file, options, (instead or {}).get(name))
+            for name, file in self.table.segments.items()
+        }
         self.inputs = {name: {v.name: v for v in session.get_inputs()} for name, session in self.sessions.items()}
         self.outputs = {name: {v.name: v for v in session.get_outputs()} for name, session in self.sessions.items()}
         self._check()
         self.weights: dict[str, dict[str, Any]] = {
-            call.owner: {role: self._value(call.owner, role, bound) for role, bound in self.table.weights[call.owner].items()}
+            call.owner: {
+                role: self._value(call.owner, role, bound) for role, bound in self.table.weights[call.owner].items()
+            }
             for call in self.table.calls
         }
+
+    def executor(self, context: int, batch: int) -> tuple[StateBuffers, ChainExecutor]:
+        """State for a batch of sequences, and an executor over it."""
+        buffers = StateBuffers(self.bundle.state, context, batch)
+        return buffers, ChainExecutor(self, buffers, batch=batch)
+
+    def close(self) -> None:
+        """Drop the segments and the mapped files; executors keep what they use."""
+        self.sessions, self.weights = {}, {}
 
     def _value(self, owner: str, role: str, bound: Bound) -> Any:
         array = self.files.view(bound)
@@ -89,8 +118,16 @@ class ChainModel:
             tensors = {t.group: t for t in self.bundle.state.tensors if t.layer == call.layer}
             state = {_PAST + group: tensor for group, tensor in tensors.items()}
             known = {*shared, *weights, *state, _STREAMS, *self.bundle.io.inputs}
-            findings += [f"{call.owner}: the segment {call.segment} takes {name!r}, which nothing gives" for name in inputs if name not in known]
-            findings += [f"{call.owner}: the segment {call.segment} has no input {name!r}" for name in (*weights, *state) if name not in inputs]
+            findings += [
+                f"{call.owner}: the segment {call.segment} takes {name!r}, which nothing gives"
+                for name in inputs
+                if name not in known
+            ]
+            findings += [
+                f"{call.owner}: the segment {call.segment} has no input {name!r}"
+                for name in (*weights, *state)
+                if name not in inputs
+            ]
             for name, tensor in state.items():
                 if name not in inputs:
                     continue
@@ -127,7 +164,8 @@ class ChainExecutor:
         self._shape: tuple[int, int] | None = None
         self._made: dict[str, npt.NDArray[Any]] = {}
         self._step = model.sessions[STEP].io_binding()
-        self._calls = []
+        self._calls: list[tuple[Call, Any, Any]] = []
+        self._extra: dict[str, dict[str, int]] = {}
         for call in model.table.calls:
             session = model.sessions[call.segment]
             binding = session.io_binding()
@@ -140,6 +178,7 @@ class ChainExecutor:
                     )
                     binding.bind_ortvalue_input(_PAST + tensor.group, value)
                     binding.bind_ortvalue_output(_PRESENT + tensor.group, value)
+            self._extra[call.owner] = self._bind_extra(binding, call)
             self._calls.append((call, session, binding))
         self._trim = self._ort.RunOptions()
         self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -153,8 +192,13 @@ class ChainExecutor:
         logit_indices: IntArray,
         *,
         trim: bool = False,
+        observe: Observer | None = None,
     ) -> FloatArray:
         """See :meth:`foldkv.runtime.backend.Executor.run`.
+
+        Args:
+            observe: called after every segment with its layer (None for the ends), the streams, and its outputs that nothing
+                else takes. The arrays are overwritten later.
 
         Raises:
             FoldkvError: ONNX Runtime failed; the state may be half updated.
@@ -173,6 +217,8 @@ class ChainExecutor:
             for call, session, binding in self._calls:
                 owner = call.owner
                 session.run_with_iobinding(binding, options)
+                if observe is not None:
+                    self._show(call, binding, observe)
         except Exception as error:
             raise FoldkvError(
                 f"ONNX Runtime failed in {owner} on a chunk of {input_ids.shape[1]} tokens in a batch of {self._batch} with "
@@ -180,6 +226,12 @@ class ChainExecutor:
                 "if memory ran out, use a smaller chunk."
             ) from error
         return self._logits
+
+    def _show(self, call: Call, binding: Any, observe: Observer) -> None:
+        values = binding.get_outputs()  # in the order in which they were first bound
+        more = {name: values[at].numpy() for name, at in self._extra[call.owner].items()}
+        number = next(number for number, (other, _, _) in enumerate(self._calls) if other == call)
+        observe(call.layer, self._made[f"{_STREAMS}.{number % 2}"], more)
 
     def forget(self) -> None:
         """See :meth:`foldkv.runtime.backend.Executor.forget`."""
@@ -191,6 +243,15 @@ class ChainExecutor:
         self._calls = []
         self._step = None
 
+    def _bind_extra(self, binding: Any, call: Call) -> dict[str, int]:
+        """Let ONNX Runtime allocate outputs that nothing takes; returns their numbers among the bound outputs."""
+        names = list(self._model.outputs[call.segment])
+        state = [name for name in names if name.startswith(_PRESENT)]
+        extra = [name for name in names if name not in (*state, _STREAMS, _AFTER, self._bundle.io.logits)]
+        for name in extra:
+            binding.bind_output(name, "cpu")
+        return {name: len(state) + number for number, name in enumerate(extra)}
+
     def _fit(self, chunk: int, kept: int) -> None:
         """Make and bind buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
         if self._shape == (chunk, kept):
@@ -201,9 +262,13 @@ class ChainExecutor:
         self._given[names.logit_indices] = np.zeros((self._batch, kept), np.int64)
         self._logits = np.empty((self._batch, kept, self._bundle.model.vocab_size), np.float32)
         self._made = {name: _buffer(value, sizes) for name, value in model.outputs[STEP].items()}
-        [first] = {_STREAMS: v for n, v in model.outputs[model.table.calls[0].segment].items() if n == _STREAMS}.values()
+        [first] = {
+            _STREAMS: v for n, v in model.outputs[model.table.calls[0].segment].items() if n == _STREAMS
+        }.values()
         self._made |= {f"{_STREAMS}.{half}": _buffer(first, sizes) for half in (0, 1)}
-        values = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in (self._given | self._made).items()}
+        values = {
+            name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in (self._given | self._made).items()
+        }
         logits = self._ort.OrtValue.ortvalue_from_numpy(self._logits)
         for name in model.inputs[STEP]:
             self._step.bind_ortvalue_input(name, values[name])
@@ -239,9 +304,8 @@ def _buffer(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[Any]:
     return np.zeros(shape, _NUMPY[value.type])
 
 
-def _options(onnxruntime: Any, threads: int, spin: bool) -> Any:
+def session_options(onnxruntime: Any, threads: int, spin: bool) -> Any:
     options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     # Sizes depend on how much context is in use, so the pattern of one run does not fit the next.
@@ -251,7 +315,7 @@ def _options(onnxruntime: Any, threads: int, spin: bool) -> Any:
         options.use_per_session_threads = False
     else:
         # Threads of several pools that wait actively take the processors from one another.
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
@@ -268,9 +332,9 @@ def _shared_pool(onnxruntime: Any, threads: int) -> bool:
     return _pool[0] == threads
 
 
-def _load(onnxruntime: Any, model: Path, options: Any) -> Any:
+def _load(onnxruntime: Any, model: Path, options: Any, instead: bytes | None) -> Any:
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(instead or str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ArtifactError(
             f"{model} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {first_line(error)}. "

@@ -1,4 +1,4 @@
-"""A session: one bundle, its state for a batch of sequences, and decoding on top.
+"""A session: one model, its state for a batch of sequences, and decoding on top.
 
 From prompts to tokens: ``generate`` and ``stream`` build on ``prefill`` and ``decode``, and all of them on
 ``forward``, which feeds any number of tokens to each slot of the batch at the slot's own position. Text is a separate
@@ -8,7 +8,7 @@ The last token that a stream gave out is part of its slot's sequence, although i
 the slot next comes after it. So a conversation that is fed turn by turn equals the same conversation fed at once.
 
 A session has one state, so only one thread at a time can use it. A second call at the same time is refused, not queued.
-Use one session per thread. Where ONNX Runtime maps the weight file, the system shares its pages.
+Use one session per thread; sessions of one :class:`~foldkv.runtime.Model` share its segments and weights.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CapacityError, FoldkvError, InputError, short
-from .backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
-from .buffers import Buffers, StateBuffers
-from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
+from .backend import Executor, FloatArray, IntArray
+from .bundle import Bundle
+from .model import Model
 from .sampling import GREEDY, Sampler, Sampling
 
 Logits = Literal["last", "all"]
@@ -66,7 +66,8 @@ class Session:
     """Decoding with a bundle. A context manager; ``close`` frees the model.
 
     Attributes:
-        bundle: the checked bundle.
+        model: the open model.
+        bundle: its bundle, checked.
         context: tokens that each sequence can hold.
         batch: sequences (slots) decoded together.
         chunk: tokens of a sequence that go through the model at once, at most.
@@ -75,47 +76,52 @@ class Session:
 
     def __init__(
         self,
-        bundle: Path,
+        model: Model | Path,
         *,
         context: int | None = None,
         batch: int = 1,
         threads: int | None = None,
         chunk: int = 256,
         spin: bool = True,
+        weights_from: Path | None = None,
     ) -> None:
-        """Check the bundle (sha256 of every file), allocate the state, load the model.
+        """Open the model unless it is given open, and allocate the state.
 
         Args:
-            bundle: the folder of one target, as ``foldkv build`` wrote it.
+            model: an open model, which can be shared, or the folder of one target, as ``foldkv build`` wrote it.
             context: tokens to plan for, at most the model's ``max_position_embeddings`` and what an engine was built
                 for; this maximum is the default.
             batch: number of sequences.
-            threads: threads per operator; the default is the processors that this process may use.
+            threads: for a folder: threads per operator; see :class:`~foldkv.runtime.Model`.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
-            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slower on a busy one.
+            spin: for a folder: let idle threads wait actively.
+            weights_from: for a folder: where the checkpoint's weight files are.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
-            InputError: an argument is out of range, or the state does not fit into memory.
+            InputError: an argument is out of range, weights are missing, or the state does not fit into memory.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         for name, value in (("context", context), ("batch", batch), ("threads", threads), ("chunk", chunk)):
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
-        try:
-            folder = Path(bundle)
-        except TypeError:
-            raise InputError(f"bundle must be the path of a folder, got {short(bundle)}.") from None
-        self.bundle: Bundle = load_bundle(folder)
-        require_backend(self.bundle)
+        self._own = None if isinstance(model, Model) else Model(
+            model, threads=threads, spin=spin, weights_from=weights_from
+        )  # fmt: skip
+        opened = model if isinstance(model, Model) else self._own
+        assert opened is not None
+        if self._own is None and (threads is not None or weights_from is not None):
+            raise InputError("threads and weights_from belong to the model, which is open already. Give them to Model.")
+        self.model: Model = opened
+        self.bundle: Bundle = opened.bundle
         longest = self.bundle.model.max_position_embeddings
         if context is not None and context > longest:
-            raise InputError(f"context is {context}; the model in {bundle} takes at most {longest} tokens.")
+            raise InputError(f"context is {context}; the model in {self.bundle.folder} takes at most {longest} tokens.")
         self.context: int = min(longest, self.bundle.largest("context") or longest) if context is None else context
         self.batch: int = batch
         self.chunk: int = min(chunk, self.context, self.bundle.largest("chunk") or chunk)
         self.vocab_size: int = self.bundle.model.vocab_size
-        self._buffers, executor = _open(self.bundle, self.context, batch, threads, spin)
+        self._buffers, executor = opened.open(self.context, batch)
         self._executor: Executor | None = executor
         self._positions: IntArray = np.zeros(batch, np.int64)
         self._pending: list[int | None] = [None] * batch
@@ -139,6 +145,8 @@ class Session:
         if self._executor is not None:
             self._executor.close()
             self._executor = None
+            if self._own is not None:
+                self._own.close()
 
     @property
     def positions(self) -> IntArray:
@@ -538,17 +546,6 @@ class TokenStream(Iterator[tuple[int, int]]):
                     )
             if None not in reasons:
                 return
-
-
-def _open(bundle: Bundle, context: int, batch: int, threads: int | None, spin: bool) -> tuple[Buffers, Executor]:
-    """The state and the executor of a bundle's backend."""
-    if bundle.backend == ONNXRUNTIME:
-        buffers = StateBuffers(bundle.state, context, batch)
-        return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads, spin=spin)
-    from .engine import EngineExecutor
-
-    engine = EngineExecutor(bundle, context=context, batch=batch)
-    return engine.buffers, engine
 
 
 def _sequence(name: str, value: Any) -> list[Any]:

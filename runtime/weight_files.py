@@ -21,19 +21,11 @@ from ..errors import ArtifactError, InputError
 from ..export.contract.chain import Bound
 from ..export.contract.lock import LockedFile, WeightsLock
 
-VARIABLE = "FOLDKV_WEIGHTS"
 #: numpy's storage of a type, and ONNX's number for it; numpy has no narrow floats, so integers hold their bits.
 TYPES: dict[str, tuple[npt.DTypeLike, int]] = {
     "float32": (np.float32, 1), "bfloat16": (np.uint16, 16), "float16": (np.float16, 10), "int64": (np.int64, 7),
     "int32": (np.int32, 6), "int8": (np.int8, 3), "float8e4m3fn": (np.uint8, 17),
 }  # fmt: skip
-
-
-def weight_folders(bundle: Path, given: Path | None, before: str | None) -> list[Path]:
-    """Where weights are looked for: what the caller names, ``FOLDKV_WEIGHTS``, ``weights/`` of the bundle, where they were."""
-    named = [given] if given is not None else []
-    variable = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-    return [*named, *variable, bundle / "weights", *([Path(before)] if before else [])]
 
 
 def find_files(lock: WeightsLock, wanted: set[str], folders: list[Path]) -> dict[str, Path]:

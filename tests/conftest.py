@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 
-from foldkv.export.graph import export_checkpoint
+from foldkv.export.package import export_checkpoint
 from foldkv.optimize import history
 from foldkv.optimize.build import build_bundles
 

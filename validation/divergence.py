@@ -1,11 +1,11 @@
-"""Find where two models diverge: compare the residual streams of the bundle's graph and the reference after every layer.
+"""Find where two models diverge: compare the residual streams of the bundle and the reference after every layer.
 
-The compared values are inside the graph, which names them for this purpose (docs/artifacts.md)."""
+The streams are what flows from segment to segment, so they are there in every bundle that is a chain."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 
 from ..errors import ArtifactError
-from ..export.model.decoder import CHOSEN, TAP
-from ..runtime.buffers import StateBuffers
+from ..export.contract.chain import CHAIN, ChainTable
+from ..export.segments import CHOSEN
 from ..runtime.bundle import Bundle
+from ..runtime.chain import ChainModel, Observer
 
 Streams = npt.NDArray[np.float32]
 #: Relative error above which a layer counts as different from the reference's. Float32 in another
@@ -41,58 +41,58 @@ class LayerFigure:
 
 
 class Taps:
-    """Values inside a bundle's graph, made outputs of a copy in memory. All texts use one copy.
+    """Looks into a bundle's chain: the streams between its segments, and the entries that indexers chose. All texts use one copy.
 
     Raises:
-        ArtifactError: the graph was made without taps.
+        ArtifactError: a segment with an indexer does not name what it chose.
     """
 
     def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int) -> None:
-        self._bundle = bundle
-        self._chosen = {layer: CHOSEN.format(layer=layer) for layer in csa_layers}
-        self._streams = [TAP.format(layer=layer) for layer in range(bundle.model.num_layers)]
-        self._session = _tapped(bundle, [*self._streams, *self._chosen.values()], threads)
+        self._csa = list(csa_layers)
+        table = ChainTable.read(bundle.folder / CHAIN)
+        kinds = {call.segment for call in table.calls if call.layer in self._csa}
+        opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
+        self._model = ChainModel(bundle, threads=threads, spin=False, instead=opened)
 
     def chosen(self, tokens: Sequence[int]) -> dict[int, npt.NDArray[np.integer]]:
         """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""
-        return dict(zip(self._chosen, self._values(tokens, list(self._chosen.values())), strict=True))
+        found: dict[int, npt.NDArray[np.integer]] = {}
+
+        def keep(layer: int | None, streams: Streams, more: Mapping[str, npt.NDArray[Any]]) -> None:
+            if layer in self._csa:
+                found[layer] = more[CHOSEN][0].copy()
+
+        self._prefill(tokens, keep)
+        return found
 
     def streams(self, tokens: Sequence[int]) -> list[Streams]:
         """Streams [n, N, C] after every layer, from one prefill of an empty state."""
-        return self._values(tokens, self._streams)
+        found: list[Streams] = []
 
-    def _values(self, tokens: Sequence[int], names: list[str]) -> list[Any]:
-        if not names:
-            return []
-        bundle, count = self._bundle, len(tokens)
-        state = StateBuffers(bundle.state, count, 1)
-        feeds: dict[str, Any] = {tensor.input: state.arrays[tensor.name] for tensor in bundle.state.tensors}
-        feeds |= {
-            bundle.io.input_ids: np.array([tokens], np.int64),
-            bundle.io.positions: np.zeros(1, np.int32),
-            bundle.io.num_tokens: np.array([count], np.int32),
-            bundle.io.active_context: np.array([count], np.int64),
-            bundle.io.logit_indices: np.zeros((1, 1), np.int64),
-        }
-        known = {value.name for value in self._session.get_inputs()}
-        return [value[0] for value in self._session.run(names, {k: v for k, v in feeds.items() if k in known})]
+        def keep(layer: int | None, streams: Streams, more: Mapping[str, npt.NDArray[Any]]) -> None:
+            if layer is not None:
+                found.append(streams[0].copy())
+
+        self._prefill(tokens, keep)
+        return found
+
+    def _prefill(self, tokens: Sequence[int], observe: Observer) -> None:
+        count = len(tokens)
+        _, executor = self._model.executor(count, 1)
+        executor.run(
+            np.array([tokens], np.int64), np.zeros(1, np.int64), np.array([count]), count, np.zeros((1, 1), np.int64),
+            observe=observe,
+        )  # fmt: skip
+        executor.close()
 
 
-def _tapped(bundle: Bundle, names: list[str], threads: int) -> Any:
-    model = onnx.load(bundle.engine, load_external_data=False)
-    inside = {name for node in model.graph.node for name in node.output}
-    if missing := [name for name in names if name not in inside]:
-        raise ArtifactError(f"{bundle.engine} has no value {missing[0]!r} to compare layers by. Export it again.")
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(Path(bundle.engine).parent.resolve())
-    )
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def _with_choices(file: Path) -> bytes:
+    """A segment with the entries that its indexer chose as another output."""
+    model = onnx.load(file)
+    if not any(CHOSEN in node.output for node in model.graph.node):
+        raise ArtifactError(f"{file} has no value {CHOSEN!r} to compare choices by. Make the bundle again.")
+    model.graph.output.append(onnx.ValueInfoProto(name=CHOSEN))
+    return bytes(model.SerializeToString())
 
 
 def compare_layers(

@@ -16,6 +16,7 @@ from .. import __version__
 from ..artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
 from ..errors import ArtifactError, InputError
 from ..export.checkpoint.reader import Checkpoint
+from ..export.contract.chain import ChainTable
 from ..export.contract.geometry import CSA
 from ..export.contract.profiles import PROFILES, SERVED
 from ..optimize.build import KIND as BUNDLE
@@ -137,7 +138,7 @@ def _checked_bundle(folder: Path) -> Bundle:
 
 def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
     made = manifest["inputs"]["checkpoint"]
-    expected, found = made["sha256"], checkpoint.identity() if made.get("of") == "headers" else checkpoint.digest()
+    expected, found = made["sha256"], checkpoint.identity()
     if found != expected:
         raise InputError(
             f"{bundle} was made from another checkpoint than {checkpoint.folder} (sha256 {expected[:12]}... against "
@@ -196,7 +197,9 @@ def validation_threads(bundle: Bundle) -> int:
     Operators of a small model take microseconds. With more threads, torch and ONNX Runtime spend four fifths of the processor time
     on waiting actively. On a busy machine they take that time from the thread that they wait for.
     """
-    weights = sum(file["bytes"] for kind in ("files", "linked") for file in bundle.manifest.get(kind, {}).values())
+    weights = sum(
+        weight.bytes for roles in ChainTable.read(bundle.engine).weights.values() for weight in roles.values()
+    )
     return 1 if weights < SMALL_BYTES else default_threads()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from ...errors import ArtifactError, InputError, listing
 
 LOCK = "weights.lock.json"
 VERSION = 1
+#: Names folders with weights, separated like those of PATH.
+VARIABLE = "FOLDKV_WEIGHTS"
 #: Bits of an element, by the dtypes of safetensors that a segment takes.
 BITS = {"F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "F8_E4M3": 8, "F8_E8M0": 8, "U8": 8, "I8": 8}
 
@@ -122,7 +125,9 @@ class WeightsLock:
             raise ArtifactError(f"{path} cannot be read as JSON ({error}). Export the checkpoint again.") from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION:
-            raise ArtifactError(f"{path} has version {version!r}; this foldkv reads {VERSION}. Export the checkpoint again.")
+            raise ArtifactError(
+                f"{path} has version {version!r}; this foldkv reads {VERSION}. Export the checkpoint again."
+            )
         try:
             files = {name: LockedFile(**facts) for name, facts in content["files"].items()}
             names = list(files)
@@ -197,6 +202,17 @@ class WeightsLock:
                 )
             )
         return found
+
+
+def weight_folders(artifact: Path, given: Path | None, before: str | None) -> list[Path]:
+    """Where weights are looked for: where the caller says, ``FOLDKV_WEIGHTS``, ``weights/`` in the artifact, where they were.
+
+    If the caller says where, nowhere else: other weights than those that were meant must not stand in for them.
+    """
+    if given is not None:
+        return [given]
+    variable = [Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+    return [*variable, artifact / "weights", *([Path(before)] if before else [])]
 
 
 def misfit(path: Path, file: LockedFile) -> str | None:

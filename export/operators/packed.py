@@ -135,9 +135,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
 class _Bands:
     """Statements that multiply one weight with columns, a band of rows at a time; their constants are added to a table."""
 
-    def __init__(
-        self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray], scaled: bool
-    ) -> None:
+    def __init__(self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray], scaled: bool) -> None:
         (rows, columns), (r, c) = matrix.shape, matrix.grid
         self.part, self.halves, self.scaled = part, halves, scaled
         width = columns // halves  # bytes of a row
@@ -197,7 +195,6 @@ class _Bands:
                 {name}_number = Cast <to = 6> ({name}_bytes)
                 {name}_index = Reshape ({name}_number, {name}_lanes)
         """
-
 
     def _slice(self, kind: str, out: str) -> str:
         """A band's part of the expert's row of ``codes`` or ``scales``."""

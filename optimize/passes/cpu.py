@@ -8,8 +8,6 @@ one node per half step, and caches are read in blocks (blocks.py). Results diffe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +24,6 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import pattern, rewrite
 from onnxscript.rewriter.ort_fusions.rms_normalization import fuse_rms_normalization
 
-from ...export.external import read_lazily
-from ...export.graph import MODEL, WEIGHTS
-from ...export.layers import flat
 from ...export.operators.experts import grouped_body
 from ...export.operators.registry import DOMAIN
 from .blocks import read_in_blocks
@@ -36,18 +31,6 @@ from .blocks import read_in_blocks
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number: torch.export writes the rows of window and chunk in this way.
 _SUM = re.compile(r"(\w+) \+ (\d+)")
-
-
-def cpu_graph(graph: Path, out: Path, *, prepare: Callable[[ir.Model], None] = lambda _: None) -> dict[str, int]:
-    """Write the graph of the package ``graph`` to ``out`` in the form best for ONNX Runtime; returns node counts.
-
-    ``prepare`` may change the model before its operators are inlined.
-    """
-    model = flat(read_lazily(ir.load(graph / MODEL), graph))
-    prepare(model)
-    inlined = optimize_for_cpu(model)
-    ir.save(model, out / MODEL, external_data=WEIGHTS)
-    return {"inlined": inlined, "optimized": len(model.graph)}
 
 
 def optimize_for_cpu(model: ir.Model) -> int:

@@ -91,7 +91,9 @@ def _move(step: ir.Model, model: ir.Model, name: str, known: _Known) -> list[ir.
 
 def _movable(node: ir.Node, twin: dict[ir.Value, ir.Value]) -> bool:
     """Whether a node reads only constants and what the step has, and at least one of the latter."""
-    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
         return False
     given = [value for value in node.inputs if value is not None]
     return any(value in twin for value in given) and all(value in twin or _constant(value) for value in given)
@@ -126,5 +128,3 @@ def _fixed(value: ir.Value) -> bool:
     return all(
         isinstance(size, int) or (size.value is not None and _STEP_SIZE.fullmatch(size.value)) for size in value.shape
     )
-
-

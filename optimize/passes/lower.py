@@ -15,19 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from ...artifact import confined
 from ...errors import BuildError
-from ...export.checkpoint.config_reader import spec_from_file
+from ...export.contract.geometry import ModelSpec
 from ...export.contract.layouts import DENSE, LAYOUTS, row_bytes
 from ...export.contract.state import StateTensor
 from ...export.external import read_values
-from ...export.graph import CONFIG, MODEL, WEIGHTS, flat_model
 from ...export.memory import gathered_tokens
-from ...export.operators.experts import bounded_body
+from ...export.operators.experts import FoldkvRoutedExperts, bounded_body
 from ...plugins.declarations import PLUGINS, STATE
 from ...plugins.inject import NAMESPACE_ATTRIBUTE
 from ..kept_weights import fp8_gap
@@ -44,20 +42,22 @@ LOW_STATE = ("window", "entries", "index_entries")
 
 _TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}  # fmt: skip
 _PRECISIONS = ("float32", "bfloat16")
-# Folder beside the lowered graph with links to the package's weight files, and the size up to which tensors stay in the graph.
-_SOURCE, _INLINE_BYTES = "graph", 256
+# Folder beside the lowered graph with links to the checkpoint's files, and the size up to which tensors stay in the graph.
+_SOURCE, _INLINE_BYTES = "weights", 256
+#: The lowered model, and the file beside it with weights that were changed.
+MODEL, WEIGHTS = "model.onnx", "weights.bin"
 # Nodes between a weight and its product that keep it the same matrix.
 _LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
 
 def lowered_graph(
-    graph: Path,
+    model: ir.Model,
+    spec: ModelSpec,
     out: Path,
     state: list[StateTensor],
     precision: str,
     *,
     sm: int,
-    injected: onnx.ModelProto | None = None,
     layout: str = DENSE,
     rotary: int = 0,
     tokens: int = 1,
@@ -65,30 +65,29 @@ def lowered_graph(
     """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and the format
     of its weights.
 
-    Weights that change are written one at a time. The others stay in the package's files, and ``out`` has links to those.
+    Weights that change are written one at a time. The others stay in the checkpoint's files, and ``out`` has links to those.
 
     Args:
-        graph: folder of the graph package with the model's weights.
+        model: the flat graph with its weights as initializers (export/stitch.py), perhaps with nodes given to plugins; it
+            is changed.
+        spec: the geometry.
         out: folder for the lowered graph.
         state: the state tensors of the graph.
         precision: of the large products and of dense rows.
         sm: compute capability that the graph is for; it decides which weight formats stay.
-        injected: the flat graph with nodes given to plugins; the default is the package's, made flat.
         layout: name of the cache layout; anything but "dense" requires that only plugins touch the rows.
         rotary: rotated channels of a row, for packed layouts.
         tokens: the most tokens that the engine takes at once (batch times chunk); decides how experts' weights are gathered.
 
     Raises:
-        ArtifactError: weights are outside of the package.
+        ArtifactError: a weight's file ends within the weight.
         BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that a node
             without a plugin reads.
     """
     if precision not in _PRECISIONS:
         raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_PRECISIONS)}.")
-    model = ir.from_proto(flat_model(graph) if injected is None else injected)
-    ir.external_data.set_base_dir(model.graph, graph)
     dtype = _TYPES[precision]
-    _bound_experts(model, graph, tokens, dtype)
+    _narrow_experts(model, spec, tokens, dtype)
     stored_weights = place_weights(model, dtype, low=_is_low, no_fp8=fp8_gap(sm))
     kept = {node.op_type for node in model.graph if NAMESPACE_ATTRIBUTE in node.attributes}
     InlinePass(criteria=lambda function: function.name not in kept)(model)
@@ -111,16 +110,16 @@ def lowered_graph(
             _lower_products(value, name, dtype, counts)
     RemoveUnusedNodesPass()(model)
     weights = stored_weights.facts(model)
-    _write(model, graph, out)
+    _write(model, out)
     return state, counts, weights
 
 
-def _bound_experts(model: ir.Model, graph: Path, tokens: int, dtype: ir.DataType) -> None:
-    """Let an engine gather the experts' weights for a few tokens at a time, if ``tokens`` at once would be too many."""
-    at_once = gathered_tokens(spec_from_file(graph / CONFIG), int(dtype.itemsize))
-    if tokens <= at_once:
-        return
-    body = ir.serde.deserialize_function(bounded_body(at_once))
+def _narrow_experts(model: ir.Model, spec: ModelSpec, tokens: int, dtype: ir.DataType) -> None:
+    """Give plain experts a body whose products run in the weights' type, and which gathers the weights of a few tokens at a
+    time if ``tokens`` at once would be too many."""
+    at_once = gathered_tokens(spec, int(dtype.itemsize))
+    proto = FoldkvRoutedExperts.to_function_proto() if tokens <= at_once else bounded_body(at_once)
+    body = ir.serde.deserialize_function(proto)
     if body.identifier() in model.functions:
         model.functions[body.identifier()] = body
 
@@ -129,17 +128,19 @@ def _is_low(name: str) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in LOW_PRECISION)
 
 
-def _write(model: ir.Model, graph: Path, out: Path) -> None:
+def _write(model: ir.Model, out: Path) -> None:
     """Write the graph with the new weights, and links to the files of the others."""
     new = []
+    folders: dict[str, str] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
         assert tensor is not None
         if isinstance(tensor, ir.ExternalTensor):
-            location = str(tensor.location)
-            _link(confined(graph, location).resolve(), out / _SOURCE / location)
+            folder = folders.setdefault(str(tensor.base_dir), f"{_SOURCE}/{len(folders)}")
+            location = f"{folder}/{tensor.location}"
+            _link(confined(Path(tensor.base_dir), str(tensor.location)).resolve(), out / location)
             value.const_value = ir.ExternalTensor(
-                f"{_SOURCE}/{location}", tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape),
+                location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape),
                 name=value.name or "", base_dir=out,
             )  # fmt: skip
         elif tensor.nbytes > _INLINE_BYTES:

@@ -1,0 +1,94 @@
+"""A model: a bundle opened on this machine, shared by any number of sessions.
+
+A model has the loaded segments and the mapped weights. Each session has its own state and buffers. Sessions of one model can
+run on several threads at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..errors import InputError, short
+from .backend import Executor
+from .buffers import Buffers
+from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
+
+
+class Model:
+    """A bundle, checked and opened. A context manager; ``close`` frees it.
+
+    Attributes:
+        bundle: the checked bundle.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        threads: int | None = None,
+        spin: bool = True,
+        weights_from: Path | None = None,
+    ) -> None:
+        """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
+
+        Args:
+            bundle: the folder of one target, as ``foldkv build`` wrote it.
+            threads: threads per operator; the default is the processors that this process may use. The first model with
+                several threads makes the process's pool; models with the same number share it.
+            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slower on a busy one.
+            weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS``
+                says, in ``weights/`` of the bundle, and where the checkpoint was exported from.
+
+        Raises:
+            ArtifactError: the bundle is damaged, incomplete, changed or of another version.
+            InputError: an argument is wrong, or weights are missing or are others.
+            MissingDependencyError: a package or a device that the bundle's backend needs is missing.
+        """
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
+        try:
+            folder = Path(bundle)
+            source = None if weights_from is None else Path(weights_from)
+        except TypeError:
+            wrong = bundle if not isinstance(bundle, str | Path) else weights_from
+            raise InputError(f"bundle and weights_from must be paths of folders, got {short(wrong)}.") from None
+        self.bundle: Bundle = load_bundle(folder)
+        require_backend(self.bundle)
+        self._chain: Any = None
+        if self.bundle.backend == ONNXRUNTIME:
+            from .chain import ChainModel
+
+            self._chain = ChainModel(self.bundle, threads=threads, spin=spin, weights_from=source)
+
+    def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
+        """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.
+
+        Raises:
+            InputError: the state does not fit into memory, or an engine was built for other sizes.
+        """
+        if self._chain is not None:
+            buffers, executor = self._chain.executor(context, batch)
+            return buffers, executor
+        from .engine import EngineExecutor
+
+        engine = EngineExecutor(self.bundle, context=context, batch=batch)
+        return engine.buffers, engine
+
+    def changed(self) -> list[str]:
+        """What happened to the weight files since they were opened; nothing if they are the same. For readiness checks."""
+        return [] if self._chain is None else list(self._chain.files.changed())
+
+    def close(self) -> None:
+        """Free segments and weights. Sessions of the model cannot be used any more."""
+        if self._chain is not None:
+            self._chain.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
