@@ -25,8 +25,8 @@ from moe import CONFIG
 
 import foldkv
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.package import export_checkpoint
 from foldkv.export.memory import BLOCK_ROOM, activations
+from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import PLAN, build_bundles
 from foldkv.optimize.recipe import Shapes
 

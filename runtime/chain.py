@@ -262,9 +262,7 @@ class ChainExecutor:
         self._given[names.logit_indices] = np.zeros((self._batch, kept), np.int64)
         self._logits = np.empty((self._batch, kept, self._bundle.model.vocab_size), np.float32)
         self._made = {name: _buffer(value, sizes) for name, value in model.outputs[STEP].items()}
-        [first] = {
-            _STREAMS: v for n, v in model.outputs[model.table.calls[0].segment].items() if n == _STREAMS
-        }.values()
+        first = model.outputs[model.table.calls[0].segment][_STREAMS]
         self._made |= {f"{_STREAMS}.{half}": _buffer(first, sizes) for half in (0, 1)}
         values = {
             name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in (self._given | self._made).items()

@@ -169,10 +169,14 @@ row(
 )
 row("graph: manifest not JSON", graph(lambda f: (f / "manifest.json").write_text("{")), 2, "not JSON")
 row("graph: newer schema", graph(manifest(lambda m: m.update(schema_version=9))), 2, "schema_version 9")
-row("graph: no model", graph(lambda f: (f / "model.onnx").unlink()), 2, "model.onnx is missing")
-row("graph: flipped bit in the model", graph(flip("model.onnx")), 2, "changed after it was made")
-row("graph: flipped bit in the weights", graph(flip("weights.bin")), 2, "changed after it was made")
-row("graph: weights cut", graph(lambda f: (f / "weights.bin").write_bytes(b"x")), 2, "has 1 bytes")
+row("graph: no segment", graph(lambda f: (f / "segments/head.onnx").unlink()), 2, "head.onnx is missing")
+row("graph: flipped bit in a segment", graph(flip("segments/csa-moe.onnx")), 2, "changed after it was made")
+row("graph: flipped bit in the lock", graph(flip("weights.lock.json")), 2, "weights.lock.json")
+row("graph: lock cut", graph(lambda f: (f / "weights.lock.json").write_bytes(b"x")), 2, "has 1 bytes")
+row("graph: older form", graph(manifest(lambda m: m.pop("segments"))), 2, "older form")
+row(
+    "graph: two layers swapped", graph(manifest(lambda m: m["layers"].reverse())), 2, "takes other weights than the lock"
+)
 row(
     "graph: a file outside",
     graph(manifest(lambda m: m["files"].update({"/etc/hostname": {"bytes": 1, "sha256": "0"}}))),
@@ -234,8 +238,8 @@ def generate(*options: str, text: str = "text") -> Callable[[World], list[str]]:
 
 row("bundle: no folder", lambda w: ["generate", str(w.tmp / "none"), "x"], 2, "manifest.json")
 row("bundle: a graph instead", lambda w: ["generate", str(w.graph), "x"], 2, "foldkv.graph")
-row("bundle: model cut", bundle(lambda f: (f / "model.onnx").write_bytes(b"")), 2, "has 0 bytes")
-row("bundle: flipped bit", bundle(flip("weights.bin")), 2, "changed after it was made")
+row("bundle: segment cut", bundle(lambda f: (f / "segments/head.onnx").write_bytes(b"")), 2, "has 0 bytes")
+row("bundle: flipped bit", bundle(flip("placed.bin")), 2, "changed after it was made")
 row("bundle: unlisted file", bundle(lambda f: (f / "extra").write_text("x")), 2, "extra")
 row("generate: empty text", generate(text=""), 2, "empty")
 row("generate: no tokens wanted", generate("-n", "0"), 2, "-n")
@@ -300,7 +304,7 @@ row("pipeline: newer version", pipeline(HEAD.replace("1", "2", 1)), 2, "version 
 row("pipeline: unknown key", pipeline(HEAD + 'chekpoint = "x"\n'), 2, "did you mean 'checkpoint'")
 row("pipeline: unknown key in a table", pipeline(HEAD + '[build]\ntarget = ["cpu"]\n'), 2, "did you mean 'targets'")
 row("pipeline: a number for a text", pipeline(HEAD.replace('"out"', "7")), 2, "output is 7")
-row("pipeline: unknown weights", pipeline(HEAD + '[export]\nweights = "fp8"\n'), 2, "export.weights is 'fp8'")
+row("pipeline: weights of an older version", pipeline(HEAD + '[export]\nweights = "repack"\n'), 2, "weights")
 row("pipeline: unknown target", pipeline(HEAD + '[build]\ntargets = ["a10O"]\n'), 2, "unknown target 'a10O'")
 row("pipeline: no targets", pipeline(HEAD + "[build]\ntargets = []\n"), 2, "build.targets")
 row("pipeline: unknown gate", pipeline(HEAD + "[validate]\ngates = { top = 1.0 }\n"), 2, "unknown gate 'top'")
@@ -384,7 +388,7 @@ def test_a_bad_input_is_one_clear_error_and_writes_nothing(
 
 @pytest.mark.parametrize(
     "name",
-    ["config: negative window", "tensors: one missing", "weights: data cut", "graph: flipped bit in the weights"],
+    ["config: negative window", "tensors: one missing", "weights: data cut", "graph: flipped bit in a segment"],
 )
 def test_an_older_artifact_outlives_a_bad_input(
     tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path, tmp_path: Path, name: str

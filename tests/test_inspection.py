@@ -30,14 +30,20 @@ def test_a_bundle_says_what_a_session_takes(tiny_bundle: Path) -> None:
             with Session(tiny_bundle, context=int(context)) as session:
                 assert session.state_bytes == size
     text = plain(facts)
-    assert "layout: dense" in text and "batch: 1, 1, 4" in text and "file: model.onnx" in text and "MiB" in text
+    assert "layout: dense" in text and "batch: 1, 1, 4" in text and "file: chain.json" in text and "MiB" in text
     assert facts["state"]["groups"]["entries"] == {"tensors": 3, "dtype": "float32", "width": 64}
 
 
-def test_a_graph_package_says_its_nodes_and_how_it_has_its_weights(tiny_graph: Path) -> None:
+def test_a_graph_package_says_its_segments_and_how_its_weights_are_stored(
+    tiny_graph: Path, tiny_checkpoint: Path
+) -> None:
     facts = inspect_artifact(tiny_graph)
-    assert facts["nodes"]["graph"] > sum(facts["operators"].values()) and facts["weights"] == "float32"
-    assert "weights: float32" in plain(facts) and "FoldkvCompress: 4" in plain(facts)
+    assert {name: row["layers"] for name, row in facts["segments"].items() if row["layers"]} == {
+        "sliding-hash": 1, "csa-moe": 2, "hca-moe": 1,
+    }  # fmt: skip
+    stored = facts["weights"]["stored"]
+    assert sum(stored.values()) == sum(header.bytes for header in Checkpoint(tiny_checkpoint).headers.values())
+    assert "BF16:" in plain(facts) and "FoldkvCompress: 4" in plain(facts)
 
 
 def test_a_checkpoint_says_its_geometry_and_how_its_tensors_are_stored(tiny_checkpoint: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path)
     assert judged["provenance"]["date"] == measured["provenance"]["date"] and judged["metrics"] == measured["metrics"]
     assert judged["headline"] == "all gates hold, 1 is loosened"
     # Damage is repaired, from the stage on that it is in.
-    model = out / "bundles" / "cpu" / "weights.bin"
+    model = out / "bundles" / "cpu" / "placed.bin"
     content = bytearray(model.read_bytes())
     content[100] ^= 1
     model.write_bytes(content)
@@ -97,7 +97,6 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
     done: set[str] = set()
     for step, finished in [
         ("export: tracing", set()),
-        ("export: writing", set()),
         ("build: cpu: optimizing", {"graph"}),
         ("validate: text 1", {"graph", "bundles/cpu"}),
         ("validate: retrieval", {"graph", "bundles/cpu"}),
@@ -276,16 +275,9 @@ def test_nothing_would_be_done_twice_unless_forced(finished: Path) -> None:
     assert reasons(finished, force=True, only="validate") == {"validate": "--force"}
 
 
-@pytest.mark.parametrize(
-    ("change", "stage", "reason"),
-    [
-        ('profile = "served"', "export", "export.profile was hf, is served"),
-        ('weights = "repack"', "export", "export.weights was float32, is repack"),
-    ],
-)
-def test_a_changed_setting_of_export_is_the_reason(finished: Path, change: str, stage: str, reason: str) -> None:
-    found = reasons(finished, PIPELINE + f"[export]\n{change}\n")
-    assert found == MADE_ANEW | {stage: reason}
+def test_a_changed_setting_of_export_is_the_reason(finished: Path) -> None:
+    found = reasons(finished, PIPELINE + '[export]\nprofile = "served"\n')
+    assert found == MADE_ANEW | {"export": "export.profile was hf, is served"}
 
 
 def test_changed_settings_of_build_and_validate_are_the_reasons(finished: Path) -> None:
@@ -323,7 +315,7 @@ def test_another_foldkv_or_tool_is_the_reason(finished: Path, monkeypatch: pytes
     found = reasons(finished)
     assert found["export"] == "it was made by foldkv 0.1.0; this is 9.9"
     monkeypatch.undo()
-    monkeypatch.setattr("foldkv.export.graph.tool_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("foldkv.export.package.tool_versions", lambda: {"torch": "9.9"})
     assert reasons(finished)["export"].endswith(", is 9.9") and "torch was" in reasons(finished)["export"]
     monkeypatch.undo()
     monkeypatch.setattr("foldkv.optimize.choices.version_of", lambda _: "9.9")

@@ -38,8 +38,8 @@ from kit import DEFAULT_PARCEL, ROOT
 from onnx import TensorProto, helper
 from step_engine import PACKED, sources
 
-from foldkv.export.package import export_checkpoint
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators
+from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.bundled_kernels import bundle_kernels
 from foldkv.optimize.engine_build import build_plan

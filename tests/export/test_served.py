@@ -15,20 +15,20 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from whole import whole_model
 
-from foldkv.artifact import read_manifest
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
 from foldkv.export.contract.geometry import CSA, SLIDING
 from foldkv.export.contract.profiles import check_profile
 from foldkv.export.contract.state import state_tensors
-from foldkv.export.graph import KIND, export_checkpoint
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
 from foldkv.export.operators.quantize import quantized_fp4, quantized_fp8
 from foldkv.export.operators.rope import rope
+from foldkv.export.package import export_checkpoint, read_package
 from foldkv.export.served import (
     E2M1,
     E4M3,
@@ -131,8 +131,9 @@ def prompt(folder: Path, count: int, seed: int = 0) -> Tensor:
 
 def run_graph(graph: Path, ids: Tensor, splits: list[int], context: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [n, V] and the state of one sequence, unread rows holding NaN."""
-    ort = onnxruntime.InferenceSession(str(graph / "model.onnx"), providers=["CPUExecutionProvider"])
-    rows = read_manifest(graph, kind=KIND)["state"]
+    model = whole_model(graph, graph.with_name("whole"))
+    ort = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    rows = read_package(graph).manifest["state"]
     state = {
         row["input"]: np.full((1, row["rows"] or -(-context // row["ratio"]), row["width"]), np.nan, np.float32)
         for row in rows

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from engine import HostDriver, library
+from lowered import lowered
 from onnx_ir.passes.common import InlinePass
 from onnxscript import FLOAT, script
 from recorded import Recorded
@@ -29,7 +30,6 @@ from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.fit import plan_target
-from foldkv.optimize.passes.lower import lowered_graph
 from foldkv.optimize.plan_file import check_plan, read_plan_header
 from foldkv.optimize.recipe import BuildSpec, Shapes
 from foldkv.optimize.targets import load_targets
@@ -82,10 +82,8 @@ def test_a_plan_for_something_else_or_cut_off_is_refused() -> None:
 
 
 def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(tiny_graph, kind="foldkv.graph")
-    state = [StateTensor(**row) for row in manifest["state"]]
-    lowered, counts, weights = lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89)
-    rows = {tensor.group: tensor.dtype for tensor in lowered}
+    state, counts, weights = lowered(tiny_graph, tmp_path, "bfloat16", sm=89)
+    rows = {tensor.group: tensor.dtype for tensor in state}
     assert rows["window"] == rows["entries"] == "bfloat16"
     assert rows["carry_kv"] == rows["carry_gate"] == rows["carry"] == "float32"
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
@@ -101,8 +99,7 @@ def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
     tiny_graph: Path, tmp_path: Path, room: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foldkv.export.memory.EXPERT_ROOM", room)
-    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
-    lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=89, tokens=64)
+    lowered(tiny_graph, tmp_path, "bfloat16", sm=89, tokens=64)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     loops = [node for node in model.graph.node if node.op_type == "Loop" and "experts" in str(node)]
     assert len(loops) == (4 if rounds else 0)
@@ -263,14 +260,12 @@ def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Pat
 
 
 def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
-    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
     with pytest.raises(BuildError, match=r"is packed, but .* is not a plugin"):
-        lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=80, layout="fp8", rotary=16)
+        lowered(tiny_graph, tmp_path, "bfloat16", sm=80, layout="fp8", rotary=16)
 
 
 def test_a_network_without_the_injected_plugins_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
-    state = [StateTensor(**row) for row in read_manifest(tiny_graph, kind="foldkv.graph")["state"]]
-    state, _, _ = lowered_graph(tiny_graph, tmp_path, state, "bfloat16", sm=80)
+    state, _, _ = lowered(tiny_graph, tmp_path, "bfloat16", sm=80)
     with pytest.raises(BuildError, match="0 plugin layers; 17 nodes were injected"):
         build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=80, state=state, shapes=SMALL, plugins=17)
     assert not (tmp_path / "plan").exists()
@@ -301,8 +296,7 @@ def test_an_engine_is_refused_where_it_cannot_run(engines: Path) -> None:
 
 
 def test_a_build_process_that_is_killed_is_an_error_and_leaves_nothing(tiny_graph: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(tiny_graph, kind="foldkv.graph")
-    state = [StateTensor(**row) for row in manifest["state"]]
+    state, _, _ = lowered(tiny_graph, tmp_path, "bfloat16", sm=80)
 
     def kill() -> None:
         for _ in range(600):
@@ -320,7 +314,7 @@ def test_a_build_process_that_is_killed_is_an_error_and_leaves_nothing(tiny_grap
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(BuildError, match="SIGKILL"):
-        build_plan(tiny_graph / "model.onnx", tmp_path / "engine.plan", sm=80, state=state, shapes=Shapes())
+        build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, state=state, shapes=Shapes())
     killer.join()
     assert not (tmp_path / "engine.plan").exists()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from foldkv import packages
-from foldkv.artifact import read_manifest
 from foldkv.errors import InputError, MissingDependencyError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.layouts import BUILT, DENSE, LAYOUTS
 from foldkv.export.contract.profiles import PROFILES
-from foldkv.export.graph import KIND, flat_model
+from foldkv.export.package import read_package
+from foldkv.export.stitch import flat_model
 from foldkv.optimize import choices
 from foldkv.optimize.build import build_bundles, reasons_to_build
 from foldkv.optimize.choices import PLUGINS, Choice, check_here, choose, kept_layouts, layout_gap
@@ -34,7 +34,8 @@ def graphs(tiny_graph: Path, served_graph: Path) -> dict[str, Path]:
 def injects(graph: Path, target: Target, layout: str) -> bool:
     """Whether the nodes of a graph can be given to plugins, as a build does it."""
     assert target.sm is not None
-    model, manifest = flat_model(graph), read_manifest(graph, kind=KIND)
+    package = read_package(graph)
+    model, manifest = flat_model(package), package.manifest
     spec = spec_from_file(graph / "config.json")
     try:
         inject_nodes(

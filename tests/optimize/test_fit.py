@@ -14,7 +14,7 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.memory import parameter_count, parameter_groups, plan_memory
 from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
-from foldkv.optimize.kept_weights import FORMATS, Package, fp8_gap, kept_formats, stored_format, weight_bytes_in
+from foldkv.optimize.kept_weights import FORMATS, fp8_gap, kept_formats, stored_format, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -115,15 +115,13 @@ def test_the_cpu_is_planned_with_the_packed_rows_that_build_gives_it() -> None:
         plan_targets(FLASH, [TARGETS["cpu"]], layout="fp8", context=4096)
 
 
-@pytest.mark.parametrize("weights", ["float32", "reference", "repack"])
-def test_the_bundle_is_counted_in_the_format_that_build_writes(weights: str) -> None:
-    package = Package(weights, "fp4")
+@pytest.mark.parametrize("stored", ["float32", "bf16", "fp8", "fp4"])
+def test_the_bundle_is_counted_in_the_format_that_build_writes(stored: str) -> None:
     for name, wide in (("cpu", "float32"), ("a100", "bf16"), ("rtx4090", "bf16")):
-        found = plan_target(FLASH, TARGETS[name], context=4096, package=package)
-        assert found.built_in == (wide if weights == "float32" else "fp4")
+        found = plan_target(FLASH, TARGETS[name], context=4096, stored=stored)
+        assert found.built_in == (stored if stored in ("fp8", "fp4") else wide)
         assert found.bundle >= found.weights[found.built_in] > 0.9 * found.bundle
-    held = {"float32": weight_bytes_in(FLASH, "float32"), "reference": 0, "repack": weight_bytes_in(FLASH, "fp4")}
-    assert 0 <= graph_bytes(FLASH, package) - held[weights] < 10_000_000
+    assert 0 < graph_bytes(FLASH) < 10_000_000
 
 
 def test_the_format_of_the_experts_is_read_off_headers_or_config() -> None:

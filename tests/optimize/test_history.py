@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from foldkv.export.package import read_package
 from foldkv.optimize import history
 from foldkv.optimize.build import TargetResult
 from foldkv.optimize.history import (
@@ -29,8 +30,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FOLDKV_CACHE", str(tmp_path / "cache"))
 
 
-def run(seconds: float, weights: int = MEGA, layers: int = 4, stage: str = EXPORT, mode: str = "float32") -> Run:
-    return Run(stage, "", False, mode, weights, layers, seconds)
+def run(seconds: float, weights: int = MEGA, layers: int = 4, stage: str = EXPORT) -> Run:
+    return Run(stage, "", False, weights, layers, seconds)
 
 
 def test_what_is_recorded_is_read_back_and_estimates_itself(tiny_graph: Path, tiny_bundle: Path) -> None:
@@ -38,31 +39,15 @@ def test_what_is_recorded_is_read_back_and_estimates_itself(tiny_graph: Path, ti
     built = TargetResult("cpu", "built", tiny_bundle, 5.0)
     record_builds(tiny_graph, [built, TargetResult("a100", "failed", Path("nowhere"), 3.0, "reason")])
     runs = read_runs()
-    weights = (tiny_graph / "weights.bin").stat().st_size
+    weights = read_package(tiny_graph).lock.bytes
     assert runs == [
-        Run(EXPORT, "", False, "float32", weights, 4, 20.0), Run(BUILD, "onnxruntime", False, "float32", weights, 4, 5.0)
+        Run(EXPORT, "", False, weights, 4, 20.0), Run(BUILD, "onnxruntime", False, weights, 4, 5.0)
     ]  # fmt: skip
     found = estimate(runs, EXPORT, weight_bytes=weights, layers=4)
     assert found and (found.low, found.high, found.runs) == (20.0, 20.0, 1)
     assert found.to_dict()["estimate"] is True
     other = estimate(runs, BUILD, weight_bytes=weights, layers=4, backend="tensorrt-rtx", plugins=True)
     assert other is None
-
-
-def test_weights_that_are_linked_or_lie_in_many_files_are_counted() -> None:
-    files = {"model.onnx": {"bytes": 7}, "tokenizer.json": {"bytes": 9}, "weights/a.bin": {"bytes": 10}}
-    linked = {"weights/model-1.safetensors": {"bytes": 100}, "weights/model-2.safetensors": {"bytes": 200}}
-    assert history.weight_bytes({"files": files}) == 10
-    assert history.weight_bytes({"files": files, "linked": linked}) == 310
-    assert history.weight_bytes({"files": {"weights.bin": {"bytes": 5}}}) == 5
-
-
-def test_exports_with_weights_as_stored_are_told_from_those_in_float32() -> None:
-    runs = [run(10.0), run(1.0, mode="reference")]
-    for mode, seconds in (("float32", 10.0), ("reference", 1.0)):
-        found = estimate(runs, EXPORT, weight_bytes=MEGA, layers=4, weights=mode)
-        assert found and found.low == seconds
-    assert estimate(runs, EXPORT, weight_bytes=MEGA, layers=4, weights="repack") is None
 
 
 def test_another_size_is_bounded_by_layers_and_by_bytes() -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from click.testing import CliRunner
+from whole import first_chunk, logits, whole_model
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.contract.profiles import PROFILES
-from foldkv.export.graph import KIND
+from foldkv.export.package import KIND, read_package
+from foldkv.export.stitch import flat_model
 from foldkv.optimize.build import build_bundles
 from foldkv.plugins.declarations import BODIES, FIELDS, PLUGINS, PluginSpec
 from foldkv.plugins.inject import inject, inject_nodes, strip_injection
@@ -29,7 +30,7 @@ A100 = {"target": "a100", "sm": 80, "dtype": "bfloat16"}
 
 
 def marked(graph: Path) -> list[onnx.NodeProto]:
-    model = onnx.load(graph / "model.onnx", load_external_data=False)
+    model = flat_model(read_package(graph))
     return [node for node in model.graph.node if any(a.name == "plugin_namespace" for a in node.attribute)]
 
 
@@ -86,7 +87,7 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
 def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
     served_graph: Path, layout: str, main: str, index: str
 ) -> None:
-    model = onnx.load(served_graph / "model.onnx", load_external_data=False)
+    model = flat_model(read_package(served_graph))
     injection = inject_nodes(model, read_manifest(served_graph, kind=KIND)["state"], rotary=16, layout=layout, **A100)
     refused = {row.operator for row in injection.rows if row.injected < row.nodes}
     assert refused == {row.operator for row in injection.rows} & set(BODIES) and "FoldkvQuantizeFp8" in refused
@@ -117,9 +118,9 @@ def test_what_injection_wrote_can_be_taken_back(
 ) -> None:
     graph = {"hf": tiny_graph, "served": served_graph}[profile]
     inject(graph, tmp_path / "out", **A100)
-    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    model = flat_model(read_package(tmp_path / "out"))
     strip_injection(model)
-    before = onnx.load(graph / "model.onnx", load_external_data=False)
+    before = flat_model(read_package(graph))
     assert list(model.graph.node) == list(before.graph.node)
 
 
@@ -130,7 +131,7 @@ def test_an_injected_graph_is_whole_and_computes_the_same_in_onnx_runtime(
     manifest = read_manifest(tmp_path / "out", kind=KIND)
     verify_files(tmp_path / "out", manifest)
     assert manifest["injection"]["target"] == "a100"
-    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"))
+    onnx.checker.check_model(flat_model(read_package(tmp_path / "out")))
     report = build_bundles(tmp_path / "out", tmp_path / "bundles", ["cpu"])
     tokens = [[84, 104, 101, *range(40, 120)]]
     with (
@@ -138,7 +139,10 @@ def test_an_injected_graph_is_whole_and_computes_the_same_in_onnx_runtime(
         Session(tiny_bundle, context=128) as plain,
     ):
         np.testing.assert_array_equal(injected.prefill(tokens), plain.prefill(tokens))
-    assert onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx")).get_outputs()[0].name == "logits"
+    ids = np.array(tokens)
+    found = logits(whole_model(tmp_path / "out", tmp_path / "whole"), first_chunk(tmp_path / "out", ids, 128))
+    expected = logits(whole_model(tiny_graph, tiny_graph.with_name("graph-whole")), first_chunk(tiny_graph, ids, 128))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +183,11 @@ def test_injecting_twice_or_onto_itself_is_refused_and_keeps_the_graph(tiny_grap
 
 def test_a_damaged_graph_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in tiny_graph.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    content = bytearray((broken / "weights.bin").read_bytes())
+    shutil.copytree(tiny_graph, broken)
+    segment = broken / "segments" / "csa-moe.onnx"
+    content = bytearray(segment.read_bytes())
     content[1000] ^= 1
-    (broken / "weights.bin").write_bytes(content)
+    segment.write_bytes(content)
     with pytest.raises(ArtifactError, match="changed after it was made"):
         inject(broken, tmp_path / "out", **A100, plugins=[SPARSE])
 
@@ -192,7 +195,7 @@ def test_a_damaged_graph_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
 def test_sizes_that_the_kernels_cannot_take_are_a_reason(tiny_graph: Path, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(tiny_graph, odd)
-    model = onnx.load(odd / "model.onnx", load_external_data=False)
+    model = flat_model(read_package(odd))
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_value == 64:

@@ -42,13 +42,13 @@ def flip(name: str) -> Callable[[Path], None]:
 
 
 def link_out(folder: Path) -> None:
-    shutil.copyfile(folder / "weights.bin", folder.parent / "elsewhere.bin")
-    (folder / "weights.bin").unlink()
-    (folder / "weights.bin").symlink_to(folder.parent / "elsewhere.bin")
+    shutil.copyfile(folder / "placed.bin", folder.parent / "elsewhere.bin")
+    (folder / "placed.bin").unlink()
+    (folder / "placed.bin").symlink_to(folder.parent / "elsewhere.bin")
 
 
 def move_file(manifest: dict[str, Any]) -> None:
-    manifest["files"]["../weights.bin"] = manifest["files"].pop("weights.bin")
+    manifest["files"]["../placed.bin"] = manifest["files"].pop("placed.bin")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -61,10 +61,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda m: m["model"].pop("eos_token_ids")),
         "model.eos_token_ids is missing; expected a list",
     ),
-    "no model": (lambda f: (f / "model.onnx").unlink(), "model.onnx is missing"),
-    "cut model": (lambda f: (f / "model.onnx").write_bytes(b"short"), "has 5 bytes"),
-    "flipped bit in the model": (flip("model.onnx"), "changed after it was made"),
-    "flipped bit in the weights": (flip("weights.bin"), "changed after it was made"),
+    "no segment": (lambda f: (f / "segments/head.onnx").unlink(), "head.onnx is missing"),
+    "cut segment": (lambda f: (f / "segments/head.onnx").write_bytes(b"short"), "has 5 bytes"),
+    "flipped bit in a segment": (flip("segments/csa-moe.onnx"), "changed after it was made"),
+    "flipped bit in placed weights": (flip("placed.bin"), "changed after it was made"),
     "flipped bit in the tokenizer": (flip("tokenizer.json"), "changed after it was made"),
     "path out of the folder": (edit(move_file), "leads out of the artifact"),
     "link out of the folder": (link_out, "is a link out of the artifact"),

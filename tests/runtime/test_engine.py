@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine import HostDriver, library
+from whole import whole_model
 
 from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError, MissingDependencyError
@@ -32,7 +33,10 @@ def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version:
     """A bundle that says it holds an engine; the plan names the model that computes it."""
     content = json.loads((source / "manifest.json").read_text())
     rest = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "files")}
-    (folder / "engine.plan").write_text(plan or str((source / "model.onnx").resolve()))
+    shared = source.parents[1]
+    if plan is None:
+        plan = str(whole_model(shared / "graph", shared / "graph-whole").resolve())
+    (folder / "engine.plan").write_text(plan)
     rest |= {
         "backend": "tensorrt-rtx", "target": {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
         "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "kernels": None,

@@ -8,18 +8,28 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from foldkv.artifact import read_manifest
 from foldkv.export.contract.state import StateTensor
 from foldkv.export.external import read_lazily
-from foldkv.export.graph import KIND
+from foldkv.export.package import read_package
+from foldkv.export.stitch import bind_weights, flat_model
 from foldkv.optimize.passes.lower import lowered_graph
 
 _LOW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def lowered(
+    graph: Path, out: Path, precision: str, *, sm: int, **options: Any
+) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
+    """A package lowered into a folder, as ``lowered_graph`` answers."""
+    package = read_package(graph)
+    model = bind_weights(ir.from_proto(flat_model(package)), package.lock, package.find_weights())
+    return lowered_graph(model, package.spec, out, package.state, precision, sm=sm, **options)
 
 
 def lowered_logits(
@@ -27,8 +37,7 @@ def lowered_logits(
 ) -> tuple[np.ndarray, dict[str, dict[str, dict[str, int]]]]:
     """The logits of a package lowered for a GPU, run on the CPU, and the formats of its weights."""
     out.mkdir()
-    state = [StateTensor(**row) for row in read_manifest(graph, kind=KIND)["state"]]
-    _, _, weights = lowered_graph(graph, out, state, precision, sm=sm)
+    _, _, weights = lowered(graph, out, precision, sm=sm)
     return session(out, out / "widened").run(["logits"], dict(feeds))[0], weights
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
+import torch
 from checkpoints import random_checkpoint
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 
-from foldkv.artifact import MANIFEST, read_manifest, staged, write_manifest
+from foldkv.artifact import MANIFEST, staged, write_manifest
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
-from foldkv.export.graph import export_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
+from foldkv.export.package import export_checkpoint, read_package
+from foldkv.export.roles import lock_of, sources_of
 from foldkv.optimize.build import build_bundles
 from foldkv.validation.result import ValidationResult
 from foldkv.validation.runners import OracleRunner, TransformersRunner
@@ -28,7 +33,7 @@ from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
 SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)
-Damage = Callable[[onnx.ModelProto], None]
+Damage = Callable[["Model"], None]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,34 +71,60 @@ def _weights(runner: Any) -> float:
     return float(next(model.parameters()).sum())
 
 
+class Model:
+    """A package that is to be damaged: its segments by name, and changes to the values of its weights."""
+
+    def __init__(self, graph: Path) -> None:
+        self.package = read_package(graph)
+        files = {name: row["file"] for name, row in self.package.manifest["segments"].items()}
+        self.files = files
+        self.segments = {name: onnx.load(graph / file) for name, file in files.items()}
+        self.values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+
+    def of_kind(self, start: str) -> list[onnx.ModelProto]:
+        """The segments whose name starts like this; all with an empty one."""
+        return [model for name, model in self.segments.items() if name.startswith(start)]
+
+
 def damaged_bundle(graph: Path, folder: Path, damage: Damage) -> Path:
-    """A bundle of a graph that was changed and whose manifest was written for the changed graph."""
-    manifest = read_manifest(graph, kind="foldkv.graph")
-    model = onnx.load(graph / "model.onnx")
+    """A bundle of a package that was changed and whose manifest was written for the changed package."""
+    model = Model(graph)
     damage(model)
+    checkpoint = folder / "checkpoint"
+    shutil.copytree(model.package.checkpoint, checkpoint)
+    for file in checkpoint.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in model.values.keys() & tensors.keys():
+            tensors[name] = model.values[name](tensors[name].clone()).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+    source = Checkpoint(checkpoint)
+    content = {
+        key: value
+        for key, value in model.package.manifest.items()
+        if key not in ("files", "kind", "schema_version")
+    }
     with staged(folder / "graph", kind="foldkv.graph") as work:
-        onnx.save(model, work / "model.onnx")
-        for name in ("config.json", "tokenizer.json"):
-            (work / name).write_bytes((graph / name).read_bytes())
-        content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
-        write_manifest(work, kind="foldkv.graph", content=content)
+        shutil.copytree(graph, work, dirs_exist_ok=True)
+        for name, file in model.files.items():
+            onnx.save(model.segments[name], work / file)
+        lock_of(source, sources_of(source)).write(work / "weights.lock.json")
+        (work / "manifest.json").unlink()
+        made = content["inputs"]["checkpoint"] | {"path": str(checkpoint)}
+        write_manifest(work, kind="foldkv.graph", content=content | {"inputs": {"checkpoint": made}})
     report = build_bundles(folder / "graph", folder, ["cpu"])
-    assert report.exit_code == EXIT_OK
+    assert report.exit_code == EXIT_OK, report.results
     return report.results[0].folder
 
 
-def functions(model: onnx.ModelProto, name: str) -> onnx.FunctionProto:
-    return next(function for function in model.functions if function.name == name)
+def functions(model: Model, name: str) -> list[onnx.FunctionProto]:
+    """The bodies with that name, one in each segment that uses it."""
+    found = [function for one in model.of_kind("") for function in one.functions if function.name == name]
+    assert found
+    return found
 
 
 def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type == op_type]
-
-
-def change_weight(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    value = change(numpy_helper.to_array(tensor).copy())
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
 
 
 def insert_after(function: onnx.FunctionProto, output: str, op_type: str, operand: onnx.NodeProto) -> None:
@@ -111,16 +142,16 @@ def constant(value: int, name: str) -> onnx.NodeProto:
     return onnx.helper.make_node("Constant", [], [name], value_int=value)
 
 
-def entries_off_by_one(model: onnx.ModelProto) -> None:
+def entries_off_by_one(model: Model) -> None:
     """The attention reads the entry after the one that the indexer chose."""
-    function = functions(model, "FoldkvSparseAttention")
-    index = next(n.output[0] for n in function.node if n.op_type == "Cast" and n.input[0] == "chosen")
-    insert_after(function, index, "Sub", constant(1, "damage_one"))
+    for function in functions(model, "FoldkvSparseAttention"):
+        index = next(n.output[0] for n in function.node if n.op_type == "Cast" and n.input[0] == "chosen")
+        insert_after(function, index, "Sub", constant(1, "damage_one"))
 
 
-def sinks_dropped(model: onnx.ModelProto) -> None:
+def sinks_dropped(model: Model) -> None:
     for layer in range(4):
-        change_weight(model, f"layers.{layer}.attn.attn_sink", lambda value: np.full_like(value, -1e4))
+        model.values[f"layers.{layer}.attn.attn_sink"] = lambda value: torch.full_like(value, -1e4)
 
 
 def turn_later(function: onnx.FunctionProto) -> None:
@@ -128,26 +159,29 @@ def turn_later(function: onnx.FunctionProto) -> None:
     insert_after(function, finish.input[1], "Add", constant(3, "damage_three"))
 
 
-def rope_of_entries_shifted(model: onnx.ModelProto) -> None:
+def rope_of_entries_shifted(model: Model) -> None:
     """Entries are turned by the position of their window's end, not of its start."""
-    turn_later(functions(model, "FoldkvNewEntries"))
+    for function in functions(model, "FoldkvNewEntries"):
+        turn_later(function)
 
 
-def rope_of_heavy_entries_shifted(model: onnx.ModelProto) -> None:
+def rope_of_heavy_entries_shifted(model: Model) -> None:
     """The same in HCA's compression."""
-    turn_later(functions(model, "FoldkvCompressOnline"))
+    for function in functions(model, "FoldkvCompressOnline"):
+        turn_later(function)
 
 
-def carry_ignored(model: onnx.ModelProto) -> None:
+def carry_ignored(model: Model) -> None:
     """A window that began in an earlier chunk forgets its tokens there: no flaw while a text is one chunk."""
-    function = functions(model, "FoldkvMergeOnline")
+    [function] = functions(model, "FoldkvMergeOnline")
     sums = next(node for node in function.node if node.op_type == "FoldkvOnlineSums")
     no = onnx.helper.make_node("Constant", [], ["damage_no"], value=numpy_helper.from_array(np.array(False)))
     insert_after(function, sums.input[3], "And", no)
 
 
-def topk_halved(model: onnx.ModelProto) -> None:
+def topk_halved(damaged: Model) -> None:
     """Only the first half of the chosen entries is attended to."""
+    [model] = damaged.of_kind("csa")
     for node in nodes(model, "FoldkvSparseAttention"):
         at = list(model.graph.node).index(node)
         chosen, half = node.input[3], f"{node.input[3]}_half_{at}"
@@ -158,22 +192,31 @@ def topk_halved(model: onnx.ModelProto) -> None:
         model.graph.node.insert(at, cut)
 
 
-def one_expert_swapped(model: onnx.ModelProto) -> None:
-    def swap(value: np.ndarray) -> np.ndarray:
-        value[[0, 1]] = value[[1, 0]]
-        return value
+def one_expert_swapped(model: Model) -> None:
+    """Two experts of a layer are bound in the wrong order."""
+    tensors = load_file(model.package.checkpoint / "model.safetensors")
+    for part in ("w1", "w3"):
+        names = [f"layers.1.ffn.experts.{expert}.{part}.weight" for expert in (0, 1)]
+        for name, other in (names, names[::-1]):
+            model.values[name] = lambda _, value=tensors[other]: value
 
-    change_weight(model, "layers.1.ffn.experts.w13", swap)
+
+def layers_swapped(model: Model) -> None:
+    """The second CSA layer has the attention's weights of the first."""
+    tensors = load_file(model.package.checkpoint / "model.safetensors")
+    for name, value in tensors.items():
+        if name.startswith("layers.1.attn."):
+            model.values[name.replace("layers.1", "layers.3")] = lambda _, value=value: value
 
 
-def unwritten_rows_read(model: onnx.ModelProto) -> None:
+def unwritten_rows_read(model: Model) -> None:
     """One NaN weight stands for any read of memory that was never written."""
 
-    def poison(value: np.ndarray) -> np.ndarray:
-        value[5] = np.nan
+    def poison(value: torch.Tensor) -> torch.Tensor:
+        value[5] = torch.nan
         return value
 
-    change_weight(model, "head.weight", poison)
+    model.values["head.weight"] = poison
 
 
 def run(bundle: Path, checkpoint: Path, folder: Path, **changes: int) -> ValidationResult:
@@ -210,6 +253,7 @@ def test_the_whole_bundle_passes_and_its_report_is_complete(
         (carry_ignored, {"chunks"}, None),
         (topk_halved, {"kl-mean", "logits"}, 1),
         (one_expert_swapped, {"kl-mean", "logits", "top1"}, 1),
+        (layers_swapped, {"kl-mean", "logits"}, 3),
         (unwritten_rows_read, {"finite", "kl-mean", "top1"}, None),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -230,8 +274,9 @@ def test_damage_fails_the_gate_that_guards_against_it(
     assert f"{len(failed)} of {len(result.verdicts)} gate" in (tmp_path / "report" / "report.html").read_text()
 
 
-def one_sided_hadamard(model: onnx.ModelProto) -> None:
+def one_sided_hadamard(damaged: Model) -> None:
     """Keys of the indexer are quantised without the rotation that its queries have."""
+    [model] = damaged.of_kind("csa")
     for node in nodes(model, "FoldkvCompressFp4"):
         name = f"{node.input[10]}_lost"
         if all(tensor.name != name for tensor in model.graph.initializer):
@@ -239,10 +284,11 @@ def one_sided_hadamard(model: onnx.ModelProto) -> None:
         node.input[10] = name
 
 
-def rows_not_quantised(model: onnx.ModelProto) -> None:
-    for node in nodes(model, "FoldkvQuantizeFp8"):
-        node.op_type, node.domain = "Identity", ""
-        del node.attribute[:]
+def rows_not_quantised(damaged: Model) -> None:
+    for model in damaged.of_kind(""):
+        for node in nodes(model, "FoldkvQuantizeFp8"):
+            node.op_type, node.domain = "Identity", ""
+            del node.attribute[:]
 
 
 def test_served_bundles_compute_their_profile_and_the_report_says_what_it_costs(
@@ -324,10 +370,10 @@ def test_ties_of_index_scores_are_counted_and_settled_as_the_subject_has_them(
     assert {"kl-mean", "logits", "layers"} <= {v.gate.name for v in alone.verdicts if v.word == "fails"}
 
 
-def worst_chosen(model: onnx.ModelProto) -> None:
+def worst_chosen(model: Model) -> None:
     """The indexer keeps the entries with the smallest scores."""
     for layer in range(2):
-        change_weight(model, f"layers.{layer}.attn.indexer.weights_proj.weight", lambda value: -value)
+        model.values[f"layers.{layer}.attn.indexer.weights_proj.weight"] = lambda value: -value
 
 
 @pytest.mark.parametrize("damage", [worst_chosen, entries_off_by_one, topk_halved], ids=lambda value: value.__name__)

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from whole import first_chunk, logits, whole_model
 
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.formats import byte_pairs, byte_values, dequantised, format_of, scale_values
 from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint, released_name
+from foldkv.export.package import export_checkpoint
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -196,21 +198,10 @@ def test_the_block_size_is_checked(spoiled: Path) -> None:
 def test_a_released_checkpoint_exports_to_a_graph_that_gives_the_logits_of_transformers(
     released: Path, tmp_path: Path
 ) -> None:
-    import onnxruntime
-
-    from foldkv.export.contract.state import state_tensors
-    from foldkv.export.graph import export_checkpoint
-
     graph = export_checkpoint(released, tmp_path / "graph")
     theirs = DeepseekV4ForCausalLM.from_pretrained(released, dtype=torch.float32, attn_implementation="eager")
     ids = np.random.default_rng(1).integers(0, 256, (1, 90))
-    feeds = {
-        "input_ids": ids, "positions": np.zeros(1, np.int32), "num_tokens": np.full(1, 90, np.int32),
-        "active_context": np.array([90]), "logit_indices": np.arange(90)[None],
-    }  # fmt: skip
-    for row in state_tensors(Checkpoint(released).spec):
-        feeds[row.input] = np.full((1, row.capacity(128), row.width), np.nan, np.float32)
-    found = onnxruntime.InferenceSession(str(graph / "model.onnx")).run(["logits"], feeds)[0]
+    found = logits(whole_model(graph, tmp_path / "whole"), first_chunk(graph, ids, 128))
     with torch.no_grad():  # what transformers dequantised is bfloat16, and exact in it
         expected = theirs.float()(torch.from_numpy(ids), use_cache=False).logits.numpy()
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=0)

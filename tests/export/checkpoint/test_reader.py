@@ -20,8 +20,9 @@ from foldkv.config import ExportConfig, PipelineConfig
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.checkpoint.reader import INDEX, Checkpoint, decoder_from_checkpoint, end_tokens, released_name
-from foldkv.export.graph import KIND, export_checkpoint, link_files
-from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.export.package import KIND, export_checkpoint
+from foldkv.export.roles import lock_of, sources_of
+from foldkv.export.stitch import read_parts
 from foldkv.pipeline import export_changes, preview
 
 
@@ -185,15 +186,20 @@ def test_single_experts_under_names_of_other_models_are_the_same_experts(
     expected = weights(released)
     found = weights(renamed)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
-    if form != "plain":  # the names are a mapping only, so weights can stay as they are stored
-        ours, theirs = repacked(Checkpoint(renamed))[0], repacked(Checkpoint(released))[0]
-        assert {n: ours[n].signature for n in ours} == {n: theirs[n].signature for n in theirs}
-        checkpoint = Checkpoint(renamed)
-        for name, source in referenced(checkpoint).items():
-            for part, matrix in source.matrices if isinstance(source, Packed) else ():
-                for expert, slot in enumerate(source.slots):
-                    at = source.codes.offset + slot * source.codes.shape[1] + matrix.codes
-                    assert checkpoint.headers[f"{name}.{expert}.{part}.weight"].offset == at
+    # The names are a mapping only: a segment takes the same inputs, from the same bytes.
+    ours, theirs = (sources_of(Checkpoint(folder)) for folder in (renamed, released))
+    assert {o: {r: s.signature for r, s in roles.items()} for o, roles in ours.items()} == {
+        o: {r: s.signature for r, s in roles.items()} for o, roles in theirs.items()
+    }
+    assert bytes_of(renamed) == bytes_of(released)
+
+
+def bytes_of(folder: Path) -> dict[tuple[str, str], bytes]:
+    """The bytes that the lock of a checkpoint points to."""
+    checkpoint = Checkpoint(folder)
+    lock = lock_of(checkpoint, sources_of(checkpoint))
+    files = lock.find([folder])
+    return {(owner, role): bytes(read_parts(weight, files)) for owner, role, weight in lock}
 
 
 def sharded(checkpoint: Path, out: Path) -> Path:
@@ -244,9 +250,7 @@ def test_links_of_the_hugging_face_cache_are_followed_and_stray_files_ignored(
     for folder in (snapshot, tmp_path / "link"):
         assert Checkpoint(folder).digest() == Checkpoint(plain).digest()
         assert all(torch.equal(value, expected[name]) for name, value in weights(folder).items())
-    link_files(Checkpoint(snapshot), tmp_path / "graph")  # as --weights reference does
-    for file in (tmp_path / "graph" / "weights").iterdir():
-        assert not file.is_symlink() and file.samefile((snapshot / file.name).resolve())
+    assert bytes_of(snapshot) == bytes_of(plain)
     missing = next(snapshot.glob("model-00002*"))
     missing.resolve().unlink()
     with pytest.raises(CheckpointError, match=rf"shard {missing.name} is a link to .*blobs.*, which is missing"):
