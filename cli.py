@@ -239,6 +239,66 @@ def build_command(
     sys.exit(report.exit_code)
 
 
+@main.command("pack")
+@click.argument("artifact", type=_folder)
+@click.option("-o", "--output", type=_folder, required=True, help="Folder to ship.")
+@click.option("--with-weights", is_flag=True, required=True, help="Put the weight files into the folder, too.")
+@_weights_from
+@_json
+def pack_command(artifact: Path, output: Path, with_weights: bool, weights_from: Path | None, as_json: bool) -> None:
+    """Make one folder to ship from a graph package or a cpu bundle: with its weights, and their sha256 in its lock.
+
+    Files are shared by reflink or hard link where the file system allows it, else copied; holes stay holes. An interrupted
+    run is continued by the next.
+    """
+    from .export.pack import pack
+
+    ways, rows = pack(artifact, output, weights_from=weights_from, progress=progress())
+    facts = [{"name": r.name, "bytes": r.bytes, "sha256": r.sha256, "how": ways[r.name]} for r in rows]
+    if as_json:
+        _show({"folder": str(output), "files": facts}, True)
+        return
+    for row in facts:
+        click.echo(f"{row['name']}: {row['how']}, sha256 {row['sha256']}")
+    click.echo(f"packed: {output}")
+
+
+@main.command("verify")
+@click.argument("artifact", type=_folder)
+@_weights_from
+@click.option("--jobs", type=click.IntRange(min=1), help="Files read at once; default: the processors of this process.")
+@_json
+def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Check every byte of a graph package or a cpu bundle, and of the weights that its lock names.
+
+    Weights are compared with the sha256 in the lock (`pack` writes it), or with the names in the Hugging Face cache. Files
+    that nobody has hashed before are named, with their sha256.
+    """
+    from .artifact import verify_files
+    from .export.contract.lock import weight_folders
+    from .export.pack import read_locked, refuse_others, verify_weights
+
+    manifest, lock = read_locked(artifact)
+    verify_files(artifact, manifest)
+    files = lock.find(weight_folders(artifact, weights_from, manifest["inputs"]["checkpoint"].get("path")))
+    start = time.monotonic()
+    rows = verify_weights(lock, files, jobs=jobs, progress=progress())
+    seconds, size = time.monotonic() - start, sum(row.bytes for row in rows)
+    refuse_others(rows)
+    unknown = [row.name for row in rows if row.expected is None]
+    if as_json:
+        _show(
+            {"artifact": str(artifact), "bytes": size, "seconds": round(seconds, 2), "unknown": unknown,
+             "files": {row.name: row.sha256 for row in rows}}, True,
+        )  # fmt: skip
+        return
+    for row in rows:
+        click.echo(
+            f"{row.name}: sha256 {row.sha256}, {f'as the {row.source} says' if row.source else 'nothing to compare with'}"
+        )
+    click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
+
+
 @main.command("generate")
 @click.argument("bundle", type=_folder)
 @click.argument("text")

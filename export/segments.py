@@ -178,7 +178,8 @@ class _Embed(nn.Module):
         self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.count, -1)
+        streams: Tensor = self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.count, -1)
+        return streams
 
 
 class _Head(nn.Module):

@@ -32,7 +32,8 @@ def flat_model(package: Package) -> onnx.ModelProto:
     if INJECTED in package.manifest["files"]:
         injected: onnx.ModelProto = onnx.load(package.folder / INJECTED, load_external_data=False)
         return injected
-    return ir.to_proto(flat(stitched(package)))
+    whole: onnx.ModelProto = ir.to_proto(flat(stitched(package)))
+    return whole
 
 
 def stitched(

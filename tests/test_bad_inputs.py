@@ -175,7 +175,10 @@ row("graph: flipped bit in the lock", graph(flip("weights.lock.json")), 2, "weig
 row("graph: lock cut", graph(lambda f: (f / "weights.lock.json").write_bytes(b"x")), 2, "has 1 bytes")
 row("graph: older form", graph(manifest(lambda m: m.pop("segments"))), 2, "older form")
 row(
-    "graph: two layers swapped", graph(manifest(lambda m: m["layers"].reverse())), 2, "takes other weights than the lock"
+    "graph: two layers swapped",
+    graph(manifest(lambda m: m["layers"].reverse())),
+    2,
+    "takes other weights than the lock",
 )
 row(
     "graph: a file outside",

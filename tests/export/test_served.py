@@ -11,11 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
-from whole import whole_model
+from whole import opened, whole_model
 
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
@@ -131,8 +130,7 @@ def prompt(folder: Path, count: int, seed: int = 0) -> Tensor:
 
 def run_graph(graph: Path, ids: Tensor, splits: list[int], context: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [n, V] and the state of one sequence, unread rows holding NaN."""
-    model = whole_model(graph, graph.with_name("whole"))
-    ort = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    ort = opened(whole_model(graph, graph.with_name("whole")))
     rows = read_package(graph).manifest["state"]
     state = {
         row["input"]: np.full((1, row["rows"] or -(-context // row["ratio"]), row["width"]), np.nan, np.float32)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import DeepseekV4ForCausalLM
-from whole import whole_model
+from whole import opened, whole_model
 
 from foldkv.export.package import export_checkpoint, read_package
 from foldkv.export.stitch import flat_model
@@ -28,7 +27,7 @@ def graph(
 
 
 def run(graph: Path, ids: np.ndarray, splits: list[int], active: int | None = None) -> np.ndarray:
-    ort = onnxruntime.InferenceSession(str(whole_model(graph, graph.with_name("whole"))))
+    ort = opened(whole_model(graph, graph.with_name("whole")))
     batch, rows = ids.shape[0], read_package(graph).state
     state = {row.input: np.full((batch, row.capacity(CONTEXT), row.width), np.nan, np.float32) for row in rows}
     start, out = 0, []

@@ -12,9 +12,9 @@ import types
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from driver import CUresult, FakeDriver
+from whole import opened
 
 _TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 
@@ -164,7 +164,7 @@ class _Execution:
 
 class _Engine:
     def __init__(self, trt: Any, path: str) -> None:
-        self.trt, self.session = trt, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.trt, self.session = trt, opened(path)
         self._tensors = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
 
     @property

@@ -37,7 +37,12 @@ def first_chunk(graph: Path, ids: np.ndarray, context: int) -> dict[str, np.ndar
 
 def logits(model: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """Logits [1, n, V] of a whole model."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    result: np.ndarray = onnxruntime.InferenceSession(str(model), options).run(["logits"], feeds)[0]
+    result: np.ndarray = opened(model).run(["logits"], feeds)[0]
     return result
+
+
+def opened(model: Path) -> onnxruntime.InferenceSession:
+    """A model in ONNX Runtime, on one thread: tests run beside each other, and threads that wait take their time."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

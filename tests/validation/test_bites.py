@@ -99,9 +99,7 @@ def damaged_bundle(graph: Path, folder: Path, damage: Damage) -> Path:
         save_file(tensors, file, metadata={"format": "pt"})
     source = Checkpoint(checkpoint)
     content = {
-        key: value
-        for key, value in model.package.manifest.items()
-        if key not in ("files", "kind", "schema_version")
+        key: value for key, value in model.package.manifest.items() if key not in ("files", "kind", "schema_version")
     }
     with staged(folder / "graph", kind="foldkv.graph") as work:
         shutil.copytree(graph, work, dirs_exist_ok=True)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from onnxscript import FLOAT, script
-from whole import whole_model
+from whole import opened, whole_model
 
 from foldkv.artifact import read_manifest
 from foldkv.export.operators.registry import DOMAIN
@@ -49,9 +49,7 @@ def test_logits_and_state_equal_those_of_the_function_bodies(
     }
     rows = read_package(tiny_graph).state
     past = {row.input: rng.standard_normal((batch, row.capacity(context), row.width), np.float32) for row in rows}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    whole = onnxruntime.InferenceSession(str(whole_model(tiny_graph, tiny_graph.with_name("graph-whole"))), options)
+    whole = opened(whole_model(tiny_graph, tiny_graph.with_name("graph-whole")))
     wanted, *after = whole.run(["logits", *(row.output for row in rows)], step | past)
     with Model(tiny_bundle, threads=1) as model:
         buffers, executor = model.open(context, batch)
