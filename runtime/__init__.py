@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "bundle", "Completion": "text", "GREEDY": "sampling", "Sampling": "sampling", "Session": "session",
     "Snapshot": "session", "TextStream": "detokenizer", "TokenStream": "session", "Tokenizer": "tokenizer",
-    "generate_text": "text", "load_bundle": "bundle", "plan_bytes": "state", "stream_text": "text",
+    "generate_text": "text", "load_bundle": "bundle", "plan_bytes": "buffers", "stream_text": "text",
 }  # fmt: skip
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the names of the table
 
