@@ -168,7 +168,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     from .plugins.inject import inject
 
     chosen = resolve_targets([target])[0]
-    if chosen.sm is None:
+    if chosen.sm is None or not chosen.backend.takes_plugins:
         raise InputError(f"target {target!r} is not a GPU, so it takes no plugins. Build from the graph directly.")
     injection = inject(
         graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=progress()
@@ -439,6 +439,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     """
     _wait_passively()
     from .config import load_config
+    from .optimize.targets import load_targets
     from .pipeline import preview, run_pipeline
 
     config = load_config(pipeline)
@@ -468,7 +469,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     )
     click.echo()
     for bundle in result.bundles:
-        kind = "bundle" if bundle.target == "cpu" else "engine"
+        kind = "engine" if load_targets()[bundle.target].backend.engine else "bundle"
         click.echo(
             f"{kind} {bundle.target}: {bundle.folder if bundle.status != 'failed' else 'FAILED: ' + bundle.reason}"
         )
@@ -704,7 +705,7 @@ def _verdict(plan: TargetPlan, format_: str) -> str:
     over, devices, mark = plan.over(format_), plan.devices(format_), " *" if format_ == plan.built_in else ""
     if not over:
         return f"fits{mark}"
-    if plan.target.sm is None:
+    if not plan.target.backend.gpu:
         return f"{size_text(over)} over{mark}"
     if devices is None:  # caches and activations alone are too large, even if many GPUs share the weights
         return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
@@ -742,7 +743,7 @@ def _print_assumptions(plans: list[TargetPlan]) -> None:
         "`foldkv build` writes the format marked with *: the target's widest after `export --weights float32`, the checkpoint's "
         "own after `--weights reference` or `repack`."
     )
-    if any(plan.target.sm for plan in plans):
+    if any(plan.target.backend.gpu for plan in plans):
         click.echo(
             "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
         )
@@ -837,7 +838,7 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
         _print_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
     missing = {
-        name: missing_for(Choice(target, PLUGINS and target.sm is not None, "dense"))
+        name: missing_for(Choice(target, PLUGINS and target.backend.takes_plugins, "dense"))
         for name, target in targets.items()
     }
     if as_json:

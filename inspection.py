@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import MANIFEST, read_manifest, verify_files
+from .artifact import MANIFEST
 from .errors import ArtifactError, InputError
 from .export.contract.state import StateTensor
+from .manifests import BundleManifest, GraphManifest, ReportManifest, read_any
+from .records import to_json
 from .units import duration_text, size_text
 
 _SHOWN = (
@@ -43,24 +45,19 @@ def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> d
 
 
 def _artifact_facts(path: Path) -> dict[str, Any]:
-    try:
-        kind = str(json.loads((path / MANIFEST).read_text()).get("kind"))
-    except (ValueError, AttributeError):
-        kind = "foldkv"  # read_manifest then says what is wrong
-    manifest = read_manifest(path, kind=kind)
-    verify_files(path, manifest)
-    files = {**manifest["files"], **manifest.get("linked", {})}
-    facts: dict[str, Any] = {"kind": kind, "bytes": sum(row["bytes"] for row in manifest["files"].values())}
-    if "linked" in manifest:
-        facts["linked_bytes"] = sum(row["bytes"] for row in manifest["linked"].values())
-    facts |= {key: manifest[key] for key in _SHOWN if key in manifest}
-    if "state" in manifest:
+    manifest = read_any(path, verify=True)
+    facts: dict[str, Any] = {"kind": manifest.KIND, "bytes": sum(file.bytes for file in manifest.files.values())}
+    if manifest.linked is not None:
+        facts["linked_bytes"] = sum(file.bytes for file in manifest.linked.values())
+    content = manifest.content()
+    facts |= {key: content[key] for key in _SHOWN if key in content}
+    if isinstance(manifest, GraphManifest | BundleManifest):
         facts["state"] = _state_facts(manifest)
-    if kind == "foldkv.report":
+    if isinstance(manifest, ReportManifest):
         facts |= _report_facts(path)
-    if kind == "foldkv.graph" and importlib.util.find_spec("onnx"):
+    if isinstance(manifest, GraphManifest) and importlib.util.find_spec("onnx"):
         facts["nodes"] = _node_counts(path)
-    facts["files"] = {name: row["bytes"] for name, row in files.items()}
+    facts["files"] = manifest.sizes
     return facts
 
 
@@ -73,10 +70,10 @@ def _node_counts(path: Path) -> dict[str, int]:
     return {"graph": len(model.graph.node), "functions": len(functions), "in functions": sum(functions.values())}
 
 
-def _state_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _state_facts(manifest: GraphManifest | BundleManifest) -> dict[str, Any]:
     """The state tensors by group, and the bytes of one sequence by context."""
-    tensors = [StateTensor(**row) for row in manifest["state"]]
-    longest = manifest["model"]["max_position_embeddings"]
+    tensors = [StateTensor(**row) for row in manifest.state]
+    longest = manifest.model.max_position_embeddings
     contexts = sorted({*(context for context in _CONTEXTS if context < longest), longest})
     groups: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
@@ -141,7 +138,7 @@ def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str
             "max_position_embeddings": spec.max_position_embeddings,
         },
         "stored": stored,
-        "model": model_facts(checkpoint),
+        "model": to_json(model_facts(checkpoint)),
     }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.inspection import describe, inspect_artifact
+from foldkv.manifests import ReportManifest, write
 from foldkv.runtime.session import Session
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_says_its_geometry_and_how_its_tensors_are_stored(tiny_chec
 def report(folder: Path, content: Any) -> Path:
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(content))
-    write_manifest(folder, kind="foldkv.report", content={"foldkv_version": "0.1.0", "passed": False, "key": ""})
+    write(folder, ReportManifest(foldkv_version="0.1.0", passed=False, key="", measured="m", judged="j"))
     return folder
 
 

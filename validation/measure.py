@@ -51,7 +51,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
             f"the text {text.name} has {len(tokens_of_text)} tokens; there is nothing to predict. Give a longer one."
         )
     texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed)
-    kinds = subject.session.bundle.manifest["model"]["layer_types"]
+    kinds = subject.session.bundle.model.layer_types
     ratios = {layer: sides.checkpoint.spec.ratios[layer] for layer, kind in enumerate(kinds) if kind == CSA}
     taps = Taps(subject.session.bundle, list(ratios), threads=sides.threads)
     figures: list[TokenFigures] = []
