@@ -11,16 +11,19 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..backends import FLOAT32
 from ..errors import InputError, listing
+from ..export.checkpoint.config_reader import read_config
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import DENSE
 from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
 from .history import BUILD, EXPORT, Estimate, Run, estimate
-from .kept_weights import Package, weight_bytes_in
+from .kept_weights import Package, stored_format, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +34,22 @@ _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes per layer of an artifact besides its weights, measured on examples/tiny-v4: graph and cpu graph as ONNX; an engine's
 # code without and with plugins (sm80, TensorRT-RTX 1.7). They are negligible beside released weights.
 _GRAPH, _CPU_GRAPH, _ENGINE, _ENGINE_WITH_PLUGINS = 48_000, 96_000, 6_800_000, 5_000_000
+
+
+def package_of(checkpoint: Path, weights: str, *, allow_unknown_keys: Sequence[str] = ()) -> Package:
+    """How an export with ``--weights`` would keep the weights of a checkpoint, a folder or a bare config.json.
+
+    The format of its experts is in its headers; if its weights are not there, in config.json.
+    """
+    if weights == FLOAT32:
+        return Package(weights)
+    if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
+        return Package(weights, stored_format(read_config(checkpoint)))
+    from ..export.checkpoint.reader import Checkpoint
+
+    source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
+    dtypes = {name: stored.dtype for name, stored in source.headers.items()}
+    return Package(weights, stored_format(source.config, dtypes))
 
 
 @dataclass(frozen=True)

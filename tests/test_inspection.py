@@ -10,9 +10,10 @@ import pytest
 
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.inspection import describe, inspect_artifact
+from foldkv.inspection import inspect_artifact
 from foldkv.manifests import ReportManifest, write
 from foldkv.runtime.session import Session
+from foldkv.tables import describe
 
 
 def plain(facts: dict[str, Any]) -> str:

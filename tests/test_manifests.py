@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,10 @@ def test_an_artifact_of_another_version_or_a_damaged_one_is_made_again(tmp_path:
 
 
 def test_what_inspect_shows_is_declared() -> None:
-    assert set(_SHOWN) <= {name for kind in KINDS.values() for name in kind.__dataclass_fields__}
+    assert set(_SHOWN) <= {one.name for kind in KINDS.values() for one in dataclasses.fields(kind)}
 
 
 @KINDS_OF
 def test_the_documentation_explains_every_key(kind: Any) -> None:
     text = (Path(__file__).parents[1] / "docs" / "artifacts.md").read_text()
-    assert [name for name in kind.__dataclass_fields__ if f"`{name}`" not in text] == []
+    assert [one.name for one in dataclasses.fields(kind) if f"`{one.name}`" not in text] == []
