@@ -20,11 +20,12 @@ from .artifact import MANIFEST, check_destination, sha256_file, sha256_json
 from .config import PipelineConfig
 from .errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from .manifests import BundleManifest, GraphManifest, ReportManifest, reason_to_replace
-from .optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
+from .optimize.build import build_bundles, reasons_to_build
 from .optimize.choices import check_here, choose
 from .optimize.fit import export_estimate, graph_bytes, plan_target
 from .optimize.history import Estimate, read_runs, record_builds, record_export
 from .optimize.kept_weights import Package, stored_format
+from .optimize.outcome import BuildReport, TargetResult
 from .optimize.recipe import Shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from .bundled_kernels import Bundled
 from .choices import Choice, backend_version, check_here, choose
 from .engine_build import end_children
 from .history import expected_build
+from .outcome import BuildReport, TargetResult
 from .passes.pack import pack_state
 from .plan_file import named_capability
 from .recipe import BuildSpec, Shapes
@@ -52,35 +53,6 @@ from .targets import Target, resolve_targets
 PLAN = "engine.plan"
 # Peak memory of a TensorRT-RTX build over the bytes of its weights, with a floor for the library itself.
 _MEMORY_FACTOR, _MEMORY_FLOOR = 5, 3 << 30
-
-
-@dataclass(frozen=True)
-class TargetResult:
-    """The outcome for one target: "built", "unchanged" or "failed" with a reason."""
-
-    target: str
-    status: str
-    folder: Path
-    seconds: float
-    reason: str = ""
-    exit_code: int = EXIT_OK
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**vars(self), "folder": str(self.folder), "seconds": round(self.seconds, 2)}
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """The results in the order of the targets."""
-
-    results: list[TargetResult] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every target was built or unchanged, else the code of the first failure."""
-        codes: list[int] = [result.exit_code for result in self.results if result.status == "failed"]
-        return codes[0] if codes else EXIT_OK
 
 
 def build_bundles(

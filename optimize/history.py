@@ -15,13 +15,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import FoldkvError
 from ..manifests import BundleManifest, GraphManifest, read
-
-if TYPE_CHECKING:
-    from .build import TargetResult
+from .outcome import TargetResult
 
 EXPORT, BUILD = "export", "build"
 _FILE = "history.jsonl"

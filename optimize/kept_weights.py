@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backends import BF16, FLOAT32, FP4, FP8, Backend
-from ..export.contract.geometry import CSA, ModelSpec
+from ..export.contract.geometry import ModelSpec
 from ..export.memory import parameter_groups, table_bytes
 
 
@@ -128,4 +128,4 @@ def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int
 
 def _index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
-    return spec.layer_types.count(CSA) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim
+    return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim

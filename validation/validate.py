@@ -16,7 +16,6 @@ from .. import __version__
 from ..artifact import MANIFEST, sha256_file, sha256_json, staged
 from ..errors import ArtifactError, InputError
 from ..export.checkpoint.reader import Checkpoint
-from ..export.contract.geometry import CSA
 from ..export.contract.profiles import PROFILES, SERVED
 from ..manifests import BundleManifest, ReportManifest, read, write
 from ..packages import require
@@ -237,7 +236,7 @@ def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what
 def _provenance(sides: Sides, plan: Plan, text: Text) -> dict[str, Any]:
     session, spec = sides.subject.session, sides.checkpoint.spec
     manifest, folder = session.bundle.manifest, session.bundle.folder
-    csa = [ratio for ratio, kind in zip(spec.ratios, spec.layer_types, strict=True) if kind == CSA]
+    ratios = spec.indexed_ratios.values()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "foldkv": __version__,
@@ -256,7 +255,7 @@ def _provenance(sides: Sides, plan: Plan, text: Text) -> dict[str, Any]:
         "layers_against": "transformers" if sides.oracle is None else sides.oracle.name,
         "precision": manifest.precision,
         "window": manifest.model.sliding_window,
-        "choice_from_tokens": (spec.index_topk + 1) * max(csa) - 1 if csa else 0,
+        "choice_from_tokens": (spec.index_topk + 1) * max(ratios) - 1 if ratios else 0,
         "target": manifest.target.name,
         "backend": f"{manifest.backend} {manifest.tool_versions.get(manifest.backend, '')}",
         "machine": f"{platform.system()} {platform.machine()}, executed on the CPU",

@@ -10,7 +10,6 @@ import pytest
 
 from foldkv.manifests import File, GraphManifest, LinkedFile, read
 from foldkv.optimize import history
-from foldkv.optimize.build import TargetResult
 from foldkv.optimize.history import (
     BUILD,
     EXPORT,
@@ -21,6 +20,7 @@ from foldkv.optimize.history import (
     record_builds,
     record_export,
 )
+from foldkv.optimize.outcome import TargetResult
 
 MEGA = 1 << 20
 
