@@ -79,14 +79,3 @@ def test_a_report_of_another_form_is_one_error(tmp_path: Path, content: Any) -> 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither an artifact"):
         inspect_artifact(tmp_path)
-
-
-def test_text_has_units_tables_and_runs() -> None:
-    facts = {
-        "bytes": 3 << 20, "seconds": 90.0, "layer_types": ["a"] * 5 + ["b"], "sizes": [1, 1, 256], "empty": [], "nothing": {},
-        "files": {"x": 1024}, "warnings": ["w" * 100, "v" * 100], "rows": [{"name": "n", "sm": 80}, {"name": "longer", "sm": 9}],
-    }  # fmt: skip
-    assert describe(facts).splitlines() == [
-        "bytes: 3.00 MiB", "seconds: 90 s", "layer_types: 5 x a, b", "sizes: 1, 1, 256", "empty: none", "nothing: none",
-        "files:", "  x: 1.00 KiB", "warnings:", f"  {'w' * 100}", f"  {'v' * 100}", "rows:", "  name    sm", "  n       80", "  longer  9",
-    ]  # fmt: skip
