@@ -13,8 +13,9 @@ import onnx
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import only_writer, read_manifest, staged, write_manifest
+from ..artifact import only_writer, staged
 from ..errors import ArtifactError, InputError
+from ..manifests import CheckpointFacts, GraphInputs, GraphManifest, GraphNames, read, write
 from ..packages import version_of
 from ..progress import Progress, Say, silent
 from .checkpoint.reader import Checkpoint, decoder_from_checkpoint, model_facts
@@ -27,7 +28,7 @@ from .repack import repack
 from .trace import INPUTS, LOGITS, onnx_from_decoder, operator_counts
 from .weights import FOLDER, referenced, repacked
 
-KIND = "foldkv.graph"
+KIND = GraphManifest.KIND
 MODEL, WEIGHTS, CONFIG = "model.onnx", "weights.bin", "config.json"
 WEIGHT_MODES = ("float32", "reference", "repack")
 # Smaller tensors stay inside model.onnx, where people who open the graph can read them.
@@ -95,30 +96,25 @@ def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, pr
         ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES)
         onnx.checker.check_model(str(folder / MODEL), full_check=False)
         _copy_texts(source, folder)
-        content = _content(source, profile, weights) | {"operators": operator_counts(model)}
-        content["inputs"]["checkpoint"]["sha256"] = source.digest()
-        write_manifest(folder, kind=KIND, content=content)
+        write(folder, _manifest(source, profile, weights, operators=operator_counts(model)))
 
 
 def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, progress: Progress) -> None:
     """Write a package whose weights stay as stored. They are only read to copy them."""
     source.check()
     placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
-    content = _content(source, profile, weights)
     identity = source.identity()
-    content["inputs"]["checkpoint"] |= {"sha256": identity, "of": "headers"}
     work = out.absolute().with_name(f"{out.name}.foldkv-repack")
     # Continue with the copies of an earlier attempt, in one process at a time.
     with only_writer(out, progress), staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
         model = layered_model(source.spec, placed, profile, progress=progress)
         ir.save(model, folder / MODEL)
-        content |= {"operators": operators_of(model), "layers": layer_counts(model)}
+        layers = layer_counts(model)
+        manifest = _manifest(source, profile, weights, operators=operators_of(model), layers=layers, headers=identity)
         del model
         size = (folder / MODEL).stat().st_size
-        progress(
-            f"graph: {size / 2**10:.0f} KiB, {sum(content['layers'].values())} layers of {len(content['layers'])} kinds"
-        )
+        progress(f"graph: {size / 2**10:.0f} KiB, {sum(layers.values())} layers of {len(layers)} kinds")
         _copy_texts(source, folder)
         known: dict[str, str] = {}
         heads: dict[str, int] = {}
@@ -128,7 +124,7 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
             known = repack(copies, work, identity=identity, progress=progress)
             (work / FOLDER).rename(folder / FOLDER)
             shutil.rmtree(work)
-        write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
+        write(folder, manifest, known=known, heads=heads)
 
 
 def flat_model(graph: Path) -> onnx.ModelProto:
@@ -137,9 +133,9 @@ def flat_model(graph: Path) -> onnx.ModelProto:
     Raises:
         ArtifactError: the package is damaged, or the graph names a weight file that its manifest does not list.
     """
-    manifest = read_manifest(graph, kind=KIND)
+    manifest = read(GraphManifest, graph)
     model = onnx.load(Path(graph) / MODEL, load_external_data=False)
-    listed = manifest["files"].keys() | manifest.get("linked", {}).keys()
+    listed = manifest.files.keys() | manifest.linked_files.keys()
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location" and entry.value not in listed:
@@ -172,10 +168,10 @@ def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
     return heads
 
 
-def same_files(graph: Path, manifest: dict[str, Any], source: Checkpoint) -> bool:
+def same_files(graph: Path, manifest: GraphManifest, source: Checkpoint) -> bool:
     """Whether a package's linked files are still the checkpoint's own, and not earlier ones."""
     shards = {f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}": shard.file for shard in source.shards}
-    return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.get("linked", {}))
+    return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.linked_files)
 
 
 def link_file(source: Path, link: Path, *, advice: str) -> None:
@@ -197,21 +193,28 @@ def _copy_texts(source: Checkpoint, folder: Path) -> None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
-def _content(source: Checkpoint, profile: str, weights: str) -> dict[str, Any]:
-    return {
-        "foldkv_version": __version__,
-        "tool_versions": tool_versions(),
-        "profile": profile,
-        "weights": weights,
-        "inputs": {
-            "checkpoint": {
-                "path": str(source.folder),
-                "texts": source.texts_digest(),
-                "allowed_unknown_keys": list(source.allowed_keys),
-            }
-        },
-        "spec": graph_spec(profile),
-        "model": model_facts(source),
-        "io": {name: name for name in (*INPUTS, LOGITS)},
-        "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
-    }
+def _manifest(
+    source: Checkpoint, profile: str, weights: str, *, operators: dict[str, int], layers: dict[str, int] | None = None,
+    headers: str = "",
+) -> GraphManifest:  # fmt: skip
+    """The manifest; ``headers`` is the digest of a checkpoint whose weights were not read."""
+    checkpoint = CheckpointFacts(
+        path=str(source.folder),
+        texts=source.texts_digest(),
+        allowed_unknown_keys=tuple(source.allowed_keys),
+        sha256=headers or source.digest(),
+        of="headers" if headers else None,
+    )
+    return GraphManifest(
+        foldkv_version=__version__,
+        tool_versions=tool_versions(),
+        profile=profile,
+        weights=weights,
+        inputs=GraphInputs(checkpoint),
+        spec=graph_spec(profile),
+        model=model_facts(source),
+        io=GraphNames(**{name: name for name in (*INPUTS, LOGITS)}),
+        state=tuple(tensor.to_dict() for tensor in state_tensors(source.spec)),
+        operators=operators,
+        layers=layers,
+    )

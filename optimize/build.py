@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -11,73 +10,49 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact import (
-    check_destination,
-    only_writer,
-    read_manifest,
-    reason_to_replace,
-    sha256_file,
-    staged,
-    verify_files,
-    write_manifest,
-)
+from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, staged
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.config_reader import spec_from_file
 from ..export.checkpoint.texts import TOKENIZER
 from ..export.contract.layouts import DENSE
-from ..export.contract.profiles import SERVED
 from ..export.contract.state import StateTensor
 from ..export.graph import CONFIG, MODEL, flat_model
-from ..export.graph import KIND as GRAPH_KIND
+from ..manifests import (
+    BuildCost,
+    BuildFacts,
+    BundleInputs,
+    BundleManifest,
+    EngineFacts,
+    GraphIdentity,
+    GraphManifest,
+    InjectionFacts,
+    Kernels,
+    PluginUse,
+    read,
+    reason_to_replace,
+    write,
+)
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
+from ..records import to_json
 from .bundled_kernels import Bundled
-from .choices import PACKED, Choice, backend_version, check_here, choose
-from .engine_build import RTX, end_children
+from .choices import Choice, backend_version, check_here, choose
+from .engine_build import end_children
 from .history import expected_build
+from .outcome import BuildReport, TargetResult
 from .passes.pack import pack_state
 from .plan_file import named_capability
 from .recipe import BuildSpec, Shapes
 from .targets import Target, resolve_targets
 
-KIND = "foldkv.bundle"
 PLAN = "engine.plan"
 # Peak memory of a TensorRT-RTX build over the bytes of its weights, with a floor for the library itself.
 _MEMORY_FACTOR, _MEMORY_FLOOR = 5, 3 << 30
-
-
-@dataclass(frozen=True)
-class TargetResult:
-    """The outcome for one target: "built", "unchanged" or "failed" with a reason."""
-
-    target: str
-    status: str
-    folder: Path
-    seconds: float
-    reason: str = ""
-    exit_code: int = EXIT_OK
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**vars(self), "folder": str(self.folder), "seconds": round(self.seconds, 2)}
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """The results in the order of the targets."""
-
-    results: list[TargetResult] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every target was built or unchanged, else the code of the first failure."""
-        codes: list[int] = [result.exit_code for result in self.results if result.status == "failed"]
-        return codes[0] if codes else EXIT_OK
 
 
 def build_bundles(
@@ -115,12 +90,11 @@ def build_bundles(
         InputError: unknown targets or layout, a layout that a target does not support, or ``out`` cannot be written.
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
-    manifest = read_manifest(graph, kind=GRAPH_KIND)
-    verify_files(graph, manifest)
+    manifest = read(GraphManifest, graph, verify=True)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
     check_here([job.choice for job in planned])
     for job in planned:
-        check_destination(Path(out) / job.target.name, kind=KIND)
+        check_destination(Path(out) / job.target.name, kind=BundleManifest.KIND)
 
     report, counting, done = Progress.of(progress), threading.Lock(), list[Target]()
 
@@ -158,7 +132,7 @@ def reasons_to_build(
 
     With ``only``, the answer is for that target only.
     """
-    manifest = read_manifest(graph, kind=GRAPH_KIND)
+    manifest = read(GraphManifest, graph)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
     return {
         job.target.name: _reason_to_build(Path(out) / job.target.name, job.spec())
@@ -168,43 +142,44 @@ def reasons_to_build(
 
 
 def _jobs(
-    graph: Path, manifest: dict[str, Any], targets: Sequence[str | Target], plugins: bool | None, layout: str | None,
+    graph: Path, manifest: GraphManifest, targets: Sequence[str | Target], plugins: bool | None, layout: str | None,
     shapes: Shapes | None,
 ) -> list[_Job]:  # fmt: skip
     chosen = resolve_targets(targets)
-    if "injection" in manifest:
-        choices = _injected_choices(graph, manifest, chosen, plugins, layout)
+    if manifest.injection is not None:
+        choices = _injected_choices(graph, manifest, manifest.injection, chosen, plugins, layout)
     else:
         spec = spec_from_file(Path(graph) / CONFIG)
-        choices = choose(spec, manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
+        choices = choose(spec, manifest.profile, chosen, plugins=plugins, layout=layout or DENSE)
     return [_Job(Path(graph), manifest, choice, shapes or Shapes()) for choice in choices]
 
 
 def _injected_choices(
-    graph: Path, manifest: dict[str, Any], targets: Sequence[Target], plugins: bool | None, layout: str | None
-) -> list[Choice]:
+    graph: Path, manifest: GraphManifest, made: InjectionFacts, targets: Sequence[Target], plugins: bool | None,
+    layout: str | None,
+) -> list[Choice]:  # fmt: skip
     """The choices that injection made."""
-    made = manifest["injection"]
-    others = [target.name for target in targets if target.sm and target.name != made["target"]]
+    others = [t.name for t in targets if t.backend.takes_plugins and t.name != made.target]
     if others:
         raise InputError(
-            f"{graph} was injected for {made['target']}; {', '.join(others)} cannot be built from it. "
+            f"{graph} was injected for {made.target}; {', '.join(others)} cannot be built from it. "
             "Give the graph that export wrote."
         )
-    if plugins is False or layout not in (None, made["layout"]):
+    if plugins is False or layout not in (None, made.layout):
         raise InputError(
-            f"{graph} was injected with plugins and the layout {made['layout']}, so it is built that way. "
+            f"{graph} was injected with plugins and the layout {made.layout}, so it is built that way. "
             "Omit --plugins and --layout, or give the graph that export wrote."
         )
-    packs = made["layout"] in PACKED and manifest["profile"] == SERVED
-    return [
-        Choice(target, target.sm is not None, made["layout"] if target.sm or packs else DENSE) for target in targets
-    ]
+    choices = []
+    for target in targets:
+        # Injection has decided for its target; beside it, rows are dense where they must be.
+        gaps = target.backend.refusals(made.layout, profile=manifest.profile, plugins=True, plugin_gaps=list)
+        choices.append(Choice(target, target.backend.takes_plugins, DENSE if gaps else made.layout))
+    return choices
 
 
-def _parallel_builds(manifest: dict[str, Any]) -> int:
-    files = [*manifest["files"].values(), *manifest.get("linked", {}).values()]
-    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(facts["bytes"] for facts in files))
+def _parallel_builds(manifest: GraphManifest) -> int:
+    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * sum(manifest.sizes.values()))
     memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // need))
 
@@ -214,7 +189,7 @@ class _Job:
     """One target's build: the graph package, its manifest, and everything else that the bundle depends on."""
 
     graph: Path
-    manifest: dict[str, Any]
+    manifest: GraphManifest
     choice: Choice
     shapes: Shapes
 
@@ -245,10 +220,10 @@ class _Job:
 
             compiler = compiler_identity()
         return BuildSpec(
-            graph_sha256=self.manifest["files"][MODEL]["sha256"],
+            graph_sha256=self.manifest.files[MODEL].sha256,
             weights_sha256=_other_files_digest(self.manifest),
             target=self.target.to_dict(),
-            backend=self.target.backend,
+            backend=self.target.backend.name,
             backend_version=backend_version(self.target),
             precision=self.target.precision,
             plugins=self.plugins,
@@ -272,15 +247,14 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
                 if not force and not _reason_to_build(folder, spec):
                     progress("unchanged")
                     return done("unchanged")
-                expected = expected_build(job.manifest, target.backend, job.plugins)
+                expected = expected_build(job.manifest, target.backend.name, job.plugins)
                 if expected is not None:
                     progress.expect(expected.low, expected.high)
-                with staged(folder, kind=KIND) as work:
-                    build = _write_cpu if target.backend == "onnxruntime" else _write_engine
-                    content = build(job, work, progress)
-                    content["build"]["seconds"] = round(time.monotonic() - start, 3)
-                    write_manifest(work, kind=KIND, content=_common(job, spec) | content)
-            layers = content["engine"].get("plugin_layers")
+                with staged(folder, kind=BundleManifest.KIND) as work:
+                    build = _write_engine if target.backend.engine else _write_graph
+                    made = build(job, work, progress)
+                    write(work, _manifest(job, spec, made, round(time.monotonic() - start, 3)))
+            layers = made.engine.plugin_layers
             plugins = f" with {layers} plugin layers" if layers else ""
             progress(f"built in {time.monotonic() - start:.1f} s{plugins}")
             return done("built")
@@ -292,32 +266,26 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
             return done("failed", str(failure), failure.exit_code)
 
 
-def _other_files_digest(manifest: dict[str, Any]) -> str:
-    known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
-    known |= {name: f"{facts['head_sha256']}:{facts['bytes']}" for name, facts in manifest.get("linked", {}).items()}
+def _other_files_digest(manifest: GraphManifest) -> str:
+    known = {name: file.sha256 for name, file in manifest.files.items() if name != MODEL}
+    known |= {name: f"{file.head_sha256}:{file.bytes}" for name, file in manifest.linked_files.items()}
     return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 
 def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
     """Why the bundle there differs from what would be built; "" if it does not."""
-    reason, manifest = reason_to_replace(folder, kind=KIND)
-    if manifest is None or (reason := _other_version(manifest)):
+    reason, manifest = reason_to_replace(BundleManifest, folder)
+    if manifest is None:
         return reason
-    if manifest.get("cache_key") == spec.cache_key():
+    if manifest.cache_key == spec.cache_key():
         return ""
-    wanted = json.loads(json.dumps(asdict(spec)))
-    backend = manifest.get("backend")
+    wanted, content = to_json(spec), manifest.content()
     made = {
-        **{name: manifest.get(name) for name in ("target", "backend", "precision", "layout", "shapes")},
-        "backend_version": manifest.get("tool_versions", {}).get(backend),
-        **manifest.get("spec", {}),
+        **{name: content[name] for name in wanted if name in content},
+        "backend_version": manifest.tool_versions.get(manifest.backend),
+        **content["spec"],
     }
     return "; ".join(_change(name, made.get(name), value) for name, value in wanted.items() if made.get(name) != value)
-
-
-def _other_version(manifest: dict[str, Any]) -> str:
-    made = manifest.get("foldkv_version")
-    return "" if made == __version__ else f"it was made by foldkv {made}; this is {__version__}"
 
 
 _CHANGES = {
@@ -337,32 +305,43 @@ def _change(name: str, old: Any, new: Any) -> str:
     return f"{name} was {old}, is {new}"
 
 
-#: Fields that a bundle depends on and that are nowhere else in its manifest.
-_RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "recipe")
+@dataclass(frozen=True)
+class _Made:
+    """What a backend put into the bundle's folder, and what it says of it in the manifest."""
+
+    state: list[StateTensor]
+    engine: EngineFacts
+    cost: BuildCost
+    plugins: tuple[PluginUse, ...] = ()
+    kernels: Kernels | None = None
+    precision_islands: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
 
 
-def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
-    manifest = job.manifest
-    return {
-        "foldkv_version": __version__,
-        "tool_versions": {spec.backend: spec.backend_version},
-        "target": spec.target,
-        "backend": spec.backend,
-        "profile": manifest["profile"],
-        "precision": spec.precision,
-        "layout": spec.layout,
-        "shapes": asdict(spec.shapes),
-        "inputs": {
-            "graph": {"manifest_sha256": sha256_file(job.graph / "manifest.json")},
-            "checkpoint": manifest["inputs"]["checkpoint"],
-        },
-        "cache_key": spec.cache_key(),
-        "spec": {name: getattr(spec, name) for name in _RECORDED},
-        "model": manifest["model"],
-        "io": manifest["io"],
-        "plugins": [],
-        "kernels": None,
-    }
+def _manifest(job: _Job, spec: BuildSpec, made: _Made, seconds: float) -> BundleManifest:
+    graph = job.manifest
+    return BundleManifest(
+        foldkv_version=__version__,
+        tool_versions={spec.backend: spec.backend_version},
+        target=job.target,
+        backend=spec.backend,
+        profile=graph.profile,
+        precision=spec.precision,
+        layout=spec.layout,
+        shapes=spec.shapes,
+        inputs=BundleInputs(GraphIdentity(sha256_file(job.graph / MANIFEST)), graph.inputs.checkpoint),
+        cache_key=spec.cache_key(),
+        spec=BuildFacts(**{fact.name: getattr(spec, fact.name) for fact in fields(BuildFacts)}),
+        model=graph.model,
+        io=graph.io,
+        plugins=made.plugins,
+        kernels=made.kernels,
+        state=tuple(tensor.to_dict() for tensor in made.state),
+        engine=made.engine,
+        precision_islands=made.precision_islands,
+        weights=made.weights,
+        build=replace(made.cost, seconds=seconds),
+    )
 
 
 def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
@@ -371,14 +350,14 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
             shutil.copyfile(graph / name, work / name)
 
 
-def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
+def _write_graph(job: _Job, work: Path, progress: Progress) -> _Made:
     import onnxruntime
 
     from ..plugins.inject import rotary_channels
     from .passes.cpu import cpu_graph
 
     progress("optimizing the graph")
-    state = [StateTensor(**row) for row in job.manifest["state"]]
+    state = [StateTensor(**row) for row in job.manifest.state]
 
     def pack(model: Any) -> None:
         if job.layout != DENSE:
@@ -396,14 +375,10 @@ def _write_cpu(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     if missing:
         raise BuildError(f"the graph lacks the state tensors {', '.join(missing[:5])}. Export it again.")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "state": [tensor.to_dict() for tensor in state],
-        "engine": {"file": MODEL, "nodes": nodes},
-        "build": {"peak_rss_bytes": peak},
-    }
+    return _Made(state, EngineFacts(MODEL, nodes=nodes), BuildCost(peak))
 
 
-def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
+def _write_engine(job: _Job, work: Path, progress: Progress) -> _Made:
     from ..plugins.inject import rotary_channels
     from .engine_build import build_plan
     from .passes.lower import lowered_graph
@@ -412,7 +387,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     assert target.sm is not None
     injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
     progress(f"lowering to {target.precision}")
-    state = [StateTensor(**row) for row in job.manifest["state"]]
+    state = [StateTensor(**row) for row in job.manifest.state]
     # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
     scratch = work.with_name(f"{work.name}-graph")
     scratch.mkdir()
@@ -421,7 +396,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
             job.graph, scratch, state, target.precision, sm=target.sm, injected=injected, layout=job.layout,
             rotary=rotary_channels(job.graph), tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
-        named = named_capability(target.sm) if target.backend == RTX else target.sm
+        named = named_capability(target.sm) if target.backend.builds_without_gpu else target.sm
         result = build_plan(
             scratch / MODEL, work / PLAN, sm=named, state=state, shapes=job.shapes, backend=target.backend,
             plugins=bundled.nodes, progress=progress,
@@ -432,17 +407,15 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
     if unbundled:
         raise BuildError(f"the engine can launch kernels that were not compiled: {', '.join(sorted(unbundled))}.")
     _copy(job.graph, work, (TOKENIZER,))
-    return {
-        "state": [tensor.to_dict() for tensor in state],
-        "engine": {
-            "file": PLAN, "header": result["header"], "layers": result["layers"], "plugin_layers": result["plugin_layers"],
-        },
-        "precision_islands": precision,
-        "weights": weights,
-        "plugins": bundled.plugins,
-        "kernels": bundled.kernels,
-        "build": {"peak_rss_bytes": result["peak_rss_bytes"], "warnings": result["warnings"]},
-    }  # fmt: skip
+    return _Made(
+        state,
+        EngineFacts(PLAN, header=result["header"], layers=result["layers"], plugin_layers=result["plugin_layers"]),
+        BuildCost(result["peak_rss_bytes"], tuple(result["warnings"])),
+        plugins=bundled.plugins,
+        kernels=bundled.kernels,
+        precision_islands=precision,
+        weights=weights,
+    )
 
 
 def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
@@ -455,11 +428,11 @@ def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     model = flat_model(job.graph)
     strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
     injection = inject_nodes(
-        model, job.manifest["state"], rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,
+        model, job.manifest.state, rotary=rotary_channels(job.graph), target=target.name, sm=target.sm,
         dtype=target.precision, layout=job.layout,
     )  # fmt: skip
     progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")
     bundled = bundle_kernels(injection, work, progress=progress)
     assert bundled.kernels is not None
-    set_library(model, bundled.kernels["library"])
+    set_library(model, bundled.kernels.library)
     return model, bundled

@@ -8,15 +8,16 @@ from typing import Any
 from ..artifact import sha256_json
 from ..errors import InputError
 from ..export.memory import check_sizes
+from ..manifests import ShapeRanges
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Sizes that an engine is built for, each (smallest, typical, largest)."""
+class Shapes(ShapeRanges):
+    """Sizes that an engine can be built for, each (smallest, typical, largest).
 
-    batch: tuple[int, int, int] = (1, 1, 4)
-    chunk: tuple[int, int, int] = (1, 1, 256)
-    context: tuple[int, int, int] = (256, 4096, 65536)
+    Raises:
+        InputError: no engine can have these sizes.
+    """
 
     def __post_init__(self) -> None:
         for name, sizes in asdict(self).items():

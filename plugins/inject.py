@@ -11,34 +11,34 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from .. import __version__
-from ..artifact import MANIFEST, read_manifest, sha256_file, staged, verify_files, write_manifest
+from ..artifact import MANIFEST, sha256_file, staged
 from ..errors import InputError, listing
 from ..export.checkpoint.config_reader import spec_from_file
 from ..export.contract.layouts import DENSE, CacheLayout, cache_layout, row_bytes
 from ..export.graph import CONFIG, KIND, MODEL, flat_model, link_file
 from ..export.operators.registry import DOMAIN
+from ..manifests import (
+    GraphIdentity,
+    GraphInputs,
+    GraphManifest,
+    InjectionFacts,
+    OperatorCoverage,
+    StateRow,
+    read,
+    write,
+)
 from ..progress import Say, silent
 from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
 from .launch import Kernel, kernels
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """One operator of the graph: its nodes, how many got a plugin, and why the others did not."""
-
-    operator: str
-    nodes: int
-    injected: int
-    refusals: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Injection:
     sm: int
     dtype: str
     layout: str
-    rows: tuple[Coverage, ...]
+    rows: tuple[OperatorCoverage, ...]
     given: tuple[Given, ...] = ()
 
     @property
@@ -71,12 +71,11 @@ class Injection:
         """Nodes of foldkv operators in the graph."""
         return sum(row.nodes for row in self.rows)
 
-    def facts(self) -> dict[str, Any]:
-        """Target and coverage as JSON values."""
-        return {
-            "target": self.target, "sm": self.sm, "dtype": self.dtype, "layout": self.layout, "injected": self.injected,
-            "nodes": self.nodes, "operators": [asdict(row) for row in self.rows],
-        }  # fmt: skip
+    def facts(self) -> InjectionFacts:
+        """Target and coverage, for the manifest."""
+        return InjectionFacts(
+            self.target, self.sm, self.dtype, self.layout, self.injected, self.nodes, operators=self.rows
+        )
 
 
 def inject(
@@ -109,41 +108,42 @@ def inject(
         InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes or was already
             injected, the layout is unknown, ``out`` cannot be written, or linked files cannot be linked there.
     """
-    manifest = read_manifest(graph, kind=KIND)
-    verify_files(graph, manifest)
-    if "injection" in manifest:
+    manifest = read(GraphManifest, graph, verify=True)
+    if manifest.injection is not None:
         raise InputError(
-            f"{graph} was already injected for {manifest['injection']['target']}. Give the graph that export wrote."
+            f"{graph} was already injected for {manifest.injection.target}. Give the graph that export wrote."
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
     model = flat_model(graph)
     injection = inject_nodes(
-        model, manifest["state"], rotary=rotary_channels(graph), target=target, sm=sm, dtype=dtype, layout=layout,
+        model, manifest.state, rotary=rotary_channels(graph), target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
     )  # fmt: skip
     for row in injection.rows:
         progress(f"{row.operator}: {row.injected} of {row.nodes}")
     with staged(Path(out), kind=KIND) as folder:
-        for name in manifest["files"]:
+        for name in manifest.files:
             if name != MODEL:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(graph) / name, folder / name)
         heads: dict[str, int] = {}
-        for name, facts in manifest.get("linked", {}).items():
+        for name, linked in manifest.linked_files.items():
             link_file(
                 (Path(graph) / name).resolve(), folder / name,
                 advice=f"Choose an output folder on the file system of {graph}, or let build inject: `foldkv build --plugins on`.",
             )  # fmt: skip
-            heads[name] = facts["head_bytes"]
+            heads[name] = linked.head_bytes
         onnx.save(model, folder / MODEL)
-        made_anew = ("files", "kind", "schema_version", "linked", "layers")
-        content = {key: value for key, value in manifest.items() if key not in made_anew}
-        content["foldkv_version"] = __version__
-        content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
-        content["injection"] = injection.facts()
-        known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
-        write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
+        made = replace(
+            manifest,
+            foldkv_version=__version__,
+            inputs=GraphInputs(manifest.inputs.checkpoint, GraphIdentity(sha256_file(Path(graph) / MANIFEST))),
+            injection=injection.facts(),
+            layers=None,
+        )
+        known = {name: file.sha256 for name, file in manifest.files.items() if name != MODEL}
+        write(folder, made, known=known, heads=heads)
     return injection
 
 
@@ -154,7 +154,7 @@ def rotary_channels(graph: Path) -> int:
 
 def inject_nodes(
     model: onnx.ModelProto,
-    state: Sequence[Mapping[str, Any]],
+    state: Sequence[StateRow],
     *,
     rotary: int,
     target: str,
@@ -231,7 +231,7 @@ def inject_nodes(
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
     return Injection(
         target, sm, dtype, layout,
-        tuple(Coverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
+        tuple(OperatorCoverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
         tuple(Given(e["plugin"], tuple(e["rows"]), tuple(e["kernels"])) for _, e in sorted(found.items())),
     )  # fmt: skip
 

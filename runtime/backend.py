@@ -74,8 +74,8 @@ class OnnxRuntimeExecutor:
             ArtifactError: the model cannot be loaded or is not the one that the manifest describes.
             MissingDependencyError: onnxruntime is not installed.
         """
-        if not installed("onnxruntime"):
-            raise lacks("a bundle for the target 'cpu'", ["onnxruntime"])
+        if not installed(bundle.backend.module):
+            raise lacks("a bundle for the target 'cpu'", [bundle.backend.module])
         import onnxruntime
 
         self._ort: Any = onnxruntime

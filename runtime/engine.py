@@ -25,9 +25,10 @@ import numpy.typing as npt
 from ..errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
 from ..plugins.cuda import Device, check
 from ..plugins.tensorrt import provide_kernels, register_plugins
+from ..records import to_json
 from .backend import FloatArray, IntArray
 from .buffers import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
-from .bundle import ENGINE_MODULES, Bundle
+from .bundle import Bundle
 from .plugin_check import bundle_kernels
 
 _ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
@@ -206,9 +207,9 @@ class EngineExecutor:
         """Load and allocate; ``opened`` collects what must be freed."""
         driver, bundle = self._driver, self._bundle
         trt = _library(bundle)
-        table = bundle.manifest.get("kernels")
-        if table is not None:
-            provide_kernels(table["library"], bundle_kernels(bundle.folder, bundle.manifest), driver=driver)
+        kernels = bundle.manifest.kernels
+        if kernels is not None:
+            provide_kernels(kernels.library, bundle_kernels(bundle.folder, kernels), driver=driver)
             register_plugins(trt)
         self._logger = library_logger(trt)
         opened.callback(self._drop_engine)
@@ -227,7 +228,7 @@ class EngineExecutor:
         self._on_host = {
             name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
         }
-        plugins = [row["name"] for row in bundle.manifest.get("plugins") or []]
+        plugins = [plugin.name for plugin in bundle.manifest.plugins]
         in_place = updated_in_place(bundle.state, plugins)
         self.buffers = DeviceBuffers(self._device, bundle.state, context, batch, in_place=in_place)
         opened.callback(self._free)
@@ -331,7 +332,7 @@ class EngineExecutor:
         if not self._execution.set_input_shape(name, tuple(shape)):
             raise InputError(
                 f"the engine {self._bundle.engine} was not built for the shape {tuple(shape)} of {name!r}; "
-                f"its sizes are {self._bundle.manifest.get('shapes')}."
+                f"its sizes are {to_json(self._bundle.manifest.shapes)}."
             )
 
     def _space(self, name: str, size: int) -> int:
@@ -348,20 +349,19 @@ class EngineExecutor:
 
 
 def _library(bundle: Bundle) -> Any:
-    module = ENGINE_MODULES[bundle.backend]
-    wanted, found = bundle.manifest["tool_versions"].get(bundle.backend), importlib.metadata.version(module)
+    backend, module = bundle.backend.name, bundle.backend.module
+    wanted, found = bundle.manifest.tool_versions.get(backend), importlib.metadata.version(module)
     if wanted != found:
         raise MissingDependencyError(
-            f"the engine in {bundle.folder} was built by {bundle.backend} {wanted}; {found} is installed. "
+            f"the engine in {bundle.folder} was built by {backend} {wanted}; {found} is installed. "
             f"Run `pip install {module}=={wanted}`, or build the bundle again."
         )
     return importlib.import_module(module)
 
 
 def _check_shapes(bundle: Bundle, context: int, batch: int) -> None:
-    shapes = bundle.manifest.get("shapes") or {}
-    for name, value in (("context", context), ("batch", batch)):
-        low, _, high = shapes.get(name, (1, 1, value))
+    shapes = bundle.manifest.shapes
+    for name, value, (low, _, high) in (("context", context, shapes.context), ("batch", batch, shapes.batch)):
         if not low <= value <= high:
             raise InputError(
                 f"{name} is {value}; the engine in {bundle.folder} was built for {low} to {high}. "

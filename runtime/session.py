@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ..errors import CapacityError, FoldkvError, InputError, short
 from .backend import Executor, FloatArray, IntArray, OnnxRuntimeExecutor
 from .buffers import Buffers, StateBuffers
-from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
+from .bundle import Bundle, load_bundle, require_backend
 from .sampling import GREEDY, Sampler, Sampling
 
 Logits = Literal["last", "all"]
@@ -542,7 +542,7 @@ class TokenStream(Iterator[tuple[int, int]]):
 
 def _open(bundle: Bundle, context: int, batch: int, threads: int | None, spin: bool) -> tuple[Buffers, Executor]:
     """The state and the executor of a bundle's backend."""
-    if bundle.backend == ONNXRUNTIME:
+    if not bundle.backend.engine:
         buffers = StateBuffers(bundle.state, context, batch)
         return buffers, OnnxRuntimeExecutor(bundle, buffers, batch=batch, threads=threads, spin=spin)
     from .engine import EngineExecutor

@@ -20,8 +20,8 @@ from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.config import load_config
 from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
-from foldkv.optimize.build import TargetResult
 from foldkv.optimize.history import record_builds, record_export
+from foldkv.optimize.outcome import TargetResult
 from foldkv.pipeline import STAGES, preview, run_pipeline
 
 PIPELINE = """

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...artifact import confined, sha256_file, sha256_json
 from ...errors import ArtifactError, CheckpointError, listing
+from ...manifests import ModelFacts
 from ..contract.geometry import CSA, ModelSpec
 from ..contract.profiles import HF, SERVED
 from ..model.decoder import Decoder, Layer
@@ -456,18 +457,18 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*spec.eos_token_ids, *added)))
 
 
-def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a service needs to know about the model, as manifest values; runtime/bundle.py reads them."""
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """What a service needs to know about the model."""
     spec = checkpoint.spec
-    return {
-        "architecture": "deepseek_v4",
-        "vocab_size": spec.vocab_size,
-        "num_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "layer_types": list(spec.layer_types),
-        "sliding_window": spec.sliding_window,
-        "index_topk": spec.index_topk,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_ids": list(end_tokens(checkpoint)),
-    }
+    return ModelFacts(
+        architecture="deepseek_v4",
+        vocab_size=spec.vocab_size,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        layer_types=tuple(spec.layer_types),
+        sliding_window=spec.sliding_window,
+        index_topk=spec.index_topk,
+        max_position_embeddings=spec.max_position_embeddings,
+        bos_token_id=spec.bos_token_id,
+        eos_token_ids=end_tokens(checkpoint),
+    )

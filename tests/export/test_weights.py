@@ -24,6 +24,7 @@ from foldkv.export.graph import KIND, WEIGHT_MODES, export_checkpoint, flat_mode
 from foldkv.export.memory import parameter_groups
 from foldkv.export.repack import repack
 from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.manifests import GraphManifest, read
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.kept_weights import Package, stored_format
@@ -252,7 +253,7 @@ def test_a_pipeline_exports_again_when_what_it_would_export_has_changed(
 ) -> None:
     graph = graphs["reference"]
     settings = {"version": 1, "checkpoint": str(checkpoint), "output": "out"}
-    made = read_manifest(graph, kind=KIND)
+    made = read(GraphManifest, graph)
     for weights, reason in (("reference", ""), ("repack", "was reference, is repack"), ("float32", "is float32")):
         config = PipelineConfig.model_validate(settings | {"export": {"weights": weights}})
         found = export_changes(config, Checkpoint(checkpoint), graph, made)

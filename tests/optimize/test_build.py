@@ -18,7 +18,6 @@ import pytest
 from engine import HostDriver, library
 from onnx_ir.passes.common import InlinePass
 from onnxscript import FLOAT, script
-from recorded import Recorded
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import ArtifactError, BuildError, InputError, MissingDependencyError
@@ -26,6 +25,7 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.state import StateTensor, total_bytes
 from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
+from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.fit import plan_target
@@ -37,6 +37,7 @@ from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import KernelImage
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.inject import inject
+from foldkv.records import to_json
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
 from foldkv.runtime.buffers import StateSpec, plan_bytes
@@ -178,21 +179,23 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert listed == {row["name"] for row in manifest["kernels"]["files"]}
     # The fields are in the plan, whole: they are what the engine will launch by.
     for text in (
-        load_bundle(folder).manifest["kernels"]["library"],
+        load_bundle(folder).manifest.kernels.library,
         *{"fp8+fp4": ("fp8_ds_mla", "index_fp4")}.get(layout, ()),
     ):
         assert plan.count(text.encode()) >= (17 if text == manifest["kernels"]["library"] else 2)
 
 
-def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
+def test_a_session_over_an_engine_takes_what_build_wrote(
     plugin_engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the engine itself, which the stand-in of the library refuses."""
     folder = next(iter(plugin_engines.values()))
-    manifest, driver = Recorded(read_manifest(folder, kind="foldkv.bundle")), HostDriver()
-    version = manifest["tool_versions"]["tensorrt-rtx"]
-    monkeypatch.setattr(bundle_module, "read_manifest", lambda folder, kind: manifest)
-    monkeypatch.setattr(bundle_module, "device_capability", lambda: manifest["target"]["sm"])
+    manifest, driver = read(BundleManifest, folder), HostDriver()
+    on_disk = {**read_manifest(folder, kind="foldkv.bundle")}
+    assert {key: on_disk[key] for key in manifest.content()} == manifest.content()
+    assert on_disk.keys() == {*to_json(manifest), "schema_version", "kind"}
+    version = manifest.tool_versions["tensorrt-rtx"]
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: manifest.target.sm)
     monkeypatch.setattr(cuda_module, "cuda_driver", lambda: driver)
     monkeypatch.setattr(engine_module.importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(engine_module.importlib, "import_module", lambda name: library(driver))
@@ -201,8 +204,7 @@ def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
     monkeypatch.setattr(engine_module, "register_plugins", lambda trt: None)
     with pytest.raises(ArtifactError, match="cannot be deserialised here"):
         Session(folder)
-    assert manifest.missing <= {"linked"} and kernels
-    assert {"shapes.context", "kernels.library", "plugins[].kernels", "engine.plugin_layers"} <= manifest.read
+    assert manifest.kernels is not None and len(kernels) == len(manifest.kernels.files) > 0
 
 
 def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph: Path, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph
     assert manifest["engine"]["plugin_layers"] == sum(row["nodes"] for row in found.values()) == 17
     assert found["FoldkvCompressFp8"]["rows"] == ["fp8_ds_mla"] and found["FoldkvCompressFp4"]["rows"] == ["index_fp4"]
     assert (manifest["profile"], manifest["layout"]) == ("served", "fp8+fp4")
-    assert load_bundle(tmp_path / "l40s").manifest["kernels"]["library"]
+    assert load_bundle(tmp_path / "l40s").manifest.kernels.library
 
 
 @script()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from foldkv.manifests import File, GraphManifest, LinkedFile, read
 from foldkv.optimize import history
-from foldkv.optimize.build import TargetResult
 from foldkv.optimize.history import (
     BUILD,
     EXPORT,
@@ -19,6 +20,7 @@ from foldkv.optimize.history import (
     record_builds,
     record_export,
 )
+from foldkv.optimize.outcome import TargetResult
 
 MEGA = 1 << 20
 
@@ -49,12 +51,13 @@ def test_what_is_recorded_is_read_back_and_estimates_itself(tiny_graph: Path, ti
     assert other is None
 
 
-def test_weights_that_are_linked_or_lie_in_many_files_are_counted() -> None:
-    files = {"model.onnx": {"bytes": 7}, "tokenizer.json": {"bytes": 9}, "weights/a.bin": {"bytes": 10}}
-    linked = {"weights/model-1.safetensors": {"bytes": 100}, "weights/model-2.safetensors": {"bytes": 200}}
-    assert history.weight_bytes({"files": files}) == 10
-    assert history.weight_bytes({"files": files, "linked": linked}) == 310
-    assert history.weight_bytes({"files": {"weights.bin": {"bytes": 5}}}) == 5
+def test_weights_that_are_linked_or_lie_in_many_files_are_counted(tiny_graph: Path) -> None:
+    files = {"model.onnx": File("", 7), "tokenizer.json": File("", 9), "weights/a.bin": File("", 10)}
+    linked = {f"weights/model-{i}.safetensors": LinkedFile("", 8, size) for i, size in enumerate((100, 200))}
+    graph = dataclasses.replace(read(GraphManifest, tiny_graph), files=files)
+    assert history.weight_bytes(graph) == 10
+    assert history.weight_bytes(dataclasses.replace(graph, linked=linked)) == 310
+    assert history.weight_bytes(dataclasses.replace(graph, files={"weights.bin": File("", 5)})) == 5
 
 
 def test_exports_with_weights_as_stored_are_told_from_those_in_float32() -> None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded import Recorded
 
-from foldkv.artifact import read_manifest
 from foldkv.errors import ArtifactError, FoldkvError
-from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
 from foldkv.runtime.tokenizer import Tokenizer
@@ -117,23 +113,3 @@ def test_text_comes_back_from_its_tokens_one_by_one_or_at_once(tiny_bundle: Path
     assert tokenizer.decode(tokens) == text
     stream = tokenizer.stream()
     assert "".join([*(stream.push(token) for token in tokens), stream.finish()]) == text
-
-
-def test_what_export_writes_of_the_model_is_what_the_runtime_reads(tiny_graph: Path, tiny_bundle: Path) -> None:
-    """Every fact by its name: one that is written under another would be missed without a word."""
-    written, read = read_manifest(tiny_graph, kind="foldkv.graph")["model"], asdict(load_bundle(tiny_bundle).model)
-    assert {
-        name: tuple(value) if isinstance(value, list) else value for name, value in written.items() if name in read
-    } == read
-    assert read["eos_token_ids"]
-
-
-def test_every_key_that_a_session_reads_is_written_by_build(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key with a default would be missed without a word. Engines: tests/optimize/test_build.py."""
-    manifest = Recorded(read_manifest(tiny_bundle, kind="foldkv.bundle"))
-    monkeypatch.setattr(bundle_module, "read_manifest", lambda folder, kind: manifest)
-    with Session(tiny_bundle, context=64) as session:
-        session.generate([[65]], max_new_tokens=1)
-        Tokenizer.from_bundle(session.bundle)
-    assert manifest.missing <= {"linked"}
-    assert {"model.eos_token_ids", "io.logits", "state[].width", "engine.file", "plugins", "backend"} <= manifest.read

@@ -34,7 +34,7 @@ def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version:
     rest = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "files")}
     (folder / "engine.plan").write_text(plan or str((source / "model.onnx").resolve()))
     rest |= {
-        "backend": "tensorrt-rtx", "target": {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
+        "backend": "tensorrt-rtx", "target": content["target"] | {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
         "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "kernels": None,
         "shapes": {"batch": [1, 1, 4], "chunk": [1, 1, 16], "context": [64, 256, 1024]},
     }  # fmt: skip

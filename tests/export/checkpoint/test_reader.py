@@ -15,13 +15,13 @@ from checkpoints import small_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foldkv.artifact import read_manifest
 from foldkv.config import ExportConfig, PipelineConfig
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.checkpoint.reader import INDEX, Checkpoint, decoder_from_checkpoint, end_tokens, released_name
-from foldkv.export.graph import KIND, export_checkpoint, link_files
+from foldkv.export.graph import export_checkpoint, link_files
 from foldkv.export.weights import Packed, referenced, repacked
+from foldkv.manifests import GraphManifest, read
 from foldkv.pipeline import export_changes, preview
 
 
@@ -272,8 +272,8 @@ def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permi
     with pytest.raises(CheckpointError, match="unknown key 'my_router'"):
         Checkpoint(folder)
     graph = export_checkpoint(folder, tmp_path / "graph", allow_unknown_keys=["my_router", "absent"])
-    made = read_manifest(graph, kind=KIND)["inputs"]["checkpoint"]
-    assert made["allowed_unknown_keys"] == ["my_router"]
+    made = read(GraphManifest, graph)
+    assert made.inputs.checkpoint.allowed_unknown_keys == ("my_router",)
     assert json.loads((graph / "config.json").read_text()) == config
     assert spec_from_file(graph / "config.json") == expected
     pipeline = PipelineConfig(version=1, checkpoint=str(folder), output=str(tmp_path))
@@ -281,7 +281,7 @@ def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permi
         preview(pipeline)
     allowing = pipeline.model_copy(update={"export": ExportConfig(allow_unknown_keys=["my_router"])})
     source = Checkpoint(folder, allow_unknown_keys=["my_router"])
-    assert not export_changes(allowing, source, graph, read_manifest(graph, kind=KIND))
+    assert not export_changes(allowing, source, graph, made)
 
 
 @pytest.mark.parametrize(
