@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # Test files run at once; each process makes the small model's artifacts for itself and takes up to 2 GiB.
 JOBS ?= 2
-LINKS := __init__.py __main__.py artifact.py cli.py config.py doctor.py errors.py inspection.py packages.py pipeline.py \
+LINKS := __init__.py __main__.py artifact.py cli.py config.py doctor.py errors.py inputs.py inspection.py onnx_files.py packages.py pipeline.py \
 	progress.py shell.py py.typed units.py \
 	export optimize plugins runtime validation
 

@@ -13,8 +13,9 @@ import onnx
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import only_writer, read_manifest, staged, write_manifest
-from ..errors import ArtifactError, InputError
+from ..artifact import beside, landing, only_writer, read_manifest, sha256_json, staged, write_manifest
+from ..errors import InputError
+from ..onnx_files import check_external_files
 from ..packages import version_of
 from ..progress import Progress, Say, silent
 from .checkpoint.reader import Checkpoint, decoder_from_checkpoint, model_facts
@@ -97,6 +98,7 @@ def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, pr
         _copy_texts(source, folder)
         content = _content(source, profile, weights) | {"operators": operator_counts(model)}
         content["inputs"]["checkpoint"]["sha256"] = source.digest()
+        source.check_unchanged()
         write_manifest(folder, kind=KIND, content=content)
 
 
@@ -105,9 +107,11 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
     source.check()
     placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
     content = _content(source, profile, weights)
-    identity = source.identity()
-    content["inputs"]["checkpoint"] |= {"sha256": identity, "of": "headers"}
-    work = out.absolute().with_name(f"{out.name}.foldkv-repack")
+    links = weights == "reference"
+    content["inputs"]["checkpoint"] |= {
+        "sha256": source.identity(), "of": "headers", "files": source.files_identity(links_change=links)
+    }  # fmt: skip
+    work = beside(landing(out), ".foldkv-repack")
     # Continue with the copies of an earlier attempt, in one process at a time.
     with only_writer(out, progress), staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
@@ -125,9 +129,11 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
         if weights == "reference":
             heads = link_files(source, folder)
         else:
-            known = repack(copies, work, identity=identity, progress=progress)
+            made_of = sha256_json([source.identity(), source.files_identity()])
+            known = repack(copies, work, identity=made_of, progress=progress)
             (work / FOLDER).rename(folder / FOLDER)
             shutil.rmtree(work)
+        source.check_unchanged(links_change=links)
         write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
 
 
@@ -137,16 +143,8 @@ def flat_model(graph: Path) -> onnx.ModelProto:
     Raises:
         ArtifactError: the package is damaged, or the graph names a weight file that its manifest does not list.
     """
-    manifest = read_manifest(graph, kind=KIND)
+    check_external_files(Path(graph), read_manifest(graph, kind=KIND), MODEL)
     model = onnx.load(Path(graph) / MODEL, load_external_data=False)
-    listed = manifest["files"].keys() | manifest.get("linked", {}).keys()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value not in listed:
-                raise ArtifactError(
-                    f"{Path(graph) / MODEL}: weight {tensor.name} is in {entry.value!r}, which the manifest does not list. "
-                    "Export the checkpoint again."
-                )
     if any(function.name.startswith(PREFIX) for function in model.functions):
         model = ir.to_proto(flat(ir.from_proto(model)))
     return model
@@ -172,12 +170,6 @@ def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
     return heads
 
 
-def same_files(graph: Path, manifest: dict[str, Any], source: Checkpoint) -> bool:
-    """Whether a package's linked files are still the checkpoint's own, and not earlier ones."""
-    shards = {f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}": shard.file for shard in source.shards}
-    return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.get("linked", {}))
-
-
 def link_file(source: Path, link: Path, *, advice: str) -> None:
     """Make a hard link to a file, and the folders for it.
 
@@ -192,7 +184,7 @@ def link_file(source: Path, link: Path, *, advice: str) -> None:
 
 
 def _copy_texts(source: Checkpoint, folder: Path) -> None:
-    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
     if (tokenizer := tokenizer_json(source.folder)) is not None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 

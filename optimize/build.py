@@ -22,6 +22,7 @@ from ..artifact import (
     read_manifest,
     reason_to_replace,
     sha256_file,
+    sha256_json,
     staged,
     verify_files,
     write_manifest,
@@ -34,6 +35,7 @@ from ..export.contract.profiles import SERVED
 from ..export.contract.state import StateTensor
 from ..export.graph import CONFIG, MODEL, flat_model
 from ..export.graph import KIND as GRAPH_KIND
+from ..onnx_files import check_external_files
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
 from .bundled_kernels import Bundled
@@ -117,6 +119,7 @@ def build_bundles(
     """
     manifest = read_manifest(graph, kind=GRAPH_KIND)
     verify_files(graph, manifest)
+    check_external_files(graph, manifest, MODEL)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
     check_here([job.choice for job in planned])
     for job in planned:
@@ -294,7 +297,8 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
 
 def _other_files_digest(manifest: dict[str, Any]) -> str:
     known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
-    known |= {name: f"{facts['head_sha256']}:{facts['bytes']}" for name, facts in manifest.get("linked", {}).items()}
+    # The same header with other weights is another file, or was written at another time.
+    known |= {name: sha256_json(facts) for name, facts in manifest.get("linked", {}).items()}
     return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 

@@ -6,12 +6,14 @@ A bundle that is damaged, incomplete, changed or of another version is refused b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
-from ..errors import ArtifactError, MissingDependencyError, listing
+from ..errors import ArtifactError, MissingDependencyError, listing, system_failure
+from ..inputs import OpenedFiles
+from ..onnx_files import check_external_files
 from ..packages import installed, pip_line
 from ..plugins.cuda import device_capability
 from .buffers import StateSpec
@@ -70,6 +72,7 @@ class Bundle:
     state: StateSpec
     engine: Path
     tokenizer: Path | None
+    opened: OpenedFiles = field(compare=False)
 
     def largest(self, size: str) -> int | None:
         """The largest "batch", "chunk" or "context" that an engine was built for; None for a graph, which takes any."""
@@ -96,10 +99,23 @@ def load_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     folder = Path(folder)
     manifest = read_manifest(folder, kind=KIND)
     bundle = _checked(folder, manifest)
-    _refuse_unlisted(folder, manifest)
     if verify:
         verify_files(folder, manifest)
+        external_files(bundle)
     return bundle
+
+
+def external_files(bundle: Bundle) -> dict[str, Path]:
+    """The weight files that the bundle's model names itself: the model's spelling, and the file. An engine names none.
+
+    Raises:
+        ArtifactError: it names a file that the manifest does not list, and so a file without a digest.
+    """
+    if bundle.backend != ONNXRUNTIME:
+        return {}
+    name = bundle.engine.relative_to(bundle.folder).as_posix()
+    named = check_external_files(bundle.folder, bundle.manifest, name)
+    return {name: bundle.engine.parent / name for name in named}
 
 
 def require_backend(bundle: Bundle) -> None:
@@ -130,20 +146,6 @@ def require_backend(bundle: Bundle) -> None:
         raise MissingDependencyError(
             listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
         )
-
-
-def _refuse_unlisted(folder: Path, manifest: dict[str, Any]) -> None:
-    # A graph names its weight file itself, so it must not be able to reach a file that has no hash.
-    listed = {MANIFEST, *manifest["files"]}
-    present = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    }
-    extra = sorted(present - listed)
-    if extra:
-        raise ArtifactError(
-            listing(f"{folder} contains files that its manifest does not list", [repr(name) for name in extra],
-                    "Remove them, or make the bundle again.")
-        )  # fmt: skip
 
 
 class _Table:
@@ -208,6 +210,9 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
     files = manifest["files"]
     if engine and engine not in files:
         findings.append(f"engine.file is {engine!r}, which is not among the files of the manifest")
+    if backend == ONNXRUNTIME and engine and not engine.endswith(".onnx"):
+        # ONNX Runtime takes other formats by their suffix, and those name files in other ways.
+        findings.append(f"engine.file is {engine!r}; expected an .onnx file")
     if "state" not in manifest:
         findings.append("state is missing; expected a list")
     if not findings:
@@ -225,5 +230,13 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
         io=names,
         state=StateSpec.from_manifest(manifest["state"], where=where),
         engine=confined(folder, engine),
+        opened=_opened(folder, files),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in files else None,
     )
+
+
+def _opened(folder: Path, files: dict[str, Any]) -> OpenedFiles:
+    try:
+        return OpenedFiles([folder / MANIFEST, *(confined(folder, name) for name in files)])
+    except OSError as error:
+        raise system_failure(error, folder) from None
