@@ -31,7 +31,7 @@ class FoldkvError(Exception):
 
     def facts(self) -> dict[str, Any]:
         """The error as JSON values: what `--json` prints under "error"."""
-        return {"type": type(self).__name__, "message": str(self), "exit_code": self.exit_code}
+        return {"type": type(self).__name__, "message": shown(self), "exit_code": self.exit_code}
 
 
 class InputError(FoldkvError):

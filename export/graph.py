@@ -80,6 +80,7 @@ def export_checkpoint(
     check_profile(profile, source.spec)
     if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
+    source.texts_digest()  # a file that cannot be read is found before the work
     report = Progress.of(progress)
     report(f"reading {len(source.headers)} tensors from {source.folder}")
     write = _write_float32 if weights == "float32" else _write_stored
@@ -133,7 +134,7 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
             known = repack(copies, work, identity=made_of, progress=progress)
             (work / FOLDER).rename(folder / FOLDER)
             shutil.rmtree(work)
-        source.check_unchanged(links_change=links)
+        source.check_unchanged()
         write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
 
 

@@ -299,6 +299,8 @@ def _other_files_digest(manifest: dict[str, Any]) -> str:
     known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != MODEL}
     # The same header with other weights is another file, or was written at another time.
     known |= {name: sha256_json(facts) for name, facts in manifest.get("linked", {}).items()}
+    # A bundle has a copy of these facts. Some are in no file of the package: tokens that end a text.
+    known["model facts"] = sha256_json(manifest["model"])
     return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 
@@ -325,7 +327,7 @@ def _other_version(manifest: dict[str, Any]) -> str:
 
 
 _CHANGES = {
-    "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
+    "graph_sha256": "the graph changed", "weights_sha256": "the weights, the tokenizer or the special tokens of the graph package changed",
     "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds differently",
     "target": "the table of targets changed",
 }  # fmt: skip

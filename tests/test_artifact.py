@@ -264,7 +264,7 @@ def test_odd_names_are_only_names(tmp_path: Path, name: str) -> None:
 
 
 def test_a_name_that_is_too_long_for_the_disk_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemFailure, match="File name too long. Choose a shorter name") as caught:
+    with pytest.raises(SystemFailure, match=r"File name too long\. Choose a shorter name") as caught:
         make(tmp_path / ("x" * 256))
     assert caught.value.facts()["reason"] == "ENAMETOOLONG" and not list(tmp_path.iterdir())
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..artifact import MANIFEST, read_manifest, verify_files
 from ..errors import InputError
+from ..inputs import refuse_unreadable_name
 from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 
 KIND = "foldkv.report"
@@ -70,6 +71,7 @@ def read_report(path: Path) -> dict[str, Any]:
     import jsonschema
 
     path = Path(path)
+    refuse_unreadable_name(path)
     if (path / MANIFEST).is_file():
         verify_files(path, read_manifest(path, kind=KIND))
     file = path / JSON if path.is_dir() else path
