@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ _STAGING_MARK = ".foldkv-staging-"
 _RETIRED_MARK = ".foldkv-retired-"
 _POLL = 0.1  # seconds between two looks at a lock
 _LONGEST_NAME = 255 - 64  # bytes of a name; file systems take 255, and marks need some
+_ELEMENT = 8  # bytes of the largest number in a tensor
 # What file managers and network file systems leave in a folder; nobody misses it.
 _LITTER = (".DS_Store", ".nfs", "._", "Thumbs.db", "desktop.ini")
 # Staging folders of this process, and a lock that keeps it from ending between two renames.
@@ -73,13 +75,22 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         yield staging
         with _commit:
             _put_in_place(staging, destination)
-    except OSError as error:
+    except OSError as caught:
+        error = _with_its_reason(caught, staging)
         if error.filename is not None:  # users do not know the staging folder
             error.filename = shown(error.filename).replace(str(staging), str(destination))
-        raise system_failure(error, Path.cwd() / given) from error
+        raise system_failure(error, Path.cwd() / given) from caught
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _unfinished.discard(staging)
+
+
+def _with_its_reason(error: OSError, folder: Path) -> OSError:
+    """numpy only says how many elements it wrote. If the rest does not fit on the disk, that is why."""
+    found = re.fullmatch(r"(\d+) requested and (\d+) written", str(error)) if error.errno is None else None
+    if found and shutil.disk_usage(_existing(folder)).free < _ELEMENT * (int(found[1]) - int(found[2])):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return error
 
 
 def abandon_unfinished() -> None:
@@ -124,7 +135,8 @@ def beside(destination: Path, mark: str) -> Path:
 
 def _beginning_with(start: Path) -> list[Path]:
     """What has a path that begins with ``start``. A name can have ``*`` or ``[`` in it, so it is no pattern."""
-    return [path for path in start.parent.iterdir() if path.name.startswith(start.name)]
+    there = start.parent.iterdir() if start.parent.is_dir() else ()
+    return [path for path in there if path.name.startswith(start.name)]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -214,7 +226,7 @@ def check_destination(destination: Path, *, kind: str) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Bytes that can be written where a folder is or would be made."""
-    return shutil.disk_usage(_existing(Path.cwd() / folder)).free
+    return shutil.disk_usage(_existing(landing(folder))).free
 
 
 def _existing(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from foldkv.artifact import (
     MANIFEST,
     check_destination,
     confined,
+    free_bytes,
     only_writer,
     read_manifest,
     sha256_json,
@@ -290,6 +291,8 @@ def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
         assert caught.value.facts()["reason"] == "ENOSPC"
         verify_files(folder, read_manifest(folder, kind=KIND))
         assert (folder / "data.txt").read_text() == "old" and siblings(folder) == ["a"]
+        (tmp_path / "link").symlink_to("disk/new/out")  # to nothing yet; the room is where it leads to
+        assert 0 < free_bytes(tmp_path / "link") <= 1 << 20
 
 
 def test_a_forbidden_folder_or_file_is_named(tmp_path: Path) -> None:

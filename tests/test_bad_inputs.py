@@ -395,7 +395,12 @@ row("odd path: checkpoint", odd("export", source="checkpoint", after=lambda w: [
 row("odd path: no checkpoint", odd("export", after=lambda w: ["-o", w.out]), 2, NOT_UTF8)
 row("odd path: package", odd("export", "-o", after=lambda w: [str(w.checkpoint)]), 2, NOT_UTF8)
 row("odd path: graph", odd("build", source="graph", after=lambda w: ["-o", w.out, "--target", "cpu"]), 2, NOT_UTF8)
-row("odd path: bundles", odd("build", "-o", after=lambda w: [str(w.graph), "--target", "cpu"]), 2, NOT_UTF8)
+row(
+    "odd path: bundles",
+    odd("build", "-o", after=lambda w: [str(w.graph), "--target", "cpu"]),
+    2,
+    r"a\xffb/cpu: the path has bytes",
+)
 row("odd path: injected", odd("inject", "-o", after=lambda w: [str(w.graph), "--target", "a100"]), 2, NOT_UTF8)
 row("odd path: bundle", odd("generate", source="bundle", after=lambda w: ["x"]), 2, NOT_UTF8)
 row("odd path: report", lambda w: [*validate()(w)[:-1], str(w.tmp / ODD)], 2, NOT_UTF8)
