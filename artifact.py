@@ -33,7 +33,6 @@ _STAGING_MARK = ".foldkv-staging-"
 _RETIRED_MARK = ".foldkv-retired-"
 _POLL = 0.1  # seconds between two looks at a lock
 _LONGEST_NAME = 255 - 64  # bytes of a name; file systems take 255, and marks need some
-_ELEMENT = 8  # bytes of the largest number in a tensor
 # What file managers and network file systems leave in a folder; nobody misses it.
 _LITTER = (".DS_Store", ".nfs", "._", "Thumbs.db", "desktop.ini")
 # Staging folders of this process, and a lock that keeps it from ending between two renames.
@@ -76,7 +75,7 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         with _commit:
             _put_in_place(staging, destination)
     except OSError as caught:
-        error = _with_its_reason(caught, staging)
+        error = _with_its_reason(caught)
         if error.filename is not None:  # users do not know the staging folder
             error.filename = shown(error.filename).replace(str(staging), str(destination))
         raise system_failure(error, Path.cwd() / given) from caught
@@ -85,11 +84,10 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         _unfinished.discard(staging)
 
 
-def _with_its_reason(error: OSError, folder: Path) -> OSError:
-    """numpy only says how many elements it wrote. If the rest does not fit on the disk, that is why."""
-    found = re.fullmatch(r"(\d+) requested and (\d+) written", str(error)) if error.errno is None else None
-    if found and shutil.disk_usage(_existing(folder)).free < _ELEMENT * (int(found[1]) - int(found[2])):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _with_its_reason(error: OSError) -> OSError:
+    """numpy says how many elements it wrote, not why it stopped: the disk is full, or a quota or a limit is reached."""
+    if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or a quota or `ulimit -f` is reached ({error})")
     return error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from disks import hub_cache, local_download, permissions_hold, small_disk
 
@@ -293,6 +294,17 @@ def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path) -> None:
         assert (folder / "data.txt").read_text() == "old" and siblings(folder) == ["a"]
         (tmp_path / "link").symlink_to("disk/new/out")  # to nothing yet; the room is where it leads to
         assert 0 < free_bytes(tmp_path / "link") <= 1 << 20
+
+
+def test_what_numpy_cannot_write_is_a_full_disk(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk", 1 << 20) as disk,
+        pytest.raises(SystemFailure, match=r"disk/a: No space left on device, or a quota .* requested and") as caught,
+        staged(disk / "a", kind=KIND) as work,
+        (work / "weights.bin").open("wb") as file,
+    ):
+        np.zeros(1 << 19, np.float32).tofile(file)
+    assert caught.value.facts()["reason"] == "ENOSPC"
 
 
 def test_a_forbidden_folder_or_file_is_named(tmp_path: Path) -> None:
