@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # Test files run at once; each process makes the small model's artifacts for itself and takes up to 2 GiB.
 JOBS ?= 2
-LINKS := __init__.py __main__.py artifact.py backends.py cli.py config.py doctor.py errors.py inspection.py manifests.py packages.py pipeline.py plan_text.py \
-	progress.py records.py report_text.py run_text.py shell.py tables.py targets_text.py py.typed units.py \
+LINKS := __init__.py __main__.py artifact.py backends.py cli.py config.py doctor.py errors.py inputs.py inspection.py manifests.py \
+	onnx_files.py packages.py pipeline.py plan_text.py progress.py records.py report_text.py run_text.py shell.py tables.py \
+	targets_text.py py.typed units.py \
 	export optimize plugins runtime validation
 
 .PHONY: demo test check lint typing docs clean

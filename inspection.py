@@ -12,6 +12,7 @@ from typing import Any
 from .artifact import MANIFEST
 from .errors import ArtifactError, InputError
 from .export.contract.state import StateTensor
+from .inputs import snapshot_hint
 from .manifests import BundleManifest, GraphManifest, ReportManifest, read_any
 from .records import to_json
 
@@ -39,7 +40,9 @@ def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> d
         return _artifact_facts(path)
     if (path / "config.json").is_file():
         return _checkpoint_facts(path, allow_unknown_keys)
-    raise InputError(f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).")
+    raise InputError(
+        f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).{snapshot_hint(path)}"
+    )
 
 
 def _artifact_facts(path: Path) -> dict[str, Any]:

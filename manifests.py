@@ -85,6 +85,7 @@ class CheckpointFacts:
         allowed_unknown_keys: keys of config.json that were ignored.
         sha256: over everything, or over what ``of`` says.
         of: "headers" if no weights were read, else left out.
+        files: sha256 over who the weight files were (inputs.py), where they were not read.
     """
 
     path: str
@@ -92,6 +93,7 @@ class CheckpointFacts:
     allowed_unknown_keys: tuple[str, ...]
     sha256: str
     of: OrAbsent[str] = None
+    files: OrAbsent[str] = None
 
 
 @dataclass(frozen=True)

@@ -340,17 +340,19 @@ def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made
 
 def _checkpoint_changes(source: Checkpoint, graph: Path, made: GraphManifest, weights: str) -> str:
     from .export.checkpoint.reader import model_facts
-    from .export.graph import CONFIG, same_files
+    from .export.graph import CONFIG
 
-    # For weights kept as stored only the headers are hashed; a replaced file is found below.
+    # For weights kept as stored only the headers are hashed; files that were written again are found below.
     expected = source.digest() if weights == "float32" else source.identity()
     if made.inputs.checkpoint.sha256 != expected:
         old = json.loads((graph / CONFIG).read_text())
         keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
         what = f"config.json: {', '.join(keys)}" if keys else "its files"
         return f"the checkpoint {source.folder} changed ({what})"
-    if not same_files(graph, made, source):
-        return f"weight files of the checkpoint {source.folder} were replaced"
+    if weights != "float32" and made.inputs.checkpoint.files != source.files_identity(
+        links_change=weights == "reference"
+    ):
+        return f"weight files of the checkpoint {source.folder} were written again or replaced"
     if made.inputs.checkpoint.texts != source.texts_digest():
         return f"the tokenizer or the generation_config.json of {source.folder} changed"
     if made.model != model_facts(source):

@@ -13,9 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import only_writer, staged
-from ..errors import ArtifactError, InputError
+from ..artifact import beside, landing, only_writer, sha256_json, staged
+from ..errors import InputError
 from ..manifests import CheckpointFacts, GraphInputs, GraphManifest, GraphNames, read, write
+from ..onnx_files import check_external_files
 from ..packages import version_of
 from ..progress import Progress, Say, silent
 from .checkpoint.reader import Checkpoint, decoder_from_checkpoint, model_facts
@@ -80,6 +81,7 @@ def export_checkpoint(
     check_profile(profile, source.spec)
     if Path(out).resolve() == Path(checkpoint).resolve():
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
+    source.texts_digest()  # a file that cannot be read is found before the work
     report = Progress.of(progress)
     report(f"reading {len(source.headers)} tensors from {source.folder}")
     write = _write_float32 if weights == "float32" else _write_stored
@@ -96,6 +98,7 @@ def _write_float32(source: Checkpoint, out: Path, profile: str, weights: str, pr
         ir.save(model, folder / MODEL, external_data=WEIGHTS, size_threshold_bytes=_INLINE_BYTES)
         onnx.checker.check_model(str(folder / MODEL), full_check=False)
         _copy_texts(source, folder)
+        source.check_unchanged()
         write(folder, _manifest(source, profile, weights, operators=operator_counts(model)))
 
 
@@ -103,15 +106,14 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
     """Write a package whose weights stay as stored. They are only read to copy them."""
     source.check()
     placed, copies = (referenced(source), []) if weights == "reference" else repacked(source)
-    identity = source.identity()
-    work = out.absolute().with_name(f"{out.name}.foldkv-repack")
+    work = beside(landing(out), ".foldkv-repack")
     # Continue with the copies of an earlier attempt, in one process at a time.
     with only_writer(out, progress), staged(out, kind=KIND) as folder:
         progress(f"tracing the kinds of {source.spec.num_layers} layers")
         model = layered_model(source.spec, placed, profile, progress=progress)
         ir.save(model, folder / MODEL)
         layers = layer_counts(model)
-        manifest = _manifest(source, profile, weights, operators=operators_of(model), layers=layers, headers=identity)
+        manifest = _manifest(source, profile, weights, operators=operators_of(model), layers=layers, headers=True)
         del model
         size = (folder / MODEL).stat().st_size
         progress(f"graph: {size / 2**10:.0f} KiB, {sum(layers.values())} layers of {len(layers)} kinds")
@@ -121,9 +123,11 @@ def _write_stored(source: Checkpoint, out: Path, profile: str, weights: str, pro
         if weights == "reference":
             heads = link_files(source, folder)
         else:
-            known = repack(copies, work, identity=identity, progress=progress)
+            made_of = sha256_json([source.identity(), source.files_identity()])
+            known = repack(copies, work, identity=made_of, progress=progress)
             (work / FOLDER).rename(folder / FOLDER)
             shutil.rmtree(work)
+        source.check_unchanged()
         write(folder, manifest, known=known, heads=heads)
 
 
@@ -134,15 +138,8 @@ def flat_model(graph: Path) -> onnx.ModelProto:
         ArtifactError: the package is damaged, or the graph names a weight file that its manifest does not list.
     """
     manifest = read(GraphManifest, graph)
+    check_external_files(Path(graph), {*manifest.files, *manifest.linked_files}, MODEL)
     model = onnx.load(Path(graph) / MODEL, load_external_data=False)
-    listed = manifest.files.keys() | manifest.linked_files.keys()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value not in listed:
-                raise ArtifactError(
-                    f"{Path(graph) / MODEL}: weight {tensor.name} is in {entry.value!r}, which the manifest does not list. "
-                    "Export the checkpoint again."
-                )
     if any(function.name.startswith(PREFIX) for function in model.functions):
         model = ir.to_proto(flat(ir.from_proto(model)))
     return model
@@ -168,12 +165,6 @@ def link_files(source: Checkpoint, folder: Path) -> dict[str, int]:
     return heads
 
 
-def same_files(graph: Path, manifest: GraphManifest, source: Checkpoint) -> bool:
-    """Whether a package's linked files are still the checkpoint's own, and not earlier ones."""
-    shards = {f"{FOLDER}/{shard.file.relative_to(source.folder).as_posix()}": shard.file for shard in source.shards}
-    return all(name in shards and (Path(graph) / name).samefile(shards[name]) for name in manifest.linked_files)
-
-
 def link_file(source: Path, link: Path, *, advice: str) -> None:
     """Make a hard link to a file, and the folders for it.
 
@@ -188,22 +179,23 @@ def link_file(source: Path, link: Path, *, advice: str) -> None:
 
 
 def _copy_texts(source: Checkpoint, folder: Path) -> None:
-    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n", encoding="utf-8")
     if (tokenizer := tokenizer_json(source.folder)) is not None:
         (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
 def _manifest(
     source: Checkpoint, profile: str, weights: str, *, operators: dict[str, int], layers: dict[str, int] | None = None,
-    headers: str = "",
+    headers: bool = False,
 ) -> GraphManifest:  # fmt: skip
-    """The manifest; ``headers`` is the digest of a checkpoint whose weights were not read."""
+    """The manifest; ``headers`` says that the checkpoint's weights were not read."""
     checkpoint = CheckpointFacts(
         path=str(source.folder),
         texts=source.texts_digest(),
         allowed_unknown_keys=tuple(source.allowed_keys),
-        sha256=headers or source.digest(),
+        sha256=source.identity() if headers else source.digest(),
         of="headers" if headers else None,
+        files=source.files_identity(links_change=weights == "reference") if headers else None,
     )
     return GraphManifest(
         foldkv_version=__version__,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, staged
+from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, sha256_json, staged
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.config_reader import spec_from_file
 from ..export.checkpoint.texts import TOKENIZER
@@ -37,6 +37,7 @@ from ..manifests import (
     reason_to_replace,
     write,
 )
+from ..onnx_files import check_external_files
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
 from ..records import to_json
@@ -91,6 +92,7 @@ def build_bundles(
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
     manifest = read(GraphManifest, graph, verify=True)
+    check_external_files(graph, {*manifest.files, *manifest.linked_files}, MODEL)
     planned = _jobs(graph, manifest, targets, plugins, layout, shapes)
     check_here([job.choice for job in planned])
     for job in planned:
@@ -268,7 +270,10 @@ def _build_target(job: _Job, folder: Path, force: bool, report: Progress) -> Tar
 
 def _other_files_digest(manifest: GraphManifest) -> str:
     known = {name: file.sha256 for name, file in manifest.files.items() if name != MODEL}
-    known |= {name: f"{file.head_sha256}:{file.bytes}" for name, file in manifest.linked_files.items()}
+    # The same header with other weights is another file, or was written at another time.
+    known |= {name: sha256_json(to_json(file)) for name, file in manifest.linked_files.items()}
+    # A bundle has a copy of these facts. Some are in no file of the package: tokens that end a text.
+    known["model facts"] = sha256_json(to_json(manifest.model))
     return hashlib.sha256("".join(f"{name}:{known[name]}\n" for name in sorted(known)).encode()).hexdigest()
 
 
@@ -289,7 +294,7 @@ def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
 
 
 _CHANGES = {
-    "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
+    "graph_sha256": "the graph changed", "weights_sha256": "the weights, the tokenizer or the special tokens of the graph package changed",
     "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds differently",
     "target": "the table of targets changed",
 }  # fmt: skip

@@ -7,7 +7,9 @@ rebound only when the shape of a chunk changes.
 
 from __future__ import annotations
 
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from ..errors import ArtifactError, FoldkvError, listing
 from ..packages import installed, lacks
 from .buffers import STATE_TYPES, StateBuffers
-from .bundle import Bundle
+from .bundle import Bundle, external_files
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -80,7 +82,7 @@ class OnnxRuntimeExecutor:
 
         self._ort: Any = onnxruntime
         self._bundle, self._batch = bundle, batch
-        self._session = _load(onnxruntime, bundle.engine, threads or default_threads(), spin)
+        self._session = _load(onnxruntime, bundle, threads or default_threads(), spin)
         _check_io(self._session, bundle)
         self._binding = self._session.io_binding()
         for tensor in bundle.state.tensors:
@@ -157,7 +159,8 @@ class OnnxRuntimeExecutor:
         self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
 
 
-def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
+def _load(onnxruntime: Any, bundle: Bundle, threads: int, spin: bool) -> Any:
+    model = bundle.engine
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -167,6 +170,8 @@ def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
     # Sizes depend on how much context is in use, so the pattern of one run does not fit the next.
     options.enable_mem_pattern = False
     options.enable_cpu_mem_arena = True
+    # It opens files in the model's folder and, where the model is a link, in the folder that the link leads to.
+    weights = map_outside(options, bundle, (model.parent, model.resolve().parent))
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -174,6 +179,31 @@ def _load(onnxruntime: Any, model: Path, threads: int, spin: bool) -> Any:
             f"{model} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {_first_line(error)}. "
             "Make the bundle again, or use another version of ONNX Runtime."
         ) from error
+    finally:
+        for mapped in weights:
+            mapped.close()
+
+
+def map_outside(options: Any, bundle: Bundle, homes: Sequence[Path]) -> list[mmap.mmap]:
+    """Hand weight files to ONNX Runtime that it refuses to open: links to a place outside of ``homes``.
+
+    It copies what it needs from them, so such a bundle takes more memory than one whose files are in its folder.
+
+    Returns:
+        The mapped files; close them once the session is made.
+    """
+    inside = [home.resolve() for home in homes]
+    outside = {
+        name: path for name, path in external_files(bundle).items()
+        if not any(path.resolve().is_relative_to(home) for home in inside)
+    }  # fmt: skip
+    mapped = []
+    for path in outside.values():
+        with path.open("rb") as file:
+            mapped.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if mapped:
+        options.add_external_initializers_from_files_in_memory(list(outside), mapped, [len(part) for part in mapped])
+    return mapped
 
 
 def _check_io(session: Any, bundle: Bundle) -> None:

@@ -6,14 +6,16 @@ A bundle that is damaged, incomplete, changed or of another version is refused b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_files
 from ..backends import BACKENDS, Backend
-from ..errors import ArtifactError, MissingDependencyError, listing
+from ..errors import ArtifactError, MissingDependencyError, listing, system_failure
+from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
+from ..onnx_files import check_external_files
 from ..packages import installed, pip_line
 from ..plugins.cuda import device_capability
 from .buffers import StateSpec
@@ -33,6 +35,7 @@ class Bundle:
     state: StateSpec
     engine: Path
     tokenizer: Path | None
+    opened: OpenedFiles = field(compare=False)
 
     @property
     def target(self) -> str:
@@ -78,10 +81,23 @@ def load_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     folder = Path(folder)
     table = read_manifest(folder, kind=BundleManifest.KIND)
     bundle = _checked(folder, table)
-    _refuse_unlisted(folder, bundle.manifest)
     if verify:
         verify_files(folder, table)
+        external_files(bundle)
     return bundle
+
+
+def external_files(bundle: Bundle) -> dict[str, Path]:
+    """The weight files that the bundle's model names itself: the model's spelling, and the file. An engine names none.
+
+    Raises:
+        ArtifactError: it names a file that the manifest does not list, and so a file without a digest.
+    """
+    if bundle.backend.engine:
+        return {}
+    name = bundle.engine.relative_to(bundle.folder).as_posix()
+    named = check_external_files(bundle.folder, bundle.manifest.files, name)
+    return {name: bundle.engine.parent / name for name in named}
 
 
 def require_backend(bundle: Bundle) -> None:
@@ -113,26 +129,15 @@ def require_backend(bundle: Bundle) -> None:
         )
 
 
-def _refuse_unlisted(folder: Path, manifest: BundleManifest) -> None:
-    # A graph names its weight file itself, so it must not be able to reach a file that has no hash.
-    listed = {MANIFEST, *manifest.files}
-    present = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    }
-    extra = sorted(present - listed)
-    if extra:
-        raise ArtifactError(
-            listing(f"{folder} contains files that its manifest does not list", [repr(name) for name in extra],
-                    "Remove them, or make the bundle again.")
-        )  # fmt: skip
-
-
 def _checked(folder: Path, table: dict[str, Any]) -> Bundle:
     where = folder / MANIFEST
     manifest = parse(BundleManifest, table, where=where)
     findings, engine = plugin_findings(manifest), manifest.engine.file
     if engine not in manifest.files:
         findings.append(f"engine.file is {engine!r}, which is not among the files of the manifest")
+    if not BACKENDS[manifest.backend].engine and not engine.endswith(".onnx"):
+        # ONNX Runtime takes other formats by their suffix, and those name files in other ways.
+        findings.append(f"engine.file is {engine!r}; expected an .onnx file")
     if findings:
         raise ArtifactError(listing(f"{where} does not describe a bundle", findings, manifest.AGAIN))
     return Bundle(
@@ -142,5 +147,13 @@ def _checked(folder: Path, table: dict[str, Any]) -> Bundle:
         backend=BACKENDS[manifest.backend],
         state=StateSpec.from_manifest(list(manifest.state), where=str(where)),
         engine=confined(folder, engine),
+        opened=_opened(folder, table["files"]),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in manifest.files else None,
     )
+
+
+def _opened(folder: Path, files: dict[str, Any]) -> OpenedFiles:
+    try:
+        return OpenedFiles([folder / MANIFEST, *(confined(folder, name) for name in files)])
+    except OSError as error:
+        raise system_failure(error, folder) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..artifact import MANIFEST
 from ..errors import InputError
+from ..inputs import refuse_unreadable_name
 from ..manifests import ReportManifest, read
 from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 
@@ -71,6 +72,7 @@ def read_report(path: Path) -> dict[str, Any]:
     import jsonschema
 
     path = Path(path)
+    refuse_unreadable_name(path)
     if (path / MANIFEST).is_file():
         read(ReportManifest, path, verify=True)
     file = path / JSON if path.is_dir() else path

@@ -17,6 +17,7 @@ import onnxruntime
 
 from ..errors import ArtifactError
 from ..export.model.decoder import CHOSEN, TAP
+from ..runtime.backend import map_outside
 from ..runtime.buffers import StateBuffers
 from ..runtime.bundle import Bundle
 
@@ -92,7 +93,12 @@ def _tapped(bundle: Bundle, names: list[str], threads: int) -> Any:
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(Path(bundle.engine).parent.resolve())
     )
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    weights = map_outside(options, bundle, (Path(bundle.engine).parent,))
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    finally:
+        for mapped in weights:
+            mapped.close()
 
 
 def compare_layers(

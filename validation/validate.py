@@ -17,6 +17,7 @@ from ..artifact import MANIFEST, sha256_file, sha256_json, staged
 from ..errors import ArtifactError, InputError
 from ..export.checkpoint.reader import Checkpoint
 from ..export.contract.profiles import PROFILES, SERVED
+from ..inputs import refuse_unreadable_name
 from ..manifests import BundleManifest, ReportManifest, read, write
 from ..packages import require
 from ..progress import Progress, Say, silent
@@ -77,6 +78,8 @@ def validate(
         CheckpointError: the reference cannot be loaded.
         MissingDependencyError: a package that validation needs is missing.
     """
+    for path in (bundle, reference, report):
+        refuse_unreadable_name(Path(path))
     plan, words, bundle, report = plan or Plan(), load_text(text), Path(bundle), Path(report)
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from checkpoints import small_checkpoint, sparse_checkpoint
+from checkpoints import random_checkpoint, small_checkpoint, sparse_checkpoint
+from disks import hub_cache
 from lowered import lowered_logits
 
 from foldkv.artifact import read_manifest, sha256_json, verify_files, write_manifest
@@ -25,7 +26,7 @@ from foldkv.export.memory import parameter_groups
 from foldkv.export.repack import repack
 from foldkv.export.weights import Packed, referenced, repacked
 from foldkv.manifests import GraphManifest, read
-from foldkv.optimize.build import build_bundles
+from foldkv.optimize.build import build_bundles, reasons_to_build
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.kept_weights import Package, stored_format
 from foldkv.optimize.targets import load_targets
@@ -223,10 +224,11 @@ def test_a_graph_whose_weights_lie_elsewhere_is_refused(graphs: dict[str, Path],
     (graph / "weights" / "other.bin").unlink()
     kept = {key: value for key, value in content.items() if key not in ("files", "kind", "schema_version")}
     write_manifest(graph, kind=KIND, content=kept)  # as whoever changed the graph would
-    with pytest.raises(ArtifactError, match=r"which the manifest does not list"):
+    with pytest.raises(ArtifactError, match=r"names files for its weights that the manifest does not list"):
         inject(graph, tmp_path / "out", target="a100", sm=80, dtype="bfloat16")
-    [result] = build_bundles(graph, tmp_path / "bundles", ["a100"], plugins=False).results
-    assert result.status == "failed" and "does not list" in result.reason
+    for target in ("a100", "cpu"):
+        with pytest.raises(ArtifactError, match=r"names files for its weights that the manifest does not list"):
+            build_bundles(graph, tmp_path / "bundles", [target], plugins=False)
 
 
 @linked
@@ -258,10 +260,123 @@ def test_a_pipeline_exports_again_when_what_it_would_export_has_changed(
         config = PipelineConfig.model_validate(settings | {"export": {"weights": weights}})
         found = export_changes(config, Checkpoint(checkpoint), graph, made)
         assert reason in found and bool(reason) == bool(found)
+    # Another package that links the same files, and a copy of this one, change nothing.
+    config = PipelineConfig.model_validate(settings | {"export": {"weights": "reference"}})
+    link_files(Checkpoint(checkpoint), tmp_path / "another")
+    assert not export_changes(config, Checkpoint(checkpoint), graph, made)
+    copied = shutil.copytree(graph, tmp_path / "graph")
+    verify_files(copied, read_manifest(copied, kind=KIND))
     # Files that were replaced, with the same headers, are other files.
     moved = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     config = PipelineConfig.model_validate(settings | {"checkpoint": str(moved), "export": {"weights": "reference"}})
-    assert "were replaced" in export_changes(config, Checkpoint(moved), graph, made)
+    assert "were written again or replaced" in export_changes(config, Checkpoint(moved), graph, made)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantised model of one layer, which is exported in seconds."""
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"]}
+    return random_checkpoint(config, tmp_path_factory.mktemp("one") / "checkpoint")
+
+
+def save_again(folder: Path) -> None:
+    """Other weights under the same names, shapes and sizes, written in place as a trainer does."""
+    for file in folder.glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-64:] = bytes(byte ^ 1 for byte in content[-64:])
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("weights", ["reference", "repack"])
+def test_weights_that_were_saved_again_are_noticed_by_every_stage(
+    one_layer: Path, tmp_path: Path, weights: str
+) -> None:
+    folder = shutil.copytree(one_layer, tmp_path / "checkpoint")
+    graph = export_checkpoint(folder, tmp_path / "graph", weights=weights)
+    settings = {"version": 1, "checkpoint": str(folder), "output": "out", "export": {"weights": weights}}
+    config = PipelineConfig.model_validate(settings)
+    assert not export_changes(config, Checkpoint(folder), graph, read_manifest(graph, kind=KIND))
+    before = Checkpoint(folder).identity()
+    save_again(folder)
+    assert Checkpoint(folder).identity() == before, "the headers do not show it"
+    reason = export_changes(config, Checkpoint(folder), graph, read_manifest(graph, kind=KIND))
+    assert reason == f"weight files of the checkpoint {folder} were written again or replaced"
+    if weights == "repack":
+        return
+    # The package has these very files, so it is not what it says any more.
+    with pytest.raises(ArtifactError, match=r"weights/model.*\.safetensors was written again after the artifact"):
+        build_bundles(graph, tmp_path / "bundles", ["cpu"])
+    export_checkpoint(folder, graph, weights=weights)
+    assert build_bundles(graph, tmp_path / "bundles", ["cpu"]).exit_code == 0
+    assert reasons_to_build(graph, tmp_path / "bundles", ["cpu"]) == {"cpu": ""}
+    manifest = json.loads((graph / "manifest.json").read_text())
+    for facts in manifest["linked"].values():
+        facts["file"]["modified_ns"] += 1  # what an export of weights of another time records
+    (graph / "manifest.json").write_text(json.dumps(manifest))
+    assert "the weights" in reasons_to_build(graph, tmp_path / "bundles", ["cpu"])["cpu"]
+
+
+def test_a_checkpoint_that_is_written_while_it_is_exported_is_refused(one_layer: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(one_layer, tmp_path / "checkpoint")
+
+    def save_during(text: str) -> None:
+        if text.startswith("copying"):
+            save_again(folder)
+
+    with pytest.raises(CheckpointError, match=r"(?s)was written while it was read .*model.*\.safetensors"):
+        export_checkpoint(folder, tmp_path / "graph", weights="repack", progress=save_during)
+    assert not (tmp_path / "graph").exists()
+
+
+class _StopsInTheMiddle:
+    """A sink of progress that is interrupted when half of the bytes are copied."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, part: str, text: str) -> None:
+        self.lines.append(text)
+
+    def steps(self, part: str, done: float, total: float, unit: str) -> None:
+        assert unit == BYTES
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    def expect(self, part: str, low: float, high: float) -> None:
+        raise AssertionError
+
+    def end(self, part: str) -> None:
+        raise AssertionError
+
+
+class _StopsAtTheEnd(_StopsInTheMiddle):
+    """A sink of progress that is interrupted when all bytes are copied, but the last file is not complete yet."""
+
+    def steps(self, part: str, done: float, total: float, unit: str) -> None:
+        if unit == BYTES and done >= total:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_copy_is_not_continued_with_other_weights(one_layer: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(one_layer, tmp_path / "checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(folder, tmp_path / "graph", weights="repack", progress=Progress(_StopsAtTheEnd()))
+    assert list((tmp_path / "graph.foldkv-repack" / "weights").glob("*.bin"))
+    save_again(folder)
+    made = read_manifest(export_checkpoint(folder, tmp_path / "graph", weights="repack"), kind=KIND)["files"]
+    expected = repack(repacked(Checkpoint(folder))[1], tmp_path / "clean", identity="x")
+    assert expected and {name: made[name]["sha256"] for name in expected} == expected
+    assert not (tmp_path / "graph.foldkv-repack").exists()
+
+
+def test_a_checkpoint_of_the_hugging_face_cache_is_the_same_on_every_machine(one_layer: Path, tmp_path: Path) -> None:
+    first, second = (hub_cache(one_layer, tmp_path / f"models--x--{name}") for name in "yz")
+    assert Checkpoint(first).files_identity() == Checkpoint(second).files_identity()
+    assert Checkpoint(first).files_identity() != Checkpoint(one_layer).files_identity()
+    Checkpoint(first).check_unchanged()
+    save_again(first)
+    assert Checkpoint(first).files_identity() != Checkpoint(second).files_identity()
 
 
 @linked
@@ -312,27 +427,6 @@ def test_repacking_goes_on_where_it_was_interrupted(checkpoint: Path, tmp_path: 
         assert (tmp_path / "work" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     repack(copies, tmp_path / "work", identity="another checkpoint")
     assert (tmp_path / "work" / "weights" / done[0]).stat().st_mtime_ns != stamps[done[0]]
-
-
-class _StopsInTheMiddle:
-    """A sink of progress that is interrupted when half of the bytes are copied."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, part: str, text: str) -> None:
-        self.lines.append(text)
-
-    def steps(self, part: str, done: float, total: float, unit: str) -> None:
-        assert unit == BYTES
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    def expect(self, part: str, low: float, high: float) -> None:
-        raise AssertionError
-
-    def end(self, part: str) -> None:
-        raise AssertionError
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

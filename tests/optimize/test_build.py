@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -26,7 +28,7 @@ from foldkv.export.contract.state import StateTensor, total_bytes
 from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
 from foldkv.manifests import BundleManifest, read
-from foldkv.optimize.build import build_bundles
+from foldkv.optimize.build import build_bundles, reasons_to_build
 from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.passes.lower import lowered_graph
@@ -331,3 +333,13 @@ def test_a_graph_that_the_parser_refuses_is_an_error_with_its_reason(tmp_path: P
     (tmp_path / "model.onnx").write_bytes(b"this is no graph")
     with pytest.raises(BuildError):
         build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, state=[], shapes=Shapes())
+
+
+def test_other_tokens_that_end_a_text_are_another_bundle(tiny_graph: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """generation_config.json is in no file of the package; only the manifest has its tokens."""
+    graph = shutil.copytree(tiny_graph, tmp_path / "graph")
+    assert reasons_to_build(graph, tiny_bundle.parent, ["cpu"]) == {"cpu": ""}
+    manifest = json.loads((graph / "manifest.json").read_text())
+    manifest["model"]["eos_token_ids"] = [7]
+    (graph / "manifest.json").write_text(json.dumps(manifest))
+    assert "special tokens" in reasons_to_build(graph, tiny_bundle.parent, ["cpu"])["cpu"]
