@@ -361,6 +361,7 @@ def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
         "model": manifest["model"],
         "io": manifest["io"],
         "plugins": [],
+        "in_place": [],
         "kernels": None,
     }
 
@@ -410,7 +411,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
 
     target = job.target
     assert target.sm is not None
-    injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
+    injected, in_place, bundled = _inject(job, work, progress) if job.plugins else (None, [], Bundled())
     progress(f"lowering to {target.precision}")
     state = [StateTensor(**row) for row in job.manifest["state"]]
     # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
@@ -440,14 +441,15 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> dict[str, Any]:
         "precision_islands": precision,
         "weights": weights,
         "plugins": bundled.plugins,
+        "in_place": in_place,
         "kernels": bundled.kernels,
         "build": {"peak_rss_bytes": result["peak_rss_bytes"], "warnings": result["warnings"]},
     }  # fmt: skip
 
 
-def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
-    """Inject the model, and compile the kernels that it launches into the bundle."""
-    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, list[str], Bundled]:
+    """Inject the model, and compile the kernels that it launches into the bundle; also the state that plugins update in place."""
+    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection, updated_in_place
     from .bundled_kernels import bundle_kernels
 
     target = job.target
@@ -462,4 +464,4 @@ def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     bundled = bundle_kernels(injection, work, progress=progress)
     assert bundled.kernels is not None
     set_library(model, bundled.kernels["library"])
-    return model, bundled
+    return model, updated_in_place(model, job.manifest["state"]), bundled

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from ..errors import InputError, MissingDependencyError, listing
 from ..export.contract.geometry import ModelSpec
-from ..export.contract.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
+from ..export.contract.layouts import BUILT, DENSE, LAYOUTS, CacheLayout, cache_layout
+from ..export.contract.operators import operator_specs
 from ..export.contract.profiles import SERVED
+from ..export.contract.rows import DENSE as DENSE_ROWS
+from ..export.contract.rows import row_format
 from ..packages import pip_line, require, version_of
 from ..plugins.coverage import coverage
 from .targets import Target
@@ -19,8 +22,17 @@ from .targets import Target
 #: Whether GPU targets get plugins by default. Only plugins keep packed rows and update caches in place. Function bodies need
 #: every cache twice, and activations that grow with the context. The cpu target never has plugins.
 PLUGINS = True
+
+
+def _holds_served_values(layout: CacheLayout) -> bool:
+    """Whether every operator that rounds rounds to the values of the rows that it writes."""
+    rounding = [spec for spec in operator_specs().values() if spec.rounds is not None]
+    found = {(layout.format_of(group), spec.rounds) for spec in rounding for group in spec.writes}
+    return all(format_ in (None, rounds) for format_, rounds in found)
+
+
 #: Layouts of packed rows that function bodies read: a graph of the profile ``served`` computes their values.
-PACKED = tuple(name for name in BUILT if (LAYOUTS[name].rows, LAYOUTS[name].index_rows) == (FP8_DS_MLA, INDEX_FP4))
+PACKED = tuple(name for name in BUILT if _holds_served_values(LAYOUTS[name]))
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,12 @@ def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout:
     asked = [
         row
         for row in coverage(spec, [sm], (profile,))
-        if row.rows == (formats.format_of(row.group) or DENSE) and row.dtype in ("", precision)
+        if row.rows == (formats.format_of(row.group) or DENSE_ROWS) and row.dtype in ("", precision)
     ]
     gaps = [row for row in asked if row.gaps[sm]]
     # An operator without a plugin keeps its function body, which reads dense rows; engines without any plugin are not built.
-    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else [row for row in gaps if row.rows != DENSE]
+    packed = [row for row in gaps if row_format(row.rows).packed]
+    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else packed
     return [f"{row.operator} {row.gaps[sm]}" for row in stops]
 
 

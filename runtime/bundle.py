@@ -22,7 +22,7 @@ ONNXRUNTIME, TENSORRT_RTX, TENSORRT = "onnxruntime", "tensorrt-rtx", "tensorrt"
 #: From an engine's backend to its module, which is also the name of its distribution.
 ENGINE_MODULES = {TENSORRT_RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 BACKENDS = (ONNXRUNTIME, TENSORRT_RTX, TENSORRT)
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16")
 TOKENIZER = "tokenizer.json"
 
 
@@ -68,6 +68,7 @@ class Bundle:
     model: ModelFacts
     io: GraphNames
     state: StateSpec
+    in_place: tuple[str, ...]  # state tensors that the engine updates in the buffer that it reads
     engine: Path
     tokenizer: Path | None
 
@@ -177,6 +178,13 @@ class _Table:
             return least
         return value
 
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self._value.get(key)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self._report(key, "a list of names")
+            return ()
+        return tuple(value)
+
     def token(self, key: str) -> int | None:
         return None if self._value.get(key) is None else self.integer(key, 0)
 
@@ -204,6 +212,7 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
     names = GraphNames(**{key: io.text(key) for key in GraphNames.__dataclass_fields__})
     target, backend = root.table("target").text("name"), root.text("backend", BACKENDS)
     profile, precision = root.text("profile"), root.text("precision", PRECISIONS)
+    in_place = root.names("in_place")
     engine = root.table("engine").text("file")
     files = manifest["files"]
     if engine and engine not in files:
@@ -212,7 +221,11 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
         findings.append("state is missing; expected a list")
     if not findings:
         findings += plugin_findings(manifest)
-    if findings:
+    state = None if findings else StateSpec.from_manifest(manifest["state"], where=where)
+    if state is not None:
+        known = {tensor.name for tensor in state.tensors}
+        findings += [f"in_place names {name!r}, which is not a state tensor" for name in in_place if name not in known]
+    if findings or state is None:
         raise ArtifactError(listing(f"{where} does not describe a bundle", findings, "Make the bundle again."))
     return Bundle(
         folder=folder,
@@ -223,7 +236,8 @@ def _checked(folder: Path, manifest: dict[str, Any]) -> Bundle:
         precision=precision,
         model=facts,
         io=names,
-        state=StateSpec.from_manifest(manifest["state"], where=where),
+        state=state,
+        in_place=in_place,
         engine=confined(folder, engine),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in files else None,
     )

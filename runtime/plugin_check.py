@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import confined
-from ..export.contract.layouts import DENSE
+from ..export.contract.rows import DENSE
 from ..plugins.cuda import KernelImage
 from ..plugins.declarations import NAMESPACE, PLUGINS
 

@@ -168,6 +168,7 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]} == expected
     assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 17
     assert manifest["layout"] == layout
+    assert load_bundle(folder).in_place == tuple(row["name"] for row in manifest["state"]), "plugins write all of it"
     plan = (folder / "engine.plan").read_bytes()
     assert check_plan(plan, sm=89)["sm"] == [89] and b"FoldkvSparseAttention" in plan
     for row in manifest["kernels"]["files"]:
@@ -202,7 +203,13 @@ def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
     with pytest.raises(ArtifactError, match="cannot be deserialised here"):
         Session(folder)
     assert manifest.missing <= {"linked"} and kernels
-    assert {"shapes.context", "kernels.library", "plugins[].kernels", "engine.plugin_layers"} <= manifest.read
+    assert {
+        "shapes.context",
+        "in_place",
+        "kernels.library",
+        "plugins[].kernels",
+        "engine.plugin_layers",
+    } <= manifest.read
 
 
 def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph: Path, tmp_path: Path) -> None:
