@@ -237,9 +237,10 @@ def new_state(
     Raises:
         InputError: rows that do not fit the layout.
     """
-    dense = next(name for name, type_ in _TYPES.items() if type_ == dtype)
-    stored = [LAYOUTS[layout].stored(tensor, spec.rope_dim, dense) for tensor in state_tensors(spec)]
-    return [
-        torch.zeros(batch, tensor.capacity(context), tensor.width, dtype=_TYPES[tensor.dtype], device=device)
-        for tensor in stored
-    ]
+    rows, state = LAYOUTS[layout], []
+    for tensor in state_tensors(spec):
+        name, stored = rows.format_of(tensor.group), rows.stored(tensor, spec.rope_dim)
+        dense = name is not None and not row_format(name).packed
+        kind = dtype if dense else _TYPES[stored.dtype]
+        state.append(torch.zeros(batch, stored.capacity(context), stored.width, dtype=kind, device=device))
+    return state
