@@ -10,13 +10,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import InputError, nearest
-from .export.contract.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS
+from .export.contract.layouts import BUILT, DENSE, LAYOUTS, CacheLayout
+from .export.contract.operators import operator_specs
 from .export.contract.profiles import SERVED
 
 #: Formats of weights in bundles (optimize/kept_weights.py has their sizes), from wide to narrow.
 FLOAT32, BF16, FP8, FP4 = "float32", "bf16", "fp8", "fp4"
+
+
+def _holds_served_values(layout: CacheLayout) -> bool:
+    """Whether every operator that rounds rounds to the values of the rows that it writes."""
+    rounding = [spec for spec in operator_specs().values() if spec.rounds is not None]
+    found = {(layout.format_of(group), spec.rounds) for spec in rounding for group in spec.writes}
+    return all(format_ in (None, rounds) for format_, rounds in found)
+
+
 #: Layouts of packed rows that function bodies read: a graph of the profile ``served`` computes their values.
-PACKED = tuple(name for name in BUILT if (LAYOUTS[name].rows, LAYOUTS[name].index_rows) == (FP8_DS_MLA, INDEX_FP4))
+PACKED = tuple(name for name in BUILT if _holds_served_values(LAYOUTS[name]))
 
 
 @dataclass(frozen=True)

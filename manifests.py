@@ -317,6 +317,7 @@ class BundleManifest(_Manifest):
         model: what a runtime must know.
         io: names in the graph.
         plugins: that the engine calls.
+        in_place: state tensors that the plugins update in the buffer that they read.
         kernels: that the plugins launch; null without plugins.
         state: one row per cache tensor.
         engine: the file to load.
@@ -341,6 +342,7 @@ class BundleManifest(_Manifest):
     model: ModelFacts
     io: GraphNames
     plugins: tuple[PluginUse, ...]
+    in_place: tuple[str, ...]
     kernels: Kernels | None
     state: tuple[StateRow, ...]
     engine: EngineFacts

@@ -22,6 +22,7 @@ from ..artifact import sha256_json
 from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .contract.geometry import CSA, HCA, ModelSpec
+from .contract.operators import expected_operators
 from .contract.profiles import HF
 from .contract.state import state_tensors
 from .model.decoder import CHOSEN, TAP, Layer
@@ -31,7 +32,7 @@ from .model.norm import RMSNorm
 from .model.rope import inverse_frequencies
 from .operators import packed, packed_words
 from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
-from .trace import INPUTS, LOGITS, add_functions, expected_operators, name_dimensions, quiet, tidy
+from .trace import INPUTS, LOGITS, add_functions, name_dimensions, quiet, tidy
 from .weights import Data, Packed, Plain, Quantised, Source, Weights
 
 PREFIX = "FoldkvLayer"

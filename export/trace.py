@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FoldkvError
-from .contract.geometry import CSA, HCA, SLIDING, ModelSpec
-from .contract.profiles import HF, SERVED
+from .contract.geometry import CSA, ModelSpec
+from .contract.operators import expected_operators
 from .contract.state import state_tensors
 from .model.decoder import CHOSEN, TAP, Decoder, new_state
 from .operators.registry import DOMAIN, ONNX_OPSET, operators, translation_table
@@ -208,31 +208,6 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 def expected_counts(decoder: Decoder) -> dict[str, int]:
     """How many nodes of each operator a decoder must give."""
     return expected_operators(decoder.spec, decoder.profile)
-
-
-def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
-    """How many nodes of each operator a model must give, from its layer kinds alone."""
-    kinds = Counter(spec.layer_types)
-    served = profile == SERVED
-    counts = {
-        "FoldkvCompress": 0 if served else 2 * kinds[CSA],
-        "FoldkvCompressFp4": kinds[CSA] if served else 0,
-        "FoldkvCompressFp8": kinds[CSA] if served else 0,
-        "FoldkvCompressOnline": 0 if served else kinds[HCA],
-        "FoldkvCompressOnlineFp8": kinds[HCA] if served else 0,
-        "FoldkvDenseAttention": kinds[HCA],
-        "FoldkvIndexScores": kinds[CSA],
-        "FoldkvIndexSelect": kinds[CSA],
-        "FoldkvQuantizeFp4": kinds[CSA] if served else 0,
-        "FoldkvQuantizeFp8": spec.num_layers if served else 0,
-        "FoldkvRope": 2 * spec.num_layers + kinds[CSA],
-        "FoldkvRoutedExperts": spec.num_layers,
-        "FoldkvSinkhorn": 2 * spec.num_layers,
-        "FoldkvSparseAttention": kinds[CSA],
-        "FoldkvWindowAttention": kinds[SLIDING],
-        "FoldkvWindowUpdate": spec.num_layers,
-    }
-    return {name: count for name, count in counts.items() if count}
 
 
 def _check_operators(model: ir.Model, decoder: Decoder) -> None:

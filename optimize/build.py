@@ -318,6 +318,7 @@ class _Made:
     engine: EngineFacts
     cost: BuildCost
     plugins: tuple[PluginUse, ...] = ()
+    in_place: tuple[str, ...] = ()
     kernels: Kernels | None = None
     precision_islands: dict[str, Any] | None = None
     weights: dict[str, Any] | None = None
@@ -340,6 +341,7 @@ def _manifest(job: _Job, spec: BuildSpec, made: _Made, seconds: float) -> Bundle
         model=graph.model,
         io=graph.io,
         plugins=made.plugins,
+        in_place=made.in_place,
         kernels=made.kernels,
         state=tuple(tensor.to_dict() for tensor in made.state),
         engine=made.engine,
@@ -390,7 +392,7 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> _Made:
 
     target = job.target
     assert target.sm is not None
-    injected, bundled = _inject(job, work, progress) if job.plugins else (None, Bundled())
+    injected, in_place, bundled = _inject(job, work, progress) if job.plugins else (None, [], Bundled())
     progress(f"lowering to {target.precision}")
     state = [StateTensor(**row) for row in job.manifest.state]
     # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
@@ -417,15 +419,16 @@ def _write_engine(job: _Job, work: Path, progress: Progress) -> _Made:
         EngineFacts(PLAN, header=result["header"], layers=result["layers"], plugin_layers=result["plugin_layers"]),
         BuildCost(result["peak_rss_bytes"], tuple(result["warnings"])),
         plugins=bundled.plugins,
+        in_place=tuple(in_place),
         kernels=bundled.kernels,
         precision_islands=precision,
         weights=weights,
     )
 
 
-def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
-    """Inject the model, and compile the kernels that it launches into the bundle."""
-    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection
+def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, list[str], Bundled]:
+    """Inject the model, and compile the kernels that it launches into the bundle; also the state that plugins update in place."""
+    from ..plugins.inject import inject_nodes, rotary_channels, set_library, strip_injection, updated_in_place
     from .bundled_kernels import bundle_kernels
 
     target = job.target
@@ -440,4 +443,4 @@ def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     bundled = bundle_kernels(injection, work, progress=progress)
     assert bundled.kernels is not None
     set_library(model, bundled.kernels.library)
-    return model, bundled
+    return model, updated_in_place(model, job.manifest.state), bundled

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ..errors import InputError, MissingDependencyError, listing
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import BUILT, DENSE, LAYOUTS, cache_layout
+from ..export.contract.rows import DENSE as DENSE_ROWS
+from ..export.contract.rows import row_format
 from ..packages import pip_line, require, version_of
 from ..plugins.coverage import coverage
 from .targets import Target
@@ -58,11 +60,12 @@ def _plugin_gaps(spec: ModelSpec, profile: str, target: Target, layout: str) -> 
     asked = [
         row
         for row in coverage(spec, [sm], (profile,))
-        if row.rows == (formats.format_of(row.group) or DENSE) and row.dtype in ("", target.precision)
+        if row.rows == (formats.format_of(row.group) or DENSE_ROWS) and row.dtype in ("", target.precision)
     ]
     gaps = [row for row in asked if row.gaps[sm]]
     # An operator without a plugin keeps its function body, which reads dense rows; engines without any plugin are not built.
-    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else [row for row in gaps if row.rows != DENSE]
+    packed = [row for row in gaps if row_format(row.rows).packed]
+    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else packed
     return [f"{row.operator} {row.gaps[sm]}" for row in stops]
 
 

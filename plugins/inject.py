@@ -21,7 +21,10 @@ from .. import __version__
 from ..artifact import MANIFEST, sha256_file, staged
 from ..errors import InputError, listing
 from ..export.checkpoint.config_reader import spec_from_file
-from ..export.contract.layouts import DENSE, CacheLayout, cache_layout, row_bytes
+from ..export.contract.layouts import DENSE, CacheLayout, cache_layout
+from ..export.contract.operators import operator_specs
+from ..export.contract.rows import DENSE as DENSE_ROWS
+from ..export.contract.rows import row_format
 from ..export.graph import CONFIG, KIND, MODEL, flat_model, link_file
 from ..export.operators.registry import DOMAIN
 from ..manifests import (
@@ -35,7 +38,7 @@ from ..manifests import (
     write,
 )
 from ..progress import Say, silent
-from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
+from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, WEIGHT_BODIES, PluginSpec
 from .launch import Kernel, kernels
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
@@ -196,7 +199,7 @@ def inject_nodes(
         launched: list[Kernel] = []
         if not reasons:
             launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
-        if reasons and rows != DENSE:
+        if reasons and row_format(rows).packed:
             packed.append(f"{node.op_type} ({node.name}): {'; '.join(reasons)}")
         if reasons:
             refused[node.op_type]["; ".join(reasons)] += 1
@@ -225,7 +228,8 @@ def inject_nodes(
             listing(title, packed, "Choose another layout; `foldkv targets --coverage` shows what plugins read.")
         )
     for node, plugin, rows in given:
-        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}
+        version = row_format(rows).version
+        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": version, "rotary": rotary}
         marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
         # If the operator itself has an attribute with a field's name, it is already there, with the checked value.
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
@@ -262,13 +266,36 @@ def strip_injection(model: onnx.ModelProto) -> None:
 
 def _row_format(node: onnx.NodeProto, layout: CacheLayout, groups: Mapping[str, str]) -> str:
     """The format of the rows that a node touches."""
-    spec = PLUGINS.get(node.op_type)
-    states = [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == STATE] if spec else []
-    if not states:
-        return DENSE
-    # Compression and the window have the state itself as an input; the others read their outputs.
-    group = groups.get(node.input[states[0]], "index_entries" if node.op_type == "FoldkvIndexScores" else "entries")
-    return layout.format_of(group) or DENSE
+    spec = operator_specs().get(node.op_type)
+    if spec is None or not spec.state:
+        return DENSE_ROWS
+    # Compression and the window have the state itself as an input; the others read their outputs, always of one group.
+    first = spec.state[0]
+    group = groups.get(node.input[spec.inputs.index(first)], first.groups[0])
+    return layout.format_of(group) or DENSE_ROWS
+
+
+def updated_in_place(model: onnx.ModelProto, state: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the state tensors that plugins of an injected model update in the buffer that they read, in their order.
+
+    Function bodies write the others, and need a second buffer.
+
+    Args:
+        model: injected, see :func:`inject_nodes`.
+        state: the manifest's rows for state tensors.
+    """
+    inputs = {row["input"]: row["name"] for row in state}
+    outputs = {row["output"]: row["name"] for row in state}
+    found = set()
+    for node in model.graph.node:
+        spec = PLUGINS.get(node.op_type) if node.domain == DOMAIN else None
+        if spec is None or not any(attribute.name == NAMESPACE_ATTRIBUTE for attribute in node.attribute):
+            continue
+        for out, given in spec.aliases.items():
+            name = outputs.get(node.output[out])
+            if name is not None and inputs.get(node.input[given]) == name:
+                found.add(name)
+    return [row["name"] for row in state if row["name"] in found]
 
 
 def _kernels(
@@ -288,8 +315,8 @@ def _kernels(
             elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
                 sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
     try:
-        if rows != DENSE:
-            sizes["ROW"] = row_bytes(rows, sizes["D"], rotary)
+        if row_format(rows).packed:
+            sizes["ROW"] = row_format(rows).row_bytes(sizes["D"], rotary)
         return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), []
     except (ValueError, InputError) as error:
         return [], [str(error)]

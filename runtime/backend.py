@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, listing
+from ..export.contract.state import STATE_TYPES
 from ..packages import installed, lacks
-from .buffers import STATE_TYPES, StateBuffers
+from .buffers import StateBuffers
 from .bundle import Bundle, external_files
 
 IntArray = npt.NDArray[np.int64]

@@ -33,6 +33,7 @@ class Bundle:
     digest: str  # sha256 of the manifest's content, and so of every file it names
     backend: Backend
     state: StateSpec
+    in_place: tuple[str, ...]  # state tensors that the engine updates in the buffer that it reads
     engine: Path
     tokenizer: Path | None
     opened: OpenedFiles = field(compare=False)
@@ -138,14 +139,21 @@ def _checked(folder: Path, table: dict[str, Any]) -> Bundle:
     if not BACKENDS[manifest.backend].engine and not engine.endswith(".onnx"):
         # ONNX Runtime takes other formats by their suffix, and those name files in other ways.
         findings.append(f"engine.file is {engine!r}; expected an .onnx file")
-    if findings:
+    state = None if findings else StateSpec.from_manifest(list(manifest.state), where=str(where))
+    if state is not None:
+        known = {tensor.name for tensor in state.tensors}
+        findings += [
+            f"in_place names {name!r}, which is not a state tensor" for name in manifest.in_place if name not in known
+        ]
+    if findings or state is None:
         raise ArtifactError(listing(f"{where} does not describe a bundle", findings, manifest.AGAIN))
     return Bundle(
         folder=folder,
         manifest=manifest,
         digest=sha256_json(table),
         backend=BACKENDS[manifest.backend],
-        state=StateSpec.from_manifest(list(manifest.state), where=str(where)),
+        state=state,
+        in_place=manifest.in_place,
         engine=confined(folder, engine),
         opened=_opened(folder, table["files"]),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in manifest.files else None,

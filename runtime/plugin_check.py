@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..artifact import confined
-from ..export.contract.layouts import DENSE
+from ..export.contract.rows import DENSE
 from ..manifests import BundleManifest, Kernels, PluginUse
 from ..plugins.cuda import KernelImage
 from ..plugins.declarations import NAMESPACE, PLUGINS

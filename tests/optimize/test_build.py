@@ -171,6 +171,7 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]} == expected
     assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 17
     assert manifest["layout"] == layout
+    assert load_bundle(folder).in_place == tuple(row["name"] for row in manifest["state"]), "plugins write all of it"
     plan = (folder / "engine.plan").read_bytes()
     assert check_plan(plan, sm=89)["sm"] == [89] and b"FoldkvSparseAttention" in plan
     for row in manifest["kernels"]["files"]:
@@ -207,6 +208,7 @@ def test_a_session_over_an_engine_takes_what_build_wrote(
     with pytest.raises(ArtifactError, match="cannot be deserialised here"):
         Session(folder)
     assert manifest.kernels is not None and len(kernels) == len(manifest.kernels.files) > 0
+    assert {"0.window", "1.entries"} <= set(manifest.in_place)
 
 
 def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph: Path, tmp_path: Path) -> None:

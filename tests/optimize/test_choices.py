@@ -11,8 +11,9 @@ from foldkv import packages
 from foldkv.artifact import read_manifest
 from foldkv.errors import InputError, MissingDependencyError
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.contract.layouts import BUILT, DENSE, LAYOUTS
+from foldkv.export.contract.layouts import BUILT, LAYOUTS
 from foldkv.export.contract.profiles import PROFILES
+from foldkv.export.contract.rows import DENSE
 from foldkv.export.graph import KIND, flat_model
 from foldkv.optimize import choices
 from foldkv.optimize.build import build_bundles, reasons_to_build

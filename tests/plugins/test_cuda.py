@@ -12,7 +12,7 @@ from cases import FORMS, ROTARY, Case, make_case
 from driver import CUresult, FakeDriver
 
 from foldkv.errors import FoldkvError, MissingDependencyError
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA
 from foldkv.plugins.cuda import KernelImage, Launcher, cuda_driver, device_capability
 from foldkv.plugins.launch import Argument, Plan, plan
 

@@ -94,6 +94,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "has kind 'list'"),
     "another kind": (edit(lambda m: m.update(kind="foldkv.graph")), "has kind 'foldkv.graph'"),
     "a newer schema": (edit(lambda m: m.update(schema_version=2)), "schema_version 2"),
+    "nothing about state in place": (
+        edit(lambda m: m.pop("in_place")),
+        "in_place is missing; expected a list of names",
+    ),
+    "state in place that is not there": (
+        edit(lambda m: m.update(in_place=["9.window"])),
+        "in_place names '9.window', which is not a state tensor",
+    ),
     "no ids that end a text": (
         edit(lambda m: m["model"].pop("eos_token_ids")),
         "model.eos_token_ids is missing; expected a list",
