@@ -56,7 +56,7 @@ heavy = (
 )
 # Plain declarations, and what launches kernels.
 own = ["foldkv.export", "foldkv.export.contract.layouts", "foldkv.plugins"]
-own += [f"foldkv.plugins.{{name}}" for name in ("cuda", "launch", "spec", "tensorrt")]
+own += [f"foldkv.plugins.{{name}}" for name in ("cuda", "declarations", "launch", "tensorrt")]
 made = tuple(f"foldkv.{{name}}" for name in ("export", "plugins", "optimize", "validation", "cli"))
 print([name for name in sys.modules if name in heavy or name.startswith(made) and name not in own])
 """
