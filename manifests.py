@@ -20,7 +20,7 @@ from .backends import BACKENDS
 from .errors import ArtifactError
 from .records import Name, Natural, OrAbsent, Positive, from_json, one_of, to_json
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16")
 #: A row of ``state``: the fields of a state tensor, which the contract declares and the runtime checks.
 StateRow = dict[str, Any]
 
