@@ -114,11 +114,11 @@ def case(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A checkpoint and its served graph."""
-    folder = tiny_checkpoint
-    if request.param != "trained":
-        folder = tmp_path_factory.mktemp(request.param)
-        make = request.getfixturevalue("make_reference_once")
-        make(seed=len(request.param), **BASE, **SERVED[request.param]).save_pretrained(folder)
+    if request.param == "trained":
+        return tiny_checkpoint, request.getfixturevalue("served_graph")
+    folder = tmp_path_factory.mktemp(request.param)
+    make = request.getfixturevalue("make_reference_once")
+    make(seed=len(request.param), **BASE, **SERVED[request.param]).save_pretrained(folder)
     return folder, export_checkpoint(folder, tmp_path_factory.mktemp("graph") / "graph", profile="served")
 
 
@@ -164,6 +164,7 @@ def oracle(folder: Path, ids: Tensor) -> tuple[Decoder, OracleRun]:
         return decoder, served_forward(decoder, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "splits", [[150], [1] * 30 + [120], [3, 8, 1, 17, 31, 33, 57]], ids=["whole", "decode", "chunks"]
 )
