@@ -130,7 +130,7 @@ def served_bundles(served_graph: Path, shared_folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def quick_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Path:
-    """A checkpoint with random weights and one layer of tiny-v4, which a test that exports for itself traces in a third of the time."""
+    """A checkpoint with random weights and one layer of tiny-v4, which a test that exports for itself traces in half of the time."""
 
     def make(out: Path) -> None:
         config = json.loads((tiny_checkpoint / "config.json").read_text()) | {

@@ -191,6 +191,7 @@ def test_the_graph_computes_what_the_oracle_computes(case: tuple[Path, Path], sp
         assert agreement(have, want) > 0.98, tensor.name
 
 
+@pytest.mark.slow
 def test_every_chunk_edge_gives_the_oracles_rows_and_logits(tiny_checkpoint: Path) -> None:
     ids = prompt(tiny_checkpoint, 40)
     decoder, expected = oracle(tiny_checkpoint, ids)
@@ -208,6 +209,7 @@ def test_every_chunk_edge_gives_the_oracles_rows_and_logits(tiny_checkpoint: Pat
         assert float(difference.median()) < 1e-4 and float(difference.max()) < 0.5, split
 
 
+@pytest.mark.slow
 def test_served_is_another_computation_than_hf(tiny_checkpoint: Path) -> None:
     """The comparison with the oracle would mean little if the profile changed nothing."""
     ids = prompt(tiny_checkpoint, 150)

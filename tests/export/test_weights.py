@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from checkpoints import sparse_checkpoint
+from checkpoints import small_checkpoint, sparse_checkpoint
 from lowered import lowered_logits
 
 from foldkv.artifact import read_manifest, sha256_json, verify_files, write_manifest
