@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.config import load_config
-from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
+from foldkv.errors import EXIT_GATE_FAILED, ArtifactError, FoldkvError, InputError, MissingDependencyError
 from foldkv.optimize.history import record_builds, record_export
 from foldkv.optimize.outcome import TargetResult
 from foldkv.pipeline import STAGES, preview, run_pipeline
@@ -39,14 +39,31 @@ cases_per_distance = 10
 ARTIFACTS = {"graph": "foldkv.graph", "bundles/cpu": "foldkv.bundle", "report": "foldkv.report"}
 
 
+def pipeline_of(checkpoint: Path, folder: Path) -> Path:
+    """A pipeline file of a copy of a checkpoint."""
+    (folder / "checkpoint").mkdir()
+    for file in (*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors")):
+        shutil.copyfile(file, folder / "checkpoint" / file.name)
+    (folder / "pipeline.toml").write_text(PIPELINE)
+    return folder / "pipeline.toml"
+
+
 @pytest.fixture
 def pipeline(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copyfile(tiny_checkpoint / name, tmp_path / "checkpoint" / name)
-    path = tmp_path / "pipeline.toml"
-    path.write_text(PIPELINE)
-    return path
+    return pipeline_of(tiny_checkpoint, tmp_path)
+
+
+@pytest.fixture
+def quick_pipeline(quick_checkpoint: Path, tmp_path: Path) -> Path:
+    """Of a model with random weights, for what a run leaves behind; its gates fail."""
+    return pipeline_of(quick_checkpoint, tmp_path)
+
+
+def place(graph: Path, bundle: Path | None, pipeline: Path) -> None:
+    """Put artifacts of the pipeline's checkpoint where the run would make them."""
+    shutil.copytree(graph, pipeline.parent / "out" / "graph")
+    if bundle is not None:
+        shutil.copytree(bundle, pipeline.parent / "out" / "bundles" / "cpu")
 
 
 def stages(pipeline: Path) -> dict[str, bool]:
@@ -64,9 +81,10 @@ def whole(out: Path, name: str) -> bool:
     return True
 
 
-def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path) -> None:
+def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path, tiny_graph: Path) -> None:
     out = pipeline.parent / "out"
-    assert stages(pipeline) == {"export": False, "build": False, "validate": False}
+    place(tiny_graph, None, pipeline)
+    assert stages(pipeline) == {"export": True, "build": False, "validate": False}
     assert stages(pipeline) == {"export": True, "build": True, "validate": True}
     # A setting of the last stage leaves the earlier ones alone.
     pipeline.write_text(PIPELINE.replace("cases_per_distance = 10", "cases_per_distance = 11"))
@@ -91,9 +109,10 @@ def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path)
     assert all(whole(out, name) for name in ARTIFACTS)
 
 
-def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeline: Path) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(quick_pipeline: Path) -> None:
     """Each run is killed as soon as it says that it began a step; the next run resumes behind the last whole stage."""
-    out = pipeline.parent / "out"
+    pipeline, out = quick_pipeline, quick_pipeline.parent / "out"
     done: set[str] = set()
     for step, finished in [
         ("export: tracing", set()),
@@ -117,15 +136,21 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
         found = {name for name in ARTIFACTS if whole(out, name)}
         assert finished | done <= found
         done = found
-    assert stages(pipeline)["export"]
+    result = run_pipeline(load_config(pipeline))
+    assert result.stages["export"]["skipped"] and result.exit_code == EXIT_GATE_FAILED
     assert all(whole(out, name) for name in ARTIFACTS)
     left = [path for path in out.rglob("*") if ".foldkv-" in path.name]
     assert not left
 
 
-def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(pipeline: Path) -> None:
+@pytest.mark.slow
+def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(
+    quick_pipeline: Path,
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
-    pipeline.write_text(PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"'))
+    pipeline = quick_pipeline
+    text = PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"')
+    pipeline.write_text(f"{text}enabled = false\n")
     out = pipeline.parent / "out"
     command = [sys.executable, "-m", "foldkv", "run", str(pipeline)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
@@ -230,13 +255,13 @@ def test_token_counts_are_read_as_the_command_line_reads_them(pipeline: Path) ->
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "checkpoint").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copyfile(tiny_checkpoint / name, folder / "checkpoint" / name)
-    (folder / "pipeline.toml").write_text(PIPELINE)
-    assert run_pipeline(load_config(folder / "pipeline.toml")).passed
+    path = pipeline_of(tiny_checkpoint, folder)
+    place(tiny_graph, tiny_bundle, path)
+    assert run_pipeline(load_config(path)).passed
     return folder
 
 

@@ -48,6 +48,7 @@ def launch(launcher: Launcher, driver: FakeDriver, case: Case, steps: Plan) -> S
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
 def test_every_operator_through_the_launcher(operator: str, rows: str, call: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ from foldkv.plugins import launch
 from foldkv.plugins.declarations import BODIES, PLUGINS
 from foldkv.plugins.launch import SPARSE_SPAN, plan
 
+pytestmark = pytest.mark.slow
+
 # Relative half unit in the last place.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 STATES = list(ROUNDING)

@@ -27,6 +27,8 @@ from foldkv.validation.runners import OracleRunner, TransformersRunner
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
+pytestmark = pytest.mark.slow
+
 SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)
 Damage = Callable[[onnx.ModelProto], None]
 

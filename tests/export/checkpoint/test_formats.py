@@ -93,8 +93,8 @@ def test_values_are_those_of_transformers_bit_for_bit() -> None:
 
 
 @pytest.fixture(scope="module", params=["instruct", "base"])
-def released(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("released") / request.param, request.param)
+def released(request: pytest.FixtureRequest, released_checkpoint: Callable[[str], Path]) -> Path:
+    return released_checkpoint(request.param)
 
 
 def test_a_released_checkpoint_has_the_values_that_transformers_reads(released: Path) -> None:
@@ -194,14 +194,13 @@ def test_the_block_size_is_checked(spoiled: Path) -> None:
 
 
 def test_a_released_checkpoint_exports_to_a_graph_that_gives_the_logits_of_transformers(
-    released: Path, tmp_path: Path
+    released: Path, released_graph: Callable[[str], Path]
 ) -> None:
     import onnxruntime
 
     from foldkv.export.contract.state import state_tensors
-    from foldkv.export.graph import export_checkpoint
 
-    graph = export_checkpoint(released, tmp_path / "graph")
+    graph = released_graph(released.name.removeprefix("released-"))
     theirs = DeepseekV4ForCausalLM.from_pretrained(released, dtype=torch.float32, attn_implementation="eager")
     ids = np.random.default_rng(1).integers(0, 256, (1, 90))
     feeds = {
