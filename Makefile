@@ -1,24 +1,29 @@
-# `make demo` runs the main job, `make test` the tests; both make their environment first.
+# `make demo` runs the main job, `make test` all tests, `make check` what is quick; all make their environment first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-# Test files run at once; each process makes the small model's artifacts for itself and takes up to 2 GiB.
+# Test files run at once; each process takes up to 2 GiB. tests/conftest.py puts the longest files first.
 JOBS ?= 2
-LINKS := __init__.py __main__.py artifact.py cli.py config.py doctor.py errors.py inspection.py packages.py pipeline.py \
-	progress.py shell.py py.typed units.py \
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+LINKS := __init__.py __main__.py artifact.py backends.py cli.py config.py doctor.py errors.py inputs.py inspection.py manifests.py \
+	onnx_files.py packages.py pipeline.py plan_text.py progress.py records.py report_text.py run_text.py shell.py tables.py \
+	targets_text.py py.typed units.py \
 	export optimize plugins runtime validation
 
-.PHONY: demo test check lint typing docs clean
+.PHONY: demo test quick check lint typing docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	@$(BIN)/foldkv run examples/demo.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations 15
+	$(PYTEST) --durations 15
 
-check: lint typing test
+quick: $(STAMP)
+	$(PYTEST) -m 'not slow'
+
+check: lint typing quick
 
 lint: $(STAMP) .typing/foldkv
 	$(BIN)/ruff check .

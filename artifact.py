@@ -8,10 +8,12 @@ format.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -21,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import ArtifactError, InputError, system_failure
+from .errors import ArtifactError, InputError, shown, system_failure
+from .inputs import file_identity, refuse_unreadable_name, snapshot_hint
 from .progress import Say, silent
 
 MANIFEST = "manifest.json"
@@ -29,6 +32,9 @@ SCHEMA_VERSION = 1
 _STAGING_MARK = ".foldkv-staging-"
 _RETIRED_MARK = ".foldkv-retired-"
 _POLL = 0.1  # seconds between two looks at a lock
+_LONGEST_NAME = 255 - 64  # bytes of a name; file systems take 255, and marks need some
+# What file managers and network file systems leave in a folder; nobody misses it.
+_LITTER = (".DS_Store", ".nfs", "._", "Thumbs.db", "desktop.ini")
 # Staging folders of this process, and a lock that keeps it from ending between two renames.
 _unfinished: set[Path] = set()
 _commit = threading.Lock()
@@ -51,14 +57,14 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
     """A folder to write an artifact in; on success it becomes ``destination``, else it is removed.
 
     ``destination`` is replaced only if it is an artifact of the same ``kind``, an empty folder or a
-    left-over of an interrupted write: a user's own folder is never deleted.
+    left-over of an interrupted write: a user's own folder is never deleted. A link stays one: what it leads to is replaced.
 
     Raises:
         InputError: ``destination`` exists and is something else.
         SystemFailure: the operating system refused to write there, for example because the disk is full.
     """
-    destination = Path.cwd() / destination
-    staging = destination.parent / f"{destination.name}{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    given, destination = destination, landing(destination)
+    staging = beside(destination, f"{_STAGING_MARK}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         _check_replaceable(destination, kind, replace)
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +74,21 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         yield staging
         with _commit:
             _put_in_place(staging, destination)
-    except OSError as error:
+    except OSError as caught:
+        error = _with_its_reason(caught)
         if error.filename is not None:  # users do not know the staging folder
-            error.filename = str(error.filename).replace(str(staging), str(destination))
-        raise system_failure(error, destination) from error
+            error.filename = shown(error.filename).replace(str(staging), str(destination))
+        raise system_failure(error, Path.cwd() / given) from caught
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _unfinished.discard(staging)
+
+
+def _with_its_reason(error: OSError) -> OSError:
+    """numpy says how many elements it wrote, not why it stopped: the disk is full, or a quota or a limit is reached."""
+    if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+        return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or a quota or `ulimit -f` is reached ({error})")
+    return error
 
 
 def abandon_unfinished() -> None:
@@ -84,8 +98,67 @@ def abandon_unfinished() -> None:
     """
     _commit.acquire(timeout=0.5)
     for staging in list(_unfinished):
-        for path in staging.parent.glob(f"{staging.name}*"):
+        for path in _beginning_with(staging):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def landing(destination: Path) -> Path:
+    """Where writing to ``destination`` ends: an absolute path without links. What links lead to need not exist yet.
+
+    Raises:
+        InputError: the path is not UTF-8.
+        SystemFailure: links lead in a circle, or a folder on the way is forbidden.
+    """
+    path = Path.cwd() / destination
+    refuse_unreadable_name(path)
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        if error.errno == errno.ENOTDIR:  # said later, by what cannot make a folder there
+            return Path(os.path.realpath(path))
+        raise system_failure(error, path) from None
+
+
+def beside(destination: Path, mark: str) -> Path:
+    """A sibling of ``destination``: its name and ``mark``. A name without room for it is cut and keeps a digest."""
+    name = os.fsencode(destination.name)
+    if len(name) > _LONGEST_NAME:
+        return destination.with_name(
+            f"{name[:100].decode(errors='ignore')}-{hashlib.sha256(name).hexdigest()[:16]}{mark}"
+        )
+    return destination.with_name(destination.name + mark)
+
+
+def _beginning_with(start: Path) -> list[Path]:
+    """What has a path that begins with ``start``. A name can have ``*`` or ``[`` in it, so it is no pattern."""
+    there = start.parent.iterdir() if start.parent.is_dir() else ()
+    return [path for path in there if path.name.startswith(start.name)]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is the old one or the new one, never half of one. A link stays one.
+
+    Raises:
+        SystemFailure: it cannot be written; an older file there is unchanged.
+    """
+    target = landing(path)
+    try:
+        if target.exists() and not target.is_file():  # a pipe or a device
+            target.write_text(text, encoding="utf-8")
+            return
+        new = beside(target, f".foldkv-new-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            new.write_text(text, encoding="utf-8")
+            if target.exists():
+                shutil.copymode(target, new)
+            new.replace(target)
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename2 = None  # users do not know the new file
+        raise system_failure(error, path) from None
 
 
 @contextlib.contextmanager
@@ -97,8 +170,8 @@ def only_writer(destination: Path, progress: Say = silent) -> Iterator[None]:
     Raises:
         SystemFailure: the folder that holds ``destination`` cannot be made or written.
     """
-    destination = Path.cwd() / destination
-    path = destination.parent / f".{destination.name}.lock"
+    destination = landing(destination)
+    path = beside(destination.with_name(f".{destination.name}"), ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("a+")
@@ -138,7 +211,7 @@ def check_destination(destination: Path, *, kind: str) -> None:
         InputError: ``destination`` is not an artifact of that kind.
         SystemFailure: its folder cannot be written.
     """
-    destination = Path.cwd() / destination
+    destination = landing(destination)
     _check_replaceable(destination, kind, replace=True)
     folder = _existing(destination.parent)
     try:
@@ -151,7 +224,7 @@ def check_destination(destination: Path, *, kind: str) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Bytes that can be written where a folder is or would be made."""
-    return shutil.disk_usage(_existing(Path.cwd() / folder)).free
+    return shutil.disk_usage(_existing(landing(folder))).free
 
 
 def _existing(folder: Path) -> Path:
@@ -178,10 +251,10 @@ def _check_replaceable(destination: Path, kind: str, replace: bool) -> None:
         return
     if not destination.is_dir():
         raise InputError(f"{destination} is a file; expected a folder to write the {kind} artifact to. Choose another.")
-    if not any(destination.iterdir()):
+    if all(path.name.startswith(_LITTER) for path in destination.iterdir()):
         return
     try:
-        found = json.loads((destination / MANIFEST).read_text()).get("kind")
+        found = json.loads((destination / MANIFEST).read_text(encoding="utf-8")).get("kind")
     except (OSError, ValueError, AttributeError):
         found = None
     if found != kind:
@@ -203,7 +276,7 @@ def _owner_is_alive(mark: str) -> bool:
 def _remove_leftovers(destination: Path) -> None:
     """Remove what killed writers left beside ``destination``; restore a retired artifact."""
     for mark in (_RETIRED_MARK, _STAGING_MARK):
-        for path in destination.parent.glob(f"{destination.name}{mark}*"):
+        for path in _beginning_with(beside(destination, mark)):
             if _owner_is_alive(path.name.split(mark, 1)[1]):
                 continue
             if mark == _RETIRED_MARK and not destination.exists():
@@ -213,7 +286,7 @@ def _remove_leftovers(destination: Path) -> None:
 
 
 def _put_in_place(staging: Path, destination: Path) -> None:
-    retired = destination.parent / f"{destination.name}{_RETIRED_MARK}{os.getpid()}-{secrets.token_hex(4)}"
+    retired = beside(destination, f"{_RETIRED_MARK}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         if destination.exists():
             destination.rename(retired)
@@ -222,7 +295,20 @@ def _put_in_place(staging: Path, destination: Path) -> None:
         if retired.exists() and not destination.exists():
             retired.rename(destination)
         raise
+    if retired.exists():
+        _keep_unlisted(retired, destination)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _keep_unlisted(old: Path, new: Path) -> None:
+    """Move a user's own files from an artifact to the one that replaces it: what the old manifest does not list."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        manifest = json.loads((old / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *manifest["files"], *manifest.get("linked", {})}
+        own = {PurePosixPath(name).parts[0] for name in listed}
+        for path in old.iterdir():
+            if path.name not in own and not path.name.startswith(_LITTER) and not (new / path.name).exists():
+                path.rename(new / path.name)
 
 
 def write_manifest(
@@ -241,7 +327,7 @@ def write_manifest(
         content: stored beside ``schema_version``, ``kind`` and ``files``.
         known: sha256 of files that were hashed as they were written.
         heads: files of someone else that are too large to hash, such as a checkpoint's shards. They are listed under
-            ``linked`` with their size and the sha256 of this many bytes at their start.
+            ``linked`` with their size, the sha256 of this many bytes at their start, and who they are (inputs.py).
     """
     known, heads = known or {}, heads or {}
     files, linked = {}, {}
@@ -251,30 +337,37 @@ def write_manifest(
             continue
         if name in heads:
             linked[name] = {
-                "head_sha256": _sha256_head(path, heads[name]), "head_bytes": heads[name], "bytes": path.stat().st_size
+                "head_sha256": _sha256_head(path, heads[name]), "head_bytes": heads[name], "bytes": path.stat().st_size,
+                "file": file_identity(path).facts(links_change=True),
             }  # fmt: skip
         else:
             files[name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
     manifest = {"schema_version": SCHEMA_VERSION, "kind": kind, "files": files, **content}
     if linked:
         manifest["linked"] = linked
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
 
 
 def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     """The manifest of an artifact, after checking its kind and version and that its files exist.
 
+    Links are followed, and files that the manifest does not list are nobody's business: the folder can be a snapshot of the
+    Hugging Face cache, or have a README in it.
+
     Raises:
+        InputError: the folder's path is not UTF-8.
         ArtifactError: no manifest, not JSON, another kind or version, a file missing or of another
             size, or a file name that leads out of the artifact.
     """
     path = Path(folder) / MANIFEST
+    refuse_unreadable_name(Path(folder))
     try:
-        manifest = json.loads(path.read_text())
-    except OSError:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise ArtifactError(
-            f"{folder} is not a {kind} artifact: {path} cannot be read. Give a folder that foldkv wrote."
+            f"{folder} is not a {kind} artifact: {path} cannot be read ({error.strerror}). Give a folder that foldkv "
+            f"wrote.{snapshot_hint(folder)}"
         ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({error}). The artifact is damaged: make it again.") from None
@@ -300,6 +393,10 @@ def _check_files(folder: Path, files: Any) -> None:
             raise ArtifactError(
                 f"{folder / MANIFEST}: file {name!r} has no size. The manifest is damaged: make the artifact again."
             )
+        if path.is_symlink() and not path.exists():
+            raise ArtifactError(
+                f"{path} is a link to {path.readlink()}, which is missing. Download the artifact again."
+            )
         if not path.is_file():
             raise ArtifactError(
                 f"{path} is missing, but the manifest lists it. Copy the whole artifact or make it again."
@@ -312,13 +409,17 @@ def _check_files(folder: Path, files: Any) -> None:
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare the sha256 of every file with the manifest; for linked files, the sha256 of their start.
+    """Compare the sha256 of every file with the manifest; for linked files, the sha256 of their start and when they were written.
 
     Raises:
-        ArtifactError: a file's content does not match the manifest.
+        ArtifactError: a file's content does not match the manifest, or a linked file was written again.
+        SystemFailure: a file cannot be read.
     """
     for name, facts in manifest["files"].items():
-        found = sha256_file(confined(folder, name))
+        try:
+            found = sha256_file(confined(folder, name))
+        except OSError as error:
+            raise system_failure(error, folder / name) from None
         if found != facts.get("sha256"):
             raise ArtifactError(
                 f"{folder / name} has sha256 {found[:16]}...; the manifest says {str(facts.get('sha256'))[:16]}... "
@@ -330,6 +431,19 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise ArtifactError(
                 f"{folder / name} is not the file that the artifact was made with. Make the artifact again."
             )
+        if _written_again(facts.get("file"), file_identity(folder / name).facts(links_change=True)):
+            raise ArtifactError(
+                f"{folder / name} was written again after the artifact was made, so its weights may be others. "
+                "Make the artifact again."
+            )
+
+
+def _written_again(made: Any, now: dict[str, Any]) -> bool:
+    """Whether a linked file is the very file of before with newer content. A copy is another file, with its own times."""
+    if not isinstance(made, dict):
+        return False
+    where = ("device", "inode")
+    return made != now and [made.get(name) for name in where] == [now.get(name) for name in where]
 
 
 def _sha256_head(path: Path, size: int) -> str:
@@ -337,16 +451,15 @@ def _sha256_head(path: Path, size: int) -> str:
         return hashlib.sha256(file.read(size)).hexdigest()
 
 
-def confined(folder: Path, name: str, *, follow_links: bool = False) -> Path:
-    """``folder/name``, if that stays inside ``folder``; with ``follow_links`` a link may lead out.
+def confined(folder: Path, name: str) -> Path:
+    """``folder/name``, for a name that an artifact or an index gives. It stays below the folder, but links there are followed.
+
+    Who made the folder made the links. What the files contain is checked by their digests.
 
     Raises:
-        ArtifactError: an absolute path, a ``..`` or a link that leads out.
+        ArtifactError: an absolute path, a ``..``, or characters that no name of a file should have.
     """
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or not name or "\\" in name or "\0" in name:
+    if pure.is_absolute() or ".." in pure.parts or not name or "\\" in name or "\0" in name or shown(name) != name:
         raise ArtifactError(f"{folder}: file name {name!r} leads out of the artifact; it is refused.")
-    path = folder / name
-    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{path} is a link out of the artifact; it is refused.")
-    return path
+    return folder / name

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,12 @@ from . import __version__
 from .errors import FoldkvError, InputError
 from .export.checkpoint.config_reader import spec_from_file
 from .progress import Progress
+from .records import to_json
 from .shell import Group, progress
-from .units import duration_text, read_tokens, size_text
+from .units import read_tokens, size_text
 
 if TYPE_CHECKING:
     from .export.contract.geometry import ModelSpec
-    from .optimize.fit import TargetPlan
-    from .optimize.history import Estimate
-    from .pipeline import Step
 
 
 class _Tokens(click.ParamType[int]):
@@ -73,19 +72,13 @@ def _show(facts: Any, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    from .inspection import describe
+    from .tables import describe
 
     click.echo(describe(facts))
 
 
-def _table(rows: list[list[str]], numbers: tuple[int, ...] = ()) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
+def _print(lines: Sequence[str]) -> None:
+    click.echo("\n".join(lines))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -117,9 +110,9 @@ def export_command(
     The graphs take weights as inputs. No weight is read or copied: a lock says where each lies in the checkpoint's files. With
     --flat, OUTPUT is instead one ONNX model of all layers, for Netron, other tools and plain ONNX Runtime.
     """
-    from .artifact import read_manifest
     from .export.flat import export_flat
-    from .export.package import KIND, export_checkpoint
+    from .export.package import export_checkpoint
+    from .manifests import GraphManifest, read
     from .optimize.history import record_export
 
     report, start = progress(), time.monotonic()
@@ -134,24 +127,25 @@ def export_command(
     seconds = time.monotonic() - start
     record_export(path, seconds)
     if as_json:
-        manifest = read_manifest(path, kind=KIND)
-        facts = {
-            "graph": str(path),
-            "seconds": round(seconds, 2),
-            "bytes": sum(f["bytes"] for f in manifest["files"].values()),
-        }
-        _show(facts | {name: manifest[name] for name in ("profile", "weights", "layers", "operators")}, True)
+        manifest = read(GraphManifest, path)
+        size = sum(file.bytes for file in manifest.files.values())
+        facts = {"graph": str(path), "seconds": round(seconds, 2), "bytes": size, "profile": manifest.profile}
+        kinds = {name: row.operators for name, row in manifest.segments.items()}
+        _show(
+            facts | {"weights": to_json(manifest.weights), "layers": manifest.layers, "segments": kinds,
+                     "operators": manifest.operators}, True,
+        )  # fmt: skip
     else:
         click.echo(f"graph package: {path}")
 
 
 def _expect_export(report: Progress, checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> None:
     """Report how long comparable exports took. Says nothing of a checkpoint that cannot be read: export refuses it."""
-    from .optimize.fit import export_estimate
+    from .optimize.fit import export_estimate, stored_in
     from .optimize.history import read_runs
 
     with contextlib.suppress(FoldkvError, OSError):
-        stored = _stored_format(checkpoint, allow_unknown_keys)
+        stored = stored_in(checkpoint, allow_unknown_keys=allow_unknown_keys)
         spec = spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys)
         expected = export_estimate(spec, read_runs(), stored)
         if expected is not None:
@@ -170,21 +164,19 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     """Assign nodes of GRAPH to the compressed-KV attention plugins of a target."""
     from .optimize.targets import resolve_targets
     from .plugins.inject import inject
+    from .records import to_json
+    from .targets_text import injection_lines
 
     chosen = resolve_targets([target])[0]
-    if chosen.sm is None:
+    if chosen.sm is None or not chosen.backend.takes_plugins:
         raise InputError(f"target {target!r} is not a GPU, so it takes no plugins. Build from the graph directly.")
     injection = inject(
         graph, output, target=target, sm=chosen.sm, dtype=chosen.precision, layout=layout, progress=progress()
     )
     if as_json:
-        click.echo(json.dumps(injection.facts(), indent=2))
+        click.echo(json.dumps(to_json(injection.facts()), indent=2))
         return
-    rows = [["operator", "nodes", "plugin", "why not"]]
-    for row in injection.rows:
-        why = "; ".join(f"{count} x {reason}" for reason, count in row.refusals.items())
-        rows.append([row.operator, str(row.nodes), str(row.injected), why])
-    _table(rows, numbers=(1, 2))
+    _print(injection_lines(injection.rows))
     click.echo(f"graph package: {output}")
 
 
@@ -274,13 +266,11 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     Weights are compared with the sha256 in the lock (`pack` writes it), or with the names in the Hugging Face cache. Files
     that nobody has hashed before are named, with their sha256.
     """
-    from .artifact import verify_files
-    from .export.contract.lock import weight_folders
+    from .export.locate import find_weights
     from .export.pack import read_locked, refuse_others, verify_weights
 
     manifest, lock = read_locked(artifact)
-    verify_files(artifact, manifest)
-    files = lock.find(weight_folders(artifact, weights_from, manifest["inputs"]["checkpoint"].get("path")))
+    files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
     start = time.monotonic()
     rows = verify_weights(lock, files, jobs=jobs, progress=progress())
     seconds, size = time.monotonic() - start, sum(row.bytes for row in rows)
@@ -416,6 +406,7 @@ def validate_command(
     The exit code is 1 if a gate fails, or if one holds on too little evidence ("not informative").
     """
     _wait_passively()
+    from .report_text import report_lines
     from .validation.result import to_json
     from .validation.settings import Plan
     from .validation.validate import validate
@@ -435,7 +426,7 @@ def validate_command(
     if as_json:
         click.echo(json.dumps(to_json(result), indent=2, ensure_ascii=False))
     else:
-        _print_report(to_json(result))
+        _print(report_lines(to_json(result)))
         click.echo(f"report: {report / 'report.html'}")
     sys.exit(result.exit_code)
 
@@ -461,39 +452,6 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
     return values
 
 
-def _print_report(content: dict[str, Any]) -> None:
-    """Print a report from its JSON: gates, what lacks evidence, notes, what changed, and the verdict."""
-    from .validation.report import format_beside
-
-    rows = [["gate", "", "measured", "", "threshold", ""]]
-    for gate in content["gates"]:
-        word = gate["verdict"].upper() if gate["verdict"] == "fails" else gate["verdict"]
-        changed = f"{gate['changed']}, default {gate['default']:g}" if gate["changed"] else ""
-        value = format_beside(float(gate["value"]), gate["threshold"])
-        rows.append([gate["name"], word, value, gate["comparison"], f"{gate['threshold']:g}", changed])
-    _table(rows, numbers=(2,))
-    click.echo()
-    for gate in content["gates"]:
-        if gate["verdict"] == "not informative":
-            click.echo(f"{gate['name']} is not informative: {gate['lack']}")
-    for note in content["notes"]:
-        click.echo(f"note: {note}")
-    if content["comparison"]:
-        _print_comparison(content["comparison"])
-    click.echo(("PASSED: " if content["passed"] else "NOT PASSED: ") + content["headline"])
-
-
-def _print_comparison(found: dict[str, Any]) -> None:
-    click.echo(f"since {found['report']} ({found['date']}; {found['headline']}):")
-    rows = [["gate", "before", "now", ""]]
-    for gate in found["gates"]:
-        sides = [f"{float(side['value']):.4g}" if side else "" for side in (gate["before"], gate["now"])]
-        rows.append([gate["name"], *sides, gate["change"]])
-    _table(rows, numbers=(1, 2))
-    for difference in found["differences"]:
-        click.echo(f"differs: {difference}")
-
-
 @main.command("run")
 @click.argument("pipeline", type=_folder)
 @click.option("--dry-run", is_flag=True, help="Show what would be done and why, with estimates. Nothing is written.")
@@ -511,12 +469,19 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     tools changed, or if its artifact is damaged. `--dry-run` shows which of these.
     """
     _wait_passively()
+    from .artifact import free_bytes
     from .config import load_config
     from .pipeline import preview, run_pipeline
+    from .run_text import preview_lines, result_lines
 
     config = load_config(pipeline)
     if dry_run:
-        _print_steps(preview(config, only=only, force=force), Path(config.output), as_json)
+        steps, free = preview(config, only=only, force=force), free_bytes(Path(config.output))
+        if as_json:
+            need = sum(step.bytes or 0 for step in steps)
+            _show({"steps": [step.to_dict() for step in steps], "bytes": need, "free_bytes": free}, True)
+        else:
+            _print(preview_lines(steps, Path(config.output), free))
         return
     result = run_pipeline(config, only=only, force=force, progress=progress())
     if as_json:
@@ -528,51 +493,8 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         sys.exit(result.exit_code)
-    click.echo()
-    _table(
-        [
-            ["stage", "", "seconds"],
-            *(
-                [name, "unchanged" if s["skipped"] else "done", f"{s['seconds']:.1f}"]
-                for name, s in result.stages.items()
-            ),
-        ],
-        numbers=(2,),
-    )
-    click.echo()
-    for bundle in result.bundles:
-        kind = "bundle" if bundle.target == "cpu" else "engine"
-        click.echo(
-            f"{kind} {bundle.target}: {bundle.folder if bundle.status != 'failed' else 'FAILED: ' + bundle.reason}"
-        )
-    if result.report:
-        click.echo(f"report: {result.report / 'report.html'}\n")
-        _print_report(result.judged)
-    elif result.not_validated:
-        click.echo(f"not validated: {', '.join(result.not_validated)}")
+    _print(result_lines(result))
     sys.exit(result.exit_code)
-
-
-def _print_steps(steps: list[Step], output: Path, as_json: bool) -> None:
-    from .artifact import free_bytes
-
-    need, free = sum(step.bytes or 0 for step in steps), free_bytes(output)
-    if as_json:
-        facts = {"steps": [step.to_dict() for step in steps], "bytes": need, "free_bytes": free}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    rows = [["stage", "", "time", "on disk", "why"]]
-    for step in steps:
-        name = f"{step.stage} {step.target}".strip()
-        if not step.reason:
-            rows.append([name, "unchanged", "", "", ""])
-            continue
-        size = size_text(step.bytes) if step.bytes is not None else ""
-        why = step.reason.splitlines()[0]
-        rows.append([name, "runs", "" if step.stage == "validate" else _estimated(step.seconds), size, why])
-    _table(rows, numbers=(3,))
-    if need:
-        click.echo(f"\nthis writes {size_text(need)} into {output}; free there: {size_text(free)}")
 
 
 @main.command("plan")
@@ -619,7 +541,8 @@ def plan_command(
     that is marked with *.
     """
     from .export.plot import check_plot_path
-    from .optimize.fit import within_model
+    from .optimize.fit import stored_in, within_model
+    from .plan_text import Sizes, plan_layouts, plan_on_targets
 
     only_targets = {
         "--chunk": chunk, "--plugins": plugins, "--profile": profile,
@@ -636,190 +559,23 @@ def plan_command(
     planned = within_model(spec, context)
     if chunk is not None and chunk > planned:
         raise InputError(f"--chunk is {chunk:,}, more than the context of {planned:,} tokens. Give a smaller chunk.")
-    sizes = {"context": planned, "batch": batch, "asked": context}
+    sizes = Sizes(planned, batch, context)
     if targets:
-        facts = _plan_targets(
-            spec, _stored_format(checkpoint, allow_unknown_keys), targets,
-            sizes | {"chunk": chunk or min(256, planned)}, layout, as_json,
-            plugins=_on(plugins), profile=profile or "hf", max_context=max_context,
+        stored = stored_in(checkpoint, allow_unknown_keys=allow_unknown_keys)
+        said = plan_on_targets(
+            spec, stored, targets, sizes, layout, chunk=chunk or min(256, planned), profile=profile or "hf",
+            plugins=_on(plugins), max_context=max_context,
         )  # fmt: skip
     else:
-        facts = _plan_layouts(spec, sizes, layout, as_json)
+        said = plan_layouts(spec, sizes, layout)
+    if not as_json:
+        _print(said.lines)
     if plot is not None:
         _plot(plot, checkpoint, spec, batch, layout, targets)
     if as_json:
-        _show(facts | ({"plot": str(plot)} if plot is not None else {}), True)
+        _show(said.facts | ({"plot": str(plot)} if plot is not None else {}), True)
     elif plot is not None:
         click.echo(f"plot: {plot}")
-
-
-def _sizes_facts(sizes: dict[str, int]) -> dict[str, int]:
-    """The sizes that were planned, and the context that was asked for if it was more than the model takes."""
-    facts = dict(sizes)
-    asked = facts.pop("asked")
-    return facts | ({"context_asked": asked} if asked != facts["context"] else {})
-
-
-def _plan_layouts(spec: ModelSpec, sizes: dict[str, int], layout: str | None, as_json: bool) -> dict[str, Any]:
-    """The facts; also prints them as a table unless ``as_json``."""
-    from .export.memory import OFFERED, parameter_count, plan_memory, weight_bytes
-
-    context, batch = sizes["context"], sizes["batch"]
-    plans = []
-    for name in [layout] if layout else OFFERED:
-        try:
-            plans.append(plan_memory(spec, context=context, batch=batch, layout=name))
-        except InputError:
-            if layout or name == "bf16":
-                raise
-    rows_of = [
-        plan.to_dict()
-        | {
-            "weights": weight_bytes(spec, plan.layout),
-            "total_with_weights": weight_bytes(spec, plan.layout) + plan.total,
-        }
-        for plan in plans
-    ]
-    facts = {"parameters": parameter_count(spec), **_sizes_facts(sizes), "plans": rows_of}
-    if as_json:
-        return facts
-    click.echo(f"{parameter_count(spec) / 1e9:.3g} B parameters; {context:,} tokens x {batch}")
-    rows = [["layout", "window", "entries", "index", "carry", "caches", "of V3.2", "weights", "total"]]
-    for plan in plans:
-        g = plan.groups
-        carry = sum(size for name, size in g.items() if "carry" in name)
-        parts = [g["window"], g.get("entries", 0), g.get("index_entries", 0), carry, plan.total]
-        weights = weight_bytes(spec, plan.layout)
-        share = f"{100 * plan.share_of_v32:.2f} %"
-        cells = [*(size_text(part) for part in parts), share, size_text(weights), size_text(weights + plan.total)]
-        rows.append([plan.layout, *cells])
-    _table(rows, numbers=tuple(range(1, 9)))
-    if any(plan.layout not in OFFERED for plan in plans):
-        click.echo(f"No target keeps {layout} yet; these are the bytes that it would take.")
-    click.echo(
-        f"V3.2 in fp8 at this context: {size_text(plans[0].v32)}. The share compares the parts that grow with the context."
-    )
-    return facts
-
-
-def _plan_targets(
-    spec: ModelSpec, stored: str, names: tuple[str, ...], sizes: dict[str, int], layout: str | None, as_json: bool,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The facts; also prints them as tables unless ``as_json``."""
-    from .export.memory import parameter_count
-    from .optimize.fit import export_estimate, graph_bytes, plan_targets
-    from .optimize.history import read_runs
-    from .optimize.kept_weights import FORMATS
-    from .optimize.targets import resolve_targets
-
-    targets, runs = resolve_targets(names), read_runs()
-    options |= {name: sizes[name] for name in ("context", "batch", "chunk")}
-    plans = plan_targets(spec, targets, layout=layout, runs=runs, stored=stored, **options)
-    export, graph = export_estimate(spec, runs, stored), graph_bytes(spec)
-    facts = {
-        "parameters": parameter_count(spec), **_sizes_facts(sizes), "profile": options["profile"], "stored": stored,
-        "graph": graph, "export_seconds": export.to_dict() if export else None,
-        "targets": [plan.to_dict() for plan in plans],
-    }  # fmt: skip
-    if as_json:
-        return facts
-    click.echo(
-        f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes['context']:,} tokens x {sizes['batch']}, chunks of {sizes['chunk']}"
-    )
-    held = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
-    rows = [
-        ["target", "memory", "rows", "caches", "activations", *(f"{n}, {size_text(size)}" for n, size in held.items())]
-    ]
-    for plan in plans:
-        cells = [size_text(plan.capacity), plan.layout, size_text(plan.caches), size_text(plan.activation_bytes)]
-        rows.append([plan.target.name, *cells, *(_verdict(plan, name) for name in held)])
-    _table(rows, numbers=(1, 3, 4))
-    if options["max_context"]:
-        _print_max_context(plans, list(held))
-    _print_disk_and_time(plans, graph, export)
-    _print_assumptions(plans)
-    return facts
-
-
-def _stored_format(checkpoint: Path, allow_unknown_keys: tuple[str, ...]) -> str:
-    """The format of the experts of a checkpoint, from its headers if its weights are there, else from config.json."""
-    from .export.checkpoint.config_reader import read_config
-    from .optimize.kept_weights import stored_format
-
-    if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
-        return stored_format(read_config(checkpoint))
-    from .export.checkpoint.reader import Checkpoint
-
-    source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
-    return stored_format(source.config, {name: stored.dtype for name, stored in source.headers.items()})
-
-
-def _verdict(plan: TargetPlan, format_: str) -> str:
-    """Whether the model fits with weights in a format. If not: what one device lacks, and how many GPUs it takes.
-
-    The format that a build writes is marked.
-    """
-    if format_ not in plan.weights:
-        return "not kept"
-    over, devices, mark = plan.over(format_), plan.devices(format_), " *" if format_ == plan.built_in else ""
-    if not over:
-        return f"fits{mark}"
-    if plan.target.sm is None:
-        return f"{size_text(over)} over{mark}"
-    if devices is None:  # caches and activations alone are too large, even if many GPUs share the weights
-        return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
-    return f"{size_text(over)} over, {devices} GPUs{mark}"
-
-
-def _print_max_context(plans: list[TargetPlan], formats: list[str]) -> None:
-    click.echo("\nlargest context that fits on one device")
-    rows = [["target", "rows", *formats]]
-    for plan in plans:
-        found = [plan.max_context.get(name) for name in formats]
-        cells = ["not kept" if tokens is None else f"{tokens:,}" if tokens else "none" for tokens in found]
-        rows.append([plan.target.name, plan.layout, *cells])
-    _table(rows, numbers=tuple(range(2, 2 + len(formats))))
-
-
-def _print_disk_and_time(plans: list[TargetPlan], graph: int, export: Estimate | None) -> None:
-    click.echo()
-    rows = [["stage", "on disk", "time"], ["export", size_text(graph), _estimated(export)]]
-    shown = {plan.target.name: plan for plan in plans}  # a target's bundle has the same size with any row format
-    rows += [
-        [
-            f"build {name}",
-            size_text(plan.bundle),
-            "not on this machine (see --json)" if plan.missing else _estimated(plan.build),
-        ]
-        for name, plan in shown.items()
-    ]
-    _table(rows, numbers=(1,))
-    click.echo()
-
-
-def _print_assumptions(plans: list[TargetPlan]) -> None:
-    click.echo(
-        "`foldkv build` writes the format marked with *: quantised experts as they are stored, plain ones in the type of their products."
-    )
-    if any(plan.target.sm for plan in plans):
-        click.echo(
-            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
-        )
-    if any(plan.activations.largest == "experts" for plan in plans):
-        click.echo(
-            "Activations are estimates. In engines, at most 1 GiB of them are experts' weights, gathered for a few tokens at a time."
-        )
-    else:
-        click.echo("Activations are estimates. They are largest in attention and grow with chunk and context.")
-
-
-def _estimated(found: Estimate | None) -> str:
-    if found is None:
-        return "no comparable runs yet"
-    low, high = duration_text(found.low), duration_text(found.high)
-    span = high if low == high else f"{low} to {high}"
-    return f"{span} (estimate from {found.runs} run{'s' if found.runs > 1 else ''} on this machine)"
 
 
 def _plot(
@@ -854,28 +610,13 @@ def inspect_command(artifact: Path, allow_unknown_keys: tuple[str, ...], as_json
 @_json
 def doctor_command(as_json: bool) -> None:
     """Show what works on this machine, and what is missing for the rest."""
-    from .doctor import examine
+    from .doctor import doctor_lines, examine
 
     facts = examine()
     if as_json:
         _show(facts, True)
-        return
-    click.echo(
-        f"Python {facts['python']}, {facts['processors']} processors, {size_text(facts['memory_bytes'])}, {facts['cuda_devices']} CUDA devices"
-    )
-    rows = [["package", "version", "needed", "for"]]
-    for row in facts["packages"]:
-        rows.append([row["package"], row["version"] or "missing", row["needs"], row["for"]])
-    _table(rows)
-    click.echo()
-    for name, works in facts["can"].items():
-        lacks = facts["lacks"][name]
-        click.echo(f"{name}: {'yes' if works else 'no, needs ' + ', '.join(lacks['what'])}")
-        if lacks["install"]:
-            click.echo(f"  {lacks['install']}")
-    for row in facts["packages"]:
-        if row["problem"]:
-            click.echo(f"{row['package']} is installed, but cannot be imported: {row['problem']}")
+    else:
+        _print(doctor_lines(facts))
 
 
 @main.command("targets")
@@ -891,45 +632,31 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
     """List the targets that bundles can be built for, their backends, and whether this machine can build them."""
     from .optimize.choices import PLUGINS, Choice, missing_for
     from .optimize.targets import load_targets
+    from .targets_text import target_lines
 
     targets = load_targets()
     if coverage is not None:
-        _print_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
+        _show_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
     missing = {
-        name: missing_for(Choice(target, PLUGINS and target.sm is not None, "dense"))
+        name: missing_for(Choice(target, PLUGINS and target.backend.takes_plugins, "dense"))
         for name, target in targets.items()
     }
     if as_json:
         here = [{"builds_here": not missing[name], "missing": missing[name]} for name in targets]
         facts = [target.to_dict() | more for target, more in zip(targets.values(), here, strict=True)]
         click.echo(json.dumps(facts, indent=2))
-        return
-    rows = [["target", "sm", "memory", "GB/s", "precision", "backends", "built here"]]
-    for t in targets.values():
-        memory = f"{t.memory_gib} GiB" if t.memory_gib else ""
-        cells = [str(t.sm or ""), memory, str(t.bandwidth_gb_s or ""), t.precision, ", ".join(t.backends)]
-        rows.append([t.name, *cells, "no" if missing[t.name] else "yes"])
-    _table(rows, numbers=(1, 2, 3))
-    if any(missing.values()):
-        click.echo("`foldkv targets --json` shows what is missing for a target.")
+    else:
+        _print(target_lines(targets.values(), missing))
 
 
-def _print_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:
+def _show_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:
     from .plugins.coverage import coverage
     from .plugins.declarations import BODIES
+    from .targets_text import coverage_lines
 
     found = coverage(spec_from_file(checkpoint, allow_unknown_keys=allow_unknown_keys), sms)
     if as_json:
         click.echo(json.dumps({"plugins": [row.to_dict() for row in found], "bodies": BODIES}, indent=2))
-        return
-    rows = [["operator", "state", "rows", "type", *(f"sm{sm}" for sm in sms)]]
-    reasons: dict[str, int] = {}
-    for row in found:
-        marks = ["yes" if not gap else f"no ({reasons.setdefault(gap, len(reasons) + 1)})" for gap in row.gaps.values()]
-        rows.append([row.operator, row.group, row.rows, row.dtype, *marks])
-    _table(rows)
-    for reason, number in reasons.items():
-        click.echo(f"({number}) {reason}")
-    for operator, why in BODIES.items():
-        click.echo(f"{operator} {why}.")
+    else:
+        _print(coverage_lines(found, sms, BODIES))

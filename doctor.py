@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 from .packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
+from .tables import table
+from .units import size_text
 
 # A package that is found may still be unusable: one of its libraries may be missing. An import may end the process, and
 # takes memory.
@@ -61,6 +63,29 @@ def examine() -> dict[str, Any]:
         "can": {name: not row["what"] for name, row in lacks.items()},
         "lacks": lacks,
     }
+
+
+def doctor_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts as text for people."""
+    rows = [["package", "version", "needed", "for"]]
+    for row in facts["packages"]:
+        rows.append([row["package"], row["version"] or "missing", row["needs"], row["for"]])
+    memory = size_text(facts["memory_bytes"])
+    lines = [
+        f"Python {facts['python']}, {facts['processors']} processors, {memory}, {facts['cuda_devices']} CUDA devices",
+        *table(rows),
+        "",
+    ]
+    for name, works in facts["can"].items():
+        lacks = facts["lacks"][name]
+        lines.append(f"{name}: {'yes' if works else 'no, needs ' + ', '.join(lacks['what'])}")
+        if lacks["install"]:
+            lines.append(f"  {lacks['install']}")
+    return lines + [
+        f"{row['package']} is installed, but cannot be imported: {row['problem']}"
+        for row in facts["packages"]
+        if row["problem"]
+    ]
 
 
 def import_problems(names: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ a forbidden folder), 3 the environment lacks something, 4 internal error (anythi
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class FoldkvError(Exception):
 
     def facts(self) -> dict[str, Any]:
         """The error as JSON values: what `--json` prints under "error"."""
-        return {"type": type(self).__name__, "message": str(self), "exit_code": self.exit_code}
+        return {"type": type(self).__name__, "message": shown(self), "exit_code": self.exit_code}
 
 
 class InputError(FoldkvError):
@@ -93,6 +94,10 @@ _NEXT_STEPS = {
     errno.EISDIR: "Give a file, not a folder.",
     errno.ENOENT: "Check the path.",
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
+    errno.EFBIG: "Raise the limit of file sizes (`ulimit -f`), or choose a file system that takes larger files.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "The links lead in a circle; correct them or give another path.",
+    errno.ESTALE: "The file was removed on its server; check the path.",
 }
 
 
@@ -103,14 +108,26 @@ def system_failure(error: OSError, place: str | Path = "") -> SystemFailure:
         error: the error that was raised.
         place: what was being read or written, for errors that name no file, such as a full disk.
     """
-    named = [str(name) for name in (error.filename, error.filename2) if name not in (None, "")]
-    path = " -> ".join(named) or str(place)
+    named = [shown(name) for name in (error.filename, error.filename2) if name not in (None, "")]
+    path = " -> ".join(named) or shown(place)
     why = error.strerror or str(error) or type(error).__name__
     step = _NEXT_STEPS.get(error.errno or 0, "")
     return SystemFailure(
         f"{path}: {why}.{f' {step}' if step else ''}" if path else f"the system refused: {why}.{f' {step}' if step else ''}",
         path=path, reason=errno.errorcode.get(error.errno or 0, type(error).__name__),
     )  # fmt: skip
+
+
+def shown(path: object) -> str:
+    """A path as text that can be printed and written as UTF-8; bytes that are not UTF-8 appear as ``\\xff``.
+
+    Names of files are bytes, and Python keeps those that are not UTF-8 as half characters, which no output takes.
+    """
+    text = os.fsdecode(path) if isinstance(path, bytes) else str(path)
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character that no byte stands for
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int = 20) -> str:

@@ -1,18 +1,19 @@
-"""Facts about a graph package, a bundle, a report or a checkpoint, and these facts as text."""
+"""Facts about a graph package, a bundle, a report or a checkpoint."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import MANIFEST, read_manifest, verify_files
+from .artifact import MANIFEST
 from .errors import ArtifactError, InputError
 from .export.contract.state import StateTensor
-from .units import duration_text, size_text
+from .inputs import snapshot_hint
+from .manifests import BundleManifest, GraphManifest, ReportManifest, read_any
+from .records import to_json
 
 _SHOWN = (
     "foldkv_version", "profile", "weights", "layout", "precision", "backend", "target", "shapes", "tool_versions", "inputs", "model",
@@ -38,49 +39,46 @@ def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> d
         return _artifact_facts(path)
     if (path / "config.json").is_file():
         return _checkpoint_facts(path, allow_unknown_keys)
-    raise InputError(f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).")
+    raise InputError(
+        f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).{snapshot_hint(path)}"
+    )
 
 
 def _artifact_facts(path: Path) -> dict[str, Any]:
-    try:
-        kind = str(json.loads((path / MANIFEST).read_text()).get("kind"))
-    except (ValueError, AttributeError):
-        kind = "foldkv"  # read_manifest then says what is wrong
-    manifest = read_manifest(path, kind=kind)
-    verify_files(path, manifest)
-    files = {**manifest["files"], **manifest.get("linked", {})}
-    facts: dict[str, Any] = {"kind": kind, "bytes": sum(row["bytes"] for row in manifest["files"].values())}
-    if "linked" in manifest:
-        facts["linked_bytes"] = sum(row["bytes"] for row in manifest["linked"].values())
-    facts |= {key: manifest[key] for key in _SHOWN if key in manifest}
-    if "state" in manifest:
+    manifest = read_any(path, verify=True)
+    facts: dict[str, Any] = {"kind": manifest.KIND, "bytes": sum(file.bytes for file in manifest.files.values())}
+    if manifest.linked is not None:
+        facts["linked_bytes"] = sum(file.bytes for file in manifest.linked.values())
+    content = manifest.content()
+    facts |= {key: content[key] for key in _SHOWN if key in content}
+    if isinstance(manifest, GraphManifest | BundleManifest):
         facts["state"] = _state_facts(manifest)
-    if kind == "foldkv.report":
+    if isinstance(manifest, ReportManifest):
         facts |= _report_facts(path)
-    if "segments" in manifest:
-        facts["segments"] = _segment_facts(path, manifest)
-    facts["files"] = {name: row["bytes"] for name, row in files.items()}
+    if isinstance(manifest, GraphManifest):
+        facts["segments"] = _segment_facts(manifest)
+    facts["files"] = manifest.sizes
     return facts
 
 
-def _segment_facts(path: Path, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _segment_facts(manifest: GraphManifest) -> dict[str, dict[str, Any]]:
     """Every segment: size, how many layers it serves, and how many weights it takes as inputs."""
-    layers = Counter(manifest["layers"])
+    layers = Counter(manifest.layers)
     return {
         name: {
-            "bytes": manifest["files"][row["file"]]["bytes"],
+            "bytes": manifest.files[row.file].bytes,
             "layers": layers[name],
-            "weights": len(row["weights"]),
-            "operators": row["operators"],
+            "weights": len(row.weights),
+            "operators": row.operators,
         }
-        for name, row in manifest["segments"].items()
+        for name, row in manifest.segments.items()
     }
 
 
-def _state_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _state_facts(manifest: GraphManifest | BundleManifest) -> dict[str, Any]:
     """The state tensors by group, and the bytes of one sequence by context."""
-    tensors = [StateTensor(**row) for row in manifest["state"]]
-    longest = manifest["model"]["max_position_embeddings"]
+    tensors = [StateTensor(**row) for row in manifest.state]
+    longest = manifest.model.max_position_embeddings
     contexts = sorted({*(context for context in _CONTEXTS if context < longest), longest})
     groups: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
@@ -145,89 +143,5 @@ def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str
             "max_position_embeddings": spec.max_position_embeddings,
         },
         "stored": stored,
-        "model": model_facts(checkpoint),
+        "model": to_json(model_facts(checkpoint)),
     }  # fmt: skip
-
-
-# The facts as text: one line per fact, tables for lists of rows, sizes in units.
-
-
-_LONG = 120  # a list with more characters is written one item per line
-
-
-def describe(facts: Mapping[str, Any]) -> str:
-    """Facts as lines for people: nested facts are indented, rows of one shape become a table."""
-    return "\n".join(_lines(facts, "", ""))
-
-
-def _lines(facts: Mapping[str, Any], indent: str, parent: str) -> list[str]:
-    lines: list[str] = []
-    for name, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            rows = _rows(value)
-            lines.append(f"{indent}{name}:")
-            lines += _table(rows, f"{indent}  ") if rows else _lines(value, f"{indent}  ", name)
-        elif isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
-            columns = list(dict.fromkeys(key for row in value for key in row))
-            lines.append(f"{indent}{name}:")
-            lines += _table(
-                [columns, *([_text(key, row.get(key), "") for key in columns] for row in value)], f"{indent}  "
-            )
-        elif isinstance(value, Sequence) and not isinstance(value, str) and len(", ".join(map(str, value))) > _LONG:
-            lines.append(f"{indent}{name}:")
-            lines += [f"{indent}  {_text('', item, name)}" for item in value]
-        else:
-            lines.append(f"{indent}{name}: {_text(name, value, parent)}")
-    return lines
-
-
-def _rows(table: Mapping[str, Any]) -> list[list[str]]:
-    """A mapping of rows of one shape, as a table; empty for anything else."""
-    if not all(isinstance(row, Mapping) and row for row in table.values()):
-        return []
-    columns = list(next(iter(table.values())))
-    if len(table) < 2 or any(list(row) != columns for row in table.values()):
-        return []
-    if any(isinstance(cell, Mapping) for row in table.values() for cell in row.values()):
-        return []
-    return [["", *columns], *([name, *(_text(key, row[key], "") for key in columns)] for name, row in table.items())]
-
-
-def _table(rows: list[list[str]], indent: str) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    ]
-
-
-def _text(name: str, value: Any, parent: str) -> str:
-    """One fact: bytes and seconds in units, lists with commas, runs of equal values counted."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "none"
-    if isinstance(value, int):
-        if name == "bytes" or name.endswith("_bytes") or parent in ("files", "sequence_bytes"):
-            return size_text(value)
-        return f"{value:,}" if abs(value) > 9999 else str(value)
-    if isinstance(value, float):
-        if name == "seconds":
-            return duration_text(value)
-        return f"{value:.6g}" if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(key, item, name)}" for key, item in value.items()) or "none"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        runs: list[list[Any]] = []
-        for item in value:
-            if runs and runs[-1][0] == item:
-                runs[-1][1] += 1
-            else:
-                runs.append([item, 1])
-        long = len(value) > 4  # [1, 1, 256] is three sizes, not a run of two
-        texts = [
-            f"{count} x {_text('', item, name)}" if count > 1 and long else ", ".join([_text("", item, name)] * count)
-            for item, count in runs
-        ]
-        return ", ".join(texts) or "none"
-    return str(value)

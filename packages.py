@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from .backends import BACKENDS, ONNX_RUNTIME, Backend
 from .errors import FoldkvError, MissingDependencyError, system_failure
 
 _EXPORT = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
-_GENERATE = ("numpy", "onnxruntime", "tokenizers")
-_VALIDATE = (*_GENERATE, *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema")
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,30 @@ class Feature:
     gpu: bool = False
 
 
-_RTX, _TENSORRT, _GPU = (*_EXPORT, "tensorrt_rtx"), (*_EXPORT, "tensorrt"), ("numpy", "tokenizers", "cuda.bindings")
+def _to_run(backend: Backend) -> tuple[str, ...]:
+    if backend.gpu:
+        return ("numpy", "tokenizers", "cuda.bindings", backend.module)
+    return ("numpy", backend.module, "tokenizers")
+
+
+def _builds() -> dict[str, Feature]:
+    return {
+        backend.build_feature(plugins): Feature(
+            (*_EXPORT, backend.module, *(("triton",) if plugins else ())), "build", gpu=not backend.builds_without_gpu
+        )
+        for backend in BACKENDS.values()
+        for plugins in ((False, True) if backend.takes_plugins else (False,))
+    }
+
+
+_VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema")
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
 FEATURES = {
     "inspect checkpoints": Feature(_EXPORT),
     "export": Feature((*_EXPORT, "transformers", "tokenizers", "safetensors"), "export"),
     "inject": Feature(_EXPORT, "inject"),
-    "build cpu": Feature((*_EXPORT, "onnxruntime"), "build"),
-    "build TensorRT-RTX engines": Feature(_RTX, "build"),
-    "build TensorRT-RTX engines with plugins": Feature((*_RTX, "triton"), "build"),
-    "build TensorRT engines": Feature(_TENSORRT, "build", gpu=True),
-    "build TensorRT engines with plugins": Feature((*_TENSORRT, "triton"), "build", gpu=True),
-    "generate": Feature(_GENERATE, "generate"),
-    "generate with TensorRT-RTX engines": Feature((*_GPU, "tensorrt_rtx"), "generate", gpu=True),
-    "generate with TensorRT engines": Feature((*_GPU, "tensorrt"), "generate", gpu=True),
+    **_builds(),
+    **{one.run_feature: Feature(_to_run(one), "generate", gpu=one.gpu) for one in BACKENDS.values()},
     "validate": Feature(_VALIDATE, "validate"),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }

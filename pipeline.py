@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .artifact import check_destination, reason_to_replace, sha256_file, sha256_json
+from .artifact import MANIFEST, check_destination, sha256_file, sha256_json
 from .config import PipelineConfig
 from .errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
-from .optimize.build import KIND as BUNDLE_KIND
-from .optimize.build import BuildReport, TargetResult, build_bundles, reasons_to_build
+from .manifests import BundleManifest, GraphManifest, ReportManifest, reason_to_replace
+from .optimize.build import build_bundles, reasons_to_build
 from .optimize.choices import check_here, choose
 from .optimize.fit import export_estimate, graph_bytes, plan_target
 from .optimize.history import Estimate, read_runs, record_builds, record_export
 from .optimize.kept_weights import stored_format
+from .optimize.outcome import BuildReport, TargetResult
 from .optimize.recipe import Shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require
@@ -192,7 +193,6 @@ class _Pipeline:
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
         from .export.contract.profiles import check_profile
-        from .export.package import KIND as GRAPH_KIND
 
         config = self.config
         targets = resolve_targets(config.build.targets)
@@ -208,17 +208,17 @@ class _Pipeline:
         if EXPORT in self.stages:
             if missing(FEATURES["export"].modules) and self.export_reason():
                 require("export")
-            check_destination(self.graph, kind=GRAPH_KIND)
+            check_destination(self.graph, kind=GraphManifest.KIND)
         if BUILD in self.stages:
             for target in targets:
-                check_destination(self.bundles / target.name, kind=BUNDLE_KIND)
+                check_destination(self.bundles / target.name, kind=BundleManifest.KIND)
         if self.only in (BUILD, VALIDATE):
             self._check_earlier()
 
     def _check_validation(self) -> None:
         from .export.checkpoint.texts import TOKENIZER
         from .optimize.targets import load_targets
-        from .validation.baseline import KIND, read_report
+        from .validation.baseline import read_report
         from .validation.cases import load_text
         from .validation.gates import resolve_gates
         from .validation.validate import check_contexts
@@ -237,7 +237,7 @@ class _Pipeline:
             raise InputError(
                 f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
             )
-        if load_targets()[wanted.target].sm is not None:
+        if not load_targets()[wanted.target].backend.validates:
             raise InputError(
                 f"validate.target is {wanted.target!r}, a GPU. Only the bundle of the cpu target can be validated now: "
                 "set validate.target to 'cpu' and list it in build.targets, or set validate.enabled to false."
@@ -252,7 +252,7 @@ class _Pipeline:
             )
         if VALIDATE not in self.stages:
             return
-        check_destination(self.report, kind=KIND)
+        check_destination(self.report, kind=ReportManifest.KIND)
         require("validate", otherwise="or set validate.enabled to false")
 
     def _check_earlier(self) -> None:
@@ -270,9 +270,7 @@ class _Pipeline:
 
     def export_reason(self) -> str:
         """Why the graph package is not what would be exported; "" if it is."""
-        from .export.package import KIND
-
-        reason, manifest = reason_to_replace(self.graph, kind=KIND)
+        reason, manifest = reason_to_replace(GraphManifest, self.graph)
         return reason if manifest is None else export_changes(self.config, self.checkpoint, self.graph, manifest)
 
     def build_reasons(self, only: str | None = None) -> dict[str, str]:
@@ -303,20 +301,18 @@ class _Pipeline:
             "gates": wanted.gates,
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
             "baseline": sha256_json(read_report(Path(wanted.baseline))) if wanted.baseline else None,
-            "bundle": sha256_file(self.bundle / "manifest.json"),
+            "bundle": sha256_file(self.bundle / MANIFEST),
             "foldkv": __version__,
         }
         return json.dumps(key, sort_keys=True)
 
     def validate_reason(self) -> str:
         """Why the report is not what would be measured; "" if it is. The bundle must exist."""
-        from .validation.baseline import KIND
-
-        reason, manifest = reason_to_replace(self.report, kind=KIND)
-        if manifest is None or manifest.get("key") == self.validate_key():
+        reason, manifest = reason_to_replace(ReportManifest, self.report)
+        if manifest is None or manifest.key == self.validate_key():
             return reason
         try:
-            old = json.loads(str(manifest.get("key")))
+            old = json.loads(manifest.key)
         except ValueError:
             old = None
         if not isinstance(old, dict):  # `foldkv validate` wrote it
@@ -325,38 +321,40 @@ class _Pipeline:
         return "; ".join(_validate_change(name, old.get(name), new[name]) for name in new if old.get(name) != new[name])
 
 
-def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
+def export_changes(config: PipelineConfig, source: Checkpoint, graph: Path, made: GraphManifest) -> str:
     """Why a graph package, whose manifest is ``made``, is not what would be exported; "" if it is."""
     from .export.package import graph_spec, tool_versions
 
     wanted = config.export
-    if made["foldkv_version"] != __version__:
-        return f"it was made by foldkv {made['foldkv_version']}; this is {__version__}"
-    changes = []
-    if made["profile"] != wanted.profile:
-        changes.append(f"export.profile was {made['profile']}, is {wanted.profile}")
+    changes = [f"export.profile was {made.profile}, is {wanted.profile}"] if made.profile != wanted.profile else []
     changes += [
-        f"{name} was {made['tool_versions'].get(name)}, is {new}"
+        f"{name} was {made.tool_versions.get(name)}, is {new}"
         for name, new in tool_versions().items()
-        if made["tool_versions"].get(name) != new
+        if made.tool_versions.get(name) != new
     ]
-    if not changes and made["spec"] != graph_spec(wanted.profile):
+    if not changes and made.spec != graph_spec(wanted.profile):
         changes.append("this foldkv exports differently")
     return "; ".join(changes) or _checkpoint_changes(source, graph, made)
 
 
-def _checkpoint_changes(source: Checkpoint, graph: Path, made: Mapping[str, Any]) -> str:
+def _checkpoint_changes(source: Checkpoint, graph: Path, made: GraphManifest) -> str:
     from .export.checkpoint.reader import model_facts
+    from .export.contract.lock import LOCK, WeightsLock
+    from .export.locate import files_identity
     from .export.package import CONFIG
 
-    if made["inputs"]["checkpoint"]["sha256"] != source.identity():
+    # Only headers are hashed; files that were written again are found below.
+    if made.inputs.checkpoint.sha256 != source.identity():
         old = json.loads((graph / CONFIG).read_text())
         keys = [key for key in sorted({*old, *source.config}) if old.get(key) != source.config.get(key)]
         what = f"config.json: {', '.join(keys)}" if keys else "its files"
         return f"the checkpoint {source.folder} changed ({what})"
-    if made["inputs"]["checkpoint"].get("texts") != source.texts_digest():
+    locked = WeightsLock.read(graph / LOCK).files
+    if made.inputs.checkpoint.files != files_identity({name: source.folder / name for name in locked}):
+        return f"weight files of the checkpoint {source.folder} were written again or replaced"
+    if made.inputs.checkpoint.texts != source.texts_digest():
         return f"the tokenizer or the generation_config.json of {source.folder} changed"
-    if made["model"] != json.loads(json.dumps(model_facts(source))):
+    if made.model != model_facts(source):
         return f"the special tokens of {source.folder} changed"
     return ""
 

@@ -57,28 +57,16 @@ def export_flat(
             report("stitching the segments")
             known, heads = _write(package, files, folder, report)
             (folder / CONFIG).write_bytes((graph / CONFIG).read_bytes())
-            content = {
-                key: package.manifest[key]
-                for key in (
-                    "foldkv_version",
-                    "tool_versions",
-                    "profile",
-                    "inputs",
-                    "spec",
-                    "model",
-                    "io",
-                    "state",
-                    "operators",
-                )
-            }
-            write_manifest(folder, kind=KIND, content=content, known=known, heads=heads)
+            content = package.manifest.content()
+            kept = {key: value for key, value in content.items() if key not in ("segments", "layers", "weights")}
+            write_manifest(folder, kind=KIND, content=kept, known=known, heads=heads)
     return Path(out) / MODEL
 
 
 def _write(
     package: Package, files: Mapping[str, Path], folder: Path, report: Progress
 ) -> tuple[dict[str, str], dict[str, int]]:
-    segments = {name: package.segment(name) for name in package.manifest["segments"]}
+    segments = {name: package.segment(name) for name in package.manifest.segments}
     weights = {owner: dict(roles) for owner, roles in package.lock.weights.items()}
     slots: dict[str, tuple[int, ...]] = {}
     for name, segment in segments.items():

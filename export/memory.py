@@ -1,6 +1,6 @@
 """How much memory a model takes, from its config.json alone: caches, weights, activations. Standard library only.
 
-Row formats are those of deployed engines (export/contract/layouts.py), and dense rows in float32 and bfloat16.
+Row formats are those of deployed engines (export/contract/rows.py), and dense rows in float32 and bfloat16.
 The V4 report compares with V3.2 at the same context: 61 layers of 656 + 132 bytes per token.
 """
 
@@ -11,14 +11,15 @@ from typing import Any
 
 from ..errors import InputError
 from .contract.geometry import CSA, HCA, SLIDING, ModelSpec
-from .contract.layouts import BUILT, DENSE, LAYOUTS, row_bytes
-from .contract.state import StateTensor, state_tensors
+from .contract.layouts import BUILT, LAYOUTS
+from .contract.rows import DENSE
+from .contract.state import STATE_TYPES, state_tensors
 
 V32_BYTES_PER_TOKEN = 61 * (656 + 132)
-_DENSE_ITEMS = {"float32": 4, "bf16": 2}  # bytes of a channel
+_DENSE_TYPES = {"float32": "float32", "bf16": "bfloat16"}  # of the channels
 #: Row formats of engines and bundles; all other planned formats belong to other systems.
-OFFERED = (*_DENSE_ITEMS, *(name for name in BUILT if name != DENSE))
-PLANNED = (*_DENSE_ITEMS, *(name for name in LAYOUTS if name != DENSE))
+OFFERED = (*_DENSE_TYPES, *(name for name in BUILT if name != DENSE))
+PLANNED = (*_DENSE_TYPES, *(name for name in LAYOUTS if name != DENSE))
 #: The most sequences, and the most tokens of a sequence at once: both are y and z dimensions of kernels' grids
 #: (plugins/launch.py), where CUDA allows 65,535.
 LARGEST_BATCH = LARGEST_CHUNK = 65_535
@@ -79,19 +80,12 @@ def plan_memory(spec: ModelSpec, *, context: int, batch: int = 1, layout: str = 
     check_sizes(batch)
     groups: dict[str, int] = {}
     growing = 0
+    rows = LAYOUTS[DENSE if layout in _DENSE_TYPES else layout]
     for tensor in state_tensors(spec):
-        size = batch * tensor.capacity(context) * _row_bytes(spec, tensor, layout)
+        size = rows.stored(tensor, spec.rope_dim, _DENSE_TYPES.get(layout, "bfloat16")).bytes(context, batch)
         groups[tensor.group] = groups.get(tensor.group, 0) + size
         growing += size if tensor.ratio else 0
     return MemoryPlan(layout, context, batch, groups, growing, batch * context * V32_BYTES_PER_TOKEN)
-
-
-def _row_bytes(spec: ModelSpec, tensor: StateTensor, layout: str) -> int:
-    dense = layout in _DENSE_ITEMS
-    format_ = LAYOUTS[DENSE if dense else layout].format_of(tensor.group)
-    if format_ is None:
-        return tensor.width * 4
-    return row_bytes(format_, tensor.width, spec.rope_dim, _DENSE_ITEMS.get(layout, 2))
 
 
 def weight_bytes(spec: ModelSpec, layout: str) -> int:
@@ -101,8 +95,8 @@ def weight_bytes(spec: ModelSpec, layout: str) -> int:
     counted.
     """
     groups = parameter_groups(spec)
-    if layout in _DENSE_ITEMS:
-        return _DENSE_ITEMS[layout] * sum(groups.values())
+    if layout in _DENSE_TYPES:
+        return STATE_TYPES[_DENSE_TYPES[layout]].item_bytes * sum(groups.values())
     return groups["experts"] * 17 // 32 + 2 * groups["ends"] + groups["projections"] + groups["precise"]
 
 

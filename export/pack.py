@@ -15,17 +15,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..artifact import MANIFEST, read_manifest, staged, verify_files, write_manifest
+from ..artifact import staged
 from ..errors import ArtifactError, InputError, listing, system_failure
+from ..manifests import BundleManifest, GraphManifest, read_any, write
 from ..progress import BYTES, Progress, Say, silent
-from .contract.lock import LOCK, WeightsLock, weight_folders
+from .contract.lock import LOCK, WeightsLock
 from .files import place_file
+from .locate import find_weights
 
 #: Folder of a packed artifact with the files of its lock.
 FOLDER = "weights"
-_KINDS = ("foldkv.graph", "foldkv.bundle")
 _CHUNK = 16 << 20
 # A file of the Hugging Face cache that lies in the large-file storage is named by its sha256.
 _BLOB = re.compile(r"[0-9a-f]{64}")
@@ -47,26 +47,18 @@ class Hashed:
         return self.expected in (None, self.sha256)
 
 
-def read_locked(folder: Path) -> tuple[dict[str, Any], WeightsLock]:
-    """Manifest and lock of a package or a cpu bundle.
+def read_locked(folder: Path) -> tuple[GraphManifest | BundleManifest, WeightsLock]:
+    """Manifest and lock of a package or a cpu bundle, after checking the hashes of its own files.
 
     Raises:
         ArtifactError: it is damaged or has no lock, as engines that hold their weights.
     """
-    path = Path(folder) / MANIFEST
-    for kind in _KINDS:
-        try:
-            manifest = read_manifest(Path(folder), kind=kind)
-        except ArtifactError as error:
-            if "has kind" in str(error) and kind != _KINDS[-1]:
-                continue
-            raise
-        if LOCK not in manifest["files"]:
-            raise ArtifactError(
-                f"{folder} has no {LOCK}: it holds its weights itself, or is of an older form. There is nothing to fetch for it."
-            )
-        return manifest, WeightsLock.read(Path(folder) / LOCK)
-    raise ArtifactError(f"{path} is neither of {' and '.join(_KINDS)}.")
+    manifest = read_any(Path(folder), verify=True)
+    if not isinstance(manifest, GraphManifest | BundleManifest) or LOCK not in manifest.files:
+        raise ArtifactError(
+            f"{folder} has no {LOCK}: it holds its weights itself, or is of an older form. There is nothing to fetch for it."
+        )
+    return manifest, WeightsLock.read(Path(folder) / LOCK)
 
 
 def verify_weights(
@@ -143,7 +135,7 @@ def pack(
     Args:
         artifact: a graph package or a cpu bundle.
         out: folder to write.
-        weights_from: where the weight files are; see :func:`foldkv.export.contract.lock.weight_folders`.
+        weights_from: where the weight files are; see :func:`foldkv.export.locate.find_weights`.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets the bytes.
 
     Returns:
@@ -156,10 +148,9 @@ def pack(
     """
     artifact, out = Path(artifact), Path(out)
     manifest, lock = read_locked(artifact)
-    verify_files(artifact, manifest)
     if out.resolve() == artifact.resolve():
         raise InputError(f"{out} is the artifact itself; give another output folder.")
-    files = lock.find(weight_folders(artifact, weights_from, manifest["inputs"]["checkpoint"].get("path")))
+    files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
     report = Progress.of(progress)
     report(f"packing {len(files)} weight files, {lock_bytes(lock) / 2**30:.2f} GiB")
     # Large copies are kept beside the output until it is whole, so that an interrupted run goes on.
@@ -185,14 +176,12 @@ def pack(
     refuse_others(sources)
     digests = {row.name: row.sha256 for row in rows}
     new = replace(lock, files={name: replace(file, sha256=digests[name]) for name, file in lock.files.items()})
-    content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
-    with staged(out, kind=manifest["kind"]) as work:
-        for name in manifest["files"]:
+    with staged(out, kind=manifest.KIND) as work:
+        for name in manifest.files:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact / name, work / name)
         new.write(work / LOCK)
-        known = {name: facts["sha256"] for name, facts in manifest["files"].items() if name != LOCK}
-        write_manifest(work, kind=manifest["kind"], content=content, known=known)
+        write(work, manifest, known={name: file.sha256 for name, file in manifest.files.items() if name != LOCK})
         store.rename(work / FOLDER)
     return ways, sources
 

@@ -7,7 +7,7 @@ kinds of layers; docs/artifacts.md describes the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,26 @@ from typing import Any
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import only_writer, read_manifest, staged, write_manifest
+from ..artifact import only_writer, read_manifest, staged
 from ..errors import ArtifactError, InputError
+from ..manifests import CheckpointFacts, GraphInputs, GraphManifest, GraphNames, SegmentFacts, WeightFacts, read, write
+from ..onnx_files import check_external_files
 from ..packages import version_of
 from ..progress import Progress, Say, silent
 from .checkpoint.config_reader import spec_from_file
 from .checkpoint.reader import Checkpoint, model_facts
 from .checkpoint.texts import TOKENIZER, tokenizer_json
 from .contract.geometry import ModelSpec
-from .contract.lock import LOCK, WeightsLock, weight_folders
+from .contract.lock import LOCK, WeightsLock
 from .contract.profiles import HF, check_profile
 from .contract.state import StateTensor, state_tensors
+from .locate import files_identity, find_weights
 from .operators.registry import ONNX_OPSET
 from .roles import Sources, inputs_of, lock_of, sources_of
 from .segments import Chain, Segment, trace_chain
 from .trace import INPUTS, LOGITS
 
-KIND = "foldkv.graph"
+KIND = GraphManifest.KIND
 CONFIG, FOLDER = "config.json", "segments"
 #: The whole graph of an injected package, with nodes given to plugins.
 INJECTED = "injected.onnx"
@@ -92,7 +95,8 @@ def export_checkpoint(
         (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
         if (tokenizer := tokenizer_json(source.folder)) is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        write_manifest(folder, kind=KIND, content=_content(source, profile, chain, lock, sources))
+        source.check_unchanged()
+        write(folder, _manifest(source, profile, chain, lock, sources))
     return Path(out)
 
 
@@ -106,38 +110,34 @@ def stored_as(sources: Sources) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _content(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources) -> dict[str, Any]:
-    return {
-        "foldkv_version": __version__,
-        "tool_versions": tool_versions(),
-        "profile": profile,
-        "inputs": {
-            "checkpoint": {
-                "path": str(source.folder),
-                "sha256": source.identity(),
-                "of": "headers",
-                "texts": source.texts_digest(),
-                "allowed_unknown_keys": list(source.allowed_keys),
-            }
-        },
-        "spec": graph_spec(profile),
-        "model": model_facts(source),
-        "io": {name: name for name in (*INPUTS, LOGITS)},
-        "segments": {
-            name: {
-                "file": f"{FOLDER}/{name}.onnx",
-                "arguments": list(segment.arguments),
-                "groups": list(segment.groups),
-                "weights": list(segment.weights),
-                "operators": segment.operators,
-            }
+def _manifest(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources) -> GraphManifest:
+    checkpoint = CheckpointFacts(
+        path=str(source.folder),
+        texts=source.texts_digest(),
+        allowed_unknown_keys=tuple(source.allowed_keys),
+        sha256=source.identity(),
+        of="headers",
+        files=files_identity({name: source.folder / name for name in lock.files}),
+    )
+    return GraphManifest(
+        foldkv_version=__version__,
+        tool_versions=tool_versions(),
+        profile=profile,
+        weights=WeightFacts(lock.bytes, len(lock.files), stored_as(sources)),
+        inputs=GraphInputs(checkpoint),
+        spec=graph_spec(profile),
+        model=model_facts(source),
+        io=GraphNames(**{name: name for name in (*INPUTS, LOGITS)}),
+        segments={
+            name: SegmentFacts(
+                f"{FOLDER}/{name}.onnx", segment.arguments, segment.groups, segment.weights, segment.operators
+            )
             for name, segment in chain.segments.items()
         },
-        "layers": list(chain.layers),
-        "operators": chain.operators,
-        "weights": {"bytes": lock.bytes, "files": len(lock.files), "stored": stored_as(sources)},
-        "state": [tensor.to_dict() for tensor in state_tensors(source.spec)],
-    }
+        layers=chain.layers,
+        operators=chain.operators,
+        state=tuple(tensor.to_dict() for tensor in state_tensors(source.spec)),
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Package:
     """A graph package on disk. Its manifest was checked; its files are hashed by whoever uses them."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: GraphManifest
     lock: WeightsLock
 
     @property
@@ -154,33 +154,29 @@ class Package:
         return spec_from_file(self.folder / CONFIG)
 
     def find_weights(self, given: Path | None = None) -> dict[str, Path]:
-        """The path of every file of the lock; see :func:`weight_folders`.
-
-        Raises:
-            InputError: files are missing, or those there have other tensors; all are listed.
-        """
-        return self.lock.find(weight_folders(self.folder, given, str(self.checkpoint)))
+        """The path of every file of the lock; see :func:`foldkv.export.locate.find_weights`."""
+        return find_weights(self.folder, self.lock, self.manifest.inputs.checkpoint, given)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The segment of every layer."""
-        return tuple(self.manifest["layers"])
+        return self.manifest.layers
 
     @property
     def state(self) -> list[StateTensor]:
         """The state of the whole model, in graph order."""
-        return [StateTensor(**row) for row in self.manifest["state"]]
+        return [StateTensor(**row) for row in self.manifest.state]
 
     @property
     def checkpoint(self) -> Path:
         """Where the weights were when the package was made."""
-        return Path(self.manifest["inputs"]["checkpoint"]["path"])
+        return Path(self.manifest.inputs.checkpoint.path)
 
     def segment(self, name: str) -> Segment:
         """Load a segment."""
-        row = self.manifest["segments"][name]
-        model = ir.load(self.folder / row["file"])
-        return Segment(name, model, tuple(row["arguments"]), tuple(row["groups"]), tuple(row["weights"]))
+        row = self.manifest.segments[name]
+        model = ir.load(self.folder / row.file)
+        return Segment(name, model, row.arguments, row.groups, row.weights)
 
     def calls(self) -> Iterator[tuple[str, str]]:
         """Owner of the weights and segment of every call that takes weights, in the order of execution."""
@@ -194,29 +190,36 @@ class Package:
         return [tensor for tensor in self.state if tensor.layer == layer]
 
 
-def read_package(folder: Path) -> Package:
+def read_package(folder: Path, *, verify: bool = False) -> Package:
     """Read the manifest and the lock of a graph package, and check that they fit each other.
+
+    Args:
+        folder: of the package.
+        verify: compare the sha256 of every file with the manifest.
 
     Raises:
         ArtifactError: it is not a package, is of the older form, or its table and its lock disagree; all findings are named.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder, kind=KIND)
-    if "segments" not in manifest or LOCK not in manifest["files"]:
+    table = read_manifest(folder, kind=KIND)
+    if "segments" not in table or LOCK not in table["files"]:
         raise ArtifactError(
             f"{folder} is a graph package of an older form, without segments. Export the checkpoint again: "
-            f"`foldkv export {manifest.get('inputs', {}).get('checkpoint', {}).get('path', 'CHECKPOINT')} -o {folder}`."
+            f"`foldkv export CHECKPOINT -o {folder}`."
         )
+    manifest = read(GraphManifest, folder, verify=verify)
     package = Package(folder, manifest, WeightsLock.read(folder / LOCK))
     _check(package)
+    for row in manifest.segments.values():
+        check_external_files(folder, manifest.files, row.file)
     return package
 
 
 def _check(package: Package) -> None:
     """The table of layers names segments, and the lock has exactly the weights that each call takes."""
-    segments: Mapping[str, Any] = package.manifest["segments"]
+    segments = package.manifest.segments
     where = package.folder / "manifest.json"
-    kinds = package.manifest["model"]["layer_types"]
+    kinds = package.manifest.model.layer_types
     if len(package.layers) != len(kinds):
         raise ArtifactError(
             f"{where}: the table has {len(package.layers)} layers; the model has {len(kinds)}. Export it again."
@@ -224,7 +227,7 @@ def _check(package: Package) -> None:
     for owner, name in package.calls():
         if name not in segments:
             raise ArtifactError(f"{where}: {owner} is of the segment {name!r}, which does not exist. Export it again.")
-        wanted, found = set(segments[name]["weights"]), set(package.lock.weights.get(owner, {}))
+        wanted, found = set(segments[name].weights), set(package.lock.weights.get(owner, {}))
         if wanted != found:
             missing, extra = sorted(wanted - found), sorted(found - wanted)
             raise ArtifactError(
@@ -233,8 +236,8 @@ def _check(package: Package) -> None:
             )
         if owner.startswith("layers."):
             groups = [tensor.group for tensor in package.state_of(int(owner.removeprefix("layers.")))]
-            if groups != list(segments[name]["groups"]):
+            if groups != list(segments[name].groups):
                 raise ArtifactError(
-                    f"{where}: {owner} has the state {groups}; the segment {name} takes {segments[name]['groups']}. "
+                    f"{where}: {owner} has the state {groups}; the segment {name} takes {list(segments[name].groups)}. "
                     "Export the checkpoint again."
                 )

@@ -14,7 +14,8 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from ..errors import InputError, system_failure
+from ..artifact import write_whole
+from ..errors import InputError
 from .checkpoint.config_reader import spec_from_file
 from .contract.geometry import ModelSpec
 from .memory import V32_BYTES_PER_TOKEN, plan_memory
@@ -89,10 +90,7 @@ def write_plot(
     title = f"KV cache against context: {layout} rows, {batch} sequence{'s' if batch > 1 else ''}"
     picture = plot_svg(curves, title, limits or {})
     text = picture if path.suffix == ".svg" else _page(title, picture, curves)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise system_failure(error, path) from None
+    write_whole(path, text)
 
 
 def check_plot_path(path: Path) -> None:

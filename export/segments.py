@@ -32,6 +32,7 @@ from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.reader import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
+from .contract.operators import expected_operators
 from .contract.profiles import HF, SERVED
 from .contract.state import StateTensor, state_tensors
 from .model.decoder import Layer
@@ -43,7 +44,7 @@ from .operators import packed, packed_words
 from .operators.experts import grouped_body
 from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
 from .roles import EMBED, EXPERTS, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
-from .trace import LOGITS, add_functions, expected_operators, operator_counts, quiet, tidy
+from .trace import LOGITS, add_functions, operator_counts, quiet, tidy
 
 STEP = "step"
 STREAMS, TOKENS = "streams", "tokens"

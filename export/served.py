@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .checkpoint import formats
 from .contract.geometry import CSA, SLIDING, ModelSpec
 from .model.attention import Attention
 from .model.compressor import Compressor
@@ -31,7 +32,7 @@ E4M3 = torch.tensor(
     [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1],
     dtype=torch.float64,
 )
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+E2M1 = torch.tensor(formats.E2M1[:8], dtype=torch.float64)
 
 
 @dataclass

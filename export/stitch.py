@@ -29,7 +29,7 @@ PREFIX = "FoldkvLayer"
 
 def flat_model(package: Package) -> onnx.ModelProto:
     """The whole graph with every operator as a node, and weights as inputs; what injection made of it, for an injected package."""
-    if INJECTED in package.manifest["files"]:
+    if INJECTED in package.manifest.files:
         injected: onnx.ModelProto = onnx.load(package.folder / INJECTED, load_external_data=False)
         return injected
     whole: onnx.ModelProto = ir.to_proto(flat(stitched(package)))
@@ -47,7 +47,7 @@ def stitched(
         lock: instead of the package's, for segments that take their weights in another form.
     """
     lock = lock or package.lock
-    segments = dict(segments or {name: package.segment(name) for name in package.manifest["segments"]})
+    segments = dict(segments or {name: package.segment(name) for name in package.manifest.segments})
     step, embed, head = (segments.pop(name) for name in (STEP, EMBED, HEAD))
     given: dict[str, ir.Value] = {}
     types = {"positions": ir.DataType.INT32, "num_tokens": ir.DataType.INT32}
@@ -85,7 +85,7 @@ def stitched(
         streams = node.outputs[0]
     ends = _splice(model, head, {STREAMS: streams, **given}, _weights(model, HEAD, lock, head))
     graph.outputs[:] = [ends[LOGITS], *outputs]
-    ends[LOGITS].shape = ir.Shape(["batch", "kept", package.manifest["model"]["vocab_size"]])
+    ends[LOGITS].shape = ir.Shape(["batch", "kept", package.manifest.model.vocab_size])
     model.opset_imports[DOMAIN] = 1
     return model
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import onnxscript.optimizer
 
-from .contract.geometry import CSA, HCA, SLIDING, ModelSpec
-from .contract.profiles import HF, SERVED
 from .operators.registry import DOMAIN, operators
 
 INPUTS = ("input_ids", "positions", "num_tokens", "active_context", "logit_indices")
@@ -89,31 +87,6 @@ def _called(function: object) -> Iterator[object]:
 def operator_counts(model: ir.Model) -> dict[str, int]:
     """How many nodes of each foldkv operator the graph has."""
     return dict(sorted(Counter(node.op_type for node in model.graph if node.domain == DOMAIN).items()))
-
-
-def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
-    """How many nodes of each operator a model must give, from its layer kinds alone."""
-    kinds = Counter(spec.layer_types)
-    served = profile == SERVED
-    counts = {
-        "FoldkvCompress": 0 if served else 2 * kinds[CSA],
-        "FoldkvCompressFp4": kinds[CSA] if served else 0,
-        "FoldkvCompressFp8": kinds[CSA] if served else 0,
-        "FoldkvCompressOnline": 0 if served else kinds[HCA],
-        "FoldkvCompressOnlineFp8": kinds[HCA] if served else 0,
-        "FoldkvDenseAttention": kinds[HCA],
-        "FoldkvIndexScores": kinds[CSA],
-        "FoldkvIndexSelect": kinds[CSA],
-        "FoldkvQuantizeFp4": kinds[CSA] if served else 0,
-        "FoldkvQuantizeFp8": spec.num_layers if served else 0,
-        "FoldkvRope": 2 * spec.num_layers + kinds[CSA],
-        "FoldkvRoutedExperts": spec.num_layers,
-        "FoldkvSinkhorn": 2 * spec.num_layers,
-        "FoldkvSparseAttention": kinds[CSA],
-        "FoldkvWindowAttention": kinds[SLIDING],
-        "FoldkvWindowUpdate": spec.num_layers,
-    }
-    return {name: count for name, count in counts.items() if count}
 
 
 @contextlib.contextmanager

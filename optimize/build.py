@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -10,71 +9,48 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact import (
-    check_destination,
-    only_writer,
-    reason_to_replace,
-    sha256_file,
-    sha256_json,
-    staged,
-    verify_files,
-    write_manifest,
-)
+from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, sha256_json, staged
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.texts import TOKENIZER
 from ..export.contract.chain import CHAIN
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import LOCK
-from ..export.contract.profiles import SERVED
+from ..export.contract.state import StateTensor
 from ..export.package import FOLDER, Package, read_package
+from ..manifests import (
+    BuildCost,
+    BuildFacts,
+    BundleInputs,
+    BundleManifest,
+    EngineFacts,
+    GraphIdentity,
+    GraphManifest,
+    InjectionFacts,
+    Kernels,
+    PluginUse,
+    reason_to_replace,
+    write,
+)
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
+from ..records import to_json
 from .bundled_kernels import Bundled
-from .choices import PACKED, Choice, backend_version, check_here, choose
-from .engine_build import RTX, end_children
+from .choices import Choice, backend_version, check_here, choose
+from .engine_build import end_children
 from .history import expected_build
+from .outcome import BuildReport, TargetResult
 from .plan_file import named_capability
 from .recipe import BuildSpec, Shapes
 from .targets import Target, resolve_targets
 
-KIND = "foldkv.bundle"
 PLAN = "engine.plan"
 # Peak memory of a TensorRT-RTX build over the bytes of its weights, with a floor for the library itself.
 _MEMORY_FACTOR, _MEMORY_FLOOR = 5, 3 << 30
-
-
-@dataclass(frozen=True)
-class TargetResult:
-    """The outcome for one target: "built", "unchanged" or "failed" with a reason."""
-
-    target: str
-    status: str
-    folder: Path
-    seconds: float
-    reason: str = ""
-    exit_code: int = EXIT_OK
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**vars(self), "folder": str(self.folder), "seconds": round(self.seconds, 2)}
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """The results in the order of the targets."""
-
-    results: list[TargetResult] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 if every target was built or unchanged, else the code of the first failure."""
-        codes: list[int] = [result.exit_code for result in self.results if result.status == "failed"]
-        return codes[0] if codes else EXIT_OK
 
 
 def build_bundles(
@@ -119,13 +95,12 @@ def build_bundles(
             ``out`` cannot be written.
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
-    package = read_package(graph)
-    verify_files(graph, package.manifest)
+    package = read_package(graph, verify=True)
     planned = _jobs(package, targets, plugins, layout, shapes, place)
     files = package.find_weights(weights_from)
     check_here([job.choice for job in planned])
     for job in planned:
-        check_destination(Path(out) / job.target.name, kind=KIND)
+        check_destination(Path(out) / job.target.name, kind=BundleManifest.KIND)
 
     report, counting, done = Progress.of(progress), threading.Lock(), list[Target]()
 
@@ -176,34 +151,36 @@ def _jobs(
     package: Package, targets: Sequence[str | Target], plugins: bool | None, layout: str | None, shapes: Shapes | None,
     place: bool,
 ) -> list[_Job]:  # fmt: skip
-    chosen = resolve_targets(targets)
-    if "injection" in package.manifest:
-        choices = _injected_choices(package.folder, package.manifest, chosen, plugins, layout)
+    chosen, manifest = resolve_targets(targets), package.manifest
+    if manifest.injection is not None:
+        choices = _injected_choices(package.folder, manifest, manifest.injection, chosen, plugins, layout)
     else:
-        choices = choose(package.spec, package.manifest["profile"], chosen, plugins=plugins, layout=layout or DENSE)
+        choices = choose(package.spec, manifest.profile, chosen, plugins=plugins, layout=layout or DENSE)
     return [_Job(package, choice, shapes or Shapes(), place) for choice in choices]
 
 
 def _injected_choices(
-    graph: Path, manifest: dict[str, Any], targets: Sequence[Target], plugins: bool | None, layout: str | None
-) -> list[Choice]:
+    graph: Path, manifest: GraphManifest, made: InjectionFacts, targets: Sequence[Target], plugins: bool | None,
+    layout: str | None,
+) -> list[Choice]:  # fmt: skip
     """The choices that injection made."""
-    made = manifest["injection"]
-    others = [target.name for target in targets if target.sm and target.name != made["target"]]
+    others = [t.name for t in targets if t.backend.takes_plugins and t.name != made.target]
     if others:
         raise InputError(
-            f"{graph} was injected for {made['target']}; {', '.join(others)} cannot be built from it. "
+            f"{graph} was injected for {made.target}; {', '.join(others)} cannot be built from it. "
             "Give the graph that export wrote."
         )
-    if plugins is False or layout not in (None, made["layout"]):
+    if plugins is False or layout not in (None, made.layout):
         raise InputError(
-            f"{graph} was injected with plugins and the layout {made['layout']}, so it is built that way. "
+            f"{graph} was injected with plugins and the layout {made.layout}, so it is built that way. "
             "Omit --plugins and --layout, or give the graph that export wrote."
         )
-    packs = made["layout"] in PACKED and manifest["profile"] == SERVED
-    return [
-        Choice(target, target.sm is not None, made["layout"] if target.sm or packs else DENSE) for target in targets
-    ]
+    choices = []
+    for target in targets:
+        # Injection has decided for its target; beside it, rows are dense where they must be.
+        gaps = target.backend.refusals(made.layout, profile=manifest.profile, plugins=True, plugin_gaps=list)
+        choices.append(Choice(target, target.backend.takes_plugins, DENSE if gaps else made.layout))
+    return choices
 
 
 def _parallel_builds(weight_bytes: int) -> int:
@@ -222,7 +199,7 @@ class _Job:
     place: bool
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> GraphManifest:
         """Of the package."""
         return self.package.manifest
 
@@ -256,14 +233,14 @@ class _Job:
             graph_sha256=_files_digest(self.manifest, graphs=True),
             weights_sha256=_files_digest(self.manifest, graphs=False),
             target=self.target.to_dict(),
-            backend=self.target.backend,
+            backend=self.target.backend.name,
             backend_version=backend_version(self.target),
             precision=self.target.precision,
             plugins=self.plugins,
             kernel_compiler=compiler,
             layout=self.layout,
             shapes=self.shapes,
-            place=self.place or self.target.sm is not None,
+            place=self.place or self.target.backend.engine,
         )
 
 
@@ -281,16 +258,15 @@ def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: boo
                 if not force and not _reason_to_build(folder, spec):
                     progress("unchanged")
                     return done("unchanged")
-                expected = expected_build(job.manifest, target.backend, job.plugins)
+                expected = expected_build(job.manifest, target.backend.name, job.plugins)
                 if expected is not None:
                     progress.expect(expected.low, expected.high)
-                with staged(folder, kind=KIND) as work:
-                    build = _write_cpu if target.backend == "onnxruntime" else _write_engine
-                    content = build(job, files, work, progress)
-                    content["build"]["seconds"] = round(time.monotonic() - start, 3)
-                    known = content.pop("known", {})
-                    write_manifest(work, kind=KIND, content=_common(job, spec) | content, known=known)
-            layers = content["engine"].get("plugin_layers")
+                with staged(folder, kind=BundleManifest.KIND) as work:
+                    build = _write_engine if target.backend.engine else _write_graph
+                    made = build(job, files, work, progress)
+                    seconds = round(time.monotonic() - start, 3)
+                    write(work, _manifest(job, spec, made, seconds), known=made.known)
+            layers = made.engine.plugin_layers
             plugins = f" with {layers} plugin layers" if layers else ""
             progress(f"built in {time.monotonic() - start:.1f} s{plugins}")
             return done("built")
@@ -302,36 +278,33 @@ def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: boo
             return done("failed", str(failure), failure.exit_code)
 
 
-def _files_digest(manifest: dict[str, Any], *, graphs: bool) -> str:
-    """sha256 over the graphs of a package, or over its other files: the lock, the configuration and the tokenizer."""
-    known = {name: f["sha256"] for name, f in manifest["files"].items() if name.endswith(".onnx") == graphs}
-    return sha256_json({"files": known, "layers": manifest["layers"]} if graphs else {"files": known})
+def _files_digest(manifest: GraphManifest, *, graphs: bool) -> str:
+    """sha256 over the graphs of a package, or over everything else that a bundle has of it."""
+    known = {name: file.sha256 for name, file in manifest.files.items() if name.endswith(".onnx") == graphs}
+    if graphs:
+        return sha256_json({"files": known, "layers": manifest.layers})
+    # Other weights under the same header are other files. Tokens that end a text are in no file of the package.
+    return sha256_json({"files": known, "weights": manifest.inputs.checkpoint.files, "model": to_json(manifest.model)})
 
 
 def _reason_to_build(folder: Path, spec: BuildSpec) -> str:
     """Why the bundle there differs from what would be built; "" if it does not."""
-    reason, manifest = reason_to_replace(folder, kind=KIND)
-    if manifest is None or (reason := _other_version(manifest)):
+    reason, manifest = reason_to_replace(BundleManifest, folder)
+    if manifest is None:
         return reason
-    if manifest.get("cache_key") == spec.cache_key():
+    if manifest.cache_key == spec.cache_key():
         return ""
-    wanted = json.loads(json.dumps(asdict(spec)))
-    backend = manifest.get("backend")
+    wanted, content = to_json(spec), manifest.content()
     made = {
-        **{name: manifest.get(name) for name in ("target", "backend", "precision", "layout", "shapes")},
-        "backend_version": manifest.get("tool_versions", {}).get(backend),
-        **manifest.get("spec", {}),
+        **{name: content[name] for name in wanted if name in content},
+        "backend_version": manifest.tool_versions.get(manifest.backend),
+        **content["spec"],
     }
     return "; ".join(_change(name, made.get(name), value) for name, value in wanted.items() if made.get(name) != value)
 
 
-def _other_version(manifest: dict[str, Any]) -> str:
-    made = manifest.get("foldkv_version")
-    return "" if made == __version__ else f"it was made by foldkv {made}; this is {__version__}"
-
-
 _CHANGES = {
-    "graph_sha256": "the graph changed", "weights_sha256": "the weights or the tokenizer of the graph package changed",
+    "graph_sha256": "the graph changed", "weights_sha256": "the weights, the tokenizer or the special tokens of the graph package changed",
     "kernel_compiler": "the kernels, or what compiles them, changed", "recipe": "this foldkv builds differently",
     "target": "the table of targets changed",
 }  # fmt: skip
@@ -347,32 +320,46 @@ def _change(name: str, old: Any, new: Any) -> str:
     return f"{name} was {old}, is {new}"
 
 
-#: Fields that a bundle depends on and that are nowhere else in its manifest.
-_RECORDED = ("graph_sha256", "weights_sha256", "plugins", "kernel_compiler", "place", "recipe")
+@dataclass(frozen=True)
+class _Made:
+    """What a backend put into the bundle's folder, and what it says of it in the manifest."""
+
+    state: list[StateTensor]
+    engine: EngineFacts
+    cost: BuildCost
+    plugins: tuple[PluginUse, ...] = ()
+    in_place: tuple[str, ...] = ()
+    kernels: Kernels | None = None
+    precision_islands: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
+    known: dict[str, str] = field(default_factory=dict)  # sha256 of files that were hashed as they were written
 
 
-def _common(job: _Job, spec: BuildSpec) -> dict[str, Any]:
-    manifest = job.manifest
-    return {
-        "foldkv_version": __version__,
-        "tool_versions": {spec.backend: spec.backend_version},
-        "target": spec.target,
-        "backend": spec.backend,
-        "profile": manifest["profile"],
-        "precision": spec.precision,
-        "layout": spec.layout,
-        "shapes": asdict(spec.shapes),
-        "inputs": {
-            "graph": {"manifest_sha256": sha256_file(job.package.folder / "manifest.json")},
-            "checkpoint": manifest["inputs"]["checkpoint"],
-        },
-        "cache_key": spec.cache_key(),
-        "spec": {name: getattr(spec, name) for name in _RECORDED},
-        "model": manifest["model"],
-        "io": manifest["io"],
-        "plugins": [],
-        "kernels": None,
-    }
+def _manifest(job: _Job, spec: BuildSpec, made: _Made, seconds: float) -> BundleManifest:
+    graph = job.manifest
+    return BundleManifest(
+        foldkv_version=__version__,
+        tool_versions={spec.backend: spec.backend_version},
+        target=job.target,
+        backend=spec.backend,
+        profile=graph.profile,
+        precision=spec.precision,
+        layout=spec.layout,
+        shapes=spec.shapes,
+        inputs=BundleInputs(GraphIdentity(sha256_file(job.package.folder / MANIFEST)), graph.inputs.checkpoint),
+        cache_key=spec.cache_key(),
+        spec=BuildFacts(**{fact.name: getattr(spec, fact.name) for fact in fields(BuildFacts)}),
+        model=graph.model,
+        io=graph.io,
+        plugins=made.plugins,
+        in_place=made.in_place,
+        kernels=made.kernels,
+        state=tuple(tensor.to_dict() for tensor in made.state),
+        engine=made.engine,
+        precision_islands=made.precision_islands,
+        weights=made.weights,
+        build=replace(made.cost, seconds=seconds),
+    )
 
 
 def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
@@ -381,7 +368,7 @@ def _copy(graph: Path, work: Path, names: Sequence[str]) -> None:
             shutil.copyfile(graph / name, work / name)
 
 
-def _write_cpu(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> dict[str, Any]:
+def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> _Made:
     import onnxruntime
 
     from .chain import write_chain
@@ -398,15 +385,10 @@ def _write_cpu(job: _Job, files: Mapping[str, Path], work: Path, progress: Progr
         except Exception as error:  # noqa: BLE001 - onnxruntime raises its own classes, which share no base
             raise BuildError(f"ONNX Runtime cannot load the segment {name}: {str(error)[:400]}") from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "state": [tensor.to_dict() for tensor in state],
-        "engine": {"file": CHAIN, "nodes": nodes},
-        "build": {"peak_rss_bytes": peak},
-        "known": known,
-    }
+    return _Made(state, EngineFacts(CHAIN, nodes=nodes), BuildCost(peak), known=known)
 
 
-def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> dict[str, Any]:
+def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> _Made:
     import onnx_ir as ir
 
     from ..export.stitch import bind_weights, flat_model
@@ -415,7 +397,7 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
 
     target, package = job.target, job.package
     assert target.sm is not None
-    proto, bundled = _inject(job, work, progress) if job.plugins else (flat_model(package), Bundled())
+    proto, in_place, bundled = _inject(job, work, progress) if job.plugins else (flat_model(package), [], Bundled())
     progress(f"lowering to {target.precision}")
     model = bind_weights(ir.from_proto(proto), package.lock, files)
     # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
@@ -427,7 +409,7 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
             rotary=package.spec.rope_dim, tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
         del model, proto
-        named = named_capability(target.sm) if target.backend == RTX else target.sm
+        named = named_capability(target.sm) if target.backend.builds_without_gpu else target.sm
         result = build_plan(
             scratch / MODEL, work / PLAN, sm=named, state=state, shapes=job.shapes, backend=target.backend,
             plugins=bundled.nodes, progress=progress,
@@ -438,23 +420,22 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     if unbundled:
         raise BuildError(f"the engine can launch kernels that were not compiled: {', '.join(sorted(unbundled))}.")
     _copy(package.folder, work, (TOKENIZER,))
-    return {
-        "state": [tensor.to_dict() for tensor in state],
-        "engine": {
-            "file": PLAN, "header": result["header"], "layers": result["layers"], "plugin_layers": result["plugin_layers"],
-        },
-        "precision_islands": precision,
-        "weights": weights,
-        "plugins": bundled.plugins,
-        "kernels": bundled.kernels,
-        "build": {"peak_rss_bytes": result["peak_rss_bytes"], "warnings": result["warnings"]},
-    }  # fmt: skip
+    return _Made(
+        state,
+        EngineFacts(PLAN, header=result["header"], layers=result["layers"], plugin_layers=result["plugin_layers"]),
+        BuildCost(result["peak_rss_bytes"], tuple(result["warnings"])),
+        plugins=bundled.plugins,
+        in_place=tuple(in_place),
+        kernels=bundled.kernels,
+        precision_islands=precision,
+        weights=weights,
+    )
 
 
-def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
-    """Inject the model, and compile the kernels that it launches into the bundle."""
+def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, list[str], Bundled]:
+    """Inject the model, and compile the kernels that it launches into the bundle; also the state that plugins update in place."""
     from ..export.stitch import flat_model
-    from ..plugins.inject import inject_nodes, set_library, strip_injection
+    from ..plugins.inject import inject_nodes, set_library, strip_injection, updated_in_place
     from .bundled_kernels import bundle_kernels
 
     target = job.target
@@ -462,11 +443,11 @@ def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, Bundled]:
     model = flat_model(job.package)
     strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
     injection = inject_nodes(
-        model, job.manifest["state"], rotary=job.package.spec.rope_dim, target=target.name, sm=target.sm,
+        model, job.manifest.state, rotary=job.package.spec.rope_dim, target=target.name, sm=target.sm,
         dtype=target.precision, layout=job.layout,
     )  # fmt: skip
     progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")
     bundled = bundle_kernels(injection, work, progress=progress)
     assert bundled.kernels is not None
-    set_library(model, bundled.kernels["library"])
-    return model, bundled
+    set_library(model, bundled.kernels.library)
+    return model, updated_in_place(model, job.manifest.state), bundled

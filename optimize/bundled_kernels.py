@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..artifact import sha256_json
+from ..manifests import KernelFile, Kernels, PluginUse
 from ..plugins.compile import compile_kernels, compiler_identity
 from ..plugins.declarations import NAMESPACE
 from ..plugins.inject import Injection
@@ -19,14 +19,14 @@ KERNELS = "kernels"
 class Bundled:
     """What a bundle's manifest says about its plugins and kernels, and the number of nodes that need them."""
 
-    plugins: list[dict[str, Any]] = field(default_factory=list)
-    kernels: dict[str, Any] | None = None
+    plugins: tuple[PluginUse, ...] = ()
+    kernels: Kernels | None = None
     nodes: int = 0
 
     @property
     def names(self) -> set[str]:
         """Names of the kernels."""
-        return {row["name"] for row in self.kernels["files"]} if self.kernels else set()
+        return {file.name for file in self.kernels.files} if self.kernels else set()
 
 
 def bundle_kernels(injection: Injection, work: Path, *, progress: Say = silent) -> Bundled:
@@ -46,16 +46,19 @@ def bundle_kernels(injection: Injection, work: Path, *, progress: Say = silent) 
     for one in compiled:
         name = f"{KERNELS}/{one.kernel.name}.cubin"
         (work / name).write_bytes(one.cubin)
-        files.append({"file": name, **one.facts()})
-    plugins = [
-        {
-            "name": given.plugin.operator, "namespace": NAMESPACE, "version": given.plugin.version,
-            "nodes": next(row.injected for row in injection.rows if row.operator == given.plugin.operator),
-            "rows": list(given.rows), "layout_version": given.plugin.layout_version,
-            "kernels": [kernel.name for kernel in given.kernels],
-        }
+        files.append(KernelFile(file=name, **one.facts()))
+    plugins = tuple(
+        PluginUse(
+            name=given.plugin.operator,
+            namespace=NAMESPACE,
+            version=given.plugin.version,
+            nodes=next(row.injected for row in injection.rows if row.operator == given.plugin.operator),
+            rows=given.rows,
+            layout_version=given.plugin.layout_version,
+            kernels=tuple(kernel.name for kernel in given.kernels),
+        )
         for given in injection.given
-    ]  # fmt: skip
-    library = sha256_json([[row["name"], row["sha256"]] for row in files])[:16]
-    table = {"library": library, "sm": injection.sm, "compiler": compiler_identity(), "files": files}
-    return Bundled(plugins, table, injection.injected)
+    )
+    library = sha256_json([[file.name, file.sha256] for file in files])[:16]
+    found = Kernels(library, injection.sm, compiler_identity(), tuple(files))
+    return Bundled(plugins, found, injection.injected)

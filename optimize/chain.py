@@ -100,7 +100,7 @@ def write_chain(
         SystemFailure: the disk is full or cannot be written.
     """
     report = Progress.of(progress)
-    names = list(package.manifest["segments"])
+    names = list(package.manifest.segments)
     placements = {name: placement(package, name, place=place) for name in names if name != STEP}
     report("optimizing the segments")
     models: dict[str, ir.Model] = {}

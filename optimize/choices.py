@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 from ..errors import InputError, MissingDependencyError, listing
 from ..export.contract.geometry import ModelSpec
-from ..export.contract.layouts import BUILT, DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUTS, cache_layout
-from ..export.contract.profiles import SERVED
+from ..export.contract.layouts import BUILT, DENSE, LAYOUTS, cache_layout
+from ..export.contract.rows import DENSE as DENSE_ROWS
+from ..export.contract.rows import row_format
 from ..packages import pip_line, require, version_of
 from ..plugins.coverage import coverage
 from .targets import Target
 
 #: Whether GPU targets get plugins by default. Only plugins keep packed rows and update caches in place. Function bodies need
-#: every cache twice, and activations that grow with the context. The cpu target never has plugins.
+#: every cache twice, and activations that grow with the context.
 PLUGINS = True
-#: Layouts of packed rows that function bodies read: a graph of the profile ``served`` computes their values.
-PACKED = tuple(name for name in BUILT if (LAYOUTS[name].rows, LAYOUTS[name].index_rows) == (FP8_DS_MLA, INDEX_FP4))
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Choice:
     @property
     def feature(self) -> str:
         """What the build is called in the table of packages."""
-        library = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(self.target.backend)
-        return f"build {library} engines{' with plugins' if self.plugins else ''}" if library else "build cpu"
+        return self.target.backend.build_feature(self.plugins)
 
 
 def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, plugins: bool) -> str:
@@ -48,30 +46,26 @@ def layout_gap(spec: ModelSpec, profile: str, target: Target, layout: str, *, pl
         layout: a name in ``BUILT``.
         plugins: whether a GPU target gets plugins.
     """
-    if target.sm is None:
-        if layout == DENSE or (layout in PACKED and profile == SERVED):
-            return ""
-        return (
-            f"layout {layout} is not supported: without plugins only a graph of the profile {SERVED} can have packed rows "
-            f"({', '.join(PACKED)}), because it computes their values. Export with --profile served, or choose the layout dense"
-        )
-    if not plugins:
-        return "" if layout == DENSE else f"layout {layout} needs plugins: only they read packed rows on a GPU"
-    reasons = _plugin_gaps(spec, profile, target.sm, target.precision, layout)
-    return f"layout {layout} is not supported: {reasons[0]}" if reasons else ""
+    reasons = target.backend.refusals(
+        layout, profile=profile, plugins=plugins, plugin_gaps=lambda: _plugin_gaps(spec, profile, target, layout)
+    )
+    return reasons[0] if reasons else ""
 
 
-def _plugin_gaps(spec: ModelSpec, profile: str, sm: int, precision: str, layout: str) -> list[str]:
+def _plugin_gaps(spec: ModelSpec, profile: str, target: Target, layout: str) -> list[str]:
     """Why injection cannot give the operators on rows of that layout to plugins."""
+    sm = target.sm
+    assert sm is not None  # a backend that takes plugins is for GPUs
     formats = LAYOUTS[layout]
     asked = [
         row
         for row in coverage(spec, [sm], (profile,))
-        if row.rows == (formats.format_of(row.group) or DENSE) and row.dtype in ("", precision)
+        if row.rows == (formats.format_of(row.group) or DENSE_ROWS) and row.dtype in ("", target.precision)
     ]
     gaps = [row for row in asked if row.gaps[sm]]
     # An operator without a plugin keeps its function body, which reads dense rows; engines without any plugin are not built.
-    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else [row for row in gaps if row.rows != DENSE]
+    packed = [row for row in gaps if row_format(row.rows).packed]
+    stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else packed
     return [f"{row.operator} {row.gaps[sm]}" for row in stops]
 
 
@@ -105,13 +99,13 @@ def choose(
     """
     cache_layout(layout)
     wanted = PLUGINS if plugins is None else plugins
-    gpus = any(target.sm is not None for target in targets)
+    gpus = any(target.backend.gpu for target in targets)
     chosen, findings = [], []
     for target in targets:
         gap = layout_gap(spec, profile, target, layout, plugins=wanted)
-        if gap and (target.sm is not None or not gpus):
+        if gap and (target.backend.gpu or not gpus):
             findings.append(f"{target.name}: {gap}")
-        chosen.append(Choice(target, wanted and target.sm is not None, DENSE if gap else layout))
+        chosen.append(Choice(target, wanted and target.backend.takes_plugins, DENSE if gap else layout))
     if findings:
         step = (
             "Choose another layout or other targets; `foldkv targets --coverage CHECKPOINT` shows what plugins read."
@@ -130,12 +124,13 @@ def backend_version(target: Target) -> str:
     Raises:
         MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
     """
-    from .engine_build import engine_version
+    from .engine_build import version_beside_gpu
 
-    if target.sm is None:
-        require("build cpu")
-        return version_of("onnxruntime") or ""
-    return engine_version(target.backend, target=target.name, sm=target.sm)
+    backend = target.backend
+    if not backend.builds_without_gpu:
+        return version_beside_gpu(target)
+    require(backend.build_feature())
+    return version_of(backend.module) or ""
 
 
 def missing_for(choice: Choice) -> str:
@@ -145,8 +140,8 @@ def missing_for(choice: Choice) -> str:
 
 def _missing_for(choice: Choice) -> MissingDependencyError | None:
     try:
-        # TensorRT 11 usually lacks more than a package; its own check names everything.
-        if choice.target.backend != "tensorrt":
+        # A backend that needs the GPU usually lacks more than a package; its own check names everything.
+        if choice.target.backend.builds_without_gpu:
             require(choice.feature)
         backend_version(choice.target)
         require(choice.feature)

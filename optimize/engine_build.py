@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,48 +14,47 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..backends import BACKENDS, TENSORRT_RTX, Backend
 from ..errors import BuildError, MissingDependencyError, listing
 from ..export.contract.state import StateTensor
-from ..packages import pip_line, require
+from ..packages import pip_line, version_of
 from ..plugins.cuda import device_capability
 from ..progress import Say, silent
 from .plan_file import check_plan
 from .recipe import Shapes
+from .targets import Target
 
-_TENSORRT_MAJOR = 11
-RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
-#: Backend to its module, which is also the name of its distribution.
-MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 _children: set[subprocess.Popen[str]] = set()
 
 
-def engine_version(backend: str, *, target: str, sm: int) -> str:
-    """The installed version of a backend, if it can build for ``sm`` here.
+def version_beside_gpu(target: Target) -> str:
+    """The installed version of a backend that builds for the GPU that it finds, if that is the target's.
 
     Raises:
-        MissingDependencyError: it cannot; the message says what is missing and what to run where.
+        MissingDependencyError: it cannot be used here; the message says what is missing and what to run where.
     """
-    try:
-        version = importlib.metadata.version(MODULES[backend])
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    if backend == RTX:
-        if not version:
-            require("build TensorRT-RTX engines")
-        return version
+    backend, sm = target.backend, target.sm
+    assert sm is not None
+    version = version_of(backend.module) or ""
     missing = []
     if not version:
-        missing.append(f"the package tensorrt, version {_TENSORRT_MAJOR}: {pip_line([MODULES[TENSORRT]])}")
-    elif int(version.split(".")[0]) < _TENSORRT_MAJOR:
-        missing.append(f"TensorRT {_TENSORRT_MAJOR}; {version} is installed: {pip_line([MODULES[TENSORRT]])}")
+        missing.append(f"the package {backend.module}, version {backend.major}: {pip_line([backend.module])}")
+    elif int(version.split(".")[0]) < backend.major:
+        missing.append(f"{backend.library} {backend.major}; {version} is installed: {pip_line([backend.module])}")
     capability = device_capability()
     if capability != sm:
         found = f"the one here has {capability / 10:.1f}" if capability else "there is none here"
-        missing.append(f"a GPU of compute capability {sm / 10:.1f}, because TensorRT times kernels on it; {found}")
+        missing.append(
+            f"a GPU of compute capability {sm / 10:.1f}, because {backend.library} times kernels on it; {found}"
+        )
     if missing:
-        title = f"{target} (sm{sm}) needs TensorRT {_TENSORRT_MAJOR}, which cannot be used here (TensorRT-RTX has no engines for {target})"
-        step = f"Run `foldkv build GRAPH --target {target} -o OUT` on a machine that has these. You can copy the graph package there."
-        package = [] if version else [MODULES[TENSORRT]]
+        name, without = target.name, [b for b in BACKENDS.values() if b.engine and b.builds_without_gpu]
+        title = (
+            f"{name} (sm{sm}) needs {backend.library} {backend.major}, which cannot be used here "
+            f"({' and '.join(other.library for other in without)} has no engines for {name})"
+        )
+        step = f"Run `foldkv build GRAPH --target {name} -o OUT` on a machine that has these. You can copy the graph package there."
+        package = [] if version else [backend.module]
         raise MissingDependencyError(
             listing(title, missing, step), packages=package, install=pip_line(package) if package else ""
         )
@@ -86,7 +84,7 @@ def build_plan(
     state: list[StateTensor],
     shapes: Shapes,
     inputs: Mapping[str, list[list[int]]] | None = None,
-    backend: str = RTX,
+    backend: Backend = TENSORRT_RTX,
     plugins: int = 0,
     memory_bytes: int | None = None,
     progress: Say = silent,
@@ -101,7 +99,7 @@ def build_plan(
         state: the state tensors as the model has them.
         shapes: sizes that the engine is built for.
         inputs: smallest, typical and largest shape of inputs that no graph package has.
-        backend: "tensorrt-rtx" or "tensorrt".
+        backend: whose engine it is.
         plugins: nodes that were injected; the network must have as many plugin layers.
         memory_bytes: limit of the child's address space.
         progress: called with one line per step.
@@ -120,13 +118,13 @@ def build_plan(
             json.dumps(
                 {"graph": str(graph), "plan": str(plan), "sm": sm,
                  "shapes": profile_shapes(state, shapes) | dict(inputs or {}),
-                 "values": values, "memory_bytes": memory_bytes, "module": MODULES[backend], "plugins": plugins}
+                 "values": values, "memory_bytes": memory_bytes, "module": backend.module, "plugins": plugins}
             )
         )  # fmt: skip
         result = _run_child(request, _child_environment(Path(folder)), progress)
     content = plan.read_bytes()
-    # The layout of TensorRT's own header is not published.
-    header = check_plan(content, sm=sm) if backend == RTX else {"bytes": len(content), "sm": [sm]}
+    # Only the header of TensorRT-RTX is known.
+    header = check_plan(content, sm=sm) if backend is TENSORRT_RTX else {"bytes": len(content), "sm": [sm]}
     keys = ("layers", "plugin_layers", "kernels", "peak_rss_bytes", "warnings")
     return {key: result[key] for key in keys} | {"header": header}
 

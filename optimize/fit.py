@@ -11,16 +11,19 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..backends import FLOAT32
 from ..errors import InputError, listing
+from ..export.checkpoint.config_reader import read_config
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import DENSE
 from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
 from .history import BUILD, EXPORT, Estimate, Run, estimate
-from .kept_weights import FLOAT32, built_in, kept_formats, weight_bytes_in
+from .kept_weights import built_in, stored_format, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +33,19 @@ _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes per layer of an artifact besides its weights, measured on examples/tiny-v4: graph and cpu graph as ONNX; an engine's
 # code without and with plugins (sm80, TensorRT-RTX 1.7). They are negligible beside released weights.
 _GRAPH, _CPU_GRAPH, _ENGINE, _ENGINE_WITH_PLUGINS = 48_000, 96_000, 6_800_000, 5_000_000
+
+
+def stored_in(checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> str:
+    """The format of the experts of a checkpoint, a folder or a bare config.json.
+
+    It is in the headers of its weights; if these are not there, in config.json.
+    """
+    if not checkpoint.is_dir() or not any(checkpoint.glob("*.safetensors")):
+        return stored_format(read_config(checkpoint))
+    from ..export.checkpoint.reader import Checkpoint
+
+    source = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
+    return stored_format(source.config, {name: stored.dtype for name, stored in source.headers.items()})
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class TargetPlan:
     @property
     def activation_bytes(self) -> int:
         """Size of the activations: engines reuse their memory, ONNX Runtime's arena does not."""
-        return self.activations.total(reuse=self.target.sm is not None)
+        return self.activations.total(reuse=self.target.backend.engine)
 
     @property
     def caches(self) -> int:
@@ -92,7 +108,6 @@ class TargetPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        gpu = self.target.sm is not None
         return {
             "target": self.target.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
             "caches": {"groups": self.memory.groups, "copies": self.copies, "total": self.caches},
@@ -100,7 +115,7 @@ class TargetPlan:
             "plugins": self.plugins, "weights": self.weights, "built_in": self.built_in,
             "over": {name: self.over(name) for name in self.weights},
             "fits": {name: self.over(name) == 0 for name in self.weights},
-            "gpus": {name: self.devices(name) for name in self.weights} if gpu else None,
+            "gpus": {name: self.devices(name) for name in self.weights} if self.target.backend.gpu else None,
             "bundle": self.bundle, "build_seconds": self.build.to_dict() if self.build else None,
             "builds_here": not self.missing, "missing": self.missing,
         } | ({"max_context": self.max_context} if self.max_context else {})  # fmt: skip
@@ -141,11 +156,11 @@ def plan_target(
     check_profile(profile, spec)
     check_sizes(batch, chunk)
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
-    sizes = {name: weight_bytes_in(spec, name, target.sm) for name in kept_formats(target.sm)}
-    written = built_in(stored, target.sm)
+    sizes = {name: weight_bytes_in(spec, name, target.sm) for name in target.backend.weights}
+    written = built_in(stored, target.backend)
     capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
-    code = (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) if target.sm is not None else _CPU_GRAPH
+    code = (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) if target.backend.engine else _CPU_GRAPH
     return TargetPlan(
         target=target,
         capacity=capacity,
@@ -159,7 +174,7 @@ def plan_target(
         bundle=sizes[written] + code * spec.num_layers,
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,
-            backend=target.backend, plugins=choice.plugins,
+            backend=target.backend.name, plugins=choice.plugins,
         ),
         missing=missing_for(choice),
         max_context={
@@ -172,15 +187,15 @@ def _resident(
     spec: ModelSpec, choice: Choice, context: int, batch: int, chunk: int
 ) -> tuple[MemoryPlan, int, Activations]:
     """The caches, their number of copies, and the activations."""
-    gpu = choice.target.sm is not None
+    engine = choice.target.backend.engine
     rows = _DENSE_ROWS[choice.target.precision] if choice.layout == DENSE else choice.layout
     return (
         plan_memory(spec, context=context, batch=batch, layout=rows),
-        2 if gpu and not choice.plugins else 1,
+        2 if engine and not choice.plugins else 1,
         # For plain experts, which take most.
         activations(
-            spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if gpu else 4,
-            room=None if gpu else BLOCK_ROOM,
+            spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if engine else 4,
+            room=None if engine else BLOCK_ROOM,
         ),
     )  # fmt: skip
 
@@ -191,7 +206,7 @@ def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chu
     while low < high:
         middle = (low + high + 1) // 2
         memory, copies, live = _resident(spec, choice, middle, batch, chunk)
-        if memory.total * copies + live.total(reuse=choice.target.sm is not None) <= room:
+        if memory.total * copies + live.total(reuse=choice.target.backend.engine) <= room:
             low = middle
         else:
             high = middle - 1

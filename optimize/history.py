@@ -12,15 +12,14 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..artifact import MANIFEST
-
-if TYPE_CHECKING:
-    from .build import TargetResult
+from ..errors import FoldkvError
+from ..manifests import BundleManifest, GraphManifest, read
+from .outcome import TargetResult
 
 EXPORT, BUILD = "export", "build"
 _FILE = "history.jsonl"
@@ -69,15 +68,15 @@ def record_builds(graph: Path, results: Iterable[TargetResult]) -> None:
     """Record the bundles that were built from the package ``graph``, without unchanged and failed ones."""
     for result in results:
         if result.status == "built":
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                bundle = json.loads((result.folder / MANIFEST).read_text())
-                _record(graph, BUILD, bundle["backend"], bool(bundle["plugins"]), result.seconds)
+            with contextlib.suppress(OSError, FoldkvError):
+                bundle = read(BundleManifest, result.folder)
+                _record(graph, BUILD, bundle.backend, bool(bundle.plugins), result.seconds)
 
 
 def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float) -> None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest = json.loads((graph / MANIFEST).read_text())
-        layers = len(manifest["model"]["layer_types"])
+    with contextlib.suppress(OSError, FoldkvError):
+        manifest = read(GraphManifest, graph)
+        layers = len(manifest.model.layer_types)
         run = Run(stage, backend, plugins, weight_bytes(manifest), layers, round(seconds, 3))
         path = history_file()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,17 +84,17 @@ def _record(graph: Path, stage: str, backend: str, plugins: bool, seconds: float
             file.write(json.dumps({"when": int(time.time()), **asdict(run)}) + "\n")
 
 
-def expected_build(manifest: Mapping[str, Any], backend: str, plugins: bool) -> Estimate | None:
+def expected_build(manifest: GraphManifest, backend: str, plugins: bool) -> Estimate | None:
     """How long a build from the graph package with this manifest takes; None without a comparable run."""
     return estimate(
-        read_runs(), BUILD, weight_bytes=weight_bytes(manifest), layers=len(manifest["model"]["layer_types"]),
+        read_runs(), BUILD, weight_bytes=weight_bytes(manifest), layers=len(manifest.model.layer_types),
         backend=backend, plugins=plugins,
     )  # fmt: skip
 
 
-def weight_bytes(manifest: Mapping[str, Any]) -> int:
+def weight_bytes(manifest: GraphManifest) -> int:
     """Bytes of the weights that a graph package's lock names."""
-    return int(manifest["weights"]["bytes"])
+    return manifest.weights.bytes
 
 
 def read_runs() -> list[Run]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..export.contract.geometry import CSA, ModelSpec
+from ..backends import BF16, FLOAT32, FP4, FP8, Backend
+from ..export.contract.geometry import ModelSpec
 from ..export.memory import parameter_groups, table_bytes
 
 
@@ -40,19 +41,18 @@ _WORDS = (
     "carried in int32 words, gathered and decoded (optimize/passes/place_weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
     "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
 )
-FLOAT32 = "float32"
 #: From wide to narrow. fp8 and fp4 are as released: e4m3 with a scale per 128 x 128 block (below a thousandth, so not
 #: counted); experts in e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
 FORMATS = {
     row.name: row
     for row in (
-        WeightFormat("float32", _bits(32, 32, 32), "any plain format", "the cpu target: ONNX Runtime's graph is float32"),
+        WeightFormat(FLOAT32, _bits(32, 32, 32), "any plain format", "the cpu target: ONNX Runtime's graph is float32"),
         WeightFormat(
-            "bf16", _bits(16, 16, 16), "any plain format",
+            BF16, _bits(16, 16, 16), "any plain format",
             "TensorRT-RTX 1.7 built for 80, 86, 89, 120, 121; NVIDIA's TensorRT support matrix for 90, 100, 103",
         ),
-        WeightFormat("fp8", _bits(8, 8, 16), "fp8", f"experts in e4m3, {_WORDS}"),
-        WeightFormat("fp4", _bits(4.25, 8, 16), "fp4", f"experts in e2m1, {_WORDS}"),
+        WeightFormat(FP8, _bits(8, 8, 16), "fp8", f"experts in e4m3, {_WORDS}"),
+        WeightFormat(FP4, _bits(4.25, 8, 16), "fp4", f"experts in e2m1, {_WORDS}"),
     )
 }  # fmt: skip
 
@@ -67,25 +67,20 @@ def fp8_gap(sm: int) -> str:
     return "" if sm in _FP8_MATRICES else f"engines for sm{sm} keep no e4m3 matrices"
 
 
-def kept_formats(sm: int | None) -> tuple[str, ...]:
-    """The formats that bundles for a compute capability keep, from wide to narrow; None is the cpu, whose bundles keep all."""
-    return tuple(name for name in FORMATS if sm is None or name != FLOAT32)
-
-
-def built_in(stored: str, sm: int | None) -> str:
-    """The format in which ``build`` writes a bundle for a compute capability, None for the cpu.
+def built_in(stored: str, backend: Backend) -> str:
+    """The format in which ``build`` writes a bundle of a backend.
 
     Quantised experts stay as they are stored. Plain ones become the type of their products.
 
     Args:
         stored: the format of the checkpoint's experts.
-        sm: of the target.
+        backend: that builds.
     """
-    return stored if stored in ("fp8", "fp4") else kept_formats(sm)[0]
+    return stored if stored in (FP8, FP4) else backend.weights[0]
 
 
-_EXPERT_DTYPES = {"I8": "fp4", "U8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "bf16"}
-_CONFIG_DTYPES = {"fp4": "fp4", "fp8": "fp8", "bfloat16": "bf16", "float16": "bf16"}
+_EXPERT_DTYPES = {"I8": FP4, "U8": FP4, "F8_E4M3": FP8, "BF16": BF16, "F16": BF16}
+_CONFIG_DTYPES = {"fp4": FP4, "fp8": FP8, "bfloat16": BF16, "float16": BF16}
 
 
 def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = None) -> str:
@@ -102,7 +97,7 @@ def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = 
     names = [config.get("expert_dtype"), config.get("dtype"), config.get("torch_dtype")]
     if isinstance(quantised, Mapping):
         # The first release of V4-Flash names only fp8, but its experts are in fp4.
-        names[1:1] = [quantised.get("expert_dtype"), "fp4" if quantised.get("quant_method") == "fp8" else None]
+        names[1:1] = [quantised.get("expert_dtype"), FP4 if quantised.get("quant_method") == "fp8" else None]
     return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
 
 
@@ -119,7 +114,7 @@ def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int
     total = table_bytes(spec)
     if bits["projections"] == 8:
         if sm is not None and fp8_gap(sm):
-            bits["projections"] = FORMATS["bf16"].bits["projections"]
+            bits["projections"] = FORMATS[BF16].bits["projections"]
         else:  # the indexer's query projection is stored in that way too, though its product is float32
             total -= _index_queries(spec) * 24 // 8
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
@@ -127,4 +122,4 @@ def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int
 
 def _index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
-    return spec.layer_types.count(CSA) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim
+    return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim

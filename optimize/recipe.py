@@ -8,15 +8,16 @@ from typing import Any
 from ..artifact import sha256_json
 from ..errors import InputError
 from ..export.memory import check_sizes
+from ..manifests import ShapeRanges
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Sizes that an engine is built for, each (smallest, typical, largest)."""
+class Shapes(ShapeRanges):
+    """Sizes that an engine can be built for, each (smallest, typical, largest).
 
-    batch: tuple[int, int, int] = (1, 1, 4)
-    chunk: tuple[int, int, int] = (1, 1, 256)
-    context: tuple[int, int, int] = (256, 4096, 65536)
+    Raises:
+        InputError: no engine can have these sizes.
+    """
 
     def __post_init__(self) -> None:
         for name, sizes in asdict(self).items():
@@ -46,7 +47,7 @@ class BuildSpec:
     layout: str = "dense"
     shapes: Shapes = field(default_factory=Shapes)
     place: bool = True  # whether the cpu bundle has weights converted; engines always do
-    recipe: int = 7  # raised when this package's own way of building changes
+    recipe: int = 8  # raised when this package's own way of building changes
 
     def cache_key(self) -> str:
         """A sha256 that changes with every field."""

@@ -5,39 +5,43 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from ..backends import BACKENDS, Backend, backend_named
 from ..errors import InputError, nearest
+from ..manifests import TargetFacts
+from ..records import to_json
 
 
 @dataclass(frozen=True)
-class Target:
-    """One machine: compute capability, memory (GiB), bandwidth (GB/s), backends in order of preference."""
-
-    name: str
-    backends: tuple[str, ...]
-    precision: str
-    sm: int | None = None
-    memory_gib: int | None = None
-    bandwidth_gb_s: int | None = None
+class Target(TargetFacts):
+    """A machine that bundles are built for, with its fields as in manifests."""
 
     @property
-    def backend(self) -> str:
-        """The backend that builds for it here: the first of its list."""
-        return self.backends[0]
+    def backend(self) -> Backend:
+        """The backend that builds for it here: the first of its list.
+
+        Raises:
+            InputError: a target of your own names a backend that there is none of.
+        """
+        return backend_named(self.backends[0])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**asdict(self), "backends": list(self.backends)}
+        return dict(to_json(self))
 
 
 @functools.cache
 def load_targets() -> dict[str, Target]:
-    """All targets by name."""
+    """All targets by name, each with the backends that build for its compute capability."""
     table = tomllib.loads(resources.files("foldkv.optimize").joinpath("targets.toml").read_text())
-    return {name: Target(name, **{**row, "backends": tuple(row["backends"])}) for name, row in table["targets"].items()}
+    return {name: Target(name, _backends(row.get("sm")), **row) for name, row in table["targets"].items()}
+
+
+def _backends(sm: int | None) -> tuple[str, ...]:
+    return tuple(backend.name for backend in BACKENDS.values() if backend.builds_for(sm))
 
 
 def resolve_targets(names: Sequence[str | Target]) -> list[Target]:

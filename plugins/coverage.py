@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
-from ..export.contract.layouts import DENSE, LAYOUTS, row_bytes
+from ..export.contract.layouts import LAYOUTS
 from ..export.contract.profiles import PROFILES
+from ..export.contract.rows import DENSE, row_format
 from .declarations import PLUGINS
 from .launch import kernels
 from .model import OperatorCall, operator_calls
@@ -51,7 +52,8 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
         if not PLUGINS[call.operator].rows:
             formats = {DENSE: None}
         for format_ in formats:
-            for dtype in DTYPES if format_ == DENSE and PLUGINS[call.operator].rows else ("",):
+            dense = not row_format(format_).packed
+            for dtype in DTYPES if dense and PLUGINS[call.operator].rows else ("",):
                 gaps = {sm: _gap(call, spec, sm, dtype or DTYPES[0], format_) for sm in sms}
                 key = (call.operator, call.group, format_, dtype)
                 if key in rows:  # another kind of layer has the same
@@ -66,8 +68,8 @@ def _gap(call: OperatorCall, spec: ModelSpec, sm: int, dtype: str, format_: str)
         return "; ".join(reasons)
     sizes = dict(call.sizes)
     try:
-        if format_ != DENSE:
-            sizes["ROW"] = row_bytes(format_, sizes["D"], spec.rope_dim)
+        if row_format(format_).packed:
+            sizes["ROW"] = row_format(format_).row_bytes(sizes["D"], spec.rope_dim)
         kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, rows=format_, rotary=spec.rope_dim)
     except (ValueError, InputError) as error:
         return str(error)

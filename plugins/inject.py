@@ -11,34 +11,28 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from .. import __version__
-from ..artifact import MANIFEST, sha256_file, staged, verify_files, write_manifest
+from ..artifact import MANIFEST, sha256_file, staged
 from ..errors import InputError, listing
-from ..export.contract.layouts import DENSE, CacheLayout, cache_layout, row_bytes
+from ..export.contract.layouts import DENSE, CacheLayout, cache_layout
+from ..export.contract.operators import operator_specs
+from ..export.contract.rows import DENSE as DENSE_ROWS
+from ..export.contract.rows import row_format
 from ..export.operators.registry import DOMAIN
 from ..export.package import INJECTED, KIND, read_package
 from ..export.stitch import flat_model
+from ..manifests import GraphIdentity, GraphInputs, InjectionFacts, OperatorCoverage, StateRow, write
 from ..progress import Say, silent
-from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, STATE, WEIGHT_BODIES, PluginSpec
+from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, WEIGHT_BODIES, PluginSpec
 from .launch import Kernel, kernels
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """One operator of the graph: its nodes, how many got a plugin, and why the others did not."""
-
-    operator: str
-    nodes: int
-    injected: int
-    refusals: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Injection:
     sm: int
     dtype: str
     layout: str
-    rows: tuple[Coverage, ...]
+    rows: tuple[OperatorCoverage, ...]
     given: tuple[Given, ...] = ()
 
     @property
@@ -71,12 +65,11 @@ class Injection:
         """Nodes of foldkv operators in the graph."""
         return sum(row.nodes for row in self.rows)
 
-    def facts(self) -> dict[str, Any]:
-        """Target and coverage as JSON values."""
-        return {
-            "target": self.target, "sm": self.sm, "dtype": self.dtype, "layout": self.layout, "injected": self.injected,
-            "nodes": self.nodes, "operators": [asdict(row) for row in self.rows],
-        }  # fmt: skip
+    def facts(self) -> InjectionFacts:
+        """Target and coverage, for the manifest."""
+        return InjectionFacts(
+            self.target, self.sm, self.dtype, self.layout, self.injected, self.nodes, operators=self.rows
+        )
 
 
 def inject(
@@ -109,39 +102,40 @@ def inject(
         InputError: no node can take a plugin (the nearest miss is shown), the graph has no foldkv nodes or was already
             injected, the layout is unknown.
     """
-    package = read_package(graph)
+    package = read_package(graph, verify=True)
     manifest = package.manifest
-    verify_files(graph, manifest)
-    if "injection" in manifest:
+    if manifest.injection is not None:
         raise InputError(
-            f"{graph} was already injected for {manifest['injection']['target']}. Give the graph that export wrote."
+            f"{graph} was already injected for {manifest.injection.target}. Give the graph that export wrote."
         )
     if Path(out).resolve() == Path(graph).resolve():
         raise InputError(f"{out} is the graph itself; give another output folder.")
     model = flat_model(package)
     injection = inject_nodes(
-        model, manifest["state"], rotary=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
+        model, manifest.state, rotary=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
     )  # fmt: skip
     for row in injection.rows:
         progress(f"{row.operator}: {row.injected} of {row.nodes}")
     with staged(Path(out), kind=KIND) as folder:
-        for name in manifest["files"]:
+        for name in manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(graph) / name, folder / name)
         onnx.save(model, folder / INJECTED)
-        content = {key: value for key, value in manifest.items() if key not in ("files", "kind", "schema_version")}
-        content["foldkv_version"] = __version__
-        content["inputs"] = manifest["inputs"] | {"graph": {"manifest_sha256": sha256_file(Path(graph) / MANIFEST)}}
-        content["injection"] = injection.facts()
-        known = {name: facts["sha256"] for name, facts in manifest["files"].items()}
-        write_manifest(folder, kind=KIND, content=content, known=known)
+        made = replace(
+            manifest,
+            foldkv_version=__version__,
+            inputs=GraphInputs(manifest.inputs.checkpoint, GraphIdentity(sha256_file(Path(graph) / MANIFEST))),
+            injection=injection.facts(),
+        )
+        known = {name: file.sha256 for name, file in manifest.files.items()}
+        write(folder, made, known=known)
     return injection
 
 
 def inject_nodes(
     model: onnx.ModelProto,
-    state: Sequence[Mapping[str, Any]],
+    state: Sequence[StateRow],
     *,
     rotary: int,
     target: str,
@@ -183,7 +177,7 @@ def inject_nodes(
         launched: list[Kernel] = []
         if not reasons:
             launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
-        if reasons and rows != DENSE:
+        if reasons and row_format(rows).packed:
             packed.append(f"{node.op_type} ({node.name}): {'; '.join(reasons)}")
         if reasons:
             refused[node.op_type]["; ".join(reasons)] += 1
@@ -212,13 +206,14 @@ def inject_nodes(
             listing(title, packed, "Choose another layout; `foldkv targets --coverage` shows what plugins read.")
         )
     for node, plugin, rows in given:
-        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": plugin.layout_version, "rotary": rotary}
+        version = row_format(rows).version
+        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": version, "rotary": rotary}
         marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
         # If the operator itself has an attribute with a field's name, it is already there, with the checked value.
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
     return Injection(
         target, sm, dtype, layout,
-        tuple(Coverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
+        tuple(OperatorCoverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
         tuple(Given(e["plugin"], tuple(e["rows"]), tuple(e["kernels"])) for _, e in sorted(found.items())),
     )  # fmt: skip
 
@@ -249,13 +244,36 @@ def strip_injection(model: onnx.ModelProto) -> None:
 
 def _row_format(node: onnx.NodeProto, layout: CacheLayout, groups: Mapping[str, str]) -> str:
     """The format of the rows that a node touches."""
-    spec = PLUGINS.get(node.op_type)
-    states = [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == STATE] if spec else []
-    if not states:
-        return DENSE
-    # Compression and the window have the state itself as an input; the others read their outputs.
-    group = groups.get(node.input[states[0]], "index_entries" if node.op_type == "FoldkvIndexScores" else "entries")
-    return layout.format_of(group) or DENSE
+    spec = operator_specs().get(node.op_type)
+    if spec is None or not spec.state:
+        return DENSE_ROWS
+    # Compression and the window have the state itself as an input; the others read their outputs, always of one group.
+    first = spec.state[0]
+    group = groups.get(node.input[spec.inputs.index(first)], first.groups[0])
+    return layout.format_of(group) or DENSE_ROWS
+
+
+def updated_in_place(model: onnx.ModelProto, state: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the state tensors that plugins of an injected model update in the buffer that they read, in their order.
+
+    Function bodies write the others, and need a second buffer.
+
+    Args:
+        model: injected, see :func:`inject_nodes`.
+        state: the manifest's rows for state tensors.
+    """
+    inputs = {row["input"]: row["name"] for row in state}
+    outputs = {row["output"]: row["name"] for row in state}
+    found = set()
+    for node in model.graph.node:
+        spec = PLUGINS.get(node.op_type) if node.domain == DOMAIN else None
+        if spec is None or not any(attribute.name == NAMESPACE_ATTRIBUTE for attribute in node.attribute):
+            continue
+        for out, given in spec.aliases.items():
+            name = outputs.get(node.output[out])
+            if name is not None and inputs.get(node.input[given]) == name:
+                found.add(name)
+    return [row["name"] for row in state if row["name"] in found]
 
 
 def _kernels(
@@ -275,8 +293,8 @@ def _kernels(
             elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
                 sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
     try:
-        if rows != DENSE:
-            sizes["ROW"] = row_bytes(rows, sizes["D"], rotary)
+        if row_format(rows).packed:
+            sizes["ROW"] = row_format(rows).row_bytes(sizes["D"], rotary)
         return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), []
     except (ValueError, InputError) as error:
         return [], [str(error)]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, row_bytes
-from .declarations import PLUGINS, STATE, PluginSpec
+from ..export.contract.operators import STATE, operator_spec
+from ..export.contract.rows import DENSE, RowFormat, row_format
+from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
 DYNAMIC = ("B", "S", "E")
@@ -28,11 +29,6 @@ SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
 
-#: Compressing operators that round an entry before it is written, and the format to whose values they round it.
-_VALUES = {
-    "FoldkvCompress": DENSE, "FoldkvCompressFp8": FP8_DS_MLA, "FoldkvCompressFp4": INDEX_FP4,
-    "FoldkvCompressOnline": DENSE, "FoldkvCompressOnlineFp8": FP8_DS_MLA,
-}  # fmt: skip
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16"}
 _BYTES = "*i8"  # a packed row
 _ITEM = 4  # bytes of a float32 in the workspace
@@ -188,18 +184,33 @@ class _Call:
     def pointer(self, tensor_dtype: str) -> str:
         if tensor_dtype != STATE:
             return _POINTER[tensor_dtype]
-        return _POINTER[self.dtype] if self.rows == DENSE else _BYTES
+        return _BYTES if self.format.packed else _POINTER[self.dtype]
+
+    @property
+    def format(self) -> RowFormat:
+        """Of the rows."""
+        return row_format(self.rows)
+
+    @property
+    def values(self) -> RowFormat:
+        """The format to whose values the operator rounds what it writes; dense if it does not round."""
+        return row_format(operator_spec(self.spec.operator).rounds or DENSE)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a Hadamard matrix mixes the channels before they are rounded."""
+        return any(tensor.name == "hadamard" for tensor in self.spec.inputs)
 
     @property
     def turned(self) -> int:
         """Channels that a packed row keeps apart because RoPE turned them."""
-        return self.rotary if self.rows == FP8_DS_MLA else 0
+        return self.format.kept(self.rotary)
 
     @property
     def row_size(self) -> int:
         """Elements of the state's pointer in a row: channels, or bytes."""
-        width = self["D"]
-        return width if self.rows == DENSE else row_bytes(self.rows, width, self.turned)
+        width, format_ = self["D"], self.format
+        return format_.row_bytes(width, self.turned) if format_.packed else width
 
     @property
     def row(self) -> dict[str, int | str]:
@@ -244,7 +255,7 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(f"rows have layout version {layout_version}; its kernels read {spec.layout_version}")
     if spec.rows and call.rows not in spec.rows:
         wrong.append(f"rows in {call.rows}; its kernels read {', '.join(sorted(spec.rows))}")
-    elif call.rows != DENSE and spec.rows:
+    elif call.format.packed and spec.rows:
         wrong += _packed(call)
     if "D" in sizes and sizes["D"] % 16:
         wrong.append(f"rows are {sizes['D']} wide; expected a multiple of 16")
@@ -256,8 +267,8 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(
             f"it keeps {attributes['rotary']} channels in bfloat16, but rows have {call.rotary} rotated channels"
         )
-    wrong += _rounds(call, _VALUES.get(spec.operator, DENSE))
-    if spec.operator in _VALUES and sizes["T"] != attributes["ratio"]:
+    wrong += _rounds(call)
+    if "T" in sizes and sizes["T"] != attributes["ratio"]:
         wrong.append(f"a bias of {sizes['T']} rows does not fit ratio {attributes['ratio']}")
     if "C" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
         wrong.append(
@@ -271,7 +282,7 @@ def _check(call: _Call, layout_version: int) -> None:
 def _packed(call: _Call) -> list[str]:
     """What is wrong with the sizes of packed rows."""
     turned = 2 * call.sizes.get("P", call.rotary // 2)
-    if call.rows == FP8_DS_MLA and call.rotary != turned:
+    if call.format.keeps_rope and call.rotary != turned:
         return [f"rows have {call.rotary} rotated channels but frequencies for {turned}"]
     try:
         size = call.row_size
@@ -282,14 +293,14 @@ def _packed(call: _Call) -> list[str]:
     return []
 
 
-def _rounds(call: _Call, values: str) -> list[str]:
+def _rounds(call: _Call) -> list[str]:
     """What is wrong with the sizes of rows that are rounded to the values of a packed format."""
-    if values == INDEX_FP4 and call["D"] & (call["D"] - 1):
+    if call.mixes and call["D"] & (call["D"] - 1):
         return [f"rows are {call['D']} wide; a Hadamard matrix needs a power of two"]
-    if values == DENSE or call.rows != DENSE:  # nothing to round, or the stored rows were already checked
+    if not call.values.packed or call.format.packed:  # nothing to round, or the stored rows were already checked
         return []
     try:
-        row_bytes(values, call["D"], call.rotary)
+        call.values.row_bytes(call["D"], call.rotary)
     except InputError as error:
         return [str(error)]
     return []
@@ -305,8 +316,7 @@ def _window_update(call: _Call) -> Plan:
 def _compress(call: _Call) -> Plan:
     windows = _cdiv(call["S"], call.attributes["ratio"])
     tiles = {"BM": min(8, _power(call["R"])), "BC": _power(call["C"]), "BR": 4}
-    mixed = _VALUES[call.spec.operator] == INDEX_FP4
-    function = "compress.compress_mixed" if mixed else "compress.compress"
+    function = "compress.compress_mixed" if call.mixes else "compress.compress"
     return _entries(call, function, max(windows - 1, 1), tiles)
 
 
@@ -318,15 +328,15 @@ def _compress_online(call: _Call) -> Plan:
 
 def _entries(call: _Call, function: str, programs: int, tiles: dict[str, int]) -> Plan:
     """A compressing kernel with that many programs per sequence; plugins/kernels/entry.py turns a window into a row."""
-    values, width = _VALUES[call.spec.operator], call["D"]
+    values, width = call.values, call["D"]
     constants: dict[str, int | float | str] = {
         "RATIO": call.attributes["ratio"], "D": width, "BD": _power(width), "HALF": call["P"],
         "EPS": call.attributes["eps"],
     } | call.row  # fmt: skip
-    if call.rows == DENSE:
-        constants |= {"ROTARY": call.rotary if values == FP8_DS_MLA else 0, "VALUES": values}
-    else:  # packing rounds, so the operators of both profiles have the same kernel
+    if call.format.packed:  # packing rounds, so the operators of both profiles have the same kernel
         constants |= {"VALUES": DENSE}
+    else:
+        constants |= {"ROTARY": values.kept(call.rotary), "VALUES": values.name}
     grid, warps = (programs, call["B"], 1), 4 if width <= 256 else 8
     return Plan((call.launch(function, grid, constants | tiles, extras=("S", "E"), warps=warps),))
 
@@ -342,7 +352,7 @@ class _ScoreTile:
 
 def _score_tile(call: _Call) -> _ScoreTile:
     if call.sm == 90:  # measured on an H200; a decoded block cannot be loaded in advance
-        return _ScoreTile(64, 4, 3 if call.rows == DENSE else 2)
+        return _ScoreTile(64, 4, 2 if call.format.packed else 3)
     return _ScoreTile(128, 8, 2)
 
 
@@ -426,7 +436,7 @@ class _Tile:
 
 def _attention_tile(call: _Call) -> _Tile:
     """Tiles that fit each SM's shared memory and do not spill; see docs/kernels.md."""
-    width, packed = _power(call["D"]), call.rows != DENSE
+    width, packed = _power(call["D"]), call.format.packed
     stages = 1 if packed else 2  # a decoded tile cannot be loaded in advance, and its bytes would take shared memory
     if width < 256:
         return _Tile(16, 32 if call.dtype == "float32" and not packed else 64, 4, stages)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.profiles import HF, SERVED
+from ..export.contract.rows import DENSE
 from .launch import Kernel, kernels
 
 
@@ -77,7 +78,7 @@ def model_kernels(
     """
     found: dict[Kernel, None] = {}
     for operator, group, sizes, attributes in operator_calls(spec, profile):
-        rows = LAYOUTS[layout].format_of(group) or "dense"
+        rows = LAYOUTS[layout].format_of(group) or DENSE
         found |= dict.fromkeys(
             kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=spec.rope_dim)
         )

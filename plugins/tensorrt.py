@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..export.contract.layouts import DENSE
+from ..export.contract.operators import STATE, TensorSpec
+from ..export.contract.rows import row_format
 from .cuda import KernelImage, Launcher
-from .declarations import FIELDS, NAMESPACE, PLUGINS, STATE, PluginSpec, TensorSpec
+from .declarations import FIELDS, NAMESPACE, PLUGINS, PluginSpec
 from .launch import Plan, largest_workspace, plan
 
 _LIBRARIES: dict[str, Launcher] = {}
@@ -98,6 +99,10 @@ def read_fields(spec: PluginSpec, fields: Iterable[Any]) -> dict[str, Any]:
     missing = [name for name in types if name not in values]
     if missing:
         raise ValueError(f"{spec.operator} lacks {', '.join(missing)}; inject the graph with this version of foldkv")
+    if spec.rows and values["rows"] not in spec.rows:
+        raise ValueError(
+            f"{spec.operator}: rows are in {values['rows']!r}; its kernels read {', '.join(sorted(spec.rows))}"
+        )
     if values["layout_version"] != spec.layout_version:
         raise ValueError(
             f"{spec.operator}: rows have layout version {values['layout_version']}; its kernels read {spec.layout_version}"
@@ -138,6 +143,7 @@ def _plugin_class(trt: Any) -> type:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.spec, self.values, self.observe = spec, dict(values), observe
+            self.packed = row_format(values["rows"]).packed
             self.plugin_name, self.plugin_version, self.plugin_namespace = spec.operator, spec.version, NAMESPACE
             self.num_outputs = len(spec.outputs)
             self.timing_cache_id = ""
@@ -161,7 +167,7 @@ def _plugin_class(trt: Any) -> type:
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
             sizes: dict[str, Any] = {}
             for tensor, shape in zip(self.spec.inputs, inputs, strict=True):
-                for axis, symbol in enumerate(tensor.stored_dims(self.values["rows"])):
+                for axis, symbol in enumerate(tensor.stored_dims(packed=self.packed)):
                     sizes.setdefault(str(symbol), shape[axis])
             add = trt.DimensionOperation.SUM
 
@@ -175,7 +181,7 @@ def _plugin_class(trt: Any) -> type:
 
             shapes = []
             for tensor in self.spec.outputs:
-                dims = tensor.stored_dims(self.values["rows"])
+                dims = tensor.stored_dims(packed=self.packed)
                 shape = trt.DimsExprs(len(dims))
                 for axis, symbol in enumerate(dims):
                     shape[axis] = size(symbol)
@@ -233,7 +239,7 @@ def _plugin_class(trt: Any) -> type:
         def _stored(self, tensor: TensorSpec) -> str:
             if tensor.dtype != STATE:
                 return tensor.dtype
-            return str(self.values["dtype"]) if self.values["rows"] == DENSE else "int8"
+            return "int8" if self.packed else str(self.values["dtype"])
 
         def _plan(self, shapes: Sequence[Sequence[int]], of: Callable[..., Any] = plan) -> Any:
             values, spec = self.values, self.spec

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
-from ..export.contract.layouts import DENSE, FP8_DS_MLA, LAYOUTS, row_bytes
+from ..export.contract.layouts import LAYOUTS
+from ..export.contract.operators import STATE
+from ..export.contract.rows import DENSE, row_format
 from ..export.contract.state import state_tensors
 from ..export.operators.registry import operators
 from .cuda import Launcher
-from .declarations import PLUGINS, STATE, PluginSpec
+from .declarations import PLUGINS, PluginSpec
 from .launch import Plan, plan
 
 #: Enqueues the launches of a plan: plan, inputs, outputs (those in place are inputs too), scratch memory or None.
@@ -31,7 +33,9 @@ Implementation = Callable[..., Any]
 
 _ALIGNMENT = 16  # bytes, of every buffer; kernels are compiled for this (plugins/compile.py)
 _DENSE_TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
+_TYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64
+}  # fmt: skip
 #: Implementations in use, by device type, then by the operator's ONNX name; the last one wins.
 _IN_USE: dict[str, list[Mapping[str, Implementation]]] = {}
 
@@ -143,15 +147,15 @@ class KernelOperators:
 
     def _packed_format(self, spec: PluginSpec, shapes: Sequence[tuple[int, ...]]) -> str:
         """The packed format whose rows have the same number of bytes as the state's."""
-        first = next(iter(sorted(spec.rows - {DENSE})), None)
-        if first is None:
+        formats = [format_ for name in sorted(spec.rows) if (format_ := row_format(name)).packed]
+        if not formats:
             raise ValueError(f"{spec.operator} does not read packed rows")
-        sizes = spec.dimensions(shapes, rows=first)
+        sizes = spec.dimensions(shapes, rows=formats[0].name)
         fitting = []
-        for rows in sorted(spec.rows - {DENSE}):
+        for format_ in formats:
             with contextlib.suppress(InputError):
-                if row_bytes(rows, sizes["D"], self.rotary if rows == FP8_DS_MLA else 0) == sizes["ROW"]:
-                    fitting.append(rows)
+                if format_.row_bytes(sizes["D"], format_.kept(self.rotary)) == sizes["ROW"]:
+                    fitting.append(format_.name)
         if len(fitting) != 1:
             raise ValueError(
                 f"{spec.operator}: rows of {sizes['ROW']} bytes for {sizes['D']} channels are "
@@ -233,13 +237,10 @@ def new_state(
     Raises:
         InputError: rows that do not fit the layout.
     """
-    state = []
+    rows, state = LAYOUTS[layout], []
     for tensor in state_tensors(spec):
-        format_, width, kind = LAYOUTS[layout].format_of(tensor.group), tensor.width, torch.float32
-        if format_ == DENSE:
-            kind = dtype
-        elif format_ is not None:
-            width = row_bytes(format_, width, spec.rope_dim if format_ == FP8_DS_MLA else 0)
-            kind = torch.int8
-        state.append(torch.zeros(batch, tensor.capacity(context), width, dtype=kind, device=device))
+        name, stored = rows.format_of(tensor.group), rows.stored(tensor, spec.rope_dim)
+        dense = name is not None and not row_format(name).packed
+        kind = dtype if dense else _TYPES[stored.dtype]
+        state.append(torch.zeros(batch, stored.capacity(context), stored.width, dtype=kind, device=device))
     return state

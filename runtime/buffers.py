@@ -1,8 +1,7 @@
-"""The state of a session: what the manifest declares, what it costs, and the buffers that hold it.
+"""The state of a session: the state table of a manifest, what it costs, and the buffers that hold it.
 
-Every state tensor is one contiguous buffer ``[batch, rows, width]`` of fixed capacity; memory is
-planned from the manifest alone and allocated exactly as planned. ``rows`` is a constant (rings), or
-ceil(context / ratio) (entries: row ``i`` belongs to the tokens ``[i * ratio, (i + 1) * ratio)``).
+Every state tensor (export/contract/state.py) is one contiguous buffer ``[batch, rows, width]`` of fixed capacity; memory is
+planned from the manifest alone and allocated exactly as planned.
 """
 
 from __future__ import annotations
@@ -16,60 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, InputError, listing
+from ..export.contract.state import STATE_TYPES, StateTensor
 
 
-@dataclass(frozen=True)
-class StateType:
-    """How one declared dtype is stored: the numpy storage and the ONNX element type.
-
-    ``storage`` is an unsigned integer of the same size where numpy lacks the type.
-    """
-
-    storage: npt.DTypeLike
-    onnx_type: int
-    onnx_name: str
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one value."""
-        return np.dtype(self.storage).itemsize
-
-
-STATE_TYPES = {
-    "float32": StateType(np.float32, 1, "tensor(float)"),
-    "float16": StateType(np.float16, 10, "tensor(float16)"),
-    "bfloat16": StateType(np.uint16, 16, "tensor(bfloat16)"),
-    "int8": StateType(np.int8, 3, "tensor(int8)"),
-    "uint8": StateType(np.uint8, 2, "tensor(uint8)"),
-}
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One cache tensor of one layer: ``[batch, rows, width]``; ``rows`` grows with the context if ``ratio`` is set."""
-
-    name: str
-    layer: int
-    group: str
-    input: str
-    output: str
-    rows: int | None
-    ratio: int | None
-    width: int
-    dtype: str
-    fill: float
-
-    def capacity(self, context: int) -> int:
-        """Rows for a context of this many tokens: fixed, or ceil(context / ratio)."""
-        return self.rows if self.rows is not None else -(-context // (self.ratio or 1))
-
-    def used_rows(self, tokens: int) -> int:
-        """Rows that may be in use after this many tokens of a sequence."""
-        return self.rows if self.rows is not None else -(-tokens // (self.ratio or 1))
-
-    def bytes(self, context: int, batch: int = 1) -> int:
-        """Bytes of the tensor for a context (tokens) and a batch (sequences)."""
-        return batch * self.capacity(context) * self.width * STATE_TYPES[self.dtype].item_bytes
+def storage(tensor: StateTensor) -> np.dtype[Any]:
+    """How numpy stores a tensor's values: as unsigned integers of the same size where it lacks the type."""
+    return np.dtype(np.uint16 if tensor.dtype == "bfloat16" else tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -225,8 +176,7 @@ def fill_value(tensor: StateTensor) -> Any:
 
 
 def _filled(tensor: StateTensor, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
-    storage = STATE_TYPES[tensor.dtype].storage
     if tensor.fill == 0:
         # zeros() takes untouched pages from the system: capacity that is never used costs no memory.
-        return np.zeros(shape, storage)
-    return np.full(shape, fill_value(tensor), storage)
+        return np.zeros(shape, storage(tensor))
+    return np.full(shape, fill_value(tensor), storage(tensor))

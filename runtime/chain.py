@@ -20,12 +20,15 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, Call, ChainTable
-from ..export.contract.lock import LOCK, WeightsLock, weight_folders
+from ..export.contract.lock import LOCK, WeightsLock
+from ..export.contract.state import STATE_TYPES
+from ..export.locate import find_weights
+from ..inputs import OpenedFiles
 from ..packages import installed, lacks
 from .backend import FloatArray, IntArray, default_threads
-from .buffers import STATE_TYPES, StateBuffers
+from .buffers import StateBuffers
 from .bundle import Bundle
-from .weight_files import TYPES, WeightFiles, check_indices, find_files
+from .weight_files import TYPES, WeightFiles, check_indices
 
 _STREAMS, _AFTER, _PAST, _PRESENT = "streams", "after", "past.", "present."
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
@@ -71,8 +74,11 @@ class ChainModel:
         self.table = ChainTable.read(bundle.folder / CHAIN)
         self.files = WeightFiles()
         lock = WeightsLock.read(bundle.folder / LOCK)
-        before = bundle.manifest["inputs"]["checkpoint"].get("path")
-        paths = find_files(lock, self.table.files, weight_folders(bundle.folder, weights_from, before))
+        self._refuse_unlisted()
+        paths = find_weights(
+            bundle.folder, lock, bundle.manifest.inputs.checkpoint, weights_from, wanted=self.table.files
+        )
+        self.opened = OpenedFiles(paths.values())
         for name, path in paths.items():
             self.files.open(name, path, lock.files[name])
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
@@ -104,9 +110,23 @@ class ChainModel:
     def _value(self, owner: str, role: str, bound: Bound) -> Any:
         array = self.files.view(bound)
         if role.endswith("tid2eid"):
-            experts = int(self.bundle.manifest["model"].get("num_experts") or np.iinfo(np.int64).max)
-            check_indices(array, experts, f"{owner}.{role}", bound.file)
+            gate = self.table.weights[owner].get("ffn.gate.weight")
+            if gate is not None:  # [E, C]: a row for each expert
+                check_indices(array, gate.shape[0], f"{owner}.{role}", bound.file)
         return self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, TYPES[bound.dtype][1])
+
+    def _refuse_unlisted(self) -> None:
+        """What the table names in the bundle must be files that the manifest lists, with their digests."""
+        placed = {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}
+        others = sorted({*self.table.segments.values(), *placed} - self.bundle.manifest.files.keys())
+        others += [file for file in self.table.segments.values() if not file.endswith(".onnx")]
+        if others:
+            title = f"{self.bundle.folder / CHAIN} names files that the manifest does not list as what they should be"
+            raise ArtifactError(listing(title, others, "Make the bundle again."))
+
+    def changes(self) -> tuple[str, ...]:
+        """What happened to the weight files since they were opened; empty if nothing did."""
+        return self.opened.changes()
 
     def _check(self) -> None:
         """Compare every segment's inputs with what its calls bind, and the state with the manifest."""

@@ -11,10 +11,22 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+
+class Decodes(Protocol):
+    """What is needed of a :class:`~foldkv.runtime.tokenizer.Tokenizer`."""
+
+    @property
+    def decoder(self) -> Any:
+        """The decoder of the library, or None."""
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+
+    def token_text(self, token: int, *, skip_special_tokens: bool = False) -> str | None:
+        """A token as the vocabulary spells it; None where there is none."""
+
 
 _log = logging.getLogger(__name__)
 #: A token that stands for one byte, as the library's ByteFallback reads it.
@@ -30,7 +42,7 @@ class TextStream:
     decoder reads together. With byte fallback that is a run of single bytes, which is valid text only as a whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Decodes, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         """``prompt`` is the tokens before the first one. They are context; their text is not given out."""
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._steps = decoder_steps(tokenizer.decoder)

@@ -1,7 +1,7 @@
 """Run a bundle's TensorRT or TensorRT-RTX engine with its state on the GPU. Needs neither torch nor Triton.
 
-The engine's plugins launch the bundle's kernels. State that a plugin updates has one buffer for ``past.X`` and ``present.X``,
-as the plugin's alias requires. Function bodies are compiled for inputs and outputs that do not overlap, so the state that they
+The engine's plugins launch the bundle's kernels. State that a plugin updates in place, which the bundle's manifest lists, has one
+buffer for ``past.X`` and ``present.X``, as the plugin's alias requires. Function bodies are compiled for inputs and outputs that do not overlap, so the state that they
 write has two buffers, which are swapped after every run. Small inputs and the logits go through buffers that are made once per
 shape.
 
@@ -23,21 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
+from ..export.contract.state import STATE_TYPES, StateTensor
 from ..plugins.cuda import Device, check
 from ..plugins.tensorrt import provide_kernels, register_plugins
+from ..records import to_json
 from .backend import FloatArray, IntArray
-from .buffers import STATE_TYPES, Copies, StateSpec, StateTensor, fill_value
-from .bundle import ENGINE_MODULES, Bundle
+from .buffers import Copies, StateSpec, fill_value, storage
+from .bundle import Bundle
 from .plugin_check import bundle_kernels
-
-_ONLINE = frozenset({"FoldkvCompressOnline", "FoldkvCompressOnlineFp8"})
-_MAIN, _INDEX = (frozenset({"FoldkvCompress", f"FoldkvCompress{suffix}"}) for suffix in ("Fp8", "Fp4"))
-#: Operators that write a group of the state. Entries are written with their layer's carry.
-_WRITERS = {
-    "window": frozenset({"FoldkvWindowUpdate"}), "carry": _ONLINE, **dict.fromkeys(("carry_kv", "carry_gate"), _MAIN),
-    **dict.fromkeys(("index_entries", "index_carry_kv", "index_carry_gate"), _INDEX),
-}  # fmt: skip
-
 
 #: Gets every message of the library, at the same level.
 log = logging.getLogger("foldkv.engine")
@@ -69,19 +62,6 @@ def library_logger(trt: Any) -> Any:
             return text
 
     return Messages()
-
-
-def updated_in_place(spec: StateSpec, plugins: Collection[str]) -> set[str]:
-    """Names of the state tensors whose writer is one of the operators ``plugins``; function bodies write the others."""
-    online = {tensor.layer for tensor in spec.tensors if tensor.group == "carry"}
-    names = set()
-    for tensor in spec.tensors:
-        group = tensor.group
-        if group == "entries":
-            group = "carry" if tensor.layer in online else "carry_kv"
-        if not _WRITERS.get(group, frozenset()).isdisjoint(plugins):
-            names.add(tensor.name)
-    return names
 
 
 class DeviceBuffers:
@@ -166,7 +146,7 @@ class DeviceBuffers:
         return addresses[tensor.name] + slot * tensor.bytes(self._context)
 
     def _copy(self, tensor: StateTensor, slot: int, rows: int) -> npt.NDArray[Any]:
-        copy = np.empty((rows, tensor.width), STATE_TYPES[tensor.dtype].storage)
+        copy = np.empty((rows, tensor.width), storage(tensor))
         address = self._slot(tensor, self.addresses, slot)
         check(self._driver, self._driver.cuMemcpyDtoH(copy.ctypes.data, address, copy.nbytes))
         copy.flags.writeable = False
@@ -174,7 +154,7 @@ class DeviceBuffers:
 
     def _fill(self, tensor: StateTensor, address: int, rows: int) -> None:
         item = STATE_TYPES[tensor.dtype].item_bytes
-        pattern = np.array(fill_value(tensor), STATE_TYPES[tensor.dtype].storage).view(f"uint{8 * item}")
+        pattern = np.array(fill_value(tensor), storage(tensor)).view(f"uint{8 * item}")
         fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
         if rows:
             check(self._driver, fill(address, int(pattern), rows * tensor.width))
@@ -206,9 +186,9 @@ class EngineExecutor:
         """Load and allocate; ``opened`` collects what must be freed."""
         driver, bundle = self._driver, self._bundle
         trt = _library(bundle)
-        table = bundle.manifest.get("kernels")
-        if table is not None:
-            provide_kernels(table["library"], bundle_kernels(bundle.folder, bundle.manifest), driver=driver)
+        kernels = bundle.manifest.kernels
+        if kernels is not None:
+            provide_kernels(kernels.library, bundle_kernels(bundle.folder, kernels), driver=driver)
             register_plugins(trt)
         self._logger = library_logger(trt)
         opened.callback(self._drop_engine)
@@ -227,15 +207,13 @@ class EngineExecutor:
         self._on_host = {
             name for name in bundle.io.inputs if self._engine.get_tensor_location(name) == trt.TensorLocation.HOST
         }
-        plugins = [row["name"] for row in bundle.manifest.get("plugins") or []]
-        in_place = updated_in_place(bundle.state, plugins)
-        self.buffers = DeviceBuffers(self._device, bundle.state, context, batch, in_place=in_place)
+        self.buffers = DeviceBuffers(self._device, bundle.state, context, batch, in_place=bundle.in_place)
         opened.callback(self._free)
         for tensor in bundle.state.tensors:
             shape = (batch, tensor.capacity(context), tensor.width)
             self._set_shape(tensor.input, shape)
         self._bind(bundle.state.tensors)
-        self._moving = [tensor for tensor in bundle.state.tensors if tensor.name not in in_place]
+        self._moving = [tensor for tensor in bundle.state.tensors if tensor.name not in bundle.in_place]
 
     def run(
         self,
@@ -331,7 +309,7 @@ class EngineExecutor:
         if not self._execution.set_input_shape(name, tuple(shape)):
             raise InputError(
                 f"the engine {self._bundle.engine} was not built for the shape {tuple(shape)} of {name!r}; "
-                f"its sizes are {self._bundle.manifest.get('shapes')}."
+                f"its sizes are {to_json(self._bundle.manifest.shapes)}."
             )
 
     def _space(self, name: str, size: int) -> int:
@@ -348,20 +326,19 @@ class EngineExecutor:
 
 
 def _library(bundle: Bundle) -> Any:
-    module = ENGINE_MODULES[bundle.backend]
-    wanted, found = bundle.manifest["tool_versions"].get(bundle.backend), importlib.metadata.version(module)
+    backend, module = bundle.backend.name, bundle.backend.module
+    wanted, found = bundle.manifest.tool_versions.get(backend), importlib.metadata.version(module)
     if wanted != found:
         raise MissingDependencyError(
-            f"the engine in {bundle.folder} was built by {bundle.backend} {wanted}; {found} is installed. "
+            f"the engine in {bundle.folder} was built by {backend} {wanted}; {found} is installed. "
             f"Run `pip install {module}=={wanted}`, or build the bundle again."
         )
     return importlib.import_module(module)
 
 
 def _check_shapes(bundle: Bundle, context: int, batch: int) -> None:
-    shapes = bundle.manifest.get("shapes") or {}
-    for name, value in (("context", context), ("batch", batch)):
-        low, _, high = shapes.get(name, (1, 1, value))
+    shapes = bundle.manifest.shapes
+    for name, value, (low, _, high) in (("context", context, shapes.context), ("batch", batch, shapes.batch)):
         if not low <= value <= high:
             raise InputError(
                 f"{name} is {value}; the engine in {bundle.folder} was built for {low} to {high}. "

@@ -13,7 +13,7 @@ from typing import Any, Self
 from ..errors import InputError, short
 from .backend import Executor
 from .buffers import Buffers
-from .bundle import ONNXRUNTIME, Bundle, load_bundle, require_backend
+from .bundle import Bundle, load_bundle, require_backend
 
 
 class Model:
@@ -57,7 +57,7 @@ class Model:
         self.bundle: Bundle = load_bundle(folder)
         require_backend(self.bundle)
         self._chain: Any = None
-        if self.bundle.backend == ONNXRUNTIME:
+        if not self.bundle.backend.engine:
             from .chain import ChainModel
 
             self._chain = ChainModel(self.bundle, threads=threads, spin=spin, weights_from=source)
@@ -76,9 +76,9 @@ class Model:
         engine = EngineExecutor(self.bundle, context=context, batch=batch)
         return engine.buffers, engine
 
-    def changed(self) -> list[str]:
-        """What happened to the weight files since they were opened; nothing if they are the same. For readiness checks."""
-        return [] if self._chain is None else list(self._chain.files.changed())
+    def changes(self) -> tuple[str, ...]:
+        """What happened to the bundle's files and to its weights since they were opened; empty if nothing did."""
+        return self.bundle.opened.changes() + (() if self._chain is None else tuple(self._chain.changes()))
 
     def close(self) -> None:
         """Free segments and weights. Sessions of the model cannot be used any more."""

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CapacityError, FoldkvError, InputError, short
+from ..errors import ArtifactError, CapacityError, FoldkvError, InputError, listing, short
 from .backend import Executor, FloatArray, IntArray
 from .bundle import Bundle
 from .model import Model
@@ -123,6 +123,11 @@ class Session:
         self.vocab_size: int = self.bundle.model.vocab_size
         self._buffers, executor = opened.open(self.context, batch)
         self._executor: Executor | None = executor
+        if changes := opened.changes():
+            self.close()
+            raise ArtifactError(
+                listing(f"{self.bundle.folder} was changed while it was opened", changes, "Open it again.")
+            )
         self._positions: IntArray = np.zeros(batch, np.int64)
         self._pending: list[int | None] = [None] * batch
         self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
@@ -147,6 +152,22 @@ class Session:
             self._executor = None
             if self._own is not None:
                 self._own.close()
+
+    def not_ready(self) -> tuple[str, ...]:
+        """Why this session should get no more work; empty if it is ready. Takes microseconds, so that a probe can ask often.
+
+        The session is closed, a run failed half way, or files of the bundle were written again, replaced or removed. Weights
+        are mapped from their files, so a file that is written again changes the answers of an open session. A bundle that was
+        replaced as a whole, as ``foldkv build`` does it, leaves them as they were; open the new one when it suits you.
+        """
+        reasons: tuple[str, ...] = ("the session is closed",) if self._executor is None else ()
+        if self._torn:
+            reasons += ("a run failed half way; reset the session or restore a snapshot",)
+        return reasons + self.model.changes()
+
+    def ready(self) -> bool:
+        """Whether the session can be used and the files under it are those that were opened: :meth:`not_ready` is empty."""
+        return not self.not_ready()
 
     @property
     def positions(self) -> IntArray:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, InputError
 from ..export.contract.chain import Bound
-from ..export.contract.lock import LockedFile, WeightsLock
+from ..export.contract.lock import LockedFile
 
 #: numpy's storage of a type, and ONNX's number for it; numpy has no narrow floats, so integers hold their bits.
 TYPES: dict[str, tuple[npt.DTypeLike, int]] = {
@@ -28,26 +28,10 @@ TYPES: dict[str, tuple[npt.DTypeLike, int]] = {
 }  # fmt: skip
 
 
-def find_files(lock: WeightsLock, wanted: set[str], folders: list[Path]) -> dict[str, Path]:
-    """The path of every wanted file of a lock.
-
-    Raises:
-        InputError: files are missing, or those there have other tensors.
-    """
-    part = WeightsLock({name: facts for name, facts in lock.files.items() if name in wanted}, {}, lock.source)
-    return part.find(folders)
-
-
 @dataclass(frozen=True)
 class _Mapped:
     path: Path
-    identity: tuple[int, ...]
     bytes: npt.NDArray[np.uint8]
-
-
-def identity(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written: device, inode, size, and times of content and of status in ns."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class WeightFiles:
@@ -76,7 +60,7 @@ class WeightFiles:
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{path} cannot be read: {reason}. Fetch or copy it again.") from None
-        self._files[name] = _Mapped(path, identity(status), np.frombuffer(data, np.uint8))
+        self._files[name] = _Mapped(path, np.frombuffer(data, np.uint8))
 
     def view(self, bound: Bound) -> npt.NDArray[Any]:
         """A weight as an array over the mapped file: nothing is read or copied.
@@ -92,19 +76,6 @@ class WeightFiles:
             )
         part = data[bound.offset : bound.offset + bound.bytes]
         return part.view(np.dtype(TYPES[bound.dtype][0])).reshape(bound.shape)
-
-    def changed(self) -> list[str]:
-        """What happened to the files since they were mapped; nothing if they are the same."""
-        found = []
-        for file in self._files.values():
-            try:
-                now = identity(file.path.stat())
-            except OSError as error:
-                found.append(f"{file.path} cannot be read any more: {error.strerror}")
-                continue
-            if now != file.identity:
-                found.append(f"{file.path} was changed or replaced")
-        return found
 
     @property
     def bytes(self) -> int:

@@ -1,25 +1,64 @@
-"""The trained model of this repository as checkpoint, graph package and CPU bundle, made once per run.
+"""What tests share: the trained model of this repository and smaller ones as checkpoint, graph package and CPU bundle.
 
-Processes that run tests at once share them: the first one makes an artifact while the others wait.
+Each is made once per run. Processes that run tests at once share them: the first one makes an artifact while the others
+wait. Tracing takes half a minute for the trained model, so a test that needs no trained weights exports ``quick_checkpoint``.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports Triton: tests run its kernels in the interpreter, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from checkpoints import random_checkpoint, small_checkpoint
 
 from foldkv.export.package import export_checkpoint
 from foldkv.optimize import history
 from foldkv.optimize.build import build_bundles
 
 ROOT = Path(__file__).parents[1]
+
+#: Test files in the order of how long they take, the longest first, so that processes end together. The first ones need no
+#: export, which others wait for. Files that are not listed follow; they take less than the last.
+LONGEST_FIRST = (
+    "plugins/test_compile.py", "validation/test_bites.py", "plugins/test_kernels.py", "export/test_package.py",
+    "test_pipeline.py", "export/test_stitch.py", "optimize/test_build.py", "plugins/test_torch_ops.py", "test_packages.py",
+    "export/test_served.py", "test_shell.py", "test_bad_inputs.py", "export/test_parity.py", "runtime/test_session.py",
+    "validation/test_validate.py", "export/checkpoint/test_formats.py", "optimize/test_choices.py", "test_cli.py",
+    "export/test_memory.py", "test_docs.py",
+)  # fmt: skip
+#: Who asks for one of these waits for an export.
+_EXPORTS = {"tiny_graph", "served_graph", "released_graph"}
+#: Seconds of processor time, those of child processes included, that a test without the mark "slow" may take. It should take
+#: less than a tenth; the rest is for machines that are slow or busy, so that only a test of another kind fails.
+_QUICK_SECONDS = 30
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and mark tests that wait for an export as slow."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    missing = [str(path) for path in places if not path.exists()]
+    assert not missing, f"LONGEST_FIRST in tests/conftest.py names files that do not exist: {missing}"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+    for item in items:
+        if _EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test without the mark "slow" that takes far longer than such tests do is an error."""
+    before = sum(os.times()[:4])
+    yield
+    took = sum(os.times()[:4]) - before
+    if took > _QUICK_SECONDS and item.get_closest_marker("slow") is None:
+        pytest.fail(f"it took {took:.0f} s of processor time: mark it with pytest.mark.slow, or make it quicker")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,11 +85,19 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shared"
 
 
-def exported(checkpoint: Path, out: Path, profile: str) -> Path:
-    """The graph package, exported by whichever process comes first; what is there is whole."""
+def made_once(out: Path, make: Callable[[Path], object]) -> Path:
+    """The folder ``out``, made by whichever process comes first: ``make`` writes it beside its place, then it is moved there."""
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return out if out.exists() else export_checkpoint(checkpoint, out, profile=profile)
+        if not out.exists():
+            make(out.with_suffix(".part"))
+            out.with_suffix(".part").rename(out)
+    return out
+
+
+def exported(checkpoint: Path, out: Path, profile: str) -> Path:
+    """The graph package, exported by whichever process comes first."""
+    return made_once(out, lambda folder: export_checkpoint(checkpoint, folder, profile=profile))
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +126,31 @@ def served_bundles(served_graph: Path, shared_folder: Path) -> dict[str, Path]:
         assert report.exit_code == 0
         bundles[layout] = report.results[0].folder
     return bundles
+
+
+@pytest.fixture(scope="session")
+def quick_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Path:
+    """A checkpoint with random weights and one layer of tiny-v4, which a test that exports for itself traces in half of the time."""
+
+    def make(out: Path) -> None:
+        config = json.loads((tiny_checkpoint / "config.json").read_text()) | {
+            "num_hidden_layers": 1, "layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"],
+        }  # fmt: skip
+        random_checkpoint(config, out, "plain")
+        (out / "tokenizer.json").write_bytes((tiny_checkpoint / "tokenizer.json").read_bytes())
+
+    return made_once(shared_folder / "quick-checkpoint", make)
+
+
+@pytest.fixture(scope="session")
+def released_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Callable[[str], Path]:
+    """Gives the trained model in the released format: "instruct" or "base", see ``small_checkpoint``."""
+    return lambda form: made_once(
+        shared_folder / f"released-{form}", lambda out: small_checkpoint(tiny_checkpoint, out, form)
+    )
+
+
+@pytest.fixture(scope="session")
+def released_graph(released_checkpoint: Callable[[str], Path], shared_folder: Path) -> Callable[[str], Path]:
+    """Gives the graph package, with its weights in float32, of a form of :func:`released_checkpoint`."""
+    return lambda form: exported(released_checkpoint(form), shared_folder / f"released-graph-{form}", "hf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import random_checkpoint
 from click.testing import CliRunner
+from disks import hub_cache, permissions_hold, small_disk
 from safetensors.torch import load_file, save_file
 
 from foldkv.cli import main
@@ -243,7 +246,12 @@ row("bundle: no folder", lambda w: ["generate", str(w.tmp / "none"), "x"], 2, "m
 row("bundle: a graph instead", lambda w: ["generate", str(w.graph), "x"], 2, "foldkv.graph")
 row("bundle: segment cut", bundle(lambda f: (f / "segments/head.onnx").write_bytes(b"")), 2, "has 0 bytes")
 row("bundle: flipped bit", bundle(flip("placed.bin")), 2, "changed after it was made")
-row("bundle: unlisted file", bundle(lambda f: (f / "extra").write_text("x")), 2, "extra")
+row(
+    "bundle: its link leads nowhere",
+    bundle(lambda f: (f / "placed.bin").rename(f / "w") and (f / "placed.bin").symlink_to("../w")),
+    2,
+    "is a link to ../w, which is missing",
+)
 row("generate: empty text", generate(text=""), 2, "empty")
 row("generate: no tokens wanted", generate("-n", "0"), 2, "-n")
 row("generate: context is text", generate("--context", "long"), 2, "is not a number of tokens")
@@ -370,6 +378,63 @@ row(
 )
 
 
+# Paths with bytes that are not UTF-8, and repositories of the Hugging Face cache
+
+ODD = os.fsdecode(b"a\xffb")
+NOT_UTF8 = r"a\xffb: the path has bytes that are not UTF-8"
+
+
+def odd(
+    *before: str, source: str = "", after: Callable[[World], list[str]] = lambda w: []
+) -> Callable[[World], list[str]]:
+    """A command with a path that is not UTF-8: one of the whole inputs, or a place that does not exist."""
+
+    def make(world: World) -> list[str]:
+        path = world.tmp / ODD
+        if source:
+            path.symlink_to(getattr(world, source))
+        return [*before, str(path), *after(world)]
+
+    return make
+
+
+row("odd path: checkpoint", odd("export", source="checkpoint", after=lambda w: ["-o", w.out]), 2, NOT_UTF8)
+row("odd path: no checkpoint", odd("export", after=lambda w: ["-o", w.out]), 2, NOT_UTF8)
+row("odd path: package", odd("export", "-o", after=lambda w: [str(w.checkpoint)]), 2, NOT_UTF8)
+row("odd path: graph", odd("build", source="graph", after=lambda w: ["-o", w.out, "--target", "cpu"]), 2, NOT_UTF8)
+row(
+    "odd path: bundles",
+    odd("build", "-o", after=lambda w: [str(w.graph), "--target", "cpu"]),
+    2,
+    r"a\xffb/cpu: the path has bytes",
+)
+row("odd path: injected", odd("inject", "-o", after=lambda w: [str(w.graph), "--target", "a100"]), 2, NOT_UTF8)
+row("odd path: bundle", odd("generate", source="bundle", after=lambda w: ["x"]), 2, NOT_UTF8)
+row("odd path: report", lambda w: [*validate()(w)[:-1], str(w.tmp / ODD)], 2, NOT_UTF8)
+row("odd path: text", lambda w: [*validate()(w), "--text", str(w.tmp / ODD)], 2, NOT_UTF8)
+row("odd path: baseline", lambda w: [*validate()(w), "--baseline", str(w.tmp / ODD)], 2, NOT_UTF8)
+row("odd path: inspect", odd("inspect", source="bundle"), 2, NOT_UTF8)
+row("odd path: plan", odd("plan", source="checkpoint"), 2, NOT_UTF8)
+row("odd path: plan as JSON", odd("plan", "--json", source="checkpoint"), 2, r"a\\xffb: the path has")
+row("odd path: plot", lambda w: ["plan", str(w.checkpoint), "--plot", str(w.tmp / f"{ODD}.svg")], 2, "not UTF-8")
+row("index: a name that is not UTF-8", index({"weight_map": {"norm.weight": "\udcff.safetensors"}}), 2, "leads out")
+
+
+def repository(*before: str) -> Callable[[World], list[str]]:
+    """A command with a repository folder of the cache, as a user may take it for the model."""
+
+    def make(world: World) -> list[str]:
+        source = world.bundle if "generate" in before else world.checkpoint
+        hub_cache(source, world.tmp / "models--x--y")
+        return [*before, str(world.tmp / "models--x--y"), *(["x"] if "generate" in before else [])]
+
+    return make
+
+
+for command in ("plan", "inspect", "generate"):
+    row(f"cache: a repository instead of its snapshot, {command}", repository(command), 2, "give its snapshot /")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -401,3 +466,71 @@ def test_an_older_artifact_outlives_a_bad_input(
     before = contents(tmp_path / "out")
     assert CliRunner().invoke(main, arguments).exit_code == 2
     assert contents(tmp_path / "out") == before
+
+
+# What the system refuses
+
+
+def unreadable(name: str, command: str) -> Callable[[World], list[str]]:
+    def make(world: World) -> list[str]:
+        folder = world.copy({"export": world.checkpoint, "build": world.graph, "generate": world.bundle}[command])
+        if name == "model.safetensors.index.json":
+            table = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+            (folder / name).write_text(json.dumps({"weight_map": table}))
+        if name == "generation_config.json":
+            (folder / name).write_text("{}")
+        (folder / name).chmod(0)
+        after = {"export": ["-o", world.out], "build": ["-o", world.out, "--target", "cpu"], "generate": ["text"]}
+        return [command, str(folder), *after[command]]
+
+    return make
+
+
+UNREADABLE = {
+    f"{command}: {name}": unreadable(name, command)
+    for command, names in {
+        "export": ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+                   "generation_config.json"),
+        "build": ("manifest.json", "segments/head.onnx", "weights.lock.json"),
+        "generate": ("manifest.json", "placed.bin", "tokenizer.json"),
+    }.items()
+    for name in names
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(
+    tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    arguments = UNREADABLE[name](World(tiny_checkpoint, tiny_graph, tiny_bundle, tmp_path))
+    before = contents(tmp_path)
+    with permissions_hold():
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    assert name.split(": ")[1] in result.output and "Permission denied" in result.output
+    assert contents(tmp_path) == before
+
+
+def test_export_to_a_full_disk_is_exit_2_and_leaves_what_was_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"]}
+    source = random_checkpoint(config, tmp_path / "checkpoint", "plain")
+    with small_disk(tmp_path / "disk", 1 << 18) as disk:
+        (disk / "kept").write_text("mine")
+        result = CliRunner().invoke(main, ["export", str(source), "-o", str(disk / "out"), "--json"])
+        assert result.exit_code == 2, result.output
+        error = json.loads(result.stdout)["error"]
+        assert (error["path"], error["reason"]) == (str(disk / "out"), "ENOSPC")
+        assert [path.name for path in disk.iterdir()] == ["kept"]
+
+
+def test_build_on_a_full_disk_is_exit_2_and_leaves_what_was_there(tiny_graph: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        (disk / "kept").write_text("mine")
+        arguments = ["build", str(tiny_graph), "-o", str(disk / "out"), "--target", "cpu"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2, result.output
+        assert "cpu: failed" in result.stdout and f"{disk / 'out' / 'cpu'}" in result.stdout
+        assert "No space left on device" in result.stdout
+        left = [path for path in disk.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+        assert [path.name for path in left] == ["kept"]

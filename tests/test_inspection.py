@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.inspection import describe, inspect_artifact
+from foldkv.inspection import inspect_artifact
+from foldkv.manifests import ReportManifest, write
 from foldkv.runtime.session import Session
+from foldkv.tables import describe
 
 
 def plain(facts: dict[str, Any]) -> str:
@@ -58,7 +59,7 @@ def test_a_checkpoint_says_its_geometry_and_how_its_tensors_are_stored(tiny_chec
 def report(folder: Path, content: Any) -> Path:
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(content))
-    write_manifest(folder, kind="foldkv.report", content={"foldkv_version": "0.1.0", "passed": False, "key": ""})
+    write(folder, ReportManifest(foldkv_version="0.1.0", passed=False, key="", measured="m", judged="j"))
     return folder
 
 
@@ -84,14 +85,3 @@ def test_a_report_of_another_form_is_one_error(tmp_path: Path, content: Any) -> 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither an artifact"):
         inspect_artifact(tmp_path)
-
-
-def test_text_has_units_tables_and_runs() -> None:
-    facts = {
-        "bytes": 3 << 20, "seconds": 90.0, "layer_types": ["a"] * 5 + ["b"], "sizes": [1, 1, 256], "empty": [], "nothing": {},
-        "files": {"x": 1024}, "warnings": ["w" * 100, "v" * 100], "rows": [{"name": "n", "sm": 80}, {"name": "longer", "sm": 9}],
-    }  # fmt: skip
-    assert describe(facts).splitlines() == [
-        "bytes: 3.00 MiB", "seconds: 90 s", "layer_types: 5 x a, b", "sizes: 1, 1, 256", "empty: none", "nothing: none",
-        "files:", "  x: 1.00 KiB", "warnings:", f"  {'w' * 100}", f"  {'v' * 100}", "rows:", "  name    sm", "  n       80", "  longer  9",
-    ]  # fmt: skip

@@ -60,8 +60,8 @@ def test_commands_need_what_the_table_says_and_no_more(
 
 
 @pytest.mark.slow
-def test_export_needs_what_the_table_says_and_no_more(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    small_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
+def test_export_needs_what_the_table_says_and_no_more(quick_checkpoint: Path, tmp_path: Path) -> None:
+    small_checkpoint(quick_checkpoint, tmp_path / "checkpoint")
     # transformers looks for safetensors when it is imported.
     command = ("export", tmp_path / "checkpoint", "-o", tmp_path / "graph", "--weights", "reference")
     only("export", *command, looked_for=("safetensors",))

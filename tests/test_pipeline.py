@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.config import load_config
-from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
-from foldkv.optimize.build import TargetResult
+from foldkv.errors import EXIT_GATE_FAILED, ArtifactError, FoldkvError, InputError, MissingDependencyError
+from foldkv.export.locate import files_identity
 from foldkv.optimize.history import record_builds, record_export
+from foldkv.optimize.outcome import TargetResult
 from foldkv.pipeline import STAGES, preview, run_pipeline
 
 PIPELINE = """
@@ -39,14 +40,34 @@ cases_per_distance = 10
 ARTIFACTS = {"graph": "foldkv.graph", "bundles/cpu": "foldkv.bundle", "report": "foldkv.report"}
 
 
+def pipeline_of(checkpoint: Path, folder: Path) -> Path:
+    """A pipeline file of a copy of a checkpoint."""
+    (folder / "checkpoint").mkdir()
+    for file in (*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors")):
+        shutil.copyfile(file, folder / "checkpoint" / file.name)
+    (folder / "pipeline.toml").write_text(PIPELINE)
+    return folder / "pipeline.toml"
+
+
 @pytest.fixture
 def pipeline(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copyfile(tiny_checkpoint / name, tmp_path / "checkpoint" / name)
-    path = tmp_path / "pipeline.toml"
-    path.write_text(PIPELINE)
-    return path
+    return pipeline_of(tiny_checkpoint, tmp_path)
+
+
+@pytest.fixture
+def quick_pipeline(quick_checkpoint: Path, tmp_path: Path) -> Path:
+    """Of a model with random weights, for what a run leaves behind; its gates fail."""
+    return pipeline_of(quick_checkpoint, tmp_path)
+
+
+def place(graph: Path, pipeline: Path) -> None:
+    """Put the package of the pipeline's checkpoint where the run would make it, as if it had been exported there."""
+    checkpoint, target = pipeline.parent / "checkpoint", pipeline.parent / "out" / "graph"
+    shutil.copytree(graph, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    files = files_identity({"model.safetensors": checkpoint / "model.safetensors"})
+    manifest["inputs"]["checkpoint"] |= {"path": str(checkpoint), "files": files}
+    (target / "manifest.json").write_text(json.dumps(manifest))
 
 
 def stages(pipeline: Path) -> dict[str, bool]:
@@ -64,9 +85,10 @@ def whole(out: Path, name: str) -> bool:
     return True
 
 
-def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path) -> None:
+def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path, tiny_graph: Path) -> None:
     out = pipeline.parent / "out"
-    assert stages(pipeline) == {"export": False, "build": False, "validate": False}
+    place(tiny_graph, pipeline)
+    assert stages(pipeline) == {"export": True, "build": False, "validate": False}
     assert stages(pipeline) == {"export": True, "build": True, "validate": True}
     # A setting of the last stage leaves the earlier ones alone.
     pipeline.write_text(PIPELINE.replace("cases_per_distance = 10", "cases_per_distance = 11"))
@@ -91,9 +113,10 @@ def test_what_is_unchanged_is_skipped_and_what_is_changed_is_not(pipeline: Path)
     assert all(whole(out, name) for name in ARTIFACTS)
 
 
-def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeline: Path) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(quick_pipeline: Path) -> None:
     """Each run is killed as soon as it says that it began a step; the next run resumes behind the last whole stage."""
-    out = pipeline.parent / "out"
+    pipeline, out = quick_pipeline, quick_pipeline.parent / "out"
     done: set[str] = set()
     for step, finished in [
         ("export: tracing", set()),
@@ -116,15 +139,21 @@ def test_a_kill_at_any_point_leaves_whole_artifacts_and_the_rerun_goes_on(pipeli
         found = {name for name in ARTIFACTS if whole(out, name)}
         assert finished | done <= found
         done = found
-    assert stages(pipeline)["export"]
+    result = run_pipeline(load_config(pipeline))
+    assert result.stages["export"]["skipped"] and result.exit_code == EXIT_GATE_FAILED
     assert all(whole(out, name) for name in ARTIFACTS)
     left = [path for path in out.rglob("*") if ".foldkv-" in path.name]
     assert not left
 
 
-def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(pipeline: Path) -> None:
+@pytest.mark.slow
+def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_half_written(
+    quick_pipeline: Path,
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
-    pipeline.write_text(PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"'))
+    pipeline = quick_pipeline
+    text = PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"')
+    pipeline.write_text(f"{text}enabled = false\n")
     out = pipeline.parent / "out"
     command = [sys.executable, "-m", "foldkv", "run", str(pipeline)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
@@ -229,13 +258,11 @@ def test_token_counts_are_read_as_the_command_line_reads_them(pipeline: Path) ->
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_checkpoint: Path, tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "checkpoint").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copyfile(tiny_checkpoint / name, folder / "checkpoint" / name)
-    (folder / "pipeline.toml").write_text(PIPELINE)
-    assert run_pipeline(load_config(folder / "pipeline.toml")).passed
+    path = pipeline_of(tiny_checkpoint, folder)
+    place(tiny_graph, path)
+    assert run_pipeline(load_config(path)).passed
     return folder
 
 
@@ -293,12 +320,13 @@ def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
     folder = finished / "checkpoint"
     cases: list[tuple[str, Any, str]] = [
         ("config.json", lambda b: json.dumps(json.loads(b) | {"routed_scaling_factor": 1.25}).encode(), "config.json: routed_scaling_factor"),
-        ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "changed (its files)"),
+        ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "were written again or replaced"),
         ("tokenizer.json", lambda b: b + b" ", "the tokenizer or the generation_config.json"),
         ("generation_config.json", lambda _: b'{"eos_token_id": [7]}', "generation_config.json"),
     ]  # fmt: skip
     for name, change, reason in cases:
         before = (folder / name).read_bytes() if (folder / name).exists() else None
+        stamps = (folder / name).stat() if before is not None else None
         (folder / name).write_bytes(change(before or b""))
         found = reasons(finished)
         assert reason in found["export"], name
@@ -307,6 +335,8 @@ def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
             (folder / name).unlink()
         else:
             (folder / name).write_bytes(before)
+            assert stamps is not None
+            os.utime(folder / name, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
     assert set(reasons(finished).values()) == {""}
 
 

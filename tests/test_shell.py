@@ -111,6 +111,7 @@ def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if not path.name.endswith(".lock")) if folder.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "after"), [("loading", 0.3), ("tracing", 1.0)])
 def test_an_interrupted_export_ends_and_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, words: str, after: float

@@ -9,11 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..artifact import MANIFEST, read_manifest, verify_files
+from ..artifact import MANIFEST
 from ..errors import InputError
+from ..inputs import refuse_unreadable_name
+from ..manifests import ReportManifest, read
 from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 
-KIND = "foldkv.report"
+KIND = ReportManifest.KIND
 JSON = "report.json"
 
 #: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.
@@ -70,8 +72,9 @@ def read_report(path: Path) -> dict[str, Any]:
     import jsonschema
 
     path = Path(path)
+    refuse_unreadable_name(path)
     if (path / MANIFEST).is_file():
-        verify_files(path, read_manifest(path, kind=KIND))
+        read(ReportManifest, path, verify=True)
     file = path / JSON if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..inputs import refuse_unreadable_name
 
 KEYS = string.ascii_letters
 RECORD_BYTES = 4
@@ -90,6 +91,7 @@ def load_text(path: Path | None) -> Text:
         names = ", ".join(file.name for file in files)
         words = "".join(file.read_text(encoding="utf-8") for file in files)
         return Text(words, f"{names} of Python {platform.python_version()}")
+    refuse_unreadable_name(Path(path))
     try:
         words = Path(path).read_text(encoding="utf-8")
     except OSError as error:

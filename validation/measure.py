@@ -10,7 +10,6 @@ import numpy as np
 
 from ..errors import InputError
 from ..export.checkpoint.reader import Checkpoint
-from ..export.contract.geometry import CSA
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
@@ -51,8 +50,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
             f"the text {text.name} has {len(tokens_of_text)} tokens; there is nothing to predict. Give a longer one."
         )
     texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed)
-    kinds = subject.session.bundle.manifest["model"]["layer_types"]
-    ratios = {layer: sides.checkpoint.spec.ratios[layer] for layer, kind in enumerate(kinds) if kind == CSA}
+    ratios = sides.checkpoint.spec.indexed_ratios
     taps = Taps(subject.session.bundle, list(ratios), threads=sides.threads)
     figures: list[TokenFigures] = []
     worst: list[dict[str, Any]] = []
@@ -79,7 +77,12 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
             reading = oracle.read(tokens)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
         if first:
-            layers = compare_layers(reading.streams, taps.streams(tokens), kinds, typical=oracle is not None)
+            layers = compare_layers(
+                reading.streams,
+                taps.streams(tokens),
+                subject.session.bundle.model.layer_types,
+                typical=oracle is not None,
+            )
         part = compare_logits(expected[:-1], actual[:-1], targets)
         figures.append(part)
         worst.append(_worst_case(tokenizer, tokens, int(np.argmax(part.kl)), part, expected, actual))

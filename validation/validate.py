@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact import MANIFEST, read_manifest, sha256_file, sha256_json, staged, verify_files, write_manifest
+from ..artifact import MANIFEST, sha256_file, sha256_json, staged
 from ..errors import ArtifactError, InputError
 from ..export.checkpoint.reader import Checkpoint
 from ..export.contract.chain import ChainTable
-from ..export.contract.geometry import CSA
 from ..export.contract.profiles import PROFILES, SERVED
-from ..optimize.build import KIND as BUNDLE
+from ..inputs import refuse_unreadable_name
+from ..manifests import BundleManifest, ReportManifest, read, write
 from ..packages import require
 from ..progress import Progress, Say, silent
 from ..runtime.backend import default_threads
-from ..runtime.bundle import ONNXRUNTIME, Bundle, load_bundle
+from ..runtime.bundle import Bundle, load_bundle
 from ..runtime.tokenizer import Tokenizer
 from .baseline import JSON, KIND, compare, read_report
 from .cases import Text, load_text
@@ -79,6 +79,8 @@ def validate(
         CheckpointError: the reference cannot be loaded.
         MissingDependencyError: a package that validation needs is missing.
     """
+    for path in (bundle, reference, report):
+        refuse_unreadable_name(Path(path))
     plan, words, bundle, report = plan or Plan(), load_text(text), Path(bundle), Path(report)
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
@@ -90,7 +92,7 @@ def validate(
     old = read_report(baseline) if baseline is not None else None
     unvalidated = _not_validated(bundle, loaded.manifest)
     measured = _measured_key(bundle, plan, words)
-    made, stored = _stored(report, measured) if keep else ({}, None)
+    made, stored = _stored(report, measured) if keep else (None, None)
     threads = stored.provenance["threads"] if stored is not None else threads or validation_threads(loaded)
     command = _command(bundle, reference, report, plan, text, chosen, threads, allow_unknown_keys)
     judged = sha256_json([command, unvalidated, str(baseline), old, key])
@@ -103,11 +105,11 @@ def validate(
             result.comparison = compare(str(baseline), old, result.provenance, verdicts)
         return result
 
-    if stored is not None and made.get("judged") == judged:
+    if stored is not None and made is not None and made.judged == judged:
         return judged_result(stored, UNCHANGED)
     checkpoint = None
     if stored is None:
-        allowed = loaded.manifest["inputs"]["checkpoint"].get("allowed_unknown_keys", ())
+        allowed = loaded.manifest.inputs.checkpoint.allowed_unknown_keys
         checkpoint = Checkpoint(reference, allow_unknown_keys=(*allowed, *allow_unknown_keys))
         _check_checkpoint(bundle, checkpoint, loaded.manifest)
     with staged(report, kind=KIND) as folder:
@@ -118,15 +120,17 @@ def validate(
             found = _measure(loaded, checkpoint, plan, words, threads, Progress.of(progress))
             result = judged_result(found, MEASURED)
         write_report(result, folder)
-        content = {"foldkv_version": __version__, "passed": result.passed, "key": key}
-        write_manifest(folder, kind=KIND, content=content | {"measured": measured, "judged": judged})
+        write(
+            folder,
+            ReportManifest(foldkv_version=__version__, passed=result.passed, key=key, measured=measured, judged=judged),
+        )
     progress(result.headline)
     return result
 
 
 def _checked_bundle(folder: Path) -> Bundle:
     bundle = load_bundle(folder)
-    if bundle.backend != ONNXRUNTIME:
+    if not bundle.backend.validates:
         raise InputError(
             f"{folder} is an engine for {bundle.target}; engines cannot be validated yet. "
             "Validate the bundle of the target cpu that was built from the same graph."
@@ -136,9 +140,8 @@ def _checked_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
-    made = manifest["inputs"]["checkpoint"]
-    expected, found = made["sha256"], checkpoint.identity()
+def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: BundleManifest) -> None:
+    expected, found = manifest.inputs.checkpoint.sha256, checkpoint.identity()
     if found != expected:
         raise InputError(
             f"{bundle} was made from another checkpoint than {checkpoint.folder} (sha256 {expected[:12]}... against "
@@ -152,29 +155,28 @@ def _measured_key(bundle: Path, plan: Plan, text: Text) -> str:
     return sha256_json([__version__, versions, vars(plan), text.sha256, sha256_file(bundle / MANIFEST)])
 
 
-def _stored(report: Path, measured: str) -> tuple[dict[str, Any], Measurements | None]:
+def _stored(report: Path, measured: str) -> tuple[ReportManifest | None, Measurements | None]:
     """The manifest of the report there, and its figures if they were measured from the same inputs."""
     try:
-        manifest = read_manifest(report, kind=KIND)
-        verify_files(report, manifest)
+        manifest = read(ReportManifest, report, verify=True)
     except ArtifactError:
-        return {}, None
-    if manifest.get("measured") != measured:
+        return None, None
+    if manifest.measured != measured:
         return manifest, None
     return manifest, measurements_from_json(json.loads((report / JSON).read_text(encoding="utf-8")))
 
 
-def _not_validated(bundle: Path, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+def _not_validated(bundle: Path, manifest: BundleManifest) -> list[dict[str, str]]:
     """Bundles beside this one that were built from the same graph."""
     found = []
     for folder in sorted(bundle.resolve().parent.iterdir()):
         if folder == bundle.resolve() or not (folder / MANIFEST).is_file():
             continue
         try:
-            other = read_manifest(folder, kind=BUNDLE)
-            if other["inputs"]["graph"] == manifest["inputs"]["graph"]:
-                found.append({"target": str(other["target"]["name"]), "folder": folder.name})
-        except (ArtifactError, KeyError, TypeError):
+            other = read(BundleManifest, folder)
+            if other.inputs.graph == manifest.inputs.graph:
+                found.append({"target": other.target.name, "folder": folder.name})
+        except ArtifactError:
             continue  # not a bundle, or not a usable one
     return found
 
@@ -239,7 +241,7 @@ def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what
 def _provenance(sides: Sides, plan: Plan, text: Text) -> dict[str, Any]:
     session, spec = sides.subject.session, sides.checkpoint.spec
     manifest, folder = session.bundle.manifest, session.bundle.folder
-    csa = [ratio for ratio, kind in zip(spec.ratios, spec.layer_types, strict=True) if kind == CSA]
+    ratios = spec.indexed_ratios.values()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "foldkv": __version__,
@@ -248,19 +250,19 @@ def _provenance(sides: Sides, plan: Plan, text: Text) -> dict[str, Any]:
         "bundle": str(folder),
         "bundle_manifest_sha256": sha256_file(folder / MANIFEST),
         "checkpoint": str(sides.checkpoint.folder),
-        "checkpoint_sha256": manifest["inputs"]["checkpoint"]["sha256"],
+        "checkpoint_sha256": manifest.inputs.checkpoint.sha256,
         "text": text.name,
         "text_sha256": text.sha256,
-        "profile": manifest["profile"],
-        "layout": manifest["layout"],
+        "profile": manifest.profile,
+        "layout": manifest.layout,
         "state_bytes": session.state_bytes,
         "state_context": session.context,
         "layers_against": "transformers" if sides.oracle is None else sides.oracle.name,
-        "precision": manifest["precision"],
-        "window": manifest["model"]["sliding_window"],
-        "choice_from_tokens": (spec.index_topk + 1) * max(csa) - 1 if csa else 0,
-        "target": manifest["target"]["name"],
-        "backend": f"{manifest['backend']} {next(iter(manifest['tool_versions'].values()), '')}",
+        "precision": manifest.precision,
+        "window": manifest.model.sliding_window,
+        "choice_from_tokens": (spec.index_topk + 1) * max(ratios) - 1 if ratios else 0,
+        "target": manifest.target.name,
+        "backend": f"{manifest.backend} {manifest.tool_versions.get(manifest.backend, '')}",
         "machine": f"{platform.system()} {platform.machine()}, executed on the CPU",
         "threads": sides.threads,
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},

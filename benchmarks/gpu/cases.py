@@ -27,16 +27,18 @@ from torch import Tensor
 
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, LAYOUTS
+from foldkv.export.contract.layouts import LAYOUTS
+from foldkv.export.contract.operators import STATE, operator_spec
 from foldkv.export.contract.profiles import HF, SERVED
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
 from foldkv.export.operators.compress_online import compress_online
 from foldkv.export.operators.index import index_scores, index_select
-from foldkv.export.operators.rows import pack, unpack
+from foldkv.export.operators.row_formats import pack, unpack
 from foldkv.export.operators.window import window_update
-from foldkv.plugins.declarations import PLUGINS, STATE
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.model import operator_calls
 
@@ -337,7 +339,7 @@ def _compress_case(operator: str, call: _Call, *, capacity: int | None = None, *
     batch, draw, rows, start, real = call.batch, call.draw, call.rows, call.start, call.real
     online = "Online" in operator
     ratio, series = (call.of.online_ratio, 1) if online else (call.of.ratio, 2)
-    values_of = FP8_DS_MLA if operator.endswith("Fp8") else INDEX_FP4 if operator.endswith("Fp4") else rows
+    values_of = operator_spec(operator).rounds or rows
     width = call.of.index_width if call.group == "index_entries" else call.of.width
     held, _values = call.stored(draw.normal(batch, call.capacity(ratio, capacity), width), decode=False)
     fresh = [draw.normal(batch, call.chunk, width * series) for _ in range(2)]

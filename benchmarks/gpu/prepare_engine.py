@@ -46,6 +46,7 @@ from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.recipe import Shapes
 from foldkv.optimize.targets import Target, load_targets
 from foldkv.plugins.inject import inject_nodes, set_library
+from foldkv.records import to_json
 from foldkv.runtime.session import Session
 from foldkv.validation.cases import load_text
 from foldkv.validation.metrics import compare_logits, summary
@@ -233,7 +234,7 @@ def write_probe(
         bundled = bundle_kernels(injection, where, progress=progress)
         assert bundled.kernels is not None
         plugins, kernels = bundled.nodes, bundled.kernels
-        set_library(model, kernels["library"])
+        set_library(model, kernels.library)
     onnx.save(model, where / "model.onnx")
     shapes = {}
     for name, array in inputs.items():
@@ -250,7 +251,7 @@ def write_probe(
     np.savez(where / "data.npz", **arrays, **{f"out:{name}": array for name, array in expected.items()})
     case = {
         "shapes": shapes, "low": list(probe.low), "limits": probe.limits, "aliases": probe.aliases, "plugins": plugins,
-        "kernels": kernels, "headers": headers,
+        "kernels": to_json(kernels), "headers": headers,
     }  # fmt: skip
     (where / "case.json").write_text(json.dumps(case, indent=1))
     return where

@@ -231,12 +231,14 @@ def register(trt: Any, case: Mapping[str, Any]) -> None:
 def load_kernels(notes: Notes, driver: Any, folder: Path, case: Mapping[str, Any]) -> None:
     """Load the kernels of a probe's plugins, if it has any."""
     if case["plugins"]:
+        from foldkv.manifests import Kernels
         from foldkv.plugins.tensorrt import provide_kernels
+        from foldkv.records import from_json
         from foldkv.runtime.plugin_check import bundle_kernels
 
         notes.at("loading kernels")
-        table = case["kernels"]
-        provide_kernels(table["library"], bundle_kernels(folder, {"kernels": table}), driver=driver)
+        kernels = from_json(Kernels, case["kernels"], title=f"{folder} has no kernels", step="Prepare the kit again.")
+        provide_kernels(kernels.library, bundle_kernels(folder, kernels), driver=driver)
 
 
 def run_probe(

@@ -21,9 +21,9 @@ import torch
 from prepare_model import FORMS, SETUP, Form, Run, Setup, Texts
 from torch import Tensor
 
+from foldkv.export.contract.operators import expected_operators
 from foldkv.export.model.decoder import Decoder
 from foldkv.export.operators.quantize import quantized_fp4, quantized_fp8
-from foldkv.export.trace import expected_operators
 from foldkv.plugins.compile import compile_kernels
 from foldkv.plugins.cuda import Launcher, cuda_driver, device_capability
 from foldkv.plugins.declarations import PLUGINS

@@ -23,10 +23,11 @@ from cases import Geometry, models
 from device import Device, gpu
 from torch import Tensor
 
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
+from foldkv.export.contract.operators import STATE
 from foldkv.export.contract.profiles import PROFILES
-from foldkv.export.operators.rows import pack
-from foldkv.plugins.declarations import PLUGINS, STATE
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format
+from foldkv.export.operators.row_formats import pack
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
 from foldkv.plugins.model import operator_calls
 
@@ -124,9 +125,9 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         return Call(operator, inputs, attributes, rows, of.rotary, moved, done)
 
     inv_freq = 160000.0 ** (-torch.arange(of.rotary // 2, device=where) / (of.rotary // 2))
-    size = row_bytes(rows, of.width, of.rotary) if rows in (DENSE, FP8_DS_MLA) else 0
+    size = row_format(rows).row_bytes(of.width, of.rotary) if rows in (DENSE, FP8_DS_MLA) else 0
     if operator == "FoldkvIndexScores":
-        size = row_bytes(rows, of.index_width, 0)
+        size = row_format(rows).row_bytes(of.index_width, 0)
         q = normal(batch, chunk, of.index_heads, of.index_width)
         weights = torch.rand(batch, chunk, of.index_heads, device=where)
         inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
@@ -151,7 +152,7 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         inputs += [normal(width, width)] * mixed  # as dear as a Hadamard matrix
         attributes: dict[str, Any] = {"rotary": of.rotary} if operator.endswith("Fp8") else {}
         # The last token closes a window: what is open is read, entries and the tokens' rows are written.
-        size = row_bytes(rows, width, 0 if mixed else of.rotary)
+        size = row_format(rows).row_bytes(width, 0 if mixed else of.rotary)
         moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
         return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
     q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)

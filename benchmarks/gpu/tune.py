@@ -22,7 +22,7 @@ from cases import models
 from device import Device, gpu
 
 from foldkv.errors import BuildError
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.plugins import launch
 from foldkv.plugins.compile import CompiledKernel, compile_kernels, store_kernels
 from foldkv.plugins.launch import Kernel, _ScoreTile, _SelectTile, _Tile

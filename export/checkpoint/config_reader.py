@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, listing
+from ...inputs import refuse_unreadable_name, snapshot_hint
 from ..contract.geometry import CSA, HCA, LAYER_TYPES, SLIDING, ModelSpec
 from .config_keys import KeyReport
 from .config_rope import ROPE_KEYS, is_number, read_rope
@@ -128,10 +129,13 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is not a JSON object. The message names weights in a format that is not read.
     """
     path = Path(path)
+    refuse_unreadable_name(path)
     if path.is_dir():
         file = path / "config.json"
         if not file.exists() and (found := unread_in_folder(path)):
             raise CheckpointError(found.message(path))
+        if not file.exists() and (hint := snapshot_hint(path)):
+            raise CheckpointError(f"{path} has no config.json.{hint}")
         return read_object(file)
     if path.is_file() and (found := unread_file(path)):
         raise CheckpointError(found.message(path))

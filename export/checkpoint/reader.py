@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ...artifact import confined, sha256_file, sha256_json
 from ...errors import ArtifactError, CheckpointError, listing
+from ...inputs import file_identity, refuse_unreadable_name
+from ...manifests import ModelFacts
 from ..contract.geometry import CSA, ModelSpec
 from ..contract.profiles import HF, SERVED
 from ..model.decoder import Decoder, Layer
@@ -137,6 +139,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         self.folder = Path(folder)
+        refuse_unreadable_name(self.folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors."
@@ -168,7 +171,7 @@ class Checkpoint:
         files, problems = [], []
         for name in sorted(set(self._index.values())):
             try:
-                path = confined(self.folder, name, follow_links=True)
+                path = confined(self.folder, name)
             except ArtifactError as error:
                 problems.append(str(error))
                 continue
@@ -246,9 +249,54 @@ class Checkpoint:
         return sha256_json({path.name: sha256_file(path) for path in paths if path.is_file()})
 
     def identity(self) -> str:
-        """sha256 over config.json and the name, size and header of every weight file, so without reading weights."""
+        """sha256 over config.json and the name, size and header of every weight file, so without reading weights.
+
+        A copy has the same one, and so have other weights of the same names, shapes and sizes.
+        """
         rows = [[shard.file.name, shard.bytes, shard.header_sha256] for shard in self.shards]
         return sha256_json([sha256_file(self.folder / "config.json"), rows])
+
+    def files_identity(self, *, links_change: bool = False) -> str:
+        """sha256 over who the weight files were when their headers were read (inputs.py), without reading weights.
+
+        Unlike :meth:`identity` it changes when weights are saved again under the same names, shapes and sizes, and it is
+        another one for a copy. Files of the Hugging Face cache count by their names there, which stand for their content.
+
+        Args:
+            links_change: hard links to the files are made (``--weights reference``).
+        """
+        return sha256_json(self._files(links_change))
+
+    def _files(self, links_change: bool) -> dict[str, dict[str, Any]]:
+        return {
+            shard.file.relative_to(self.folder).as_posix(): shard.identity.facts(links_change=links_change)
+            for shard in self.shards
+            if shard.identity is not None
+        }
+
+    def check_unchanged(self) -> None:
+        """Check that no weight file was written or replaced since its header was read; call it after the weights were.
+
+        Links that others make meanwhile do not count.
+
+        Raises:
+            CheckpointError: some were; all are named.
+        """
+        changed = []
+        for name, facts in self._files(links_change=True).items():
+            try:
+                if file_identity(self.folder / name).facts(links_change=True) != facts:
+                    changed.append(name)
+            except OSError as error:
+                changed.append(f"{name}: {error.strerror}")
+        if changed:
+            raise CheckpointError(
+                listing(
+                    f"{self.folder} was written while it was read",
+                    changed,
+                    "Wait until the checkpoint is complete, and export it again.",
+                )
+            )
 
     def check(self) -> None:
         """Compare the tensor table with what the model needs.
@@ -456,18 +504,18 @@ def end_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*spec.eos_token_ids, *added)))
 
 
-def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a service needs to know about the model, as manifest values; runtime/bundle.py reads them."""
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """What a service needs to know about the model."""
     spec = checkpoint.spec
-    return {
-        "architecture": "deepseek_v4",
-        "vocab_size": spec.vocab_size,
-        "num_layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "layer_types": list(spec.layer_types),
-        "sliding_window": spec.sliding_window,
-        "index_topk": spec.index_topk,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_ids": list(end_tokens(checkpoint)),
-    }
+    return ModelFacts(
+        architecture="deepseek_v4",
+        vocab_size=spec.vocab_size,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        layer_types=tuple(spec.layer_types),
+        sliding_window=spec.sliding_window,
+        index_topk=spec.index_topk,
+        max_position_embeddings=spec.max_position_embeddings,
+        bos_token_id=spec.bos_token_id,
+        eos_token_ids=end_tokens(checkpoint),
+    )

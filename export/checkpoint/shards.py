@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...inputs import FileIdentity, file_identity
 
 #: Bits of an element, by safetensors' dtype.
 _BITS = {
@@ -70,13 +71,14 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its size in bytes, its header's sha256 and size, and its tensors by name."""
+    """One file: its size in bytes, its header's sha256 and size, its tensors by name, and who it was when it was read."""
 
     file: Path
     bytes: int
     header_sha256: str
     header_bytes: int
     tensors: dict[str, Stored]
+    identity: FileIdentity | None = None  # None if it could not be read
 
 
 def read_shard(file: Path) -> tuple[Shard, list[str]]:
@@ -86,8 +88,9 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
         file: a safetensors file.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as handle:
+            identity = file_identity(file, descriptor=handle.fileno())
+            size = identity.bytes
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if start == b"version ":
@@ -131,7 +134,7 @@ def read_shard(file: Path) -> tuple[Shard, list[str]]:
             tensors[name] = stored
     if not problems:
         problems = _gaps(file, list(tensors.values()), 8 + length, size)
-    return Shard(file, size, digest, 8 + length, tensors), problems
+    return Shard(file, size, digest, 8 + length, tensors, identity), problems
 
 
 def _stored(name: str, facts: Any, file: Path, start: int) -> Stored | str:

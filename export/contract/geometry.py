@@ -61,6 +61,11 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def indexed_ratios(self) -> dict[int, int]:
+        """The layers whose indexer chooses entries, with the tokens per entry."""
+        return {layer: self.ratios[layer] for layer, kind in enumerate(self.layer_types) if kind == CSA}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]

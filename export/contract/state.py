@@ -1,4 +1,4 @@
-"""The compressed caches as a list of fixed-capacity tensors. Standard library only.
+"""The state: the compressed caches as a list of fixed-capacity tensors, and their types. Standard library only.
 
 Every tensor has the shape ``[batch, rows, width]``. A ring keeps the row of position ``p`` at slot
 ``p mod rows``. Row ``i`` of ``entries`` is the entry of tokens ``[i * ratio, (i + 1) * ratio)``; it is
@@ -13,9 +13,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .geometry import CSA, SLIDING, ModelSpec
-from .layouts import ONLINE_ROWS
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+#: Rows of an open window that does not overlap: largest score, sum of weights, weighted sum (operators/compress_online.py).
+ONLINE_ROWS = 3
+
+
+@dataclass(frozen=True)
+class StateType:
+    """A type of the state's values: bytes of one value, its number in ONNX (``TensorProto.DataType``), its name there."""
+
+    item_bytes: int
+    onnx_type: int
+    onnx_name: str
+
+
+#: The types that a state tensor can have; int8 and uint8 also hold packed rows (rows.py).
+STATE_TYPES = {
+    "float32": StateType(4, 1, "tensor(float)"),
+    "bfloat16": StateType(2, 16, "tensor(bfloat16)"),
+    "int8": StateType(1, 3, "tensor(int8)"),
+    "uint8": StateType(1, 2, "tensor(uint8)"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +55,13 @@ class StateTensor:
         """Rows for a context of that many tokens: fixed, or ceil(context / ratio)."""
         return self.rows if self.rows is not None else -(-context // (self.ratio or 1))
 
+    def used_rows(self, tokens: int) -> int:
+        """Rows that may be in use after this many tokens of a sequence."""
+        return self.capacity(tokens)
+
     def bytes(self, context: int, batch: int = 1) -> int:
         """Bytes of the tensor for a context (tokens) and a batch (sequences)."""
-        return batch * self.capacity(context) * self.width * ITEM_BYTES[self.dtype]
+        return batch * self.capacity(context) * self.width * STATE_TYPES[self.dtype].item_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a manifest row."""

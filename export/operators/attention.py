@@ -9,15 +9,15 @@ by the chunk (see window.py). Rows and entries that were never written can conta
 from __future__ import annotations
 
 import torch
-from onnxscript import FLOAT, INT8, INT32, INT64, script
+from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
 from .index import FoldkvActiveRows, FoldkvVisibleEntries, active_entries, visible_entries
-from .quantize import FoldkvUnpackFp8
 from .registry import OPSET, operator
 from .rope import FoldkvRope
 from .rope import _eager as rope
+from .window import FoldkvReadRows
 
 
 def _window_keys(
@@ -86,26 +86,6 @@ def _dense_eager(
     visible = nth < visible_entries(positions, q.shape[1], ratio)[..., None]
     parts = [(keys[:, None], seen), (read[:, None], (visible & closed[:, None])[:, :, None])]
     return rope(_attend(q, sinks, parts), _query_positions(q, positions), inv_freq, 1)
-
-
-def _window_fake(
-    q: Tensor, rows: Tensor, sinks: Tensor, inv_freq: Tensor, positions: Tensor, num_tokens: Tensor
-) -> Tensor:
-    return torch.empty_like(q)
-
-
-def _sparse_fake(
-    q: Tensor, rows: Tensor, entries: Tensor, chosen: Tensor, sinks: Tensor, inv_freq: Tensor, positions: Tensor,
-    num_tokens: Tensor,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(q)
-
-
-def _dense_fake(
-    q: Tensor, rows: Tensor, entries: Tensor, sinks: Tensor, inv_freq: Tensor, positions: Tensor, num_tokens: Tensor,
-    active_context: Tensor, ratio: int,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(q)
 
 
 @script(OPSET, default_opset=op)
@@ -197,20 +177,7 @@ def FoldkvSparseAttention(  # type: ignore[no-untyped-def]
     index = op.Cast(chosen, to=7)
     some = index >= 0
     safe = op.Max(index, op.Constant(value_int=0))
-    gathered = op.Cast(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1), to=1)
-    return FoldkvAttendPicked(q, rows, gathered, some, sinks, inv_freq, positions, num_tokens)
-
-
-@script(OPSET, default_opset=op)
-def FoldkvSparseAttentionFp8(  # type: ignore[no-untyped-def]
-    q: FLOAT, rows: FLOAT, entries: INT8, chosen: INT32, sinks: FLOAT, inv_freq: FLOAT, positions: INT32,
-    num_tokens: INT32, width: int, rotary: int,
-):  # fmt: skip
-    # Packed entries: only the chosen ones are gathered as bytes and decoded.
-    index = op.Cast(chosen, to=7)
-    some = index >= 0
-    safe = op.Max(index, op.Constant(value_int=0))
-    gathered = FoldkvUnpackFp8(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1), width, rotary)
+    gathered = FoldkvReadRows(op.GatherND(entries, op.Unsqueeze(safe, [-1]), batch_dims=1))
     return FoldkvAttendPicked(q, rows, gathered, some, sinks, inv_freq, positions, num_tokens)
 
 
@@ -237,28 +204,6 @@ def FoldkvDenseAttention(  # type: ignore[no-untyped-def]
     return FoldkvRope(out, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
 
 
-window_attention = operator(
-    "FoldkvWindowAttention",
-    eager=_window_eager,
-    fake=_window_fake,
-    function=FoldkvWindowAttention,
-    inputs=("q", "rows", "sinks", "inv_freq", "positions", "num_tokens"),
-    outputs=("out",),
-)
-sparse_attention = operator(
-    "FoldkvSparseAttention",
-    eager=_sparse_eager,
-    fake=_sparse_fake,
-    function=FoldkvSparseAttention,
-    inputs=("q", "rows", "entries", "chosen", "sinks", "inv_freq", "positions", "num_tokens"),
-    outputs=("out",),
-)
-dense_attention = operator(
-    "FoldkvDenseAttention",
-    eager=_dense_eager,
-    fake=_dense_fake,
-    function=FoldkvDenseAttention,
-    inputs=("q", "rows", "entries", "sinks", "inv_freq", "positions", "num_tokens", "active_context"),
-    attributes=("ratio",),
-    outputs=("out",),
-)
+window_attention = operator("FoldkvWindowAttention", eager=_window_eager, function=FoldkvWindowAttention)
+sparse_attention = operator("FoldkvSparseAttention", eager=_sparse_eager, function=FoldkvSparseAttention)
+dense_attention = operator("FoldkvDenseAttention", eager=_dense_eager, function=FoldkvDenseAttention)

@@ -22,14 +22,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from .entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
-from .quantize import (
-    FoldkvPackFp4,
-    FoldkvPackFp8,
-    FoldkvQuantizeFp4,
-    FoldkvQuantizeFp8,
-    quantized_fp4,
-    quantized_fp8,
-)
+from .quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8, quantized_fp4, quantized_fp8
 from .registry import OPSET, operator
 from .window import FoldkvRingSources, FoldkvTakeRows, ring_sources
 
@@ -103,27 +96,6 @@ def _fp4_eager(
         entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, ratio, eps,
         lambda x: quantized_fp4(torch.matmul(x, hadamard)),
     )  # fmt: skip
-
-
-def _fake(
-    entries: Tensor, carry_kv: Tensor, carry_gate: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor,
-    inv_freq: Tensor, positions: Tensor, num_tokens: Tensor, ratio: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(entries), torch.empty_like(carry_kv), torch.empty_like(carry_gate)
-
-
-def _fp8_fake(
-    entries: Tensor, carry_kv: Tensor, carry_gate: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor,
-    inv_freq: Tensor, positions: Tensor, num_tokens: Tensor, rotary: int, ratio: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(entries), torch.empty_like(carry_kv), torch.empty_like(carry_gate)
-
-
-def _fp4_fake(
-    entries: Tensor, carry_kv: Tensor, carry_gate: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor,
-    inv_freq: Tensor, positions: Tensor, num_tokens: Tensor, hadamard: Tensor, ratio: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(entries), torch.empty_like(carry_kv), torch.empty_like(carry_gate)
 
 
 @script(OPSET, default_opset=op)
@@ -225,58 +197,6 @@ def FoldkvCompressFp4(  # type: ignore[no-untyped-def]
     return updated, kept_kv, kept_gate
 
 
-@script(OPSET, default_opset=op)
-def FoldkvCompressPackedFp8(  # type: ignore[no-untyped-def]
-    entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
-    inv_freq: FLOAT, positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
-):  # fmt: skip
-    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
-    new = FoldkvPackFp8(new, rotary)
-    updated, kept_kv, kept_gate = FoldkvAdvance(
-        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
-    )
-    return updated, kept_kv, kept_gate
-
-
-@script(OPSET, default_opset=op)
-def FoldkvCompressPackedFp4(  # type: ignore[no-untyped-def]
-    entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
-    inv_freq: FLOAT, positions: INT32, num_tokens: INT32, hadamard: FLOAT, ratio: int, eps: float,
-):  # fmt: skip
-    new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
-    new = FoldkvPackFp4(op.MatMul(new, hadamard))
-    updated, kept_kv, kept_gate = FoldkvAdvance(
-        entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
-    )
-    return updated, kept_kv, kept_gate
-
-
-_INPUTS = ("entries", "carry_kv", "carry_gate", "kv", "gate", "bias", "norm", "inv_freq", "positions", "num_tokens")
-_OUTPUTS = ("entries", "carry_kv", "carry_gate")
-compress = operator(
-    "FoldkvCompress",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvCompress,
-    inputs=_INPUTS,
-    attributes=("ratio", "eps"),
-    outputs=_OUTPUTS,
-)
-compress_fp8 = operator(
-    "FoldkvCompressFp8",
-    eager=_fp8_eager,
-    fake=_fp8_fake,
-    function=FoldkvCompressFp8,
-    inputs=_INPUTS,
-    attributes=("rotary", "ratio", "eps"),
-    outputs=_OUTPUTS,
-)
-compress_fp4 = operator(
-    "FoldkvCompressFp4",
-    eager=_fp4_eager,
-    fake=_fp4_fake,
-    function=FoldkvCompressFp4,
-    inputs=(*_INPUTS, "hadamard"),
-    attributes=("ratio", "eps"),
-    outputs=_OUTPUTS,
-)
+compress = operator("FoldkvCompress", eager=_eager, function=FoldkvCompress)
+compress_fp8 = operator("FoldkvCompressFp8", eager=_fp8_eager, function=FoldkvCompressFp8)
+compress_fp4 = operator("FoldkvCompressFp4", eager=_fp4_eager, function=FoldkvCompressFp4)

@@ -21,7 +21,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from .entries import FoldkvFinishEntries, FoldkvWriteEntries, finish_entries, write_entries
-from .quantize import FoldkvPackFp8, FoldkvQuantizeFp8, quantized_fp8
+from .quantize import FoldkvQuantizeFp8, quantized_fp8
 from .registry import OPSET, operator
 from .window import FoldkvTakeRows
 
@@ -79,20 +79,6 @@ def _fp8_eager(
     merged, begins, after = _merged(carry, kv, gate, bias, positions, num_tokens, ratio)
     new = quantized_fp8(finish_entries(merged, begins, norm, inv_freq, eps), rotary)
     return write_entries(entries, new, positions, num_tokens, ratio), after
-
-
-def _fake(
-    entries: Tensor, carry: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor, inv_freq: Tensor,
-    positions: Tensor, num_tokens: Tensor, ratio: int, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(entries), torch.empty_like(carry)
-
-
-def _fp8_fake(
-    entries: Tensor, carry: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor, inv_freq: Tensor,
-    positions: Tensor, num_tokens: Tensor, rotary: int, ratio: int, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(entries), torch.empty_like(carry)
 
 
 @script(OPSET, default_opset=op)
@@ -159,33 +145,5 @@ def FoldkvCompressOnlineFp8(  # type: ignore[no-untyped-def]
     return FoldkvWriteEntries(entries, new, positions, num_tokens, ratio), after
 
 
-@script(OPSET, default_opset=op)
-def FoldkvCompressOnlinePackedFp8(  # type: ignore[no-untyped-def]
-    entries: FLOAT, carry: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, inv_freq: FLOAT,
-    positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
-):  # fmt: skip
-    merged, begins, after = FoldkvMergeOnline(carry, kv, gate, bias, positions, num_tokens, ratio)
-    new = FoldkvPackFp8(FoldkvFinishEntries(merged, begins, norm, inv_freq, eps), rotary)
-    return FoldkvWriteEntries(entries, new, positions, num_tokens, ratio), after
-
-
-_INPUTS = ("entries", "carry", "kv", "gate", "bias", "norm", "inv_freq", "positions", "num_tokens")
-_OUTPUTS = ("entries", "carry")
-compress_online = operator(
-    "FoldkvCompressOnline",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvCompressOnline,
-    inputs=_INPUTS,
-    attributes=("ratio", "eps"),
-    outputs=_OUTPUTS,
-)
-compress_online_fp8 = operator(
-    "FoldkvCompressOnlineFp8",
-    eager=_fp8_eager,
-    fake=_fp8_fake,
-    function=FoldkvCompressOnlineFp8,
-    inputs=_INPUTS,
-    attributes=("rotary", "ratio", "eps"),
-    outputs=_OUTPUTS,
-)
+compress_online = operator("FoldkvCompressOnline", eager=_eager, function=FoldkvCompressOnline)
+compress_online_fp8 = operator("FoldkvCompressOnlineFp8", eager=_fp8_eager, function=FoldkvCompressOnlineFp8)

@@ -28,10 +28,6 @@ def _eager(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, 
     return (torch.einsum("tkci,tki->tkc", w2[chosen], hidden) * weights[..., None]).sum(dim=1)
 
 
-def _fake(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
-    return torch.empty_like(x)
-
-
 @script(OPSET, default_opset=op)
 def FoldkvRoutedExperts(x: FLOAT, chosen: INT64, weights: FLOAT, w13: FLOAT, w2: FLOAT, limit: float):  # type: ignore[no-untyped-def]
     column = op.Unsqueeze(x, [1, 3])
@@ -43,15 +39,7 @@ def FoldkvRoutedExperts(x: FLOAT, chosen: INT64, weights: FLOAT, w13: FLOAT, w2:
     return op.ReduceSum(op.Squeeze(down, [3]) * op.Unsqueeze(weights, [2]), [1], keepdims=0)
 
 
-routed_experts = operator(
-    "FoldkvRoutedExperts",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvRoutedExperts,
-    inputs=("x", "chosen", "weights", "w13", "w2"),
-    attributes=("limit",),
-    outputs=("y",),
-)
+routed_experts = operator("FoldkvRoutedExperts", eager=_eager, function=FoldkvRoutedExperts)
 
 
 def grouped_body() -> onnx.FunctionProto:

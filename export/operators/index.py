@@ -39,13 +39,6 @@ def _scores_eager(
     return torch.cat((score, rest), dim=-1)
 
 
-def _scores_fake(
-    q: Tensor, weights: Tensor, index_entries: Tensor, positions: Tensor, active_context: Tensor, ratio: int
-) -> Tensor:
-    # A backend can omit columns that no query can choose, so the graph has a separate size for their number.
-    return q.new_empty((q.shape[0], q.shape[1], torch.library.get_ctx().new_dynamic_size()))
-
-
 def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
     """scores [B, S, E], positions [B] int32 -> [B, S, topk] int32; among equal scores the lowest index."""
     visible = visible_entries(positions, scores.shape[1], ratio)[..., None]
@@ -54,10 +47,6 @@ def _select_eager(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> T
     score = torch.cat((score, score.new_full((*score.shape[:2], topk), -torch.inf)), dim=-1)
     chosen = score.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return torch.where(chosen < visible.clamp(max=scores.shape[2]), chosen, -1).to(torch.int32)
-
-
-def _select_fake(scores: Tensor, positions: Tensor, ratio: int, topk: int) -> Tensor:
-    return scores.new_empty((scores.shape[0], scores.shape[1], topk), dtype=torch.int32)
 
 
 @script(OPSET, default_opset=op)
@@ -98,21 +87,5 @@ def FoldkvIndexSelect(scores: FLOAT, positions: INT32, ratio: int, topk: int):  
     return op.Cast(op.Where(chosen < visible, chosen, op.Constant(value_int=-1)), to=6)
 
 
-index_scores = operator(
-    "FoldkvIndexScores",
-    eager=_scores_eager,
-    fake=_scores_fake,
-    function=FoldkvIndexScores,
-    inputs=("q", "weights", "index_entries", "positions", "active_context"),
-    attributes=("ratio",),
-    outputs=("scores",),
-)
-index_select = operator(
-    "FoldkvIndexSelect",
-    eager=_select_eager,
-    fake=_select_fake,
-    function=FoldkvIndexSelect,
-    inputs=("scores", "positions"),
-    attributes=("ratio", "topk"),
-    outputs=("chosen",),
-)
+index_scores = operator("FoldkvIndexScores", eager=_scores_eager, function=FoldkvIndexScores)
+index_select = operator("FoldkvIndexSelect", eager=_select_eager, function=FoldkvIndexSelect)

@@ -1,6 +1,6 @@
 """FoldkvQuantizeFp8 and FoldkvQuantizeFp4: rows as a packed cache returns them; and the packing itself.
 
-``rows.py`` defines the values: a quantised row is ``unpack(pack(row))`` for ``fp8_ds_mla`` (main rows) and ``index_fp4``
+``rows.py`` defines the values: a quantised row is a row packed and unpacked, as ``fp8_ds_mla`` (main rows) or ``index_fp4``
 (rows and queries of the indexer). The ONNX bodies use only arithmetic, because standard operators cannot read a float's
 bits. The exponent is the logarithm's floor, corrected by comparing with exact powers of two. A small float is an integer
 times a power of two, and ``Round`` rounds it to nearest even. A table decodes a byte. All of this is exact.
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-import torch
 from onnx import numpy_helper
 from onnxscript import FLOAT, INT8, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from ..contract.layouts import FP8_DS_MLA, INDEX_FP4
+from ..checkpoint.formats import byte_pairs
+from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format
 from .registry import OPSET, operator
-from .rows import pack, unpack
+from .rows import pack_fp8_ds_mla, pack_index_fp4, unpack_fp8_ds_mla, unpack_index_fp4
 
 # 2 ** (i - 149): every power of two that float32 has.
 _POWERS = numpy_helper.from_array(np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32))
@@ -27,27 +27,19 @@ _POWERS = numpy_helper.from_array(np.ldexp(np.float32(1), np.arange(-149, 128)).
 _E4M3 = numpy_helper.from_array(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 _E8M0 = numpy_helper.from_array(np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.inf)))
 _BF16 = numpy_helper.from_array(np.arange(65536, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32))
-_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
-_NIBBLES = np.concatenate((_E2M1, -_E2M1))
-_E2M1_PAIRS = numpy_helper.from_array(np.stack((np.tile(_NIBBLES, 16), np.repeat(_NIBBLES, 16)), axis=-1))
+_E2M1_PAIRS = numpy_helper.from_array(byte_pairs().numpy())
 
 
 def quantized_fp8(x: Tensor, rotary: int) -> Tensor:
     """x [..., D] float -> [..., D] float32, the values of its ``fp8_ds_mla`` rows."""
-    return unpack(pack(x, FP8_DS_MLA, rotary), FP8_DS_MLA, x.shape[-1], rotary)
+    row_format(FP8_DS_MLA).row_bytes(x.shape[-1], rotary)  # raises if it does not fit
+    return unpack_fp8_ds_mla(pack_fp8_ds_mla(x.float(), rotary), x.shape[-1], rotary)
 
 
 def quantized_fp4(x: Tensor) -> Tensor:
     """x [..., D] float -> [..., D] float32, the values of its ``index_fp4`` rows."""
-    return unpack(pack(x, INDEX_FP4), INDEX_FP4, x.shape[-1])
-
-
-def _fp8_fake(x: Tensor, rotary: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fp4_fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    row_format(INDEX_FP4).row_bytes(x.shape[-1])  # raises if it does not fit
+    return unpack_index_fp4(pack_index_fp4(x.float(), 0), x.shape[-1], 0)
 
 
 @script(OPSET, default_opset=op)
@@ -187,20 +179,5 @@ def FoldkvUnpackFp4(rows: INT8, width: int):  # type: ignore[no-untyped-def]
     return op.Reshape(values, op.Concat(lead, 2 * edge, axis=0))
 
 
-quantize_fp8 = operator(
-    "FoldkvQuantizeFp8",
-    eager=quantized_fp8,
-    fake=_fp8_fake,
-    function=FoldkvQuantizeFp8,
-    inputs=("x",),
-    attributes=("rotary",),
-    outputs=("quantized",),
-)
-quantize_fp4 = operator(
-    "FoldkvQuantizeFp4",
-    eager=quantized_fp4,
-    fake=_fp4_fake,
-    function=FoldkvQuantizeFp4,
-    inputs=("x",),
-    outputs=("quantized",),
-)
+quantize_fp8 = operator("FoldkvQuantizeFp8", eager=quantized_fp8, function=FoldkvQuantizeFp8)
+quantize_fp4 = operator("FoldkvQuantizeFp4", eager=quantized_fp4, function=FoldkvQuantizeFp4)

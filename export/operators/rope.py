@@ -27,10 +27,6 @@ def _eager(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: int) -> Tens
     return torch.cat((keep, turned), dim=-1)
 
 
-def _fake(x: Tensor, positions: Tensor, inv_freq: Tensor, inverse: int) -> Tensor:
-    return torch.empty_like(x)
-
-
 @script(OPSET, default_opset=op)
 def FoldkvRope(x: FLOAT, positions: INT64, inv_freq: FLOAT, inverse: int):  # type: ignore[no-untyped-def]
     sign = op.Cast(op.Constant(value_int=1) - 2 * inverse, to=1)
@@ -48,12 +44,4 @@ def FoldkvRope(x: FLOAT, positions: INT64, inv_freq: FLOAT, inverse: int):  # ty
     return op.Concat(keep, flat, axis=-1)
 
 
-rope = operator(
-    "FoldkvRope",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvRope,
-    inputs=("x", "positions", "inv_freq"),
-    attributes=("inverse",),
-    outputs=("turned",),
-)
+rope = operator("FoldkvRope", eager=_eager, function=FoldkvRope)

@@ -1,4 +1,6 @@
-"""The meaning of a packed cache row: values to bytes and back, in torch. See export/contract/layouts.py for the formats.
+"""The meaning of a packed cache row: values to bytes and back, in torch. See export/contract/rows.py for the formats.
+
+row_formats.py chooses among these functions by format, and checks and pads what they take and give.
 
 A scale is the smallest power of two that brings a tile's largest magnitude into the format's range (at most 448 for
 e4m3, 6 for e2m1). Largest magnitudes below 1e-4 count as 1e-4. Values are rounded to nearest even. For e4m3 the released
@@ -11,57 +13,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract.layouts import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, TILES, row_bytes
+from ..checkpoint.formats import E2M1
+from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format
 
 _FLOOR = 1e-4
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Halfway points between neighbours, and whether the upper one has the even code and so gets the tie.
 _TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 _BIAS = 127  # of an e8m0 scale
+_MAIN_TILE, _INDEX_TILE = row_format(FP8_DS_MLA).tile or 0, row_format(INDEX_FP4).tile or 0
 
 
-def pack(values: Tensor, format_: str, rotary: int = 0) -> Tensor:
-    """values [..., D] floating -> rows [..., bytes] int8 (raw bytes). Unused bytes are zero.
-
-    Raises:
-        InputError: the format does not fit the width.
-    """
-    width = values.shape[-1]
-    size, values = row_bytes(format_, width, rotary), values.float()
-    if format_ == FP8_DS_MLA:
-        plain = width - rotary
-        codes, exponents = _e4m3(values[..., :plain], TILES[FP8_DS_MLA])
-        parts = [codes, values[..., plain:].bfloat16().contiguous().view(torch.uint8), exponents]
-    elif format_ == INDEX_FP8:
-        codes, exponents = _e4m3(values, width)
-        parts = [codes, torch.exp2(exponents.float() - _BIAS).contiguous().view(torch.uint8)]
-    else:
-        exponents = _exponents(values, TILES[INDEX_FP4], 6.0)
-        scaled = values / _spread(exponents, TILES[INDEX_FP4], width)
-        magnitude = scaled.abs()
-        code = sum((magnitude >= tie if even else magnitude > tie).to(torch.uint8) for tie, even in _TIES)
-        code = code | (scaled.signbit().to(torch.uint8) << 3)
-        parts = [code[..., 0::2] | (code[..., 1::2] << 4), exponents]
-    rows = torch.cat(parts, dim=-1)
-    return torch.nn.functional.pad(rows, (0, size - rows.shape[-1])).view(torch.int8)
+def pack_fp8_ds_mla(values: Tensor, rope_dim: int) -> Tensor:
+    """values [..., D] float32 -> codes, turned channels, scales [..., bytes] uint8, without padding."""
+    plain = values.shape[-1] - rope_dim
+    codes, exponents = _e4m3(values[..., :plain], _MAIN_TILE)
+    turned = values[..., plain:].bfloat16().contiguous().view(torch.uint8)
+    return torch.cat((codes, turned, exponents), dim=-1)
 
 
-def unpack(rows: Tensor, format_: str, width: int, rotary: int = 0) -> Tensor:
-    """rows [..., bytes] int8 -> values [..., D] float32, exactly."""
-    data = rows.contiguous().view(torch.uint8)
-    if format_ == FP8_DS_MLA:
-        plain = width - rotary
-        scale = _spread(
-            data[..., plain + 2 * rotary :][..., : -(-plain // TILES[FP8_DS_MLA])], TILES[FP8_DS_MLA], plain
-        )
-        turned = data[..., plain : plain + 2 * rotary].contiguous().view(torch.bfloat16).float()
-        return torch.cat((data[..., :plain].view(torch.float8_e4m3fn).float() * scale, turned), dim=-1)
-    if format_ == INDEX_FP8:
-        return data[..., :width].view(torch.float8_e4m3fn).float() * data[..., width:].contiguous().view(torch.float32)
+def unpack_fp8_ds_mla(data: Tensor, width: int, rope_dim: int) -> Tensor:
+    """data [..., bytes] uint8 -> values [..., D] float32, exactly."""
+    plain = width - rope_dim
+    exponents = data[..., plain + 2 * rope_dim :][..., : -(-plain // _MAIN_TILE)]
+    turned = data[..., plain : plain + 2 * rope_dim].contiguous().view(torch.bfloat16).float()
+    coded = data[..., :plain].view(torch.float8_e4m3fn).float() * _spread(exponents, _MAIN_TILE, plain)
+    return torch.cat((coded, turned), dim=-1)
+
+
+def pack_index_fp8(values: Tensor, rope_dim: int) -> Tensor:
+    """values [..., D] float32 -> codes, then the scale as float32 [..., bytes] uint8."""
+    codes, exponents = _e4m3(values, values.shape[-1])
+    return torch.cat((codes, torch.exp2(exponents.float() - _BIAS).contiguous().view(torch.uint8)), dim=-1)
+
+
+def unpack_index_fp8(data: Tensor, width: int, rope_dim: int) -> Tensor:
+    """data [..., bytes] uint8 -> values [..., D] float32, exactly."""
+    return data[..., :width].view(torch.float8_e4m3fn).float() * data[..., width:].contiguous().view(torch.float32)
+
+
+def pack_index_fp4(values: Tensor, rope_dim: int) -> Tensor:
+    """values [..., D] float32 -> pairs of codes, then scales [..., bytes] uint8."""
+    exponents = _exponents(values, _INDEX_TILE, 6.0)
+    scaled = values / _spread(exponents, _INDEX_TILE, values.shape[-1])
+    magnitude = scaled.abs()
+    code = sum((magnitude >= tie if even else magnitude > tie).to(torch.uint8) for tie, even in _TIES)
+    code = code | (scaled.signbit().to(torch.uint8) << 3)
+    return torch.cat((code[..., 0::2] | (code[..., 1::2] << 4), exponents), dim=-1)
+
+
+def unpack_index_fp4(data: Tensor, width: int, rope_dim: int) -> Tensor:
+    """data [..., bytes] uint8 -> values [..., D] float32, exactly."""
     packed = data[..., : width // 2]
     code = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).long()
-    value = torch.tensor(_E2M1, device=rows.device)[code & 7] * (1.0 - 2.0 * (code >> 3))
-    return value * _spread(data[..., width // 2 :], TILES[INDEX_FP4], width)
+    value = torch.tensor(E2M1, device=data.device)[code]
+    return value * _spread(data[..., width // 2 :], _INDEX_TILE, width)
 
 
 def _e4m3(values: Tensor, tile: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ steps make TensorRT's compiler take minutes instead of a fraction of a second.
 
 from __future__ import annotations
 
-import torch
 from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 from torch import Tensor
@@ -24,10 +23,6 @@ def _eager(matrix: Tensor, iterations: int, eps: float) -> Tensor:
     return matrix
 
 
-def _fake(matrix: Tensor, iterations: int, eps: float) -> Tensor:
-    return torch.empty_like(matrix)
-
-
 @script(OPSET, default_opset=op)
 def FoldkvSinkhorn(matrix: FLOAT, iterations: int, eps: float):  # type: ignore[no-untyped-def]
     balanced = matrix / (op.ReduceSum(matrix, [-2], keepdims=1) + eps)
@@ -37,12 +32,4 @@ def FoldkvSinkhorn(matrix: FLOAT, iterations: int, eps: float):  # type: ignore[
     return balanced
 
 
-sinkhorn = operator(
-    "FoldkvSinkhorn",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvSinkhorn,
-    inputs=("matrix",),
-    attributes=("iterations", "eps"),
-    outputs=("balanced",),
-)
+sinkhorn = operator("FoldkvSinkhorn", eager=_eager, function=FoldkvSinkhorn)

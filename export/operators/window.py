@@ -36,11 +36,6 @@ def _eager(window: Tensor, kv: Tensor, positions: Tensor, num_tokens: Tensor) ->
     return rows, torch.take_along_dim(rows, source[:, :, None], dim=1)
 
 
-def _fake(window: Tensor, kv: Tensor, positions: Tensor, num_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    rows = window.new_empty((window.shape[0], window.shape[1] + kv.shape[1], window.shape[2]))
-    return rows, torch.empty_like(window)
-
-
 @script(OPSET, default_opset=op)
 def FoldkvRingSources(state: FLOAT, positions: INT32, num_tokens: INT32):  # type: ignore[no-untyped-def]
     slots = op.Shape(state, start=1, end=2)
@@ -58,17 +53,16 @@ def FoldkvTakeRows(table: FLOAT, rows: INT32):  # type: ignore[no-untyped-def]
 
 
 @script(OPSET, default_opset=op)
+def FoldkvReadRows(rows: FLOAT):  # type: ignore[no-untyped-def]
+    # Rows of a cache as float32. A graph with packed rows has the decoder of their format here (optimize/passes/functions.py).
+    return op.Cast(rows, to=1)
+
+
+@script(OPSET, default_opset=op)
 def FoldkvWindowUpdate(window: FLOAT, kv: FLOAT, positions: INT32, num_tokens: INT32):  # type: ignore[no-untyped-def]
     rows = op.Concat(window, op.CastLike(kv, window), axis=1)
     source = FoldkvRingSources(window, positions, num_tokens)
     return rows, FoldkvTakeRows(rows, source)
 
 
-window_update = operator(
-    "FoldkvWindowUpdate",
-    eager=_eager,
-    fake=_fake,
-    function=FoldkvWindowUpdate,
-    inputs=("window", "kv", "positions", "num_tokens"),
-    outputs=("rows", "window"),
-)
+window_update = operator("FoldkvWindowUpdate", eager=_eager, function=FoldkvWindowUpdate)

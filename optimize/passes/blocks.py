@@ -18,7 +18,7 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
 from ...errors import FoldkvError
-from ...export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4
+from ...export.contract.rows import DENSE, row_format
 from ...export.memory import BLOCK_ROOM, block_rows
 from ...export.operators.attention import (
     FoldkvQueryPositions,
@@ -28,17 +28,10 @@ from ...export.operators.attention import (
     FoldkvWindowKeys,
 )
 from ...export.operators.index import FoldkvVisibleEntries
-from ...export.operators.quantize import FoldkvUnpackFp4, FoldkvUnpackFp8
 from ...export.operators.registry import DOMAIN, OPSET
 from ...export.operators.rope import FoldkvRope
-
-_ROWS = "FoldkvBlockRows"
-
-
-@script(OPSET, default_opset=op)
-def FoldkvBlockRows(rows: FLOAT):  # type: ignore[no-untyped-def]
-    # Dense rows as float32; a graph with packed rows has the decoder here.
-    return op.Cast(rows, to=1)
+from ...export.operators.window import FoldkvReadRows
+from .functions import attach, attach_reader
 
 
 @script(OPSET, default_opset=op)
@@ -90,12 +83,12 @@ def FoldkvIndexSelectBlocks(  # type: ignore[no-untyped-def]
     whole = op.Reshape(op.ReduceMin(visible), [1])
     for i in range(op.Squeeze((whole + block - 1) / block)):
         start = i * block
-        keys = FoldkvBlockRows(op.Slice(index_entries, start, op.Min(start + block, whole), [1]))
+        keys = FoldkvReadRows(op.Slice(index_entries, start, op.Min(start + block, whole), [1]))
         best, chosen = FoldkvKeepBest(best, chosen, FoldkvBlockScores(flat, heads, keys), start, k)
     for j in range(op.Squeeze((active - whole + block - 1) / block)):
         first = whole + j * block
         last = op.Min(first + block, active)
-        some = FoldkvBlockRows(op.Slice(index_entries, first, last, [1]))
+        some = FoldkvReadRows(op.Slice(index_entries, first, last, [1]))
         nth = op.Reshape(op.Range(op.Squeeze(first), op.Squeeze(last), op.Constant(value_int=1)), [1, 1, -1])
         scores = op.Where(nth < visible, FoldkvBlockScores(flat, heads, some), op.Constant(value_float=float("-inf")))
         best, chosen = FoldkvKeepBest(best, chosen, scores, first, k)
@@ -148,14 +141,14 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
     limit = op.Unsqueeze(limit, [2, 3])
     for i in range(op.Squeeze((whole + block - 1) / block)):
         start = i * block
-        part = FoldkvBlockRows(op.Slice(entries, start, op.Min(start + block, whole), [1]))
+        part = FoldkvReadRows(op.Slice(entries, start, op.Min(start + block, whole), [1]))
         top, total, sum = FoldkvAbsorb(top, total, sum, FoldkvBlockLogits(scaled, part), part)
     for j in range(op.Squeeze((active - whole + block - 1) / block)):
         first = whole + j * block
         last = op.Min(first + block, active)
         nth = op.Range(op.Squeeze(first), op.Squeeze(last), op.Constant(value_int=1))
         written = op.Unsqueeze(op.Unsqueeze(nth, [0]) < closed, [2])
-        some = op.Where(written, FoldkvBlockRows(op.Slice(entries, first, last, [1])), 0.0)
+        some = op.Where(written, FoldkvReadRows(op.Slice(entries, first, last, [1])), 0.0)
         logits = FoldkvSharedLogits(scaled, some, op.Reshape(nth, [1, 1, 1, -1]) < limit)
         top, total, sum = FoldkvAbsorb(top, total, sum, logits, some)
     return FoldkvRope(sum / total, FoldkvQueryPositions(q, positions), inv_freq, inverse=1)
@@ -201,36 +194,17 @@ def _replace(model: ir.Model, old: ir.Node, reader: ir.Node, function: Any, attr
     graph.insert_before(old, new)
     ir.convenience.replace_all_uses_with(out, value, replace_graph_outputs=True)
     graph.remove(old, safe=True)
-    if (DOMAIN, function.name, "") not in model.functions:
+    given = reader.attributes
+    format_ = given["rows"].value if "rows" in given else DENSE  # injected nodes have it for dense rows too
+    if (DOMAIN, function.name, "") in model.functions:
+        return
+    if row_format(format_).packed:
+        attach_reader(model, function, format_, given["width"].value, given["rotary"].value)
+    else:
         attach(model, function)
-        _decode(model, function.name, reader.attributes)
 
 
 def _graph(node: ir.Node) -> ir.Graph:
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     return graph
-
-
-def _decode(model: ir.Model, name: str, given: Any) -> None:
-    """Let the function ``name`` decode packed rows, if ``given`` says that they are packed."""
-    if "rows" not in given or given["rows"].value == DENSE:  # injected nodes have it for dense rows too
-        return
-    decoder, names = {
-        FP8_DS_MLA: (FoldkvUnpackFp8, ("width", "rotary")),
-        INDEX_FP4: (FoldkvUnpackFp4, ("width",)),
-    }[given["rows"].value]
-    attach(model, decoder)
-    for node in ir.traversal.RecursiveGraphIterator(model.functions[DOMAIN, name, ""].graph):
-        if node.op_type == _ROWS:
-            node.op_type = decoder.name
-            node.attributes.update({key: ir.AttrInt64(key, given[key].value) for key in names})
-
-
-def attach(model: ir.Model, function: Any) -> None:
-    """Add the body of an operator and of the helpers that it calls."""
-    identifier = (DOMAIN, function.name, "")
-    if identifier not in model.functions:
-        model.functions[identifier] = ir.serde.deserialize_function(function.to_function_proto())
-        for called in function.function_ir.get_called_functions().values():
-            attach(model, called)

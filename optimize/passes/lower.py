@@ -11,7 +11,6 @@ sinks, indexer scores, the compressor with its carries, routing, hyper-connectio
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,26 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveU
 from ...artifact import confined
 from ...errors import BuildError
 from ...export.contract.geometry import ModelSpec
-from ...export.contract.layouts import DENSE, LAYOUTS, row_bytes
-from ...export.contract.state import StateTensor
+from ...export.contract.layouts import DENSE, LAYOUTS
+from ...export.contract.operators import STATE
+from ...export.contract.state import STATE_TYPES, StateTensor
 from ...export.external import read_values
 from ...export.memory import gathered_tokens
 from ...export.operators.experts import FoldkvRoutedExperts, bounded_body
-from ...plugins.declarations import PLUGINS, STATE
+from ...plugins.declarations import PLUGINS
 from ...plugins.inject import NAMESPACE_ATTRIBUTE
 from ..kept_weights import fp8_gap
 from .place_weights import place_weights
 
-#: Weights whose matrix product runs in low precision, and state groups whose rows are stored in it.
+#: Weights whose matrix product runs in low precision.
 LOW_PRECISION = (
     r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
     r"layers\.\d+\.ffn\.experts\.(w13|w2)",
     r"layers\.\d+\.ffn\.shared_experts\.w[123]\.weight",
     r"(embed|head)\.weight",
 )
-LOW_STATE = ("window", "entries", "index_entries")
 
-_TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16, "int8": ir.DataType.INT8}  # fmt: skip
+_TYPES = {name: ir.DataType(type_.onnx_type) for name, type_ in STATE_TYPES.items()}
 _PRECISIONS = ("float32", "bfloat16")
 # Folder beside the lowered graph with links to the checkpoint's files, and the size up to which tensors stay in the graph.
 _SOURCE, _INLINE_BYTES = "weights", 256
@@ -99,7 +98,7 @@ def lowered_graph(
     RemoveUnusedFunctionsPass()(model)
     counts: dict[str, Any] = {"weights": 0, "products": 0, "state": 0}
     if precision != "float32" or layout != DENSE:
-        stored = {tensor.input: _stored(tensor, precision, layout, rotary) for tensor in state}
+        stored = {tensor.input: LAYOUTS[layout].stored(tensor, rotary, precision) for tensor in state}
         counts["state"] = _lower_state(model, state, stored)
         state = [stored[tensor.input] for tensor in state]
     if precision != "float32":
@@ -157,16 +156,6 @@ def _link(file: Path, link: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.is_symlink():
         link.symlink_to(file)
-
-
-def _stored(tensor: StateTensor, precision: str, layout: str, rotary: int) -> StateTensor:
-    """A state tensor as the engine keeps it."""
-    if tensor.group not in LOW_STATE:
-        return tensor
-    format_ = LAYOUTS[layout].format_of(tensor.group)
-    if format_ is None or format_ == DENSE:
-        return replace(tensor, dtype=precision)
-    return replace(tensor, dtype="int8", width=row_bytes(format_, tensor.width, rotary))
 
 
 def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, StateTensor]) -> int:

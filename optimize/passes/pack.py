@@ -4,29 +4,24 @@ A served graph quantises a row before it writes it, so keeping the row's bytes i
 quantised now pack, and nodes that read now decode. Only some rows are decoded: the window with the chunk, the chosen
 entries, and the active rows of caches that a step reads as a whole (the index, and the entries of HCA). Nodes that touch
 packed rows have ``rows``, ``rotary`` and ``layout_version``, like injected ones (plugins/declarations.py).
+
+What a node reads and writes is declared in export/contract/operators.py; what a format's bytes are, in its row format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import onnx_ir as ir
 
-from ...export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, LAYOUT_VERSION, LAYOUTS, row_bytes
+from ...errors import InputError
+from ...export.contract.layouts import LAYOUTS
+from ...export.contract.operators import BLOCKS, STATE, WINDOW, OperatorSpec, operator_specs
+from ...export.contract.rows import row_format
 from ...export.contract.state import StateTensor
-from ...export.operators.attention import FoldkvSparseAttentionFp8
-from ...export.operators.compress import FoldkvCompressPackedFp4, FoldkvCompressPackedFp8
-from ...export.operators.compress_online import FoldkvCompressOnlinePackedFp8
-from ...export.operators.quantize import FoldkvPackFp8, FoldkvUnpackFp4, FoldkvUnpackFp8
-from ...export.operators.registry import DOMAIN
-from .blocks import attach
-
-_ATTENTIONS = ("FoldkvWindowAttention", "FoldkvSparseAttention", "FoldkvDenseAttention")
-_BODIES = (
-    FoldkvCompressPackedFp8, FoldkvCompressPackedFp4, FoldkvCompressOnlinePackedFp8, FoldkvSparseAttentionFp8, FoldkvPackFp8, FoldkvUnpackFp8, FoldkvUnpackFp4,
-)  # fmt: skip
+from ...export.operators.registry import DOMAIN, operators
+from ...export.operators.row_formats import body_attributes, row_bodies
+from .functions import attach, attach_reader, attach_writer
 
 
 def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> list[StateTensor]:
@@ -37,71 +32,104 @@ def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotar
         state: its state tensors, in order.
         layout: a layout of packed rows that a served graph supports (optimize/choices.py).
         rotary: channels of a main row that RoPE turns.
+
+    Raises:
+        InputError: graphs cannot read a format of the layout, or the graph does not compute its values.
     """
-    packed = [_packed(tensor, layout, rotary) for tensor in state]
+    packed = [LAYOUTS[layout].stored(tensor, rotary) for tensor in state]
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
-    widths: dict[str, int] = {}
     for old, new in zip(state, packed, strict=True):
         if old == new:
             continue
-        widths[LAYOUTS[layout].format_of(old.group) or DENSE] = old.width
         for name in (old.input, old.output):
             value = values[name]
             value.dtype = ir.DataType.INT8
             if value.shape is not None:
                 value.shape = ir.Shape([*value.shape.dims[:-1], new.width])
-    _Packer(model, widths, rotary).run()
-    for function in _BODIES:
-        attach(model, function)
+    _Packer(model, state, layout, rotary).run()
     return packed
-
-
-def _packed(tensor: StateTensor, layout: str, rotary: int) -> StateTensor:
-    format_ = LAYOUTS[layout].format_of(tensor.group)
-    if format_ is None:
-        return tensor
-    return replace(tensor, dtype="int8", width=row_bytes(format_, tensor.width, rotary))
 
 
 class _Packer:
     """Changes the nodes of one graph."""
 
-    def __init__(self, model: ir.Model, widths: dict[str, int], rotary: int) -> None:
-        self._graph, self._widths, self._rotary = model.graph, widths, rotary
+    def __init__(self, model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> None:
+        self._model, self._graph, self._rotary = model, model.graph, rotary
+        self._specs, self._operators = operator_specs(), operators()
+        self._groups = {tensor.input: tensor.group for tensor in state}
+        self._widths = {tensor.group: tensor.width for tensor in state}
+        self._layout = LAYOUTS[layout]
 
     def run(self) -> None:
         """Change every operator that touches rows; values between operators have no declared type to change."""
         for node in list(self._graph):
-            if node.domain != DOMAIN:
+            spec = self._specs.get(node.op_type) if node.domain == DOMAIN else None
+            if spec is None or not spec.state:
                 continue
-            if node.op_type == "FoldkvWindowUpdate":
-                self._window(node)
-            elif node.op_type == "FoldkvCompressFp8":
-                self._rename(node, "FoldkvCompressPackedFp8", FP8_DS_MLA)
-            elif node.op_type == "FoldkvCompressOnlineFp8":
-                self._rename(node, "FoldkvCompressOnlinePackedFp8", FP8_DS_MLA)
-            elif node.op_type == "FoldkvCompressFp4":
-                self._rename(node, "FoldkvCompressPackedFp4", INDEX_FP4)
-            elif node.op_type == "FoldkvIndexScores":
-                self._read_blocks(node, INDEX_FP4)
-            elif node.op_type in _ATTENTIONS:
-                self._attention(node)
+            if spec.updates:
+                self._write(node, spec)
+            else:
+                for index, tensor in enumerate(spec.inputs):
+                    if tensor.dtype == STATE:
+                        self._read(node, index, tensor.groups[0], tensor.read)
 
-    def _window(self, node: ir.Node) -> None:
-        quantize = node.inputs[1].producer() if node.inputs[1] is not None else None
-        assert quantize is not None and quantize.op_type == "FoldkvQuantizeFp8"
-        self._rename(quantize, "FoldkvPackFp8", FP8_DS_MLA)
-        self._mark(node, FP8_DS_MLA)
-        for value in (*quantize.outputs, *node.outputs):
+    def _format(self, group: str) -> str:
+        """The name of a group's packed format, or "" if its rows are dense."""
+        name = self._layout.format_of(group)
+        return name if name is not None and row_format(name).packed else ""
+
+    def _write(self, node: ir.Node, spec: OperatorSpec) -> None:
+        [place] = [index for index, tensor in enumerate(spec.inputs) if tensor.dtype == STATE]
+        state = node.inputs[place]
+        assert state is not None
+        format_ = self._format(self._groups[state.name or ""])
+        if not format_:
+            return
+        if spec.rounds is not None:
+            self._check(spec, format_)
+            name = f"{node.op_type}Packed"
+            attach_writer(self._model, self._operators[node.op_type].function, format_, name=name)
+            self._rename(node, name, format_)
+            return
+        # It stores what another node has rounded.
+        makers = [value.producer() for value in node.inputs if value is not None]
+        known = [(maker, self._specs.get(maker.op_type)) for maker in makers if maker is not None]
+        rounding = [(maker, declared) for maker, declared in known if declared is not None and declared.rounds]
+        if len(rounding) != 1:
+            raise InputError(
+                f"{node.name} writes rows that nothing has rounded to {format_}. Export with --profile served."
+            )
+        [(maker, declared)] = rounding
+        self._check(declared, format_)
+        pack = row_bodies(format_).pack
+        attach(self._model, pack)
+        self._rename(maker, pack.name, format_)
+        self._mark(node, format_)
+        for value in node.outputs:
             _forget(value)
 
-    def _attention(self, node: ir.Node) -> None:
-        self._read(node, 1, FP8_DS_MLA)
-        if node.op_type == "FoldkvDenseAttention":
-            self._read_blocks(node, FP8_DS_MLA)
-        elif node.op_type == "FoldkvSparseAttention":
-            node.attributes["width"] = ir.AttrInt64("width", self._widths[FP8_DS_MLA])
-            self._rename(node, "FoldkvSparseAttentionFp8", FP8_DS_MLA)
+    @staticmethod
+    def _check(spec: OperatorSpec, format_: str) -> None:
+        if spec.rounds != format_:
+            raise InputError(
+                f"{spec.name} rounds to the values of {spec.rounds}, which rows in {format_} do not hold. "
+                "Choose another layout."
+            )
+
+    def _read(self, node: ir.Node, index: int, group: str, how: str) -> None:
+        format_, width = self._format(group), self._widths[group]
+        if not format_:
+            return
+        if how == WINDOW:
+            self._decode(node, index, format_, width)
+        elif how == BLOCKS:  # optimize/passes/blocks.py lets it read blocks of rows, and decode each
+            self._mark(node, format_)
+            node.attributes["width"] = ir.AttrInt64("width", width)
+        else:
+            name = f"{node.op_type}Packed"
+            function = self._operators[node.op_type].function
+            attach_reader(self._model, function, format_, width, self._rotary, name=name)
+            self._rename(node, name, format_)
 
     def _rename(self, node: ir.Node, op_type: str, format_: str) -> None:
         node.op_type = op_type
@@ -112,31 +140,19 @@ class _Packer:
     def _mark(self, node: ir.Node, format_: str) -> None:
         node.attributes["rows"] = ir.AttrString("rows", format_)
         node.attributes["rotary"] = ir.AttrInt64("rotary", self._rotary)
-        node.attributes["layout_version"] = ir.AttrInt64("layout_version", LAYOUT_VERSION)
+        node.attributes["layout_version"] = ir.AttrInt64("layout_version", row_format(format_).version)
 
-    def _read(self, node: ir.Node, index: int, format_: str) -> None:
+    def _decode(self, node: ir.Node, index: int, format_: str, width: int) -> None:
         """Let a node read decoded rows instead."""
-        rows = node.inputs[index]
+        rows, unpack = node.inputs[index], row_bodies(format_).unpack
         assert rows is not None
-        attributes: dict[str, Any] = {"width": self._widths[format_]}
-        if format_ == FP8_DS_MLA:
-            attributes["rotary"] = self._rotary
-        decode = ir.node(
-            "FoldkvUnpackFp8" if format_ == FP8_DS_MLA else "FoldkvUnpackFp4", [rows], attributes=attributes, domain=DOMAIN,
-            name=f"{node.name}_unpack_{index}",
-        )  # fmt: skip
-        self._insert(node, decode, ir.DataType.FLOAT)
-        node.replace_input_with(index, decode.outputs[0])
-
-    def _read_blocks(self, node: ir.Node, format_: str) -> None:
-        """Tell a node that reads in blocks (optimize/passes/blocks.py) what it reads."""
-        self._mark(node, format_)
-        node.attributes["width"] = ir.AttrInt64("width", self._widths[format_])
-
-    def _insert(self, before: ir.Node, node: ir.Node, dtype: ir.DataType) -> None:
-        value = node.outputs[0]
-        value.name, value.dtype = f"{node.name}_out", dtype
-        self._graph.insert_before(before, node)
+        attach(self._model, unpack)
+        attributes = {"width": width} | body_attributes(row_format(format_), self._rotary)
+        decode = ir.node(unpack.name, [rows], attributes=attributes, domain=DOMAIN, name=f"{node.name}_unpack_{index}")
+        value = decode.outputs[0]
+        value.name, value.dtype = f"{decode.name}_out", ir.DataType.FLOAT
+        self._graph.insert_before(node, decode)
+        node.replace_input_with(index, value)
 
 
 def _forget(value: ir.Value) -> None:

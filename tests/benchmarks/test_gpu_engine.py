@@ -19,6 +19,8 @@ from foldkv.optimize.plan_file import check_plan
 from foldkv.plugins.cuda import device_count
 from foldkv.runtime.engine import library_logger
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 prepare_engine: Any = pytest.importorskip("prepare_engine")
 step_engine: Any = pytest.importorskip("step_engine")

@@ -21,6 +21,8 @@ from stand_in import StandIn
 
 from foldkv.errors import MissingDependencyError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def parcel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -14,7 +14,7 @@ SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily
 YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 8, "beta_slow": 1}
 
 BASE: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
+    "vocab_size": 61, "hidden_size": 24, "num_attention_heads": 4, "head_dim": 16,
     "q_lora_rank": 12, "o_groups": 2, "o_lora_rank": 8, "sliding_window": 8, "index_n_heads": 24,
     "index_head_dim": 12, "index_topk": 3, "n_routed_experts": 5, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "num_hash_layers": 1, "hc_mult": 4, "hc_sinkhorn_iters": 20,
@@ -22,24 +22,26 @@ BASE: dict[str, Any] = {
     "layer_types": [SLIDING, CSA, HCA], "compress_rates": {CSA: 4, HCA: 8}, "rope_parameters": YARN,
 }  # fmt: skip
 
-#: Geometry that the released checkpoints do not have but the code must not rely on.
+#: Geometry that the released checkpoints do not have but the code must not rely on. All kinds of layers in one model are
+#: the first's; the others have no layer that their geometry does not concern, because each is traced.
 CONFIGS: dict[str, dict[str, Any]] = {
     "all_kinds": {},
-    "odd_ratios": {"compress_rates": {CSA: 3, HCA: 5}, "sliding_window": 7},
-    "csa_first_topk_beyond_entries": {"layer_types": [CSA, CSA, HCA], "index_topk": 64},
-    "hca_only_many_hash_layers": {"layer_types": [HCA, HCA, HCA], "num_hash_layers": 3, "compress_rates": {HCA: 6}},
-    "sliding_only_no_hash": {"layer_types": [SLIDING] * 3, "num_hash_layers": 0, "sliding_window": 5},
+    "odd_ratios": {"layer_types": [CSA, HCA], "compress_rates": {CSA: 3, HCA: 5}, "sliding_window": 7},
+    "csa_first_topk_beyond_entries": {"layer_types": [CSA, HCA], "index_topk": 64},
+    "hca_only_many_hash_layers": {"layer_types": [HCA, HCA], "num_hash_layers": 2, "compress_rates": {HCA: 6}},
+    "sliding_only_no_hash": {"layer_types": [SLIDING], "num_hash_layers": 0, "sliding_window": 5},
     "one_head_one_group_two_streams": {
-        "num_attention_heads": 1, "o_groups": 1, "hc_mult": 2, "hc_sinkhorn_iters": 3, "num_experts_per_tok": 5,
+        "layer_types": [CSA, HCA], "num_attention_heads": 1, "o_groups": 1, "hc_mult": 2, "hc_sinkhorn_iters": 3, "num_experts_per_tok": 5,
         "rope_parameters": None, "index_topk": 1,
     },
-    "ratio_one_and_window_of_three": {"compress_rates": {CSA: 1, HCA: 2}, "sliding_window": 3, "index_topk": 4},
+    "ratio_one_and_window_of_three": {"layer_types": [CSA, HCA], "compress_rates": {CSA: 1, HCA: 2}, "sliding_window": 3, "index_topk": 4},
 }  # fmt: skip
 
 
 def random_reference(seed: int = 0, **overrides: Any) -> DeepseekV4ForCausalLM:
     """A float32 model with every parameter random, none at its neutral initial value."""
-    config = DeepseekV4Config(**{**BASE, **overrides}, attn_implementation="eager")
+    settings = BASE | overrides
+    config = DeepseekV4Config(**settings, num_hidden_layers=len(settings["layer_types"]), attn_implementation="eager")
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(config).float().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

@@ -49,9 +49,7 @@ def test_a_file_has_the_same_bytes_and_as_many_blocks_at_its_second_place(tmp_pa
     assert target.read_bytes() == content
 
 
-def test_an_interrupted_copy_goes_on_unless_its_source_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_copy_goes_on_unless_its_source_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_reflink", lambda *_: (_ for _ in ()).throw(OSError(18, "no")))
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "no")))
     monkeypatch.setattr(files, "_CHUNK", 1 << 16)
@@ -87,5 +85,5 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path: Path) -> None:
         place_file(tmp_path / "nothing", tmp_path / "out" / "b")
     assert caught.value.exit_code == 2
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(FoldkvError, match="Not a directory|File exists"):
+    with pytest.raises(FoldkvError, match=r"Not a directory|File exists"):
         place_file(tmp_path / "file", tmp_path / "file" / "b")

@@ -15,6 +15,8 @@ from foldkv.export.contract.state import state_tensors, total_bytes
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.operators.index import visible_entries
 
+pytestmark = pytest.mark.slow
+
 CONTEXT, VOCAB = 64, 61
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Sums of a chunk and of a token are taken in another order: float32 rounding, logits of about 1.

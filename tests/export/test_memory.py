@@ -106,6 +106,7 @@ def test_a_session_allocates_what_the_plan_says(
 # Activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "chunk", "context"), [(1, 1024, 4096), (1, 64, 65536)])
 def test_a_chunk_takes_what_the_plan_estimates(
     tiny_checkpoint: Path, tiny_bundle: Path, batch: int, chunk: int, context: int

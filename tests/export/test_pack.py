@@ -26,9 +26,11 @@ def test_a_packed_bundle_needs_nothing_else_and_its_lock_has_the_digests(
     assert set(ways) == {"model.safetensors"} and [row.name for row in rows] == ["model.safetensors"]
     shutil.rmtree(source)
     manifest, lock = read_locked(tmp_path / "packed")
-    assert lock.verified and lock.files["model.safetensors"].sha256 == hashlib.sha256(
-        (tiny_checkpoint / "model.safetensors").read_bytes()
-    ).hexdigest()
+    assert (
+        lock.verified
+        and lock.files["model.safetensors"].sha256
+        == hashlib.sha256((tiny_checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    )
     manifest["inputs"]["checkpoint"]["path"] = "/nowhere"
     (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest))
     prompt = [list(range(40, 90))]

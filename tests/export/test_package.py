@@ -244,5 +244,7 @@ def test_a_full_size_checkpoint_is_exported_without_reading_a_weight(model: str,
     size = sum(path.stat().st_size for path in (tmp_path / "graph").rglob("*") if path.is_file())
     seconds = after.ru_utime + after.ru_stime - start.ru_utime - start.ru_stime
     assert peak < 1.5 * 2**30 and size < 20 * 2**20 and seconds < 120, (peak, size, seconds)
-    headers = sum(facts.header_bytes for facts in WeightsLock.read(tmp_path / "graph" / "weights.lock.json").files.values())
+    headers = sum(
+        facts.header_bytes for facts in WeightsLock.read(tmp_path / "graph" / "weights.lock.json").files.values()
+    )
     assert read < headers * 3 + (1 << 30), "no weight is read"

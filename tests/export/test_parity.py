@@ -19,6 +19,8 @@ from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
 from foldkv.export.contract.state import state_tensors
 from foldkv.export.model.decoder import Decoder, new_state
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # largest logit difference; logits have a standard deviation of about 1
 CONTEXT = 96
 

@@ -11,7 +11,7 @@ import torch
 from onnxscript import FLOAT, INT8, script
 from torch import Tensor
 
-from foldkv.export.contract.layouts import FP8_DS_MLA, INDEX_FP4
+from foldkv.export.contract.rows import FP8_DS_MLA, INDEX_FP4
 from foldkv.export.operators.quantize import (
     FoldkvPackFp4,
     FoldkvPackFp8,
@@ -22,7 +22,7 @@ from foldkv.export.operators.quantize import (
     quantize_fp4,
     quantize_fp8,
 )
-from foldkv.export.operators.rows import pack, unpack
+from foldkv.export.operators.row_formats import pack, unpack
 
 ROTARY, WIDTH = 16, 128
 

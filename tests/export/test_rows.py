@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foldkv.errors import InputError
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_bytes
-from foldkv.export.operators.rows import pack, unpack
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format
+from foldkv.export.operators.row_formats import pack, unpack
 
 FORMATS = [(FP8_DS_MLA, 64), (INDEX_FP8, 0), (INDEX_FP4, 0)]
 #: Channels that share a scale, largest code, half a step relative to a value, and half a step at zero.
@@ -102,8 +102,8 @@ def test_a_scale_is_the_smallest_that_fits(format_: str, largest: float, power: 
 def test_row_sizes(format_: str, width: int, rotary: int, size: int) -> None:
     data = pack(torch.randn(3, 5, width), format_, rotary)
     assert data.shape == (3, 5, size) and data.dtype == torch.int8
-    assert row_bytes(format_, width, rotary) == size
-    assert row_bytes(DENSE, width, rotary) == 2 * width
+    assert row_format(format_).row_bytes(width, rotary) == size
+    assert row_format(DENSE).row_bytes(width, rotary) == 2 * width
 
 
 def test_bytes_without_a_meaning_are_zero() -> None:

@@ -113,11 +113,11 @@ def case(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """A checkpoint and its served graph."""
-    folder = tiny_checkpoint
-    if request.param != "trained":
-        folder = tmp_path_factory.mktemp(request.param)
-        make = request.getfixturevalue("make_reference_once")
-        make(seed=len(request.param), **BASE, **SERVED[request.param]).save_pretrained(folder)
+    if request.param == "trained":
+        return tiny_checkpoint, request.getfixturevalue("served_graph")
+    folder = tmp_path_factory.mktemp(request.param)
+    make = request.getfixturevalue("make_reference_once")
+    make(seed=len(request.param), **BASE, **SERVED[request.param]).save_pretrained(folder)
     return folder, export_checkpoint(folder, tmp_path_factory.mktemp("graph") / "graph", profile="served")
 
 
@@ -163,6 +163,7 @@ def oracle(folder: Path, ids: Tensor) -> tuple[Decoder, OracleRun]:
         return decoder, served_forward(decoder, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "splits", [[150], [1] * 30 + [120], [3, 8, 1, 17, 31, 33, 57]], ids=["whole", "decode", "chunks"]
 )
@@ -189,6 +190,7 @@ def test_the_graph_computes_what_the_oracle_computes(case: tuple[Path, Path], sp
         assert agreement(have, want) > 0.98, tensor.name
 
 
+@pytest.mark.slow
 def test_every_chunk_edge_gives_the_oracles_rows_and_logits(tiny_checkpoint: Path) -> None:
     ids = prompt(tiny_checkpoint, 40)
     decoder, expected = oracle(tiny_checkpoint, ids)
@@ -206,6 +208,7 @@ def test_every_chunk_edge_gives_the_oracles_rows_and_logits(tiny_checkpoint: Pat
         assert float(difference.median()) < 1e-4 and float(difference.max()) < 0.5, split
 
 
+@pytest.mark.slow
 def test_served_is_another_computation_than_hf(tiny_checkpoint: Path) -> None:
     """The comparison with the oracle would mean little if the profile changed nothing."""
     ids = prompt(tiny_checkpoint, 150)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -19,7 +21,6 @@ from engine import HostDriver, library
 from lowered import lowered
 from onnx_ir.passes.common import InlinePass
 from onnxscript import FLOAT, script
-from recorded import Recorded
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import ArtifactError, BuildError, InputError, MissingDependencyError
@@ -27,7 +28,8 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.state import StateTensor, total_bytes
 from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
-from foldkv.optimize.build import build_bundles
+from foldkv.manifests import BundleManifest, read
+from foldkv.optimize.build import build_bundles, reasons_to_build
 from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.plan_file import check_plan, read_plan_header
@@ -37,6 +39,7 @@ from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import KernelImage
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.inject import inject
+from foldkv.records import to_json
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
 from foldkv.runtime.buffers import StateSpec, plan_bytes
@@ -165,6 +168,7 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]} == expected
     assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 17
     assert manifest["layout"] == layout
+    assert load_bundle(folder).in_place == tuple(row["name"] for row in manifest["state"]), "plugins write all of it"
     plan = (folder / "engine.plan").read_bytes()
     assert check_plan(plan, sm=89)["sm"] == [89] and b"FoldkvSparseAttention" in plan
     for row in manifest["kernels"]["files"]:
@@ -175,21 +179,23 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert listed == {row["name"] for row in manifest["kernels"]["files"]}
     # The fields are in the plan, whole: they are what the engine will launch by.
     for text in (
-        load_bundle(folder).manifest["kernels"]["library"],
+        load_bundle(folder).manifest.kernels.library,
         *{"fp8+fp4": ("fp8_ds_mla", "index_fp4")}.get(layout, ()),
     ):
         assert plan.count(text.encode()) >= (17 if text == manifest["kernels"]["library"] else 2)
 
 
-def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
+def test_a_session_over_an_engine_takes_what_build_wrote(
     plugin_engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to the engine itself, which the stand-in of the library refuses."""
     folder = next(iter(plugin_engines.values()))
-    manifest, driver = Recorded(read_manifest(folder, kind="foldkv.bundle")), HostDriver()
-    version = manifest["tool_versions"]["tensorrt-rtx"]
-    monkeypatch.setattr(bundle_module, "read_manifest", lambda folder, kind: manifest)
-    monkeypatch.setattr(bundle_module, "device_capability", lambda: manifest["target"]["sm"])
+    manifest, driver = read(BundleManifest, folder), HostDriver()
+    on_disk = {**read_manifest(folder, kind="foldkv.bundle")}
+    assert {key: on_disk[key] for key in manifest.content()} == manifest.content()
+    assert on_disk.keys() == {*to_json(manifest), "schema_version", "kind"}
+    version = manifest.tool_versions["tensorrt-rtx"]
+    monkeypatch.setattr(bundle_module, "device_capability", lambda: manifest.target.sm)
     monkeypatch.setattr(cuda_module, "cuda_driver", lambda: driver)
     monkeypatch.setattr(engine_module.importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(engine_module.importlib, "import_module", lambda name: library(driver))
@@ -198,8 +204,8 @@ def test_every_key_that_a_session_over_an_engine_reads_is_written_by_build(
     monkeypatch.setattr(engine_module, "register_plugins", lambda trt: None)
     with pytest.raises(ArtifactError, match="cannot be deserialised here"):
         Session(folder)
-    assert manifest.missing <= {"linked"} and kernels
-    assert {"shapes.context", "kernels.library", "plugins[].kernels", "engine.plugin_layers"} <= manifest.read
+    assert manifest.kernels is not None and len(kernels) == len(manifest.kernels.files) > 0
+    assert {"0.window", "1.entries"} <= set(manifest.in_place)
 
 
 def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph: Path, tmp_path: Path) -> None:
@@ -212,7 +218,7 @@ def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph
     assert manifest["engine"]["plugin_layers"] == sum(row["nodes"] for row in found.values()) == 17
     assert found["FoldkvCompressFp8"]["rows"] == ["fp8_ds_mla"] and found["FoldkvCompressFp4"]["rows"] == ["index_fp4"]
     assert (manifest["profile"], manifest["layout"]) == ("served", "fp8+fp4")
-    assert load_bundle(tmp_path / "l40s").manifest["kernels"]["library"]
+    assert load_bundle(tmp_path / "l40s").manifest.kernels.library
 
 
 @script()
@@ -323,3 +329,13 @@ def test_a_graph_that_the_parser_refuses_is_an_error_with_its_reason(tmp_path: P
     (tmp_path / "model.onnx").write_bytes(b"this is no graph")
     with pytest.raises(BuildError):
         build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, state=[], shapes=Shapes())
+
+
+def test_other_tokens_that_end_a_text_are_another_bundle(tiny_graph: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """generation_config.json is in no file of the package; only the manifest has its tokens."""
+    graph = shutil.copytree(tiny_graph, tmp_path / "graph")
+    assert reasons_to_build(graph, tiny_bundle.parent, ["cpu"]) == {"cpu": ""}
+    manifest = json.loads((graph / "manifest.json").read_text())
+    manifest["model"]["eos_token_ids"] = [7]
+    (graph / "manifest.json").write_text(json.dumps(manifest))
+    assert "special tokens" in reasons_to_build(graph, tiny_bundle.parent, ["cpu"])["cpu"]

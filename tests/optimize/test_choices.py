@@ -10,8 +10,9 @@ import pytest
 from foldkv import packages
 from foldkv.errors import InputError, MissingDependencyError
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.contract.layouts import BUILT, DENSE, LAYOUTS
+from foldkv.export.contract.layouts import BUILT, LAYOUTS
 from foldkv.export.contract.profiles import PROFILES
+from foldkv.export.contract.rows import DENSE
 from foldkv.export.package import read_package
 from foldkv.export.stitch import flat_model
 from foldkv.optimize import choices

@@ -14,7 +14,7 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.memory import parameter_count, parameter_groups, plan_memory
 from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
-from foldkv.optimize.kept_weights import FORMATS, fp8_gap, kept_formats, stored_format, weight_bytes_in
+from foldkv.optimize.kept_weights import FORMATS, fp8_gap, stored_format, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -30,7 +30,7 @@ def plan(target: Target, **sizes: int) -> TargetPlan:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=str)
 def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
-    kept = kept_formats(target.sm)
+    kept = target.backend.weights
     if target.sm is None:  # a bundle of the cpu keeps weights as its package has them
         assert kept == ("float32", "bf16", "fp8", "fp4")
         return

@@ -9,7 +9,6 @@ import pytest
 
 from foldkv.export.package import read_package
 from foldkv.optimize import history
-from foldkv.optimize.build import TargetResult
 from foldkv.optimize.history import (
     BUILD,
     EXPORT,
@@ -20,6 +19,7 @@ from foldkv.optimize.history import (
     record_builds,
     record_export,
 )
+from foldkv.optimize.outcome import TargetResult
 
 MEGA = 1 << 20
 

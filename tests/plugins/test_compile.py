@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +20,8 @@ from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernel
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Kernel, kernels
 from foldkv.plugins.model import model_kernels, operator_calls
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 #: What is compiled in every run, by layout, profile and model; the page of kernels has more, and all of it is checked but the figures.
@@ -52,9 +56,12 @@ def wanted() -> Iterator[tuple[Kernel, int]]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Kernel, int], CompiledKernel]:
+def compiled() -> dict[tuple[Kernel, int], CompiledKernel]:
+    """The kernels, kept between runs for as long as neither they nor the compiler's settings change."""
+    settings = hashlib.sha256((ROOT / "plugins" / "compile.py").read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")) / f"tests-{settings}"
     pairs = list(dict.fromkeys(wanted()))
-    rows = compile_kernels(pairs, cache=tmp_path_factory.mktemp("cache"))
+    rows = compile_kernels(pairs, cache=cache)
     return dict(zip(pairs, rows, strict=True))
 
 
@@ -67,7 +74,6 @@ def is_hot(kernel: Kernel) -> bool:
     return name == "index_scores" or (name == "attention" and dict(kernel.constants).get("SPAN", 0) > 0)
 
 
-@pytest.mark.slow
 def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> None:
     for (kernel, sm), row in compiled.items():
         assert row.shared <= SHARED_LIMITS[sm] and row.tensor_memory <= 512, kernel
@@ -80,7 +86,6 @@ def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> 
     assert {sm for (kernel, sm) in compiled if is_hot(kernel)} == {sm for *_, sms in SAMPLE for sm in sms}
 
 
-@pytest.mark.slow
 def test_the_page_of_kernels_is_current(compiled: Compiled) -> None:
     text = table.PAGE.read_text(encoding="utf-8")
     assert f"Triton {triton_version()}." in text
@@ -105,14 +110,12 @@ def test_the_page_of_kernels_is_current(compiled: Compiled) -> None:
     assert checked == len(compiled)
 
 
-@pytest.mark.slow
 def test_parameters_of_the_ptx_are_the_arguments_in_order(compiled: Compiled) -> None:
     for (kernel, _), row in compiled.items():
         declared = ["u64" if type_.startswith("*") else "u32" for _, type_ in kernel.arguments if type_]
         assert ptx_parameters(row.ptx) == [*declared, "u64", "u64"], "and two pointers to scratch memory that none uses"
 
 
-@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_the_ptx(compiled: Compiled) -> None:
     for row in compiled.values():
         assert not re.search(r"\.file|\.loc\b|(/[\w.-]+){3}", row.ptx)

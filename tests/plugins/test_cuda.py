@@ -12,7 +12,7 @@ from cases import FORMS, ROTARY, Case, make_case
 from driver import CUresult, FakeDriver
 
 from foldkv.errors import FoldkvError, MissingDependencyError
-from foldkv.export.contract.layouts import DENSE, FP8_DS_MLA
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA
 from foldkv.plugins.cuda import KernelImage, Launcher, cuda_driver, device_capability
 from foldkv.plugins.launch import Argument, Plan, plan
 
@@ -48,6 +48,7 @@ def launch(launcher: Launcher, driver: FakeDriver, case: Case, steps: Plan) -> S
     return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [DECODE, PREFILL], ids=["decode", "prefill"])
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
 def test_every_operator_through_the_launcher(operator: str, rows: str, call: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from foldkv.export.package import KIND, read_package
 from foldkv.export.stitch import flat_model
 from foldkv.optimize.build import build_bundles
 from foldkv.plugins.declarations import BODIES, FIELDS, PLUGINS, PluginSpec
-from foldkv.plugins.inject import inject, inject_nodes, strip_injection
+from foldkv.plugins.inject import inject, inject_nodes, strip_injection, updated_in_place
 from foldkv.runtime.session import Session
 
 SPARSE = PLUGINS["FoldkvSparseAttention"]
@@ -101,6 +101,28 @@ def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
     for node in model.graph.node:
         names = [attribute.name for attribute in node.attribute]
         assert len(set(names)) == len(names), "an attribute is written once"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_state_that_a_plugin_writes_is_updated_in_place_and_no_other(
+    tiny_graph: Path, served_graph: Path, profile: str
+) -> None:
+    graph = {"hf": tiny_graph, "served": served_graph}[profile]
+    state = read_manifest(graph, kind=KIND)["state"]
+
+    def in_place(operators: set[str]) -> set[str]:
+        model = onnx.load(graph / "model.onnx", load_external_data=False)
+        inject_nodes(model, state, rotary=16, **A100, plugins=[PLUGINS[name] for name in operators])
+        names = updated_in_place(model, state)
+        assert names == [row["name"] for row in state if row["name"] in names], "in the order of the state"
+        return set(names)
+
+    assert in_place(set(PLUGINS)) == {row["name"] for row in state}
+    assert in_place({"FoldkvSparseAttention"}) == set()
+    online = {"hf": "FoldkvCompressOnline", "served": "FoldkvCompressOnlineFp8"}[profile]
+    assert in_place({online, "FoldkvIndexScores"}) == {"2.entries", "2.carry"}
+    assert in_place({"FoldkvWindowUpdate"}) == {row["name"] for row in state if row["group"] == "window"}
+    assert updated_in_place(onnx.load(graph / "model.onnx", load_external_data=False), state) == []
 
 
 def test_a_layout_that_does_not_hold_the_values_of_a_served_graph_is_refused(

@@ -17,10 +17,11 @@ import torch
 from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
 
-from foldkv.export.contract.layouts import DENSE, LAYOUT_VERSION
+from foldkv.export.contract.operators import STATE
+from foldkv.export.contract.rows import DENSE
 from foldkv.plugins import tensorrt
 from foldkv.plugins.cuda import KernelImage
-from foldkv.plugins.declarations import FIELDS, NAMESPACE, PLUGINS, STATE
+from foldkv.plugins.declarations import FIELDS, LAYOUT_VERSION, NAMESPACE, PLUGINS
 from foldkv.plugins.launch import kernels
 from foldkv.plugins.tensorrt import provide_kernels, read_fields, register_plugins, release_kernels
 

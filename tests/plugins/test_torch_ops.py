@@ -29,6 +29,8 @@ from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Kernel, Plan
 from foldkv.plugins.torch_ops import KernelOperators, LaunchPlan, new_state, use, use_kernels
 
+pytestmark = pytest.mark.slow
+
 SM = 90
 #: Small enough for the interpreter: every kind of layer, windows that close in either.
 SMALL = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,22 @@ from whole import whole_model
 
 from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.export.contract.state import StateTensor
 from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import Device
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine as engine_module
-from foldkv.runtime.buffers import StateBuffers, StateSpec, StateTensor
+from foldkv.runtime.buffers import StateBuffers, StateSpec
 from foldkv.runtime.bundle import load_bundle
-from foldkv.runtime.engine import DeviceBuffers, updated_in_place
+from foldkv.runtime.engine import DeviceBuffers
 from foldkv.runtime.session import Session
 
 PROMPTS = [[84, 104, 101, *range(40, 90)], [65, 66, 67]]
 
 
-def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version: str = "1.0") -> Path:
+def make_bundle(
+    source: Path, folder: Path, *, plan: str | None = None, version: str = "1.0", in_place: Sequence[str] = ()
+) -> Path:
     """A bundle that says it holds an engine; the plan names the model that computes it."""
     content = json.loads((source / "manifest.json").read_text())
     rest = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "files")}
@@ -38,8 +41,8 @@ def make_bundle(source: Path, folder: Path, *, plan: str | None = None, version:
         plan = str(whole_model(shared / "graph", shared / "graph-whole").resolve())
     (folder / "engine.plan").write_text(plan)
     rest |= {
-        "backend": "tensorrt-rtx", "target": {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
-        "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "kernels": None,
+        "backend": "tensorrt-rtx", "target": content["target"] | {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
+        "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "in_place": list(in_place), "kernels": None,
         "shapes": {"batch": [1, 1, 4], "chunk": [1, 1, 16], "context": [64, 256, 1024]},
     }  # fmt: skip
     write_manifest(folder, kind="foldkv.bundle", content=rest)
@@ -81,14 +84,22 @@ def test_a_session_over_an_engine_decodes_as_one_over_a_graph(
     assert_given_back(gpu)
 
 
-def test_only_state_that_a_plugin_writes_is_one_buffer(tiny_bundle: Path, gpu: HostDriver) -> None:
+def test_state_that_the_manifest_says_is_updated_in_place_is_one_buffer(
+    tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
+) -> None:
+    tensors = load_bundle(tiny_bundle).state.tensors
+    carries = [tensor.name for tensor in tensors if "carry" in tensor.group]
+    folder = make_bundle(tiny_bundle, tmp_path, in_place=carries)
+    assert load_bundle(folder).in_place == tuple(carries)
+    with Session(folder, context=256) as session:
+        once = sum(tensor.bytes(256) for tensor in tensors if tensor.name in carries)
+        assert session.state_bytes == 2 * sum(tensor.bytes(256) for tensor in tensors) - once
+    assert_given_back(gpu)
+
+
+def test_buffers_that_are_not_updated_in_place_are_swapped(tiny_bundle: Path, gpu: HostDriver) -> None:
     state = load_bundle(tiny_bundle).state
     names = {tensor.name for tensor in state.tensors}
-    written = {"FoldkvWindowUpdate", "FoldkvCompress", "FoldkvCompressOnline", "FoldkvSparseAttention"}
-    assert updated_in_place(state, written) == names and updated_in_place(state, []) == set()
-    served = {"FoldkvWindowUpdate", "FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
-    assert updated_in_place(state, served) == names
-    assert updated_in_place(state, ["FoldkvCompressOnline"]) == {"2.entries", "2.carry"}
     buffers = DeviceBuffers(Device(gpu), state, 256, 1, in_place=["2.carry"])
     before, targets = dict(buffers.addresses), buffers.targets
     assert {name for name in names if before[name] == targets[name]} == {"2.carry"}

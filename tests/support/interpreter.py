@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from foldkv.export.contract.layouts import DENSE
-from foldkv.plugins.declarations import PLUGINS, STATE
+from foldkv.export.contract.operators import STATE
+from foldkv.export.contract.rows import DENSE
+from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

@@ -21,16 +21,19 @@ from checkpoints import random_checkpoint
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from foldkv.artifact import MANIFEST, staged, write_manifest
+from foldkv.artifact import MANIFEST, staged
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.package import export_checkpoint, read_package
 from foldkv.export.roles import lock_of, sources_of
+from foldkv.manifests import GraphInputs, write
 from foldkv.optimize.build import build_bundles
 from foldkv.validation.result import ValidationResult
 from foldkv.validation.runners import OracleRunner, TransformersRunner
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
+
+pytestmark = pytest.mark.slow
 
 SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)
 Damage = Callable[["Model"], None]
@@ -76,7 +79,7 @@ class Model:
 
     def __init__(self, graph: Path) -> None:
         self.package = read_package(graph)
-        files = {name: row["file"] for name, row in self.package.manifest["segments"].items()}
+        files = {name: row.file for name, row in self.package.manifest.segments.items()}
         self.files = files
         self.segments = {name: onnx.load(graph / file) for name, file in files.items()}
         self.values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -98,17 +101,14 @@ def damaged_bundle(graph: Path, folder: Path, damage: Damage) -> Path:
             tensors[name] = model.values[name](tensors[name].clone()).contiguous()
         save_file(tensors, file, metadata={"format": "pt"})
     source = Checkpoint(checkpoint)
-    content = {
-        key: value for key, value in model.package.manifest.items() if key not in ("files", "kind", "schema_version")
-    }
     with staged(folder / "graph", kind="foldkv.graph") as work:
         shutil.copytree(graph, work, dirs_exist_ok=True)
         for name, file in model.files.items():
             onnx.save(model.segments[name], work / file)
         lock_of(source, sources_of(source)).write(work / "weights.lock.json")
         (work / "manifest.json").unlink()
-        made = content["inputs"]["checkpoint"] | {"path": str(checkpoint)}
-        write_manifest(work, kind="foldkv.graph", content=content | {"inputs": {"checkpoint": made}})
+        made = replace(model.package.manifest.inputs.checkpoint, path=str(checkpoint), files=None)
+        write(work, replace(model.package.manifest, inputs=GraphInputs(made)))
     report = build_bundles(folder / "graph", folder, ["cpu"])
     assert report.exit_code == EXIT_OK, report.results
     return report.results[0].folder

@@ -198,7 +198,8 @@ def tampered(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(SETTINGS, max_examples=250)
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=120)
 @given(config=tampered())
 def test_any_mixture_of_spellings_is_read_as_transformers_reads_it_or_refused(config: dict[str, Any]) -> None:
     text = json.dumps(config)

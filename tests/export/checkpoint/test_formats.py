@@ -23,7 +23,6 @@ from whole import first_chunk, logits, whole_model
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.formats import byte_pairs, byte_values, dequantised, format_of, scale_values
 from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint, released_name
-from foldkv.export.package import export_checkpoint
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -95,8 +94,8 @@ def test_values_are_those_of_transformers_bit_for_bit() -> None:
 
 
 @pytest.fixture(scope="module", params=["instruct", "base"])
-def released(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_checkpoint(tiny_checkpoint, tmp_path_factory.mktemp("released") / request.param, request.param)
+def released(request: pytest.FixtureRequest, released_checkpoint: Callable[[str], Path]) -> Path:
+    return released_checkpoint(request.param)
 
 
 def test_a_released_checkpoint_has_the_values_that_transformers_reads(released: Path) -> None:
@@ -196,9 +195,9 @@ def test_the_block_size_is_checked(spoiled: Path) -> None:
 
 
 def test_a_released_checkpoint_exports_to_a_graph_that_gives_the_logits_of_transformers(
-    released: Path, tmp_path: Path
+    released: Path, released_graph: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    graph = export_checkpoint(released, tmp_path / "graph")
+    graph = released_graph(released.name.removeprefix("released-"))
     theirs = DeepseekV4ForCausalLM.from_pretrained(released, dtype=torch.float32, attn_implementation="eager")
     ids = np.random.default_rng(1).integers(0, 256, (1, 90))
     found = logits(whole_model(graph, tmp_path / "whole"), first_chunk(graph, ids, 128))

@@ -15,14 +15,14 @@ from checkpoints import small_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foldkv.artifact import read_manifest
 from foldkv.config import ExportConfig, PipelineConfig
 from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.checkpoint.reader import INDEX, Checkpoint, decoder_from_checkpoint, end_tokens, released_name
-from foldkv.export.package import KIND, export_checkpoint
+from foldkv.export.package import export_checkpoint
 from foldkv.export.roles import lock_of, sources_of
 from foldkv.export.stitch import read_parts
+from foldkv.manifests import GraphManifest, read
 from foldkv.pipeline import export_changes, preview
 
 
@@ -263,21 +263,20 @@ def test_a_pointer_of_git_lfs_is_named(saved: Path) -> None:
         Checkpoint(saved)
 
 
+@pytest.mark.slow
 def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permission(
     make_reference: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint"
-    make_reference(
-        5, num_hidden_layers=1, layer_types=["sliding_attention"], num_hash_layers=0, n_routed_experts=2
-    ).save_pretrained(folder)
+    make_reference(5, layer_types=["sliding_attention"], num_hash_layers=0, n_routed_experts=2).save_pretrained(folder)
     expected = spec_from_file(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"my_router": 1, "unsloth_fixed": True}))
     with pytest.raises(CheckpointError, match="unknown key 'my_router'"):
         Checkpoint(folder)
     graph = export_checkpoint(folder, tmp_path / "graph", allow_unknown_keys=["my_router", "absent"])
-    made = read_manifest(graph, kind=KIND)["inputs"]["checkpoint"]
-    assert made["allowed_unknown_keys"] == ["my_router"]
+    made = read(GraphManifest, graph)
+    assert made.inputs.checkpoint.allowed_unknown_keys == ("my_router",)
     assert json.loads((graph / "config.json").read_text()) == config
     assert spec_from_file(graph / "config.json") == expected
     pipeline = PipelineConfig(version=1, checkpoint=str(folder), output=str(tmp_path))
@@ -285,7 +284,7 @@ def test_a_package_records_which_keys_were_allowed_and_its_config_needs_no_permi
         preview(pipeline)
     allowing = pipeline.model_copy(update={"export": ExportConfig(allow_unknown_keys=["my_router"])})
     source = Checkpoint(folder, allow_unknown_keys=["my_router"])
-    assert not export_changes(allowing, source, graph, read_manifest(graph, kind=KIND))
+    assert not export_changes(allowing, source, graph, made)
 
 
 @pytest.mark.parametrize(

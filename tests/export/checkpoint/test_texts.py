@@ -13,10 +13,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from foldkv.artifact import read_manifest
 from foldkv.config import PipelineConfig
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.checkpoint.texts import tokenizer_json
+from foldkv.manifests import GraphManifest, read
 from foldkv.pipeline import export_changes
 from foldkv.runtime.tokenizer import Tokenizer as Ours
 
@@ -135,7 +135,7 @@ def test_a_pipeline_exports_again_when_the_tokenizer_or_what_ends_a_text_has_cha
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(tiny_checkpoint / name, tmp_path)
     config = PipelineConfig.model_validate({"version": 1, "checkpoint": str(tmp_path), "output": "out"})
-    manifest = read_manifest(tiny_graph, kind="foldkv.graph")
+    manifest = read(GraphManifest, tiny_graph)
     assert not export_changes(config, Checkpoint(tmp_path), tiny_graph, manifest)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text("{}")

@@ -1,0 +1,289 @@
+"""The operators of the domain ``foldkv``, each declared once. Standard library only.
+
+From a declaration follow: the schemas in ONNX and torch (export/operators/registry.py), the shapes of outputs, the plugin
+(plugins/declarations.py), how many nodes a graph must have (:func:`expected_operators`), which state a node updates in
+place (plugins/inject.py), and how graphs with packed rows read and write them (optimize/passes/). CONTRIBUTING.md has the
+steps for a new operator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...errors import InputError
+from .geometry import CSA, HCA, SLIDING, ModelSpec
+from .profiles import HF, PROFILES, SERVED
+from .rows import FP8_DS_MLA, INDEX_FP4
+from .state import ONLINE_ROWS
+
+#: The type of tensors whose last axis is a row of the state.
+STATE = "state"
+#: How an operator reads rows of the state: all of a window and a chunk, a whole cache block by block, or chosen entries.
+WINDOW, BLOCKS, CHOSEN = "window", "blocks", "chosen"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of an operator.
+
+    Attributes:
+        name: as the operator declares it.
+        dims: one per axis: a number, a symbol, or a sum of symbols ("W + S"); "..." stands for any number of axes.
+        dtype: "float32", "int32", "int64", or "state" for rows of the state. These have the engine's type and D channels, or
+            they are packed bytes (int8), and the last axis is the bytes of a row.
+        groups: the state groups that it can belong to.
+        read: of rows that are only read: WINDOW, BLOCKS or CHOSEN; "" for others.
+        may_end: whether a backend can omit columns at the end that no query can choose.
+    """
+
+    name: str
+    dims: tuple[str | int, ...]
+    dtype: str = "float32"
+    groups: tuple[str, ...] = ()
+    read: str = ""
+    may_end: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.dims)
+
+    def stored_dims(self, *, packed: bool) -> tuple[str | int, ...]:
+        """The axes as stored: packed rows of the state end in ``ROW`` bytes."""
+        return (*self.dims[:-1], "ROW") if self.dtype == STATE and packed else self.dims
+
+
+@dataclass(frozen=True)
+class OperatorSpec:
+    """One operator: ``FoldkvXxx`` in ONNX, ``torch.ops.foldkv.xxx`` in torch.
+
+    Attributes:
+        name: in ONNX.
+        inputs: tensors, in order.
+        outputs: tensors, in order.
+        attributes: name to type (int or float), in order; in torch they follow the inputs.
+        updates: output index to the index of the state input whose next value it is.
+        rounds: the row format to whose values it rounds what it returns or writes; None if it does not round.
+        layers: how many nodes a layer of each kind has.
+        profiles: of the graphs that have it.
+        plugin: version of its plugin; None if it is a function body in every engine.
+        no_plugin: why it has none.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attributes: Mapping[str, type] = field(default_factory=dict)
+    updates: Mapping[int, int] = field(default_factory=dict)
+    rounds: str | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
+    profiles: tuple[str, ...] = PROFILES
+    plugin: str | None = None
+    no_plugin: str = ""
+
+    @property
+    def state(self) -> tuple[TensorSpec, ...]:
+        """The inputs that are rows of the state, in order."""
+        return tuple(tensor for tensor in self.inputs if tensor.dtype == STATE)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The state groups that it can read, carries too."""
+        return tuple(dict.fromkeys(group for tensor in self.inputs for group in tensor.groups))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The state groups that it can update."""
+        changed = (self.inputs[index] for index in self.updates.values())
+        return tuple(dict.fromkeys(group for tensor in changed for group in tensor.groups))
+
+
+_OPERATORS: dict[str, OperatorSpec] = {}
+
+
+def register_operator(spec: OperatorSpec) -> OperatorSpec:
+    """Make an operator known; its torch and ONNX definitions are given to export/operators/registry.py.
+
+    Raises:
+        InputError: another operator has that name, or an update connects tensors that differ.
+    """
+    for out, given in spec.updates.items():
+        if spec.outputs[out].dims != spec.inputs[given].dims:
+            raise InputError(
+                f"{spec.name} updates {spec.inputs[given].name} {spec.inputs[given].dims} by {spec.outputs[out].name} "
+                f"{spec.outputs[out].dims}; expected equal axes."
+            )
+    if _OPERATORS.setdefault(spec.name, spec) != spec:
+        raise InputError(f"operator {spec.name!r} is declared twice, in different ways. Give one another name.")
+    return spec
+
+
+def operator_spec(name: str) -> OperatorSpec:
+    """The declaration of an operator.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in _OPERATORS:
+        raise InputError(
+            f"operator {name!r} is not known; expected one of {', '.join(_OPERATORS)}. "
+            "An operator of your own is declared with export.contract.operators.register_operator."
+        )
+    return _OPERATORS[name]
+
+
+def operator_specs() -> dict[str, OperatorSpec]:
+    """Every declared operator by name, in the order of declaration."""
+    return dict(_OPERATORS)
+
+
+def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
+    """How many nodes of each operator a model's graph must have, by name in alphabetical order, without zeros."""
+    kinds = Counter(spec.layer_types)
+    counts = {
+        name: sum(one.layers.get(kind, 0) * count for kind, count in kinds.items())
+        for name, one in sorted(_OPERATORS.items())
+        if profile in one.profiles
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+_ANY = ("...", "D")
+_EACH = {SLIDING: 1, CSA: 1, HCA: 1}
+_NO_STATE = "it reads no compressed KV"
+
+_POSITIONS = (TensorSpec("positions", ("B",), "int32"), TensorSpec("num_tokens", ("B",), "int32"))
+_QUERY = TensorSpec("q", ("B", "S", "H", "D"))
+_ROWS = TensorSpec("rows", ("B", "W + S", "D"), STATE, ("window",), WINDOW)
+_WINDOW = TensorSpec("window", ("B", "W", "D"), STATE, ("window",))
+_SINKS, _FREQUENCIES = TensorSpec("sinks", ("H",)), TensorSpec("inv_freq", ("P",))
+_CONTEXT = TensorSpec("active_context", (1,), "int64")
+_OUT = (TensorSpec("out", ("B", "S", "H", "D")),)
+_SCORES = TensorSpec("scores", ("B", "S", "E"), may_end=True)
+
+
+def _entries(*groups: str, read: str = "", name: str = "entries") -> TensorSpec:
+    return TensorSpec(name, ("B", "E", "D"), STATE, groups, read)
+
+
+def _compressed(*prefixes: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of CSA's compression, for the groups with these prefixes."""
+    written = (
+        _entries(*(f"{prefix}entries" for prefix in prefixes)),
+        TensorSpec("carry_kv", ("B", "R", "C"), groups=tuple(f"{prefix}carry_kv" for prefix in prefixes)),
+        TensorSpec("carry_gate", ("B", "R", "C"), groups=tuple(f"{prefix}carry_gate" for prefix in prefixes)),
+    )
+    chunk = (TensorSpec("kv", ("B", "S", "C")), TensorSpec("gate", ("B", "S", "C")), TensorSpec("bias", ("T", "C")))
+    return (*written, *chunk, TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS), written
+
+
+def _compress(
+    name: str, *prefixes: str, plugin: str, more: tuple[TensorSpec, ...] = (),
+    rotary: bool = False, rounds: str | None = None, nodes: int = 1,
+) -> OperatorSpec:  # fmt: skip
+    """CSA's compression; every form writes entries and both carries."""
+    inputs, outputs = _compressed(*prefixes)
+    return OperatorSpec(
+        name, (*inputs, *more), outputs,
+        attributes={**({"rotary": int} if rotary else {}), "ratio": int, "eps": float},
+        updates={0: 0, 1: 1, 2: 2}, rounds=rounds, layers={CSA: nodes},
+        profiles=(SERVED,) if rounds else (HF,), plugin=plugin,
+    )  # fmt: skip
+
+
+def _compress_online(name: str, *, rotary: bool = False, rounds: str | None = None) -> OperatorSpec:
+    """HCA's compression; every form writes entries and the carry."""
+    written = (_entries("entries"), TensorSpec("carry", ("B", ONLINE_ROWS, "D"), groups=("carry",)))
+    chunk = (TensorSpec("kv", ("B", "S", "D")), TensorSpec("gate", ("B", "S", "D")), TensorSpec("bias", ("T", "D")))
+    return OperatorSpec(
+        name, (*written, *chunk, TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS), written,
+        attributes={**({"rotary": int} if rotary else {}), "ratio": int, "eps": float},
+        updates={0: 0, 1: 1}, rounds=rounds, layers={HCA: 1},
+        profiles=(SERVED,) if rounds else (HF,), plugin="1",
+    )  # fmt: skip
+
+
+for _spec in (
+    OperatorSpec(
+        "FoldkvWindowUpdate",
+        inputs=(_WINDOW, TensorSpec("kv", ("B", "S", "D")), *_POSITIONS),
+        outputs=(_ROWS, _WINDOW),
+        updates={1: 0}, layers=_EACH, plugin="1",
+    ),
+    _compress("FoldkvCompress", "", "index_", plugin="2", nodes=2),
+    _compress("FoldkvCompressFp8", "", plugin="2", rotary=True, rounds=FP8_DS_MLA),
+    _compress(
+        "FoldkvCompressFp4", "index_", plugin="2", more=(TensorSpec("hadamard", ("D", "D")),), rounds=INDEX_FP4
+    ),
+    _compress_online("FoldkvCompressOnline"),
+    _compress_online("FoldkvCompressOnlineFp8", rotary=True, rounds=FP8_DS_MLA),
+    OperatorSpec(
+        "FoldkvIndexScores",
+        inputs=(
+            _QUERY, TensorSpec("weights", ("B", "S", "H")),
+            _entries("index_entries", read=BLOCKS, name="index_entries"), _POSITIONS[0], _CONTEXT,
+        ),
+        outputs=(_SCORES,),
+        attributes={"ratio": int}, layers={CSA: 1}, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvIndexSelect",
+        inputs=(_SCORES, _POSITIONS[0]),
+        outputs=(TensorSpec("chosen", ("B", "S", "topk"), "int32"),),
+        attributes={"ratio": int, "topk": int}, layers={CSA: 1}, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvWindowAttention",
+        inputs=(_QUERY, _ROWS, _SINKS, _FREQUENCIES, *_POSITIONS),
+        outputs=_OUT, layers={SLIDING: 1}, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvSparseAttention",
+        inputs=(
+            _QUERY, _ROWS, _entries("entries", read=CHOSEN), TensorSpec("chosen", ("B", "S", "K"), "int32"), _SINKS,
+            _FREQUENCIES, *_POSITIONS,
+        ),
+        outputs=_OUT, layers={CSA: 1}, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvDenseAttention",
+        inputs=(_QUERY, _ROWS, _entries("entries", read=BLOCKS), _SINKS, _FREQUENCIES, *_POSITIONS, _CONTEXT),
+        outputs=_OUT, attributes={"ratio": int}, layers={HCA: 1}, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvRope",
+        inputs=(TensorSpec("x", ("B", "S", "H", "D")), TensorSpec("positions", ("B", "S"), "int64"), _FREQUENCIES),
+        outputs=(TensorSpec("turned", ("B", "S", "H", "D")),),
+        attributes={"inverse": int}, layers={SLIDING: 2, CSA: 3, HCA: 2},
+        no_plugin="TensorRT fuses it with the projection before it",
+    ),
+    OperatorSpec(
+        "FoldkvSinkhorn",
+        inputs=(TensorSpec("matrix", ("...", "N", "N")),), outputs=(TensorSpec("balanced", ("...", "N", "N")),),
+        attributes={"iterations": int, "eps": float}, layers={SLIDING: 2, CSA: 2, HCA: 2}, no_plugin=_NO_STATE,
+    ),
+    OperatorSpec(
+        "FoldkvRoutedExperts",
+        inputs=(
+            TensorSpec("x", ("T", "C")), TensorSpec("chosen", ("T", "K"), "int64"), TensorSpec("weights", ("T", "K")),
+            TensorSpec("w13", ("X", "2I", "C")), TensorSpec("w2", ("X", "C", "I")),
+        ),
+        outputs=(TensorSpec("y", ("T", "C")),),
+        attributes={"limit": float}, layers=_EACH, no_plugin=_NO_STATE,
+    ),
+    OperatorSpec(
+        "FoldkvQuantizeFp8",
+        inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
+        attributes={"rotary": int}, rounds=FP8_DS_MLA, layers=_EACH, profiles=(SERVED,),
+        no_plugin="rounding before a row is written, in graphs of the profile served",
+    ),
+    OperatorSpec(
+        "FoldkvQuantizeFp4",
+        inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
+        rounds=INDEX_FP4, layers={CSA: 1}, profiles=(SERVED,),
+        no_plugin="rounding of the indexer's queries, in graphs of the profile served",
+    ),
+):  # fmt: skip
+    register_operator(_spec)

@@ -1,0 +1,171 @@
+"""What `foldkv plan` says: the figures as facts, and the same as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+from .export.contract.geometry import ModelSpec
+from .export.memory import OFFERED, MemoryPlan, parameter_count, plan_memory, weight_bytes
+from .optimize.fit import TargetPlan, export_estimate, graph_bytes, plan_targets
+from .optimize.history import Estimate, read_runs
+from .optimize.kept_weights import FORMATS
+from .optimize.targets import resolve_targets
+from .tables import table
+from .units import duration_text, size_text
+
+
+@dataclass(frozen=True)
+class Said:
+    """What there is to say: facts for `--json`, or lines."""
+
+    facts: dict[str, Any]
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is planned for: tokens per sequence, sequences, and the context that was asked for."""
+
+    context: int
+    batch: int
+    asked: int
+
+    def facts(self, **more: int) -> dict[str, int]:
+        """As JSON values; the context that was asked for only if it was more than the model takes."""
+        asked = {"context_asked": self.asked} if self.asked != self.context else {}
+        return {"context": self.context, "batch": self.batch, **more, **asked}
+
+
+def plan_layouts(spec: ModelSpec, sizes: Sizes, layout: str | None) -> Said:
+    """Caches and weights of a model in one row format, or in all that targets keep.
+
+    Raises:
+        InputError: the format is unknown, or the model does not have it.
+    """
+    plans = []
+    for name in [layout] if layout else OFFERED:
+        try:
+            plans.append(plan_memory(spec, context=sizes.context, batch=sizes.batch, layout=name))
+        except InputError:
+            if layout or name == "bf16":
+                raise
+    facts = []
+    for plan in plans:
+        weights = weight_bytes(spec, plan.layout)
+        facts.append(plan.to_dict() | {"weights": weights, "total_with_weights": weights + plan.total})
+    lines = [f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}"]
+    rows = [["layout", "window", "entries", "index", "carry", "caches", "of V3.2", "weights", "total"]]
+    lines += table([*rows, *(_layout_row(spec, plan) for plan in plans)], numbers=tuple(range(1, 9)))
+    if any(plan.layout not in OFFERED for plan in plans):
+        lines.append(f"No target keeps {layout} yet; these are the bytes that it would take.")
+    lines.append(
+        f"V3.2 in fp8 at this context: {size_text(plans[0].v32)}. The share compares the parts that grow with the context."
+    )
+    return Said({"parameters": parameter_count(spec), **sizes.facts(), "plans": facts}, lines)
+
+
+def _layout_row(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
+    groups, weights = plan.groups, weight_bytes(spec, plan.layout)
+    carry = sum(size for name, size in groups.items() if "carry" in name)
+    parts = [groups["window"], groups.get("entries", 0), groups.get("index_entries", 0), carry, plan.total]
+    share = f"{100 * plan.share_of_v32:.2f} %"
+    return [plan.layout, *map(size_text, parts), share, size_text(weights), size_text(weights + plan.total)]
+
+
+def plan_on_targets(
+    spec: ModelSpec, stored: str, names: Sequence[str], sizes: Sizes, layout: str | None, *, chunk: int, profile: str,
+    plugins: bool | None, max_context: bool,
+) -> Said:  # fmt: skip
+    """Whether a model fits on targets; arguments and errors as of ``optimize.fit.plan_targets``."""
+    targets, runs = resolve_targets(names), read_runs()
+    plans = plan_targets(
+        spec, targets, layout=layout, runs=runs, stored=stored, context=sizes.context, batch=sizes.batch, chunk=chunk,
+        plugins=plugins, profile=profile, max_context=max_context,
+    )  # fmt: skip
+    export, graph = export_estimate(spec, runs, stored), graph_bytes(spec)
+    facts = {
+        "parameters": parameter_count(spec), **sizes.facts(chunk=chunk), "profile": profile, "stored": stored,
+        "graph": graph, "export_seconds": export.to_dict() if export else None,
+        "targets": [plan.to_dict() for plan in plans],
+    }  # fmt: skip
+    head = (
+        f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}, chunks of {chunk}"
+    )
+    held = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
+    rows = [
+        ["target", "memory", "rows", "caches", "activations", *(f"{n}, {size_text(size)}" for n, size in held.items())]
+    ]
+    for plan in plans:
+        cells = [size_text(plan.capacity), plan.layout, size_text(plan.caches), size_text(plan.activation_bytes)]
+        rows.append([plan.target.name, *cells, *(_verdict(plan, name) for name in held)])
+    lines = [
+        head,
+        *table(rows, numbers=(1, 3, 4)),
+        *(_largest_contexts(plans, list(held)) if max_context else ()),
+        *_disk_and_time(plans, graph, export),
+        *_assumptions(plans),
+    ]
+    return Said(facts, lines)
+
+
+def _verdict(plan: TargetPlan, format_: str) -> str:
+    """Whether the model fits with weights in a format. If not: what one device lacks, and how many GPUs it takes.
+
+    The format that a build writes is marked.
+    """
+    if format_ not in plan.weights:
+        return "not kept"
+    over, devices, mark = plan.over(format_), plan.devices(format_), " *" if format_ == plan.built_in else ""
+    if not over:
+        return f"fits{mark}"
+    if not plan.target.backend.gpu:
+        return f"{size_text(over)} over{mark}"
+    if devices is None:  # caches and activations alone are too large, even if many GPUs share the weights
+        return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
+    return f"{size_text(over)} over, {devices} GPUs{mark}"
+
+
+def _largest_contexts(plans: Sequence[TargetPlan], formats: Sequence[str]) -> list[str]:
+    rows = [["target", "rows", *formats]]
+    for plan in plans:
+        found = [plan.max_context.get(name) for name in formats]
+        cells = ["not kept" if tokens is None else f"{tokens:,}" if tokens else "none" for tokens in found]
+        rows.append([plan.target.name, plan.layout, *cells])
+    return ["", "largest context that fits on one device", *table(rows, numbers=tuple(range(2, 2 + len(formats))))]
+
+
+def _disk_and_time(plans: Sequence[TargetPlan], graph: int, export: Estimate | None) -> list[str]:
+    rows = [["stage", "on disk", "time"], ["export", size_text(graph), time_text(export)]]
+    shown = {plan.target.name: plan for plan in plans}  # a target's bundle has the same size with any row format
+    for name, plan in shown.items():
+        time = "not on this machine (see --json)" if plan.missing else time_text(plan.build)
+        rows.append([f"build {name}", size_text(plan.bundle), time])
+    return ["", *table(rows, numbers=(1,)), ""]
+
+
+def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
+    marked = "`foldkv build` writes the format marked with *: quantised experts as they are stored, plain ones in the type of their products."
+    lines = [marked]
+    if any(plan.target.backend.gpu for plan in plans):
+        lines.append(
+            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
+        )
+    if any(plan.activations.largest == "experts" for plan in plans):
+        lines.append(
+            "Activations are estimates. In engines, at most 1 GiB of them are experts' weights, gathered for a few tokens at a time."
+        )
+    else:
+        lines.append("Activations are estimates. They are largest in attention and grow with chunk and context.")
+    return lines
+
+
+def time_text(found: Estimate | None) -> str:
+    """An estimate in words."""
+    if found is None:
+        return "no comparable runs yet"
+    low, high = duration_text(found.low), duration_text(found.high)
+    span = high if low == high else f"{low} to {high}"
+    return f"{span} (estimate from {found.runs} run{'s' if found.runs > 1 else ''} on this machine)"
