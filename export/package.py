@@ -112,7 +112,7 @@ def stored_as(sources: Sources) -> dict[str, int]:
 
 def _manifest(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources) -> GraphManifest:
     checkpoint = CheckpointFacts(
-        path=str(source.folder),
+        path=str(source.folder.absolute()),
         texts=source.texts_digest(),
         allowed_unknown_keys=tuple(source.allowed_keys),
         sha256=source.identity(),

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
+import onnx.parser
+import onnx.shape_inference
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ from .operators.experts import grouped_body
 from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
 from .roles import EMBED, EXPERTS, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
 from .trace import LOGITS, add_functions, operator_counts, quiet, tidy
+from .trace_cache import traced_once
 
 STEP = "step"
 STREAMS, TOKENS = "streams", "tokens"
@@ -56,6 +59,9 @@ _AFTER = "after"
 CHOSEN = "chosen"
 # Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
 _BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
+_IR_VERSION = 10  # what torch.onnx.export writes
+# Facts of a model that no single layer depends on, or that the key of its trace has for its own layer.
+_NOT_OF_A_LAYER = ("num_layers", "layer_types", "ratios", "hash_layers", "bos_token_id", "eos_token_ids")
 
 
 @dataclass(frozen=True)
@@ -167,22 +173,6 @@ class _OneLayer(nn.Module):
         return [out, *after]
 
 
-class _Step(nn.Module):
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        return positions.long().unsqueeze(1) + torch.arange(input_ids.shape[1]).unsqueeze(0)
-
-
-class _Embed(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.count = spec.hc_mult
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        streams: Tensor = self.embed(input_ids).unsqueeze(2).expand(-1, -1, self.count, -1)
-        return streams
-
-
 class _Head(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -202,34 +192,76 @@ class _Head(nn.Module):
 
 
 def _step() -> Segment:
-    dim = _dimensions()
-    arguments = (torch.zeros(_BATCH, _CHUNK, dtype=torch.int64), torch.zeros(_BATCH, dtype=torch.int32))
-    model = _export(_Step(), arguments, ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"]}))
+    """Written by hand: tracing two operators would take seconds."""
+    model = _written("""
+        step (int64[batch, chunk] input_ids, int32[batch] positions) => (int64[batch, chunk] tokens) {
+            zero = Constant <value_int = 0> ()
+            one = Constant <value_int = 1> ()
+            axis = Constant <value_ints = [1]> ()
+            sizes = Shape <start = 1, end = 2> (input_ids)
+            length = Squeeze (sizes)
+            offsets = Range (zero, length, one)
+            held = Cast <to = 7> (positions)
+            first = Unsqueeze (held, axis)
+            tokens = Add (first, offsets)
+        }
+    """)
     return _finish(STEP, model, ("input_ids", "positions"), (TOKENS,), (), {})
 
 
 def _embed(spec: ModelSpec, roles: Mapping[str, Source]) -> Segment:
-    dim = _dimensions()
-    with torch.device("meta"):
-        module = _Embed(spec)
-    ids = torch.zeros(_BATCH, _CHUNK, dtype=torch.int64)
-    model = _export(_hollow(module), (ids,), ({0: dim["batch"], 1: dim["chunk"]},))
+    """Written by hand, as :func:`_step`."""
+    streams = f"[batch, chunk, {spec.hc_mult}, {spec.hidden_size}]"
+    model = _written(f"""
+        embed (int64[batch, chunk] input_ids, float[{spec.vocab_size}, {spec.hidden_size}] table) => (float{streams} streams) {{
+            axis = Constant <value_ints = [2]> ()
+            copies = Constant <value_ints = [1, 1, {spec.hc_mult}, 1]> ()
+            rows = Gather (table, input_ids)
+            one = Unsqueeze (rows, axis)
+            streams = Expand (one, copies)
+        }}
+    """)
+    model.graph.inputs[1].name = "embed.weight"
     return _finish(EMBED, model, ("input_ids",), (STREAMS,), (), roles)
 
 
+def _written(text: str) -> ir.Model:
+    """A graph from its text, in the versions of traced ones."""
+    head = f'<ir_version: {_IR_VERSION}, opset_import: ["" : {ONNX_OPSET}]>'
+    model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(head + text))
+    return ir.from_proto(model)
+
+
 def _head(spec: ModelSpec, roles: Mapping[str, Source]) -> Segment:
-    dim = _dimensions()
-    with torch.device("meta"):
-        module = _Head(spec)
-    arguments = (
-        torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _KEPT, dtype=torch.int64)
-    )  # fmt: skip
-    shapes = ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"], 1: dim["kept"]})
-    model = _export(_hollow(module), arguments, shapes)
+    def trace() -> ir.Model:
+        dim = _dimensions()
+        with torch.device("meta"):
+            module = _Head(spec)
+        arguments = (
+            torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _KEPT, dtype=torch.int64)
+        )  # fmt: skip
+        shapes = ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"], 1: dim["kept"]})
+        return _weights_as_inputs(_export(_hollow(module), arguments, shapes), set(module.state_dict()))
+
+    model = traced_once(["head", _geometry(spec)], trace)
     return _finish(HEAD, model, (STREAMS, "logit_indices"), (LOGITS,), (), roles)
 
 
 def _layer(spec: ModelSpec, layer: int, profile: str, name: str, roles: Mapping[str, Source]) -> Segment:
+    rows = [row for row in state_tensors(spec) if row.layer == layer]
+    kind = [spec.layer_types[layer], spec.ratios[layer], spec.hash_layers[layer]]
+    model = traced_once(["layer", profile, *kind, _geometry(spec)], lambda: _traced_layer(spec, layer, profile))
+    segment = _finish(name, model, _ARGUMENTS, (_AFTER,), tuple(row.group for row in rows), roles)
+    _declare(segment, spec, rows)
+    return segment
+
+
+def _geometry(spec: ModelSpec) -> dict[str, object]:
+    """What all layers of a model have in common."""
+    return {key: value for key, value in spec.to_dict().items() if key not in _NOT_OF_A_LAYER}
+
+
+def _traced_layer(spec: ModelSpec, layer: int, profile: str) -> ir.Model:
     with torch.device("meta"):
         module = Layer(spec, layer, profile)
     kind = spec.layer_types[layer]
@@ -250,10 +282,17 @@ def _layer(spec: ModelSpec, layer: int, profile: str, name: str, roles: Mapping[
     model = _export(_OneLayer(_hollow(module)), arguments, shapes)  # type: ignore[arg-type]
     for key in list(model.graph.initializers):
         model.graph.initializers[key].name = key.removeprefix("layer.")
-    groups = tuple(row.group for row in rows)
-    segment = _finish(name, model, _ARGUMENTS, (_AFTER,), groups, roles)
-    _declare(segment, spec, rows)
-    return segment
+    return _weights_as_inputs(model, set(module.state_dict()))
+
+
+def _weights_as_inputs(model: ir.Model, names: set[str]) -> ir.Model:
+    """Tidy a traced graph, and turn its weights into inputs; what is left is small."""
+    tidy(model)
+    for name in sorted(names & model.graph.initializers.keys()):
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+    return model
 
 
 def _declare(segment: Segment, spec: ModelSpec, rows: Iterable[StateTensor]) -> None:
@@ -319,16 +358,17 @@ def _finish(
 ) -> Segment:  # fmt: skip
     """Name inputs and outputs, turn every weight into an input, and attach the operators' bodies."""
     graph = model.graph
-    for value, label in zip(graph.inputs, [*arguments, *map(past, groups)], strict=True):
+    for value, label in zip(graph.inputs, [*arguments, *map(past, groups)], strict=False):
         value.name = label
     for value, label in zip(graph.outputs, [*outputs, *map(present, groups)], strict=True):
         value.name = label
-    tidy(model)
+    traced = {value.name or "": value for value in graph.inputs[len(arguments) + len(groups) :]}
+    del graph.inputs[len(arguments) + len(groups) :]
     for role, source in roles.items():
         if isinstance(source, Packed):
             _take_packed(model, role, source)
         else:
-            _take(model, role, source)
+            _take(model, role, source, traced)
     made = [packed.exponents(), packed.block_scale(), packed.partial_block_scale()]
     made += [_experts_body(source) for source in roles.values() if isinstance(source, Packed)]
     if any(role.startswith(EXPERTS) and _narrow(source) for role, source in roles.items()):
@@ -355,12 +395,12 @@ def _scaled(source: Packed) -> bool:
     return bool(onnx_dtype(source.scales) == ir.DataType.FLOAT)
 
 
-def _take(model: ir.Model, role: str, source: Plain | Quantised) -> None:
+def _take(model: ir.Model, role: str, source: Plain | Quantised, traced: Mapping[str, ir.Value]) -> None:
     """Let the graph take a stored weight as an input, and convert it to the type that the traced graph has."""
     graph = model.graph
-    if role not in graph.initializers:
+    if role not in traced:
         raise FoldkvError(f"the traced segment has no weight {role}. Report this as a fault of foldkv.")
-    value = graph.initializers.pop(role)
+    value = traced[role]
     stored = _input(model, role, onnx_dtype(source.weight), source.weight.shape)
     if isinstance(source, Quantised):
         nodes = _dequantise(model, role, stored, source)
@@ -437,8 +477,6 @@ def _take_packed(model: ir.Model, role: str, source: Packed) -> None:
     """Give the routed experts their packed weights instead of float32 ones."""
     graph = model.graph
     node = next(node for node in graph if node.op_type == "FoldkvRoutedExperts")
-    for weight in (f"{role}.w13", f"{role}.w2"):
-        graph.initializers.pop(weight)
     given = [
         _input(model, f"{role}.codes", ir.DataType.INT8, source.codes.shape),
         _input(model, f"{role}.scales", onnx_dtype(source.scales), source.scales.shape),

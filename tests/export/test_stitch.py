@@ -11,9 +11,9 @@ import torch
 from transformers import DeepseekV4ForCausalLM
 from whole import opened, whole_model
 
+from foldkv.export.contract.operators import expected_operators
 from foldkv.export.package import export_checkpoint, read_package
 from foldkv.export.stitch import flat_model
-from foldkv.export.trace import expected_operators
 
 CONTEXT = 80
 
