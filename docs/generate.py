@@ -28,7 +28,6 @@ output = "out"                     # out/graph, out/bundles/<target>, out/report
 
 [export]
 profile = "hf"                     # "served": what deployed systems compute
-weights = "float32"                # "reference": the checkpoint's files in place, "repack": copied as they are stored
 allow_unknown_keys = []            # keys of config.json to ignore, although foldkv does not know what they change
 
 [build]
@@ -98,7 +97,7 @@ A command that waits for another process, because both write the same folder, na
 
 A signal ends a command and its child processes within two seconds. Artifacts are written beside their destination and renamed when
 they are complete, so an interrupted command leaves the old artifact or none. The next run removes what a killed process left.
-`export --weights repack` keeps the files that it has copied and continues with them.
+`pack` keeps the weights that it has copied and continues with them.
 
 With `--json`, an error is also an object on stdout; the exit code stays the same:
 

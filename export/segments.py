@@ -229,6 +229,8 @@ def _written(text: str) -> ir.Model:
     """A graph from its text, in the versions of traced ones."""
     head = f'<ir_version: {_IR_VERSION}, opset_import: ["" : {ONNX_OPSET}]>'
     model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(head + text))
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
     return ir.from_proto(model)
 
 

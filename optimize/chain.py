@@ -64,7 +64,8 @@ def placement(package: Package, name: str, *, place: bool = True) -> Placement:
     first = package.lock.weights[owners[0]]
     for role, weight in first.items():
         matrix = weight.dtype == "F8_E4M3" and scale_name(role) in first
-        if place and role != "embed.weight" and (weight.dtype in _NARROW or matrix):
+        small = len(weight.shape) == 1  # vectors take no room, and norms are one node only with a float32 weight
+        if (place or small) and role != "embed.weight" and (weight.dtype in _NARROW or matrix):
             found.widened.add(role)
     found.rows = in_place_rows(package.lock, owners, EXPERTS)
     return found

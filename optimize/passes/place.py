@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...export.checkpoint.reader import scale_name
+
 
 def take_float32(model: ir.Model, role: str) -> None:
     """Let a segment take a weight in float32, and not convert it itself; in place."""
@@ -33,3 +35,5 @@ def take_float32(model: ir.Model, role: str) -> None:
         before = [value.producer() for value in dead.inputs if value is not None]
         graph.remove(dead, safe=True)
         pending += before
+    for given in [value for value in graph.inputs if value.name == scale_name(role) and not value.uses()]:
+        graph.inputs.remove(given)  # the values have their scale in them

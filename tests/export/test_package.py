@@ -121,7 +121,8 @@ def test_every_form_of_weights_is_exported_by_one_path_and_computes_what_pytorch
         [result] = build_bundles(graph, tmp_path / str(place), ["cpu"], place=place).results
         assert result.status == "built", result.reason
         np.testing.assert_allclose(bundle_logits(result.folder), expected, atol=2e-4, rtol=0)
-        assert (result.folder / "placed.bin").exists() == (place or form == "plain")
+        placed = (result.folder / "placed.bin").stat().st_size
+        assert placed > 3e5 if place or form == "plain" else placed < 1e5
     assert before == {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
 
 
@@ -150,8 +151,9 @@ def test_segments_do_not_depend_on_any_value_or_on_how_files_are_cut(
         tensors |= load_file(file)
         file.unlink()
     table = {}
+    numbers = dict(zip(sorted(tensors), np.random.default_rng(0).integers(0, 4, len(tensors)), strict=True))
     for number in range(4):
-        part = {name: value for at, (name, value) in enumerate(sorted(tensors.items())) if at % 4 == number}
+        part = {name: value for name, value in tensors.items() if numbers[name] == number}
         save_file(part, cut / f"part-{number}.safetensors")
         table |= dict.fromkeys(part, f"part-{number}.safetensors")
     (cut / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
