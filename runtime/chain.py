@@ -3,9 +3,6 @@
 The graphs hold no weights. Every call binds its own: ranges of mapped files. State buffers are bound as ``past.X`` and as
 ``present.X``, so caches are updated in place. The streams go back and forth between two buffers. What all layers share
 (positions, angles, masks) is made once per step by the segment ``step``, in buffers that every layer has bound.
-
-All sessions of the process share one pool of threads: with a pool each they would wait for work at the same time and take
-the processors from one another.
 """
 
 from __future__ import annotations
@@ -30,13 +27,13 @@ from .buffers import StateBuffers
 from .bundle import Bundle
 from .weight_files import TYPES, WeightFiles, check_indices
 
+#: Models with smaller weights are computed with one thread, unless the caller says otherwise.
+SMALL_BYTES = 64 << 20
 _STREAMS, _AFTER, _PAST, _PRESENT = "streams", "after", "past.", "present."
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 _SIZE = re.compile(r"(batch|chunk|kept)(?: ([+*]) (\d+))?")
 #: Called with a layer or None, the streams [B, S, N, C] after it, and other outputs by name.
 Observer = Callable[[int | None, FloatArray, Mapping[str, npt.NDArray[Any]]], None]
-# Threads of the process's one pool, once it exists.
-_pool: list[int] = []
 
 
 class ChainModel:
@@ -83,7 +80,7 @@ class ChainModel:
             self.files.open(name, path, lock.files[name])
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
-        options = session_options(onnxruntime, threads or default_threads(), spin)
+        options = session_options(onnxruntime, threads or threads_for(self.table), spin)
         self.sessions = {
             name: _load(onnxruntime, bundle.folder / file, options, (instead or {}).get(name))
             for name, file in self.table.segments.items()
@@ -162,6 +159,11 @@ class ChainModel:
                 for name in (_PRESENT + group for group in tensors)
                 if name not in outputs
             ]
+            logits = outputs.get(self.bundle.io.logits)
+            if logits is not None and logits.shape[-1] != self.bundle.model.vocab_size:
+                findings.append(
+                    f"{call.owner}: the logits have width {logits.shape[-1]}; the manifest says {self.bundle.model.vocab_size}"
+                )
         if findings:
             title = f"{self.bundle.folder} is not the chain that its manifest describes"
             raise ArtifactError(listing(title, findings, "Make the bundle again."))
@@ -307,6 +309,15 @@ class ChainExecutor:
         self._shape = (chunk, kept)
 
 
+def threads_for(table: ChainTable) -> int:
+    """One for a small model, else the processors that this process may use.
+
+    Operators of a small model take microseconds, and handing a part of one to another thread takes longer than the part.
+    """
+    weights = sum(bound.bytes for roles in table.weights.values() for bound in roles.values())
+    return 1 if weights < SMALL_BYTES else default_threads()
+
+
 def _buffer(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[Any]:
     """A buffer for an output whose sizes follow from batch, chunk and number of logits."""
     shape = []
@@ -331,25 +342,12 @@ def session_options(onnxruntime: Any, threads: int, spin: bool) -> Any:
     options.enable_cpu_mem_arena = True
     # ONNX Runtime 1.32 moves a DequantizeLinear of an e4m3 input past a Reshape as if it were uint8: other values come out.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if threads > 1 and spin and _shared_pool(onnxruntime, threads):
-        options.use_per_session_threads = False
-    else:
-        # Threads of several pools that wait actively take the processors from one another.
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Each session has its own threads, and only one session runs at a time: threads that go on waiting actively after their run
+    # would take the processors from the next one. (One pool for all would also bind every other session of the process.)
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def _shared_pool(onnxruntime: Any, threads: int) -> bool:
-    """Whether the process's pool has that many threads; the first to ask makes it."""
-    if not _pool:
-        try:
-            onnxruntime.set_global_thread_pool_sizes(threads, 1)
-        except Exception:  # noqa: BLE001 - someone else in this process made the pool; its size is not known
-            _pool.append(0)
-        else:
-            _pool.append(threads)
-    return _pool[0] == threads
 
 
 def _load(onnxruntime: Any, model: Path, options: Any, instead: bytes | None) -> Any:

@@ -35,8 +35,7 @@ class Model:
 
         Args:
             bundle: the folder of one target, as ``foldkv build`` wrote it.
-            threads: threads per operator; the default is the processors that this process may use. The first model with
-                several threads makes the process's pool; models with the same number share it.
+            threads: threads per operator; the default is 1 for a small model, else the processors that this process may use.
             spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slower on a busy one.
             weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS``
                 says, in ``weights/`` of the bundle, and where the checkpoint was exported from.

@@ -22,8 +22,8 @@ from ..inputs import refuse_unreadable_name
 from ..manifests import BundleManifest, ReportManifest, read, write
 from ..packages import require
 from ..progress import Progress, Say, silent
-from ..runtime.backend import default_threads
 from ..runtime.bundle import Bundle, load_bundle
+from ..runtime.chain import threads_for
 from ..runtime.tokenizer import Tokenizer
 from .baseline import JSON, KIND, compare, read_report
 from .cases import Text, load_text
@@ -35,8 +35,6 @@ from .result import Measurements, ValidationResult, measurements_from_json
 from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 from .settings import Plan
 
-#: Bundles with smaller weights are computed with one thread.
-SMALL_BYTES = 64 << 20
 MEASURED, JUDGED_AGAIN, UNCHANGED = "measured", "judged again", "unchanged"
 
 
@@ -65,7 +63,7 @@ def validate(
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
         baseline: an older report, its folder or report.json: the new one shows what changed.
-        threads: threads of subject and reference; the default is :func:`validation_threads`.
+        threads: threads of subject and reference; the default is :func:`~foldkv.runtime.chain.threads_for`.
         keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
@@ -93,7 +91,9 @@ def validate(
     unvalidated = _not_validated(bundle, loaded.manifest)
     measured = _measured_key(bundle, plan, words)
     made, stored = _stored(report, measured) if keep else (None, None)
-    threads = stored.provenance["threads"] if stored is not None else threads or validation_threads(loaded)
+    threads = (
+        stored.provenance["threads"] if stored is not None else threads or threads_for(ChainTable.read(loaded.engine))
+    )
     command = _command(bundle, reference, report, plan, text, chosen, threads, allow_unknown_keys)
     judged = sha256_json([command, unvalidated, str(baseline), old, key])
 
@@ -191,18 +191,6 @@ def _command(
     words += ["--text", str(text)] if text is not None else []
     words += [word for key in allow_unknown_keys for word in ("--allow-unknown-key", key)]
     return shlex.join([*words, "--threads", str(threads)])
-
-
-def validation_threads(bundle: Bundle) -> int:
-    """One for a small model, else the processors that this process may use.
-
-    Operators of a small model take microseconds. With more threads, torch and ONNX Runtime spend four fifths of the processor time
-    on waiting actively. On a busy machine they take that time from the thread that they wait for.
-    """
-    weights = sum(
-        weight.bytes for roles in ChainTable.read(bundle.engine).weights.values() for weight in roles.values()
-    )
-    return 1 if weights < SMALL_BYTES else default_threads()
 
 
 def _measure(

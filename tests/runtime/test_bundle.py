@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a newer schema": (edit(lambda m: m.update(schema_version=2)), "schema_version 2"),
     "nothing about state in place": (
         edit(lambda m: m.pop("in_place")),
-        "in_place is missing; expected a list of names",
+        "in_place is missing; expected a list",
     ),
     "state in place that is not there": (
         edit(lambda m: m.update(in_place=["9.window"])),
@@ -137,7 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights of another layer's kind": (
         other_table(lambda t: t["weights"].update({"layers.1": t["weights"]["layers.2"]})),
-        "csa-moe has no input",
+        "csa-moe takes 'attn.indexer",
     ),
     "no state": (edit(lambda m: m.pop("state")), "state"),
     "state is text": (edit(lambda m: m.update(state="x")), "state"),
