@@ -25,12 +25,13 @@ def test_a_packed_bundle_needs_nothing_else_and_its_lock_has_the_digests(
     ways, rows = pack(tiny_bundle, tmp_path / "packed", weights_from=source)
     assert set(ways) == {"model.safetensors"} and [row.name for row in rows] == ["model.safetensors"]
     shutil.rmtree(source)
-    manifest, lock = read_locked(tmp_path / "packed")
+    _, lock = read_locked(tmp_path / "packed")
     assert (
         lock.verified
         and lock.files["model.safetensors"].sha256
         == hashlib.sha256((tiny_checkpoint / "model.safetensors").read_bytes()).hexdigest()
     )
+    manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
     manifest["inputs"]["checkpoint"]["path"] = "/nowhere"
     (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest))
     prompt = [list(range(40, 90))]

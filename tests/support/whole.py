@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from foldkv.artifact import staged
+from foldkv.export.external import read_values
 from foldkv.export.package import read_package
 from foldkv.export.stitch import bind_weights, flat_model
 
@@ -18,6 +19,9 @@ def whole_model(graph: Path, out: Path) -> Path:
     if not out.exists():
         package = read_package(graph)
         model = bind_weights(ir.from_proto(flat_model(package)), package.lock, package.find_weights())
+        for value in model.graph.initializers.values():  # onnx_ir itself reads no file that has a second name
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(read_values(value.const_value), dtype=value.dtype, name=value.name)
         with staged(out, kind="test") as folder:
             ir.save(model, folder / "model.onnx", external_data="weights.bin")
     return out / "model.onnx"
