@@ -41,15 +41,13 @@ _REGION = re.compile(rb"name=devmem_topdown_(\d+) size=(\d+) ")
 
 def chunk_bytes(bundle: Path, batch: int, chunk: int, context: int) -> int:
     """Bytes that ONNX Runtime takes for one chunk at the end of a context. For a process that does nothing else."""
-    from foldkv.runtime.backend import OnnxRuntimeExecutor
+    from foldkv.runtime import Model
     from foldkv.runtime.buffers import StateBuffers
-    from foldkv.runtime.bundle import load_bundle
 
-    loaded = load_bundle(bundle)
-    buffers = StateBuffers(loaded.state, context, batch)
+    buffers, executor = Model(bundle, threads=1).open(context, batch)
+    assert isinstance(buffers, StateBuffers)
     for array in buffers.arrays.values():
         array += 0  # untouched pages would be counted to the chunk
-    executor = OnnxRuntimeExecutor(loaded, buffers, batch=batch, threads=1)
 
     def run(length: int, start: int) -> None:
         lengths, starts = np.full(batch, length), np.full(batch, start)

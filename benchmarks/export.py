@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 _ONE_LAYER = """
 import sys, time
 from pathlib import Path
-from foldkv.export.layers import _traced
+from foldkv.export.segments import _traced_layer
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.contract.geometry import ModelSpec
 spec = spec_from_file(Path(sys.argv[1]))
-_traced(spec, spec.num_layers - 1)
+_traced_layer(spec, spec.num_layers - 1, "hf")
 start, cpu = time.monotonic(), time.process_time()
-_traced(spec, spec.num_layers - 2)
+_traced_layer(spec, spec.num_layers - 2, "hf")
 print(time.monotonic() - start, time.process_time() - cpu)
 """
 
@@ -55,7 +55,7 @@ def main(configs: tuple[Path, ...], output: Path, form: str) -> None:
             rows.append({"model": config.stem} | _export(checkpoint, Path(folder) / "graph") | _peer(config))
             click.echo(json.dumps(rows[-1], indent=2))
     content = {
-        "what": "foldkv export --weights reference of sparse full-size checkpoints, one process each; one run",
+        "what": "foldkv export of sparse full-size checkpoints, one process each, nothing in the cache of traces; one run",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, shared",
         "load_average": [round(load, 1) for load in os.getloadavg()],
@@ -74,28 +74,30 @@ def main(configs: tuple[Path, ...], output: Path, form: str) -> None:
 
 def _export(checkpoint: Path, out: Path) -> dict[str, Any]:
     start = time.monotonic()
-    command = [sys.executable, "-m", "foldkv", "export", str(checkpoint), "-o", str(out), "--weights", "reference"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "foldkv", "export", str(checkpoint), "-o", str(out)]
+    empty = os.environ | {"FOLDKV_CACHE": str(out.with_name("cache"))}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=empty)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.monotonic() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise click.ClickException(f"export failed with {process.returncode}")
-    model = onnx.load(out / "model.onnx", load_external_data=False)
+    models = {path.stem: onnx.load(path) for path in (out / "segments").iterdir()}
     manifest = json.loads((out / "manifest.json").read_text())
-    own = [path for path in out.rglob("*") if path.is_file() and path.stat().st_nlink == 1]
+    own = [path for path in out.rglob("*") if path.is_file()]
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")),
         "checkpoint_tensors": len(json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]),
-        "weight_bytes_copied": sum(path.stat().st_size for path in own if path.parent.name == "weights"),
+        "weight_bytes_copied": 0,  # the package has no file of weights
         "package_bytes_written": sum(path.stat().st_size for path in own),
-        "model_onnx_bytes": (out / "model.onnx").stat().st_size,
-        "nodes": {"graph": len(model.graph.node), "functions": sum(len(f.node) for f in model.functions)},
-        "initializers": len(model.graph.initializer),
-        "layers": manifest["layers"],
+        "segment_bytes": sum(path.stat().st_size for path in (out / "segments").iterdir()),
+        "lock_bytes": (out / "weights.lock.json").stat().st_size,
+        "nodes": {name: len(model.graph.node) for name, model in models.items()},
+        "weight_inputs": {name: len(row["weights"]) for name, row in manifest["segments"].items()},
+        "layers": dict(Counter(manifest["layers"])),
     }
 
 

@@ -4,7 +4,7 @@
 where PYTHON is that of an environment in which mobius-onnx is installed; without it, the results say that it is absent.
 A small checkpoint (four layers of all kinds, the released ratios, random weights in bfloat16, which every tool reads) is
 exported with its weights, and what came out is run in ONNX Runtime beside transformers.
-The full-size model has headers only: foldkv writes ``--weights reference``, mobius ``--no-weights``, and torch gets the first
+The full-size model has headers only: foldkv writes its package, mobius ``--no-weights``, and torch gets the first
 layers of transformers' model at real width with weights that take no memory. Failures are results: the line that names
 the cause is kept.
 """
@@ -47,7 +47,7 @@ folder, out, layers, cached = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), 
 static, experts = sys.argv[5] == "static", sys.argv[6]
 given = json.loads((folder / "config.json").read_text())
 if layers:
-    from foldkv.export.layers import _hollow
+    from foldkv.export.segments import _hollow
     given.pop("quantization_config", None)
     given["num_hidden_layers"] = layers
     for key in ("compress_ratios", "layer_types"):
@@ -142,7 +142,7 @@ def main(config: Path, output: Path, mobius: Path | None, limit: int, layers: st
 
         foldkv_export = [sys.executable, "-m", "foldkv", "export"]
         torch_export = [sys.executable, "-c", _TORCH]
-        add("foldkv --weights float32", "small", [*foldkv_export, str(small), "-o", str(work / "a")], work / "a", True)
+        add("foldkv --flat", "small", [*foldkv_export, str(small), "-o", str(work / "a"), "--flat"], work / "a", True)
         for experts in ("grouped_mm", "batched_mm"):  # the first is transformers' default
             for length in ("any", "static"):
                 add(
@@ -156,8 +156,8 @@ def main(config: Path, output: Path, mobius: Path | None, limit: int, layers: st
         )  # fmt: skip
         sparse = sparse_checkpoint(config, work / "sparse")
         add(
-            "foldkv --weights reference", config.stem,
-            [*foldkv_export, str(sparse), "-o", str(work / "c"), "--weights", "reference"], work / "c",
+            "foldkv", config.stem,
+            [*foldkv_export, str(sparse), "-o", str(work / "c")], work / "c",
         )  # fmt: skip
         torch_rows = {
             count: add(

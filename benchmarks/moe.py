@@ -1,8 +1,8 @@
 """Decode of whole models with 8 to 384 routed experts, six chosen: cpu bundles beside transformers' eager decode.
 
 ``python benchmarks/moe.py -o benchmarks/results/moe-cpu.json``. Every count has a checkpoint of its own in the released
-format (e2m1 experts, e4m3 matrices; random weights), from which bundles are made with packed experts (``--weights
-repack``) and dense ones (``--weights float32``). At each count the bundles and transformers take turns in one process: one
+format (e2m1 experts, e4m3 matrices; random weights), from which bundles are made: "packed" leaves every weight as it is stored, "placed" has the
+matrices in float32. Both read the experts where they lie. At each count the bundles and transformers take turns in one process: one
 step of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
 only, after as many steps.
 """
@@ -30,6 +30,8 @@ import foldkv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
+#: Bundles by name, with the options of their build.
+FORMS: dict[str, list[str]] = {"packed": ["--no-place"], "placed": []}
 _SLIDING, _CSA, _HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 #: A model with layers of all kinds and the released ratios; the number of routed experts is left open.
 CONFIG: dict[str, Any] = {
@@ -109,38 +111,32 @@ def measure(folder: Path, sides: list[str], steps: int, threads: int) -> dict[st
     }  # fmt: skip
 
 
-def prepare(folder: Path, experts: int, forms: list[str]) -> dict[str, Any]:
+def prepare(folder: Path, experts: int) -> dict[str, Any]:
     """Write the checkpoint and its bundles; returns facts about them."""
     from checkpoints import random_checkpoint
 
     checkpoint = random_checkpoint(CONFIG | {"n_routed_experts": experts}, folder / "checkpoint")
     facts: dict[str, Any] = {"checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))}
-    for form in forms:
-        graph = folder / f"{form}-graph"
-        for words in (
-            ["export", str(checkpoint), "-o", str(graph), "--weights", form],
-            ["build", str(graph), "-o", str(folder / form), "--target", "cpu"],
-        ):
-            subprocess.run([sys.executable, "-m", "foldkv", *words], check=True, capture_output=True)
-        for path in sorted(graph.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
+    foldkv_ = [sys.executable, "-m", "foldkv"]
+    subprocess.run([*foldkv_, "export", str(checkpoint), "-o", str(folder / "graph")], check=True, capture_output=True)
+    for form, options in FORMS.items():
+        command = [*foldkv_, "build", str(folder / "graph"), "-o", str(folder / form), "--target", "cpu", *options]
+        subprocess.run(command, check=True, capture_output=True)
         manifest = json.loads((folder / form / "cpu" / "manifest.json").read_text())
-        size = sum(path.stat().st_size for path in (folder / form / "cpu").iterdir())
-        facts[form] = {"bundle_bytes": size, "nodes": manifest["engine"]["nodes"]["optimized"]}
+        size = sum(facts["bytes"] for facts in manifest["files"].values())
+        nodes = {name: row["optimized"] for name, row in manifest["engine"]["nodes"].items()}
+        facts[form] = {"bundle_bytes": size, "nodes": nodes}
     return facts
 
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path))
 @click.option("--counts", default="8,64,256,384", show_default=True)
-@click.option("--dense-up-to", default=64, show_default=True, help="Most experts of which a float32 bundle is made.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Processes of every number of experts, by turns.")
 @click.option("--threads", default=2, show_default=True, help="Processors that each side may use.")
 @click.option("--one", help="FOLDER:SIDE,SIDE: measure these here and print it.")
-def main(
-    output: Path | None, counts: str, dense_up_to: int, steps: int, rounds: int, threads: int, one: str | None
-) -> None:
+def main(output: Path | None, counts: str, steps: int, rounds: int, threads: int, one: str | None) -> None:
     """Measure and write the results as JSON."""
     if one is not None:
         folder, _, sides = one.rpartition(":")
@@ -150,16 +146,15 @@ def main(
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=output.parent) as name:
         for count in map(int, counts.split(",")):
-            forms = ["repack", "float32"] if count <= dense_up_to else ["repack"]
             folder = Path(name) / str(count)
             folder.mkdir()
-            rows.append({"experts": count} | prepare(folder, count, forms) | {"resident_bytes": {}})
+            rows.append({"experts": count} | prepare(folder, count) | {"resident_bytes": {}})
         # The numbers of experts take turns too: a machine that others use is not as fast all the time.
         runs: dict[int, list[dict[str, Any]]] = {row["experts"]: [] for row in rows}
         for _ in range(rounds):
             for row in rows:
                 count = row["experts"]
-                sides = [form for form in ("repack", "float32") if form in row] + ["transformers"]
+                sides = [*FORMS, "transformers"]
                 runs[count].append(_child(Path(name) / str(count), sides, steps, threads))
                 click.echo(json.dumps({"experts": count} | runs[count][-1]))
         for row in rows:

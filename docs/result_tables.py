@@ -148,7 +148,7 @@ def experts() -> str:
     """Steps and memory by the number of experts."""
 
     def line(row: Mapping[str, Any]) -> list[str]:
-        ways = ("repack", "float32", "transformers")
+        ways = ("repack", "float32", "transformers")  # the names of the version that was measured
         step = [f"{1000 * row['step_seconds'][way]:.0f} ms" if way in row["step_seconds"] else "-" for way in ways]
         memory = [_mib(row["resident_bytes"][way]["VmRSS"]) if way in row["resident_bytes"] else "-" for way in ways]
         prefill = [f"{row['prefill_seconds'][way]:.1f} s" for way in ("repack", "transformers")]
