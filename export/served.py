@@ -116,9 +116,9 @@ def quantize(x: Tensor, tile: int, codes: Tensor) -> Tensor:
     return torch.copysign(near, tiles).flatten(-2)[..., : x.shape[-1]].float()
 
 
-def quantize_row(x: Tensor, rotary: int) -> Tensor:
+def quantize_row(x: Tensor, rope_dim: int) -> Tensor:
     """x [..., D] -> the values of a ``fp8_ds_mla`` row: e4m3 in tiles of 64, the rotated channels in bfloat16."""
-    return torch.cat((quantize(x[..., :-rotary], 64, E4M3), x[..., -rotary:].bfloat16().float()), dim=-1)
+    return torch.cat((quantize(x[..., :-rope_dim], 64, E4M3), x[..., -rope_dim:].bfloat16().float()), dim=-1)
 
 
 def quantize_index(x: Tensor) -> Tensor:

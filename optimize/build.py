@@ -375,7 +375,7 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
 
     package = job.package
     state, nodes, known = write_chain(
-        package, files, work, layout=job.layout, rotary=package.spec.rope_dim, place=job.place, progress=progress
+        package, files, work, layout=job.layout, rope_dim=package.spec.rope_dim, place=job.place, progress=progress
     )  # fmt: skip
     _copy(package.folder, work, (TOKENIZER, LOCK))
     progress("loading it in ONNX Runtime")
@@ -406,7 +406,7 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     try:
         state, precision, weights = lowered_graph(
             model, package.spec, scratch, package.state, target.precision, sm=target.sm, layout=job.layout,
-            rotary=package.spec.rope_dim, tokens=job.shapes.batch[2] * job.shapes.chunk[2],
+            rope_dim=package.spec.rope_dim, tokens=job.shapes.batch[2] * job.shapes.chunk[2],
         )  # fmt: skip
         del model, proto
         named = named_capability(target.sm) if target.backend.builds_without_gpu else target.sm
@@ -443,7 +443,7 @@ def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, list[str], 
     model = flat_model(job.package)
     strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
     injection = inject_nodes(
-        model, job.manifest.state, rotary=job.package.spec.rope_dim, target=target.name, sm=target.sm,
+        model, job.manifest.state, rope_dim=job.package.spec.rope_dim, target=target.name, sm=target.sm,
         dtype=target.precision, layout=job.layout,
     )  # fmt: skip
     progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")

@@ -77,7 +77,7 @@ def write_chain(
     out: Path,
     *,
     layout: str = DENSE,
-    rotary: int = 0,
+    rope_dim: int = 0,
     place: bool = True,
     progress: Say = silent,
 ) -> tuple[list[StateTensor], dict[str, dict[str, int]], dict[str, str]]:
@@ -88,7 +88,7 @@ def write_chain(
         files: path of every file of the lock.
         out: folder of the bundle.
         layout: name of the cache layout.
-        rotary: rotated channels of a row, for packed layouts.
+        rope_dim: rotated channels of a row, for packed layouts.
         place: convert weights once, into the bundle; else the segments convert them in every step.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -110,7 +110,7 @@ def write_chain(
     for number, name in enumerate(names):
         report.steps(number, len(names), "segments")
         segment = package.segment(name)
-        packed = _prepare(package, segment, placements.get(name), layout, rotary)
+        packed = _prepare(package, segment, placements.get(name), layout, rope_dim)
         for layer, kind in enumerate(package.layers):
             if kind == name:
                 states[layer] = packed
@@ -133,7 +133,7 @@ def write_chain(
 
 
 def _prepare(
-    package: Package, segment: Segment, placed: Placement | None, layout: str, rotary: int
+    package: Package, segment: Segment, placed: Placement | None, layout: str, rope_dim: int
 ) -> list[StateTensor]:
     """Let a segment take its weights and its state in the form that the bundle has; returns its state."""
     if placed is None:
@@ -148,7 +148,7 @@ def _prepare(
     own = [
         StateTensor(**row.to_dict() | {"input": f"past.{row.group}", "output": f"present.{row.group}"}) for row in rows
     ]
-    return own if layout == DENSE else pack_state(segment.model, own, layout, rotary)
+    return own if layout == DENSE else pack_state(segment.model, own, layout, rope_dim)
 
 
 def _state(package: Package, states: Mapping[int, list[StateTensor]]) -> list[StateTensor]:

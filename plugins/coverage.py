@@ -70,7 +70,7 @@ def _gap(call: OperatorCall, spec: ModelSpec, sm: int, dtype: str, format_: str)
     try:
         if row_format(format_).packed:
             sizes["ROW"] = row_format(format_).row_bytes(sizes["D"], spec.rope_dim)
-        kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, rows=format_, rotary=spec.rope_dim)
+        kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, rows=format_, rope_dim=spec.rope_dim)
     except (ValueError, InputError) as error:
         return str(error)
     return ""

@@ -19,7 +19,7 @@ LAYOUT_VERSION = 1
 #: What injection adds to a node beside the operator's own attributes: the compute capability, the type of dense rows, the
 #: format of the state rows that it touches, that format's version, the rotated channels of a row, and the kernels' library.
 FIELDS: dict[str, type] = {
-    "sm": int, "dtype": str, "rows": str, "layout_version": int, "rotary": int, "library": str
+    "sm": int, "dtype": str, "rows": str, "layout_version": int, "rope_dim": int, "library": str
 }  # fmt: skip
 
 

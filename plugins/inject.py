@@ -112,7 +112,7 @@ def inject(
         raise InputError(f"{out} is the graph itself; give another output folder.")
     model = flat_model(package)
     injection = inject_nodes(
-        model, manifest.state, rotary=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
+        model, manifest.state, rope_dim=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
     )  # fmt: skip
     for row in injection.rows:
@@ -137,7 +137,7 @@ def inject_nodes(
     model: onnx.ModelProto,
     state: Sequence[StateRow],
     *,
-    rotary: int,
+    rope_dim: int,
     target: str,
     sm: int,
     dtype: str,
@@ -149,7 +149,7 @@ def inject_nodes(
     Args:
         model: as ``foldkv export`` wrote it.
         state: the manifest's rows for state tensors.
-        rotary: channels of a row that RoPE turns.
+        rope_dim: channels of a row that RoPE turns.
     """
     formats = cache_layout(layout)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -176,7 +176,7 @@ def inject_nodes(
         reasons, plugin = min(tried, key=lambda pair: len(pair[0]))
         launched: list[Kernel] = []
         if not reasons:
-            launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
+            launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim)
         if reasons and row_format(rows).packed:
             packed.append(f"{node.op_type} ({node.name}): {'; '.join(reasons)}")
         if reasons:
@@ -207,7 +207,7 @@ def inject_nodes(
         )
     for node, plugin, rows in given:
         version = row_format(rows).version
-        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": version, "rotary": rotary}
+        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": version, "rope_dim": rope_dim}
         marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
         # If the operator itself has an attribute with a field's name, it is already there, with the checked value.
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
@@ -278,7 +278,7 @@ def updated_in_place(model: onnx.ModelProto, state: Sequence[Mapping[str, Any]])
 
 def _kernels(
     node: onnx.NodeProto, plugin: PluginSpec, shapes: Mapping[str, list[int | str]], *, sm: int, dtype: str, rows: str,
-    rotary: int,
+    rope_dim: int,
 ) -> tuple[list[Kernel], list[str]]:  # fmt: skip
     """The kernels that a node can launch, or why there are none for its sizes."""
     spec = PLUGINS.get(plugin.operator)
@@ -294,8 +294,8 @@ def _kernels(
                 sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
     try:
         if row_format(rows).packed:
-            sizes["ROW"] = row_format(rows).row_bytes(sizes["D"], rotary)
-        return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), []
+            sizes["ROW"] = row_format(rows).row_bytes(sizes["D"], rope_dim)
+        return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim), []
     except (ValueError, InputError) as error:
         return [], [str(error)]
     except KeyError as error:

@@ -97,7 +97,7 @@ def plan(
     sm: int,
     dtype: str,
     rows: str = DENSE,
-    rotary: int = 0,
+    rope_dim: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> Plan:
     """The launches for a call of ``operator``.
@@ -109,7 +109,7 @@ def plan(
         sm: compute capability, which determines the tiles.
         dtype: type of dense rows of the state.
         rows: row format of the state that the operator touches.
-        rotary: rotated channels of a row, which packed formats keep apart.
+        rope_dim: rotated channels of a row, which packed formats keep apart.
         layout_version: version of that format.
 
     Raises:
@@ -117,7 +117,7 @@ def plan(
     """
     spec = PLUGINS[operator]
     values = {name: _float32(value) if isinstance(value, float) else value for name, value in attributes.items()}
-    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rotary)
+    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rope_dim)
     _check(call, layout_version)
     return _PLANS[operator](call)
 
@@ -130,13 +130,13 @@ def kernels(
     sm: int,
     dtype: str,
     rows: str = DENSE,
-    rotary: int = 0,
+    rope_dim: int = 0,
 ) -> list[Kernel]:
     """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
     for chunk in (1, SPLIT_CHUNK + 1):
         dynamic = {"B": 1, "S": chunk, "E": 1 << 20}
-        steps = plan(operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary)
+        steps = plan(operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim)
         for launch in steps.launches:
             found[launch.kernel] = None
     return list(found)
@@ -150,7 +150,7 @@ def largest_workspace(
     sm: int,
     dtype: str,
     rows: str = DENSE,
-    rotary: int = 0,
+    rope_dim: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> int:
     """Bytes of scratch memory that are enough for all calls up to these sizes; see :func:`plan`.
@@ -162,7 +162,7 @@ def largest_workspace(
         "sm": sm,
         "dtype": dtype,
         "rows": rows,
-        "rotary": rotary,
+        "rope_dim": rope_dim,
         "layout_version": layout_version,
     }
     return max(plan(operator, {**sizes, "S": chunk}, attributes, **options).workspace for chunk in chunks)
@@ -176,7 +176,7 @@ class _Call:
     sm: int
     dtype: str
     rows: str
-    rotary: int
+    rope_dim: int
 
     def __getitem__(self, symbol: str) -> int:
         return self.sizes[symbol]
@@ -204,7 +204,7 @@ class _Call:
     @property
     def turned(self) -> int:
         """Channels that a packed row keeps apart because RoPE turned them."""
-        return self.format.kept(self.rotary)
+        return self.format.kept(self.rope_dim)
 
     @property
     def row_size(self) -> int:
@@ -263,9 +263,9 @@ def _check(call: _Call, layout_version: int) -> None:
         wrong.append(
             f"{2 * sizes['P']} rotated channels of {sizes.get('D')}; expected a power of two, at most {sizes.get('D')}"
         )
-    if "rotary" in attributes and attributes["rotary"] != call.rotary:
+    if "rope_dim" in attributes and attributes["rope_dim"] != call.rope_dim:
         wrong.append(
-            f"it keeps {attributes['rotary']} channels in bfloat16, but rows have {call.rotary} rotated channels"
+            f"it keeps {attributes['rope_dim']} channels in bfloat16, but rows have {call.rope_dim} rotated channels"
         )
     wrong += _rounds(call)
     if "T" in sizes and sizes["T"] != attributes["ratio"]:
@@ -281,9 +281,9 @@ def _check(call: _Call, layout_version: int) -> None:
 
 def _packed(call: _Call) -> list[str]:
     """What is wrong with the sizes of packed rows."""
-    turned = 2 * call.sizes.get("P", call.rotary // 2)
-    if call.format.keeps_rope and call.rotary != turned:
-        return [f"rows have {call.rotary} rotated channels but frequencies for {turned}"]
+    turned = 2 * call.sizes.get("P", call.rope_dim // 2)
+    if call.format.keeps_rope and call.rope_dim != turned:
+        return [f"rows have {call.rope_dim} rotated channels but frequencies for {turned}"]
     try:
         size = call.row_size
     except InputError as error:
@@ -300,7 +300,7 @@ def _rounds(call: _Call) -> list[str]:
     if not call.values.packed or call.format.packed:  # nothing to round, or the stored rows were already checked
         return []
     try:
-        call.values.row_bytes(call["D"], call.rotary)
+        call.values.row_bytes(call["D"], call.rope_dim)
     except InputError as error:
         return [str(error)]
     return []
@@ -336,7 +336,7 @@ def _entries(call: _Call, function: str, programs: int, tiles: dict[str, int]) -
     if call.format.packed:  # packing rounds, so the operators of both profiles have the same kernel
         constants |= {"VALUES": DENSE}
     else:
-        constants |= {"ROTARY": values.kept(call.rotary), "VALUES": values.name}
+        constants |= {"ROTARY": values.kept(call.rope_dim), "VALUES": values.name}
     grid, warps = (programs, call["B"], 1), 4 if width <= 256 else 8
     return Plan((call.launch(function, grid, constants | tiles, extras=("S", "E"), warps=warps),))
 

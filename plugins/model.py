@@ -57,7 +57,7 @@ def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, *, online: 
     if profile != SERVED:
         return OperatorCall(operator, group, sizes, attributes)
     if group == "entries":
-        return OperatorCall(f"{operator}Fp8", group, sizes, {"rotary": spec.rope_dim, **attributes})
+        return OperatorCall(f"{operator}Fp8", group, sizes, {"rope_dim": spec.rope_dim, **attributes})
     return OperatorCall(f"{operator}Fp4", group, sizes, attributes)
 
 
@@ -80,6 +80,6 @@ def model_kernels(
     for operator, group, sizes, attributes in operator_calls(spec, profile):
         rows = LAYOUTS[layout].format_of(group) or DENSE
         found |= dict.fromkeys(
-            kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=spec.rope_dim)
+            kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=spec.rope_dim)
         )
     return list(found)

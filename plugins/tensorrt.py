@@ -246,7 +246,7 @@ def _plugin_class(trt: Any) -> type:
             attributes = {name: values[name] for name in spec.attributes}
             return of(
                 spec.operator, spec.dimensions(shapes, rows=values["rows"]) | attributes, attributes, sm=values["sm"],
-                dtype=values["dtype"], rows=values["rows"], rotary=values["rotary"],
+                dtype=values["dtype"], rows=values["rows"], rope_dim=values["rope_dim"],
                 layout_version=values["layout_version"],
             )  # fmt: skip
 

@@ -68,14 +68,14 @@ class KernelOperators:
     Attributes:
         launch: enqueues a plan, see :func:`launched_by`.
         sm: compute capability of the loaded kernels.
-        rotary: rotated channels of a row of the model's state.
+        rope_dim: rotated channels of a row of the model's state.
         calls: how often each operator was called.
         launches: how often each kernel was launched, by its name.
     """
 
     launch: LaunchPlan
     sm: int
-    rotary: int
+    rope_dim: int
     calls: Counter[str] = field(default_factory=Counter)
     launches: Counter[str] = field(default_factory=Counter)
     _prepared: dict[tuple[Any, ...], _Prepared] = field(default_factory=dict, repr=False)
@@ -134,7 +134,7 @@ class KernelOperators:
         sizes = spec.dimensions(shapes, rows=rows) | dict(attributes)
         steps = plan(
             spec.operator, sizes, attributes, sm=self.sm, dtype=_DENSE_TYPES.get(stored, "bfloat16"), rows=rows,
-            rotary=self.rotary,
+            rope_dim=self.rope_dim,
         )  # fmt: skip
         outputs = {
             index: (shape, stored if tensor.dtype == STATE else _TYPES[tensor.dtype])
@@ -154,7 +154,7 @@ class KernelOperators:
         fitting = []
         for format_ in formats:
             with contextlib.suppress(InputError):
-                if format_.row_bytes(sizes["D"], format_.kept(self.rotary)) == sizes["ROW"]:
+                if format_.row_bytes(sizes["D"], format_.kept(self.rope_dim)) == sizes["ROW"]:
                     fitting.append(format_.name)
         if len(fitting) != 1:
             raise ValueError(

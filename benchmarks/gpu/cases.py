@@ -48,13 +48,13 @@ _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rotary`` the channels that RoPE turns."""
+    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns."""
 
     name: str
     window: int
     heads: int
     width: int
-    rotary: int
+    rope_dim: int
     index_heads: int
     index_width: int
     topk: int
@@ -71,7 +71,7 @@ class Geometry:
         )  # fmt: skip
 
 
-SMALL = Geometry("small", window=16, heads=4, width=64, rotary=16, index_heads=8, index_width=32, topk=8, ratio=4,
+SMALL = Geometry("small", window=16, heads=4, width=64, rope_dim=16, index_heads=8, index_width=32, topk=8, ratio=4,
                  online_ratio=8)  # fmt: skip
 
 
@@ -119,7 +119,7 @@ class Case:
         """What the call launches."""
         return plan(
             self.operator, self.sizes, self.attributes, sm=sm, dtype="bfloat16", rows=self.rows,
-            rotary=self.geometry.rotary, **options,
+            rope_dim=self.geometry.rope_dim, **options,
         )  # fmt: skip
 
     def outputs(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -177,20 +177,20 @@ class Case:
                 assert one.values is not None
                 _same(name, value.sort(dim=-1).values, one.values.sort(dim=-1).values)
             elif one.kind == "codes":
-                read = value.float() if self.rows == DENSE else unpack(value, self.rows, self.width, self.rotary)
-                again = unpack(pack(read, one.format_, self.rotary), one.format_, self.width, self.rotary)
+                read = value.float() if self.rows == DENSE else unpack(value, self.rows, self.width, self.rope_dim)
+                again = unpack(pack(read, one.format_, self.rope_dim), one.format_, self.width, self.rope_dim)
                 _same(name, read, again)
             else:
-                read = value if value.dtype != torch.int8 else unpack(value, self.rows, self.width, self.rotary)
+                read = value if value.dtype != torch.int8 else unpack(value, self.rows, self.width, self.rope_dim)
                 near = _near(name, read, one)
                 if near["error"] * report["bound"] >= report["error"] * near["bound"]:
                     report = near
         return report
 
     @property
-    def rotary(self) -> int:
+    def rope_dim(self) -> int:
         """Rotated channels of a row."""
-        return self.geometry.rotary
+        return self.geometry.rope_dim
 
 
 def _same(name: str, found: Tensor, expected: Tensor) -> None:
@@ -261,9 +261,9 @@ def _ints(values: Sequence[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def _frequencies(rotary: int) -> Tensor:
+def _frequencies(rope_dim: int) -> Tensor:
     # Powers of two: the same bits everywhere.
-    return 2.0 ** (-torch.arange(rotary // 2) * 16.0 / (rotary // 2))
+    return 2.0 ** (-torch.arange(rope_dim // 2) * 16.0 / (rope_dim // 2))
 
 
 @dataclass(frozen=True)
@@ -292,10 +292,10 @@ class _Call:
         if self.rows == DENSE:
             return values.bfloat16(), values.bfloat16().float()
         unread = values.isnan().any(-1, keepdim=True)
-        data = pack(values.nan_to_num(), self.rows, self.of.rotary)
+        data = pack(values.nan_to_num(), self.rows, self.of.rope_dim)
         if not decode:
             return data.masked_fill(unread, -1), data
-        read = unpack(data, self.rows, values.shape[-1], self.of.rotary)
+        read = unpack(data, self.rows, values.shape[-1], self.of.rope_dim)
         return data.masked_fill(unread, -1), read.masked_fill(unread, torch.nan)
 
     def ring(self, window: int, chunk: int, real: Sequence[int]) -> Tensor:
@@ -359,10 +359,10 @@ def _compress_case(operator: str, call: _Call, *, capacity: int | None = None, *
         for b, first in enumerate(start):
             for carry in carries:
                 carry[b, first:] = torch.nan
-    tail = [_frequencies(call.of.rotary), *call.tail]
+    tail = [_frequencies(call.of.rope_dim), *call.tail]
     attributes: dict[str, Any] = {"ratio": ratio, "eps": 1e-6}
     given = [*carries, *fresh, bias, norm]
-    own = {"rotary": call.of.rotary, **attributes} if operator.endswith("Fp8") else attributes
+    own = {"rope_dim": call.of.rope_dim, **attributes} if operator.endswith("Fp8") else attributes
     matrices = []
     if operator.endswith("Fp4"):
         # One that is neither symmetric nor what a kernel could know without reading it.
@@ -450,7 +450,7 @@ def _attention_case(
     ratio, topk = of.online_ratio if operator == "FoldkvDenseAttention" else of.ratio, topk or of.topk
     q, sinks = call.draw.normal(batch, chunk, of.heads, of.width), call.draw.normal(of.heads)
     near, near_values = call.stored(call.ring(window or of.window, chunk, real))
-    tail = [_frequencies(of.rotary), *call.tail]
+    tail = [_frequencies(of.rope_dim), *call.tail]
     context = torch.tensor([max(first + count for first, count in zip(start, real, strict=True))])
     attributes: dict[str, Any] = {}
     read = [near_values]
@@ -500,7 +500,7 @@ MAKERS: dict[str, Callable[..., Case]] = {
 }
 #: Every operator with every row format that it touches.
 FORMS = [(operator, rows) for operator, spec in PLUGINS.items() for rows in sorted(spec.rows) or [DENSE]]
-ROTARY = SMALL.rotary
+ROTARY = SMALL.rope_dim
 
 
 def make_case(

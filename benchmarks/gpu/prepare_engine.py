@@ -129,7 +129,7 @@ def product_probe() -> Probe:
 
 def plugin_probe() -> Probe:
     """The window's update, which writes its state in place, and attention over it: both are plugins, after products."""
-    rng, window, heads, width, rotary, chunk = np.random.default_rng(2), 32, 4, 64, 16, 3
+    rng, window, heads, width, rope_dim, chunk = np.random.default_rng(2), 32, 4, 64, 16, 3
 
     def build(low: int) -> onnx.ModelProto:
         float32, value = TensorProto.FLOAT, helper.make_tensor_value_info
@@ -153,7 +153,7 @@ def plugin_probe() -> Probe:
         inputs = [
             value("x", float32, [1, "chunk", 128]), value("query_weight", low, [128, heads * width]),
             value("kv_weight", low, [128, width]), value("past.window", low, [1, window, width]),
-            value("sinks", float32, [heads]), value("inv_freq", float32, [rotary // 2]),
+            value("sinks", float32, [heads]), value("inv_freq", float32, [rope_dim // 2]),
             value("positions", TensorProto.INT32, [1]), value("num_tokens", TensorProto.INT32, [1]),
         ]  # fmt: skip
         outputs = [
@@ -171,7 +171,7 @@ def plugin_probe() -> Probe:
     inputs = {
         "x": rng.standard_normal((1, chunk, 128)), "query_weight": rng.standard_normal((128, heads * width)) / 11,
         "kv_weight": rng.standard_normal((128, width)) / 11, "past.window": rng.standard_normal((1, window, width)),
-        "sinks": rng.standard_normal(heads), "inv_freq": 10000.0 ** -np.arange(0, 1, 2 / rotary),
+        "sinks": rng.standard_normal(heads), "inv_freq": 10000.0 ** -np.arange(0, 1, 2 / rope_dim),
         "positions": np.array([45], np.int32), "num_tokens": np.array([chunk], np.int32),
     }  # fmt: skip
     return Probe(
@@ -229,7 +229,7 @@ def write_probe(
     if any(node.domain == DOMAIN for node in model.graph.node):
         state = [{"input": "past.window", "group": "window"}]
         injection = inject_nodes(
-            model, state, rotary=2 * len(inputs["inv_freq"]), target=_target(sm).name, sm=sm, dtype="bfloat16"
+            model, state, rope_dim=2 * len(inputs["inv_freq"]), target=_target(sm).name, sm=sm, dtype="bfloat16"
         )
         bundled = bundle_kernels(injection, where, progress=progress)
         assert bundled.kernels is not None

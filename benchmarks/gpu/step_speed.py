@@ -56,7 +56,7 @@ class Call(NamedTuple):
     inputs: list[Tensor]
     attributes: dict[str, Any]
     rows: str
-    rotary: int
+    rope_dim: int
     bytes: float
     operations: float
 
@@ -122,10 +122,10 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         return torch.randn(*shape, device=where)
 
     def call(inputs: list[Tensor], attributes: dict[str, Any], moved: float, done: float = 0.0) -> Call:
-        return Call(operator, inputs, attributes, rows, of.rotary, moved, done)
+        return Call(operator, inputs, attributes, rows, of.rope_dim, moved, done)
 
-    inv_freq = 160000.0 ** (-torch.arange(of.rotary // 2, device=where) / (of.rotary // 2))
-    size = row_format(rows).row_bytes(of.width, of.rotary) if rows in (DENSE, FP8_DS_MLA) else 0
+    inv_freq = 160000.0 ** (-torch.arange(of.rope_dim // 2, device=where) / (of.rope_dim // 2))
+    size = row_format(rows).row_bytes(of.width, of.rope_dim) if rows in (DENSE, FP8_DS_MLA) else 0
     if operator == "FoldkvIndexScores":
         size = row_format(rows).row_bytes(of.index_width, 0)
         q = normal(batch, chunk, of.index_heads, of.index_width)
@@ -138,7 +138,7 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         scores = normal(batch, chunk, entries)
         return call([scores, positions], {"ratio": of.ratio, "topk": of.topk}, 4.0 * scores.numel())
     if operator == "FoldkvWindowUpdate":
-        held = state(device, batch, of.window, of.width, of.rotary, rows)
+        held = state(device, batch, of.window, of.width, of.rope_dim, rows)
         inputs = [held, normal(batch, chunk, of.width), positions, ones]
         return call(inputs, {}, batch * (2 * of.window + chunk) * size)
     if operator.startswith("FoldkvCompress"):
@@ -147,28 +147,28 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         columns = width if online else 2 * width
         carries = [normal(batch, 3, width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
         fresh = [normal(batch, chunk, columns) for _ in range(2)]
-        held = state(device, batch, context // ratio, width, of.rotary, rows)
+        held = state(device, batch, context // ratio, width, of.rope_dim, rows)
         inputs = [held, *carries, *fresh, normal(ratio, columns), normal(width), inv_freq, positions, ones]
         inputs += [normal(width, width)] * mixed  # as dear as a Hadamard matrix
-        attributes: dict[str, Any] = {"rotary": of.rotary} if operator.endswith("Fp8") else {}
+        attributes: dict[str, Any] = {"rope_dim": of.rope_dim} if operator.endswith("Fp8") else {}
         # The last token closes a window: what is open is read, entries and the tokens' rows are written.
-        size = row_format(rows).row_bytes(width, 0 if mixed else of.rotary)
+        size = row_format(rows).row_bytes(width, 0 if mixed else of.rope_dim)
         moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
         return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
     q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)
-    ring = state(device, batch, of.window + chunk, of.width, of.rotary, rows)
+    ring = state(device, batch, of.window + chunk, of.width, of.rope_dim, rows)
     tail = [sinks, inv_freq, positions, ones]
     if operator == "FoldkvSparseAttention":
         picked = [torch.randperm(entries, device=where)[: of.topk] for _ in range(batch * chunk)]
         chosen = torch.stack(picked).reshape(batch, chunk, of.topk).int()
         keys = of.window + of.topk
-        inputs = [q, ring, state(device, batch, entries, of.width, of.rotary, rows), chosen, *tail]
+        inputs = [q, ring, state(device, batch, entries, of.width, of.rope_dim, rows), chosen, *tail]
         attributes = {}
     elif operator == "FoldkvWindowAttention":
         keys, inputs, attributes = of.window, [q, ring, *tail], {}
     else:
         keys = of.window + context // of.online_ratio
-        inputs = [q, ring, state(device, batch, context // of.online_ratio, of.width, of.rotary, rows), *tail, limit]
+        inputs = [q, ring, state(device, batch, context // of.online_ratio, of.width, of.rope_dim, rows), *tail, limit]
         attributes = {"ratio": of.online_ratio}
     # Tokens of a chunk share the window and, in dense attention, the entries; each has chosen its own.
     read = of.window + chunk - 1 + (chunk * of.topk if operator == "FoldkvSparseAttention" else keys - of.window)
@@ -176,11 +176,11 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     return call(inputs, attributes, moved, 4.0 * batch * chunk * of.heads * of.width * keys)
 
 
-def state(device: Device, batch: int, count: int, width: int, rotary: int, rows: str) -> Tensor:
+def state(device: Device, batch: int, count: int, width: int, rope_dim: int, rows: str) -> Tensor:
     """Rows of the state with random values; packed ones repeat a block."""
     if rows == DENSE:
         return torch.randn(batch, count, width, device=device.torch_device, dtype=torch.bfloat16)
-    block = pack(torch.randn(1, min(count, 1024), width), rows, rotary).to(device.torch_device)
+    block = pack(torch.randn(1, min(count, 1024), width), rows, rope_dim).to(device.torch_device)
     return block.repeat(batch, -(-count // block.shape[1]), 1)[:, :count].contiguous()
 
 
@@ -212,7 +212,7 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
 def steps_of(call: Call, sm: int) -> Plan:
     """What a call launches."""
     sizes = _sizes(call)
-    return plan(call.operator, sizes, call.attributes, sm=sm, dtype="bfloat16", rows=call.rows, rotary=call.rotary)
+    return plan(call.operator, sizes, call.attributes, sm=sm, dtype="bfloat16", rows=call.rows, rope_dim=call.rope_dim)
 
 
 def _sizes(call: Call) -> dict[str, int]:

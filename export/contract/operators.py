@@ -181,25 +181,25 @@ def _compressed(*prefixes: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpe
 
 def _compress(
     name: str, *prefixes: str, plugin: str, more: tuple[TensorSpec, ...] = (),
-    rotary: bool = False, rounds: str | None = None, nodes: int = 1,
+    rope_dim: bool = False, rounds: str | None = None, nodes: int = 1,
 ) -> OperatorSpec:  # fmt: skip
     """CSA's compression; every form writes entries and both carries."""
     inputs, outputs = _compressed(*prefixes)
     return OperatorSpec(
         name, (*inputs, *more), outputs,
-        attributes={**({"rotary": int} if rotary else {}), "ratio": int, "eps": float},
+        attributes={**({"rope_dim": int} if rope_dim else {}), "ratio": int, "eps": float},
         updates={0: 0, 1: 1, 2: 2}, rounds=rounds, layers={CSA: nodes},
         profiles=(SERVED,) if rounds else (HF,), plugin=plugin,
     )  # fmt: skip
 
 
-def _compress_online(name: str, *, rotary: bool = False, rounds: str | None = None) -> OperatorSpec:
+def _compress_online(name: str, *, rope_dim: bool = False, rounds: str | None = None) -> OperatorSpec:
     """HCA's compression; every form writes entries and the carry."""
     written = (_entries("entries"), TensorSpec("carry", ("B", ONLINE_ROWS, "D"), groups=("carry",)))
     chunk = (TensorSpec("kv", ("B", "S", "D")), TensorSpec("gate", ("B", "S", "D")), TensorSpec("bias", ("T", "D")))
     return OperatorSpec(
         name, (*written, *chunk, TensorSpec("norm", ("D",)), _FREQUENCIES, *_POSITIONS), written,
-        attributes={**({"rotary": int} if rotary else {}), "ratio": int, "eps": float},
+        attributes={**({"rope_dim": int} if rope_dim else {}), "ratio": int, "eps": float},
         updates={0: 0, 1: 1}, rounds=rounds, layers={HCA: 1},
         profiles=(SERVED,) if rounds else (HF,), plugin="1",
     )  # fmt: skip
@@ -213,12 +213,12 @@ for _spec in (
         updates={1: 0}, layers=_EACH, plugin="1",
     ),
     _compress("FoldkvCompress", "", "index_", plugin="2", nodes=2),
-    _compress("FoldkvCompressFp8", "", plugin="2", rotary=True, rounds=FP8_DS_MLA),
+    _compress("FoldkvCompressFp8", "", plugin="2", rope_dim=True, rounds=FP8_DS_MLA),
     _compress(
         "FoldkvCompressFp4", "index_", plugin="2", more=(TensorSpec("hadamard", ("D", "D")),), rounds=INDEX_FP4
     ),
     _compress_online("FoldkvCompressOnline"),
-    _compress_online("FoldkvCompressOnlineFp8", rotary=True, rounds=FP8_DS_MLA),
+    _compress_online("FoldkvCompressOnlineFp8", rope_dim=True, rounds=FP8_DS_MLA),
     OperatorSpec(
         "FoldkvIndexScores",
         inputs=(
@@ -276,7 +276,7 @@ for _spec in (
     OperatorSpec(
         "FoldkvQuantizeFp8",
         inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
-        attributes={"rotary": int}, rounds=FP8_DS_MLA, layers=_EACH, profiles=(SERVED,),
+        attributes={"rope_dim": int}, rounds=FP8_DS_MLA, layers=_EACH, profiles=(SERVED,),
         no_plugin="rounding before a row is written, in graphs of the profile served",
     ),
     OperatorSpec(

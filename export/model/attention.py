@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, profile: str = HF) -> None:
         super().__init__()
-        self.served, self.rotary = profile == SERVED, spec.rope_dim
+        self.served, self.rope_dim = profile == SERVED, spec.rope_dim
         self.kind, self.ratio = spec.layer_types[layer], spec.ratios[layer]
         self.heads, self.width, self.groups = spec.num_heads, spec.head_dim, spec.o_groups
         self.o_rank, self.eps = spec.o_lora_rank, spec.rms_norm_eps
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         if self.kind != SLIDING:
             self.compressor = Compressor(
                 spec.hidden_size, spec.head_dim, self.ratio, overlap=self.kind == CSA, eps=spec.rms_norm_eps,
-                profile=profile, rotary=spec.rope_dim,
+                profile=profile, rope_dim=spec.rope_dim,
             )  # fmt: skip
         if self.kind == CSA:
             self.indexer = Indexer(spec, self.ratio, profile)
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         q = rope(q, tokens, self.inv_freq, 0)
         kv = rope(self.kv_norm(self.wkv(x)).unsqueeze(2), tokens, self.inv_freq, 0).squeeze(2)
         if self.served:
-            kv = quantize_fp8(kv, self.rotary)
+            kv = quantize_fp8(kv, self.rope_dim)
         rows, window = window_update(state[0], kv, positions, num_tokens)
         common = (self.attn_sink, self.inv_freq, positions, num_tokens)
         after = [window]

@@ -15,14 +15,14 @@ class Compressor(nn.Module):
     """Hidden states in, updated entries and carries out. ``overlap`` doubles the projected series (CSA). Without it (HCA)
     the carry is an online softmax.
 
-    In the profile ``served``, entries are quantised before they are written; ``rotary`` is the number of rotated channels.
+    In the profile ``served``, entries are quantised before they are written; ``rope_dim`` is the number of rotated channels.
     """
 
     def __init__(
-        self, hidden: int, width: int, ratio: int, *, overlap: bool, eps: float, profile: str = HF, rotary: int = 0
+        self, hidden: int, width: int, ratio: int, *, overlap: bool, eps: float, profile: str = HF, rope_dim: int = 0
     ) -> None:
         super().__init__()
-        self.served, self.rotary, self.overlap = profile == SERVED, rotary, overlap
+        self.served, self.rope_dim, self.overlap = profile == SERVED, rope_dim, overlap
         series = width * (2 if overlap else 1)
         self.wkv = nn.Linear(hidden, series, bias=False)
         self.wgate = nn.Linear(hidden, series, bias=False)
@@ -49,5 +49,5 @@ class Compressor(nn.Module):
             return list(plain(*state, *chunk, self.ratio, self.norm.eps))
         if hadamard is None:
             rounding = compress_fp8 if self.overlap else compress_online_fp8
-            return list(rounding(*state, *chunk, self.rotary, self.ratio, self.norm.eps))
+            return list(rounding(*state, *chunk, self.rope_dim, self.ratio, self.norm.eps))
         return list(compress_fp4(*state, *chunk, hadamard, self.ratio, self.norm.eps))

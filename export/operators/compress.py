@@ -80,11 +80,11 @@ def _eager(
 
 def _fp8_eager(
     entries: Tensor, carry_kv: Tensor, carry_gate: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor,
-    inv_freq: Tensor, positions: Tensor, num_tokens: Tensor, rotary: int, ratio: int, eps: float,
+    inv_freq: Tensor, positions: Tensor, num_tokens: Tensor, rope_dim: int, ratio: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _chunk(
         entries, carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, num_tokens, ratio, eps,
-        lambda x: quantized_fp8(x, rotary),
+        lambda x: quantized_fp8(x, rope_dim),
     )  # fmt: skip
 
 
@@ -174,10 +174,10 @@ def FoldkvCompress(  # type: ignore[no-untyped-def]
 @script(OPSET, default_opset=op)
 def FoldkvCompressFp8(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry_kv: FLOAT, carry_gate: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT,
-    inv_freq: FLOAT, positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
+    inv_freq: FLOAT, positions: INT32, num_tokens: INT32, rope_dim: int, ratio: int, eps: float,
 ):  # fmt: skip
     new = FoldkvNewEntries(carry_kv, carry_gate, kv, gate, bias, norm, inv_freq, positions, ratio, eps)
-    new = FoldkvQuantizeFp8(new, rotary)
+    new = FoldkvQuantizeFp8(new, rope_dim)
     updated, kept_kv, kept_gate = FoldkvAdvance(
         entries, carry_kv, carry_gate, kv, gate, new, positions, num_tokens, ratio
     )

@@ -73,11 +73,11 @@ def _eager(
 
 def _fp8_eager(
     entries: Tensor, carry: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, norm: Tensor, inv_freq: Tensor,
-    positions: Tensor, num_tokens: Tensor, rotary: int, ratio: int, eps: float,
+    positions: Tensor, num_tokens: Tensor, rope_dim: int, ratio: int, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As :func:`_eager`, with entries quantised."""
     merged, begins, after = _merged(carry, kv, gate, bias, positions, num_tokens, ratio)
-    new = quantized_fp8(finish_entries(merged, begins, norm, inv_freq, eps), rotary)
+    new = quantized_fp8(finish_entries(merged, begins, norm, inv_freq, eps), rope_dim)
     return write_entries(entries, new, positions, num_tokens, ratio), after
 
 
@@ -138,10 +138,10 @@ def FoldkvCompressOnline(  # type: ignore[no-untyped-def]
 @script(OPSET, default_opset=op)
 def FoldkvCompressOnlineFp8(  # type: ignore[no-untyped-def]
     entries: FLOAT, carry: FLOAT, kv: FLOAT, gate: FLOAT, bias: FLOAT, norm: FLOAT, inv_freq: FLOAT,
-    positions: INT32, num_tokens: INT32, rotary: int, ratio: int, eps: float,
+    positions: INT32, num_tokens: INT32, rope_dim: int, ratio: int, eps: float,
 ):  # fmt: skip
     merged, begins, after = FoldkvMergeOnline(carry, kv, gate, bias, positions, num_tokens, ratio)
-    new = FoldkvQuantizeFp8(FoldkvFinishEntries(merged, begins, norm, inv_freq, eps), rotary)
+    new = FoldkvQuantizeFp8(FoldkvFinishEntries(merged, begins, norm, inv_freq, eps), rope_dim)
     return FoldkvWriteEntries(entries, new, positions, num_tokens, ratio), after
 
 

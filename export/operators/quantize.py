@@ -30,10 +30,10 @@ _BF16 = numpy_helper.from_array(np.arange(65536, dtype=np.uint16).view(ml_dtypes
 _E2M1_PAIRS = numpy_helper.from_array(byte_pairs().numpy())
 
 
-def quantized_fp8(x: Tensor, rotary: int) -> Tensor:
+def quantized_fp8(x: Tensor, rope_dim: int) -> Tensor:
     """x [..., D] float -> [..., D] float32, the values of its ``fp8_ds_mla`` rows."""
-    row_format(FP8_DS_MLA).row_bytes(x.shape[-1], rotary)  # raises if it does not fit
-    return unpack_fp8_ds_mla(pack_fp8_ds_mla(x.float(), rotary), x.shape[-1], rotary)
+    row_format(FP8_DS_MLA).row_bytes(x.shape[-1], rope_dim)  # raises if it does not fit
+    return unpack_fp8_ds_mla(pack_fp8_ds_mla(x.float(), rope_dim), x.shape[-1], rope_dim)
 
 
 def quantized_fp4(x: Tensor) -> Tensor:
@@ -103,8 +103,8 @@ def FoldkvFlat(tiles: FLOAT, like: FLOAT):  # type: ignore[no-untyped-def]
 
 
 @script(OPSET, default_opset=op)
-def FoldkvQuantizeFp8(x: FLOAT, rotary: int):  # type: ignore[no-untyped-def]
-    edge = op.Shape(x, start=-1) - rotary
+def FoldkvQuantizeFp8(x: FLOAT, rope_dim: int):  # type: ignore[no-untyped-def]
+    edge = op.Shape(x, start=-1) - rope_dim
     plain = op.Slice(x, [0], edge, [-1])
     turned = op.Slice(x, edge, [9223372036854775807], [-1])
     tiles = FoldkvTiles(plain, tile=64)
@@ -126,8 +126,8 @@ def FoldkvBytes(codes: FLOAT):  # type: ignore[no-untyped-def]
 
 
 @script(OPSET, default_opset=op)
-def FoldkvPackFp8(x: FLOAT, rotary: int):  # type: ignore[no-untyped-def]
-    edge = op.Shape(x, start=-1) - rotary
+def FoldkvPackFp8(x: FLOAT, rope_dim: int):  # type: ignore[no-untyped-def]
+    edge = op.Shape(x, start=-1) - rope_dim
     plain = op.Slice(x, [0], edge, [-1])
     turned = op.Slice(x, edge, [9223372036854775807], [-1])
     tiles = FoldkvTiles(plain, tile=64)
@@ -143,9 +143,9 @@ def FoldkvPackFp8(x: FLOAT, rotary: int):  # type: ignore[no-untyped-def]
 
 
 @script(OPSET, default_opset=op)
-def FoldkvUnpackFp8(rows: INT8, width: int, rotary: int):  # type: ignore[no-untyped-def]
-    edge = op.Reshape(op.Constant(value_int=1) * width - rotary, [1])
-    end = edge + 2 * rotary
+def FoldkvUnpackFp8(rows: INT8, width: int, rope_dim: int):  # type: ignore[no-untyped-def]
+    edge = op.Reshape(op.Constant(value_int=1) * width - rope_dim, [1])
+    end = edge + 2 * rope_dim
     count = (edge + 63) / 64
     plain = op.Gather(op.Constant(value=_E4M3), op.Cast(op.Slice(rows, [0], edge, [-1]), to=6), axis=0)
     scale = op.Gather(op.Constant(value=_E8M0), op.Cast(op.Slice(rows, end, end + count, [-1]), to=6), axis=0)

@@ -35,7 +35,7 @@ from .rows import (
 
 @dataclass(frozen=True)
 class RowBodies:
-    """A format's functions in ONNX. If the format keeps turned channels apart, all of them have the attribute ``rotary``.
+    """A format's functions in ONNX. If the format keeps turned channels apart, all of them have the attribute ``rope_dim``.
 
     Attributes:
         quantize: x [..., D] float32 -> the values of its packed rows, [..., D] float32.
@@ -106,7 +106,7 @@ def row_bodies(name: str) -> RowBodies:
 
 def body_attributes(format_: RowFormat, rope_dim: int) -> dict[str, int]:
     """The attributes that a format's bodies take, besides ``width``."""
-    return {"rotary": rope_dim} if format_.keeps_rope else {}
+    return {"rope_dim": rope_dim} if format_.keeps_rope else {}
 
 
 def pack(values: Tensor, name: str, rope_dim: int = 0) -> Tensor:

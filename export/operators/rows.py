@@ -27,7 +27,7 @@ def pack_fp8_ds_mla(values: Tensor, rope_dim: int) -> Tensor:
     """values [..., D] float32 -> codes, turned channels, scales [..., bytes] uint8, without padding."""
     plain = values.shape[-1] - rope_dim
     codes, exponents = _e4m3(values[..., :plain], _MAIN_TILE)
-    turned = values[..., plain:].bfloat16().contiguous().view(torch.uint8)
+    turned = _viewed(values[..., plain:].bfloat16(), torch.uint8)
     return torch.cat((codes, turned, exponents), dim=-1)
 
 
@@ -35,7 +35,7 @@ def unpack_fp8_ds_mla(data: Tensor, width: int, rope_dim: int) -> Tensor:
     """data [..., bytes] uint8 -> values [..., D] float32, exactly."""
     plain = width - rope_dim
     exponents = data[..., plain + 2 * rope_dim :][..., : -(-plain // _MAIN_TILE)]
-    turned = data[..., plain : plain + 2 * rope_dim].contiguous().view(torch.bfloat16).float()
+    turned = _viewed(data[..., plain : plain + 2 * rope_dim], torch.bfloat16).float()
     coded = data[..., :plain].view(torch.float8_e4m3fn).float() * _spread(exponents, _MAIN_TILE, plain)
     return torch.cat((coded, turned), dim=-1)
 
@@ -43,12 +43,12 @@ def unpack_fp8_ds_mla(data: Tensor, width: int, rope_dim: int) -> Tensor:
 def pack_index_fp8(values: Tensor, rope_dim: int) -> Tensor:
     """values [..., D] float32 -> codes, then the scale as float32 [..., bytes] uint8."""
     codes, exponents = _e4m3(values, values.shape[-1])
-    return torch.cat((codes, torch.exp2(exponents.float() - _BIAS).contiguous().view(torch.uint8)), dim=-1)
+    return torch.cat((codes, _viewed(torch.exp2(exponents.float() - _BIAS), torch.uint8)), dim=-1)
 
 
 def unpack_index_fp8(data: Tensor, width: int, rope_dim: int) -> Tensor:
     """data [..., bytes] uint8 -> values [..., D] float32, exactly."""
-    return data[..., :width].view(torch.float8_e4m3fn).float() * data[..., width:].contiguous().view(torch.float32)
+    return data[..., :width].view(torch.float8_e4m3fn).float() * _viewed(data[..., width:], torch.float32)
 
 
 def pack_index_fp4(values: Tensor, rope_dim: int) -> Tensor:
@@ -87,3 +87,11 @@ def _exponents(values: Tensor, tile: int, largest: float) -> Tensor:
 def _spread(exponents: Tensor, tile: int, width: int) -> Tensor:
     """Scales [..., D] float32 of e8m0 bytes."""
     return torch.exp2(exponents.float() - _BIAS).repeat_interleave(tile, dim=-1)[..., :width]
+
+
+def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of ``data`` [..., n] as another type.
+
+    A copy of its own: one row out of longer ones counts as contiguous where it lies, at whatever byte.
+    """
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)

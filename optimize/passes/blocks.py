@@ -157,7 +157,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
 def read_in_blocks(model: ir.Model, *, room: int = BLOCK_ROOM) -> int:
     """Let nodes that read whole caches read blocks instead, in place, also in layers' functions; returns how many.
 
-    A node with packed rows has the attributes ``rows`` (optimize/passes/pack.py), ``width`` and ``rotary``.
+    A node with packed rows has the attributes ``rows`` (optimize/passes/pack.py), ``width`` and ``rope_dim``.
 
     Args:
         model: with the operators' nodes.
@@ -199,7 +199,7 @@ def _replace(model: ir.Model, old: ir.Node, reader: ir.Node, function: Any, attr
     if (DOMAIN, function.name, "") in model.functions:
         return
     if row_format(format_).packed:
-        attach_reader(model, function, format_, given["width"].value, given["rotary"].value)
+        attach_reader(model, function, format_, given["width"].value, given["rope_dim"].value)
     else:
         attach(model, function)
 

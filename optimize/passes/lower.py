@@ -58,7 +58,7 @@ def lowered_graph(
     *,
     sm: int,
     layout: str = DENSE,
-    rotary: int = 0,
+    rope_dim: int = 0,
     tokens: int = 1,
 ) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
     """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and the format
@@ -75,7 +75,7 @@ def lowered_graph(
         precision: of the large products and of dense rows.
         sm: compute capability that the graph is for; it decides which weight formats stay.
         layout: name of the cache layout; anything but "dense" requires that only plugins touch the rows.
-        rotary: rotated channels of a row, for packed layouts.
+        rope_dim: rotated channels of a row, for packed layouts.
         tokens: the most tokens that the engine takes at once (batch times chunk); decides how experts' weights are gathered.
 
     Raises:
@@ -98,7 +98,7 @@ def lowered_graph(
     RemoveUnusedFunctionsPass()(model)
     counts: dict[str, Any] = {"weights": 0, "products": 0, "state": 0}
     if precision != "float32" or layout != DENSE:
-        stored = {tensor.input: LAYOUTS[layout].stored(tensor, rotary, precision) for tensor in state}
+        stored = {tensor.input: LAYOUTS[layout].stored(tensor, rope_dim, precision) for tensor in state}
         counts["state"] = _lower_state(model, state, stored)
         state = [stored[tensor.input] for tensor in state]
     if precision != "float32":

@@ -3,7 +3,7 @@
 A served graph quantises a row before it writes it, so keeping the row's bytes instead changes no value: nodes that
 quantised now pack, and nodes that read now decode. Only some rows are decoded: the window with the chunk, the chosen
 entries, and the active rows of caches that a step reads as a whole (the index, and the entries of HCA). Nodes that touch
-packed rows have ``rows``, ``rotary`` and ``layout_version``, like injected ones (plugins/declarations.py).
+packed rows have ``rows``, ``rope_dim`` and ``layout_version``, like injected ones (plugins/declarations.py).
 
 What a node reads and writes is declared in export/contract/operators.py; what a format's bytes are, in its row format.
 """
@@ -24,19 +24,19 @@ from ...export.operators.row_formats import body_attributes, row_bodies
 from .functions import attach, attach_reader, attach_writer
 
 
-def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> list[StateTensor]:
+def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rope_dim: int) -> list[StateTensor]:
     """Let a served graph keep its rows packed, in place; returns its state tensors.
 
     Args:
         model: as ``foldkv export --profile served`` wrote it.
         state: its state tensors, in order.
         layout: a layout of packed rows that a served graph supports (optimize/choices.py).
-        rotary: channels of a main row that RoPE turns.
+        rope_dim: channels of a main row that RoPE turns.
 
     Raises:
         InputError: graphs cannot read a format of the layout, or the graph does not compute its values.
     """
-    packed = [LAYOUTS[layout].stored(tensor, rotary) for tensor in state]
+    packed = [LAYOUTS[layout].stored(tensor, rope_dim) for tensor in state]
     values = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     for old, new in zip(state, packed, strict=True):
         if old == new:
@@ -46,15 +46,15 @@ def pack_state(model: ir.Model, state: Sequence[StateTensor], layout: str, rotar
             value.dtype = ir.DataType.INT8
             if value.shape is not None:
                 value.shape = ir.Shape([*value.shape.dims[:-1], new.width])
-    _Packer(model, state, layout, rotary).run()
+    _Packer(model, state, layout, rope_dim).run()
     return packed
 
 
 class _Packer:
     """Changes the nodes of one graph."""
 
-    def __init__(self, model: ir.Model, state: Sequence[StateTensor], layout: str, rotary: int) -> None:
-        self._model, self._graph, self._rotary = model, model.graph, rotary
+    def __init__(self, model: ir.Model, state: Sequence[StateTensor], layout: str, rope_dim: int) -> None:
+        self._model, self._graph, self._rope_dim = model, model.graph, rope_dim
         self._specs, self._operators = operator_specs(), operators()
         self._groups = {tensor.input: tensor.group for tensor in state}
         self._widths = {tensor.group: tensor.width for tensor in state}
@@ -128,7 +128,7 @@ class _Packer:
         else:
             name = f"{node.op_type}Packed"
             function = self._operators[node.op_type].function
-            attach_reader(self._model, function, format_, width, self._rotary, name=name)
+            attach_reader(self._model, function, format_, width, self._rope_dim, name=name)
             self._rename(node, name, format_)
 
     def _rename(self, node: ir.Node, op_type: str, format_: str) -> None:
@@ -139,7 +139,7 @@ class _Packer:
 
     def _mark(self, node: ir.Node, format_: str) -> None:
         node.attributes["rows"] = ir.AttrString("rows", format_)
-        node.attributes["rotary"] = ir.AttrInt64("rotary", self._rotary)
+        node.attributes["rope_dim"] = ir.AttrInt64("rope_dim", self._rope_dim)
         node.attributes["layout_version"] = ir.AttrInt64("layout_version", row_format(format_).version)
 
     def _decode(self, node: ir.Node, index: int, format_: str, width: int) -> None:
@@ -147,7 +147,7 @@ class _Packer:
         rows, unpack = node.inputs[index], row_bodies(format_).unpack
         assert rows is not None
         attach(self._model, unpack)
-        attributes = {"width": width} | body_attributes(row_format(format_), self._rotary)
+        attributes = {"width": width} | body_attributes(row_format(format_), self._rope_dim)
         decode = ir.node(unpack.name, [rows], attributes=attributes, domain=DOMAIN, name=f"{node.name}_unpack_{index}")
         value = decode.outputs[0]
         value.name, value.dtype = f"{decode.name}_out", ir.DataType.FLOAT

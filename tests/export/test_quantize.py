@@ -29,7 +29,7 @@ ROTARY, WIDTH = 16, 128
 
 @script()
 def quantize_main(x: FLOAT[...]) -> FLOAT[...]:
-    return FoldkvQuantizeFp8(x, rotary=16)
+    return FoldkvQuantizeFp8(x, rope_dim=16)
 
 
 @script()
@@ -39,7 +39,7 @@ def quantize_index(x: FLOAT[...]) -> FLOAT[...]:
 
 @script()
 def pack_main(x: FLOAT[...]) -> INT8[...]:
-    return FoldkvPackFp8(x, rotary=16)
+    return FoldkvPackFp8(x, rope_dim=16)
 
 
 @script()
@@ -49,7 +49,7 @@ def pack_index(x: FLOAT[...]) -> INT8[...]:
 
 @script()
 def unpack_main(rows: INT8[...]) -> FLOAT[...]:
-    return FoldkvUnpackFp8(rows, width=128, rotary=16)
+    return FoldkvUnpackFp8(rows, width=128, rope_dim=16)
 
 
 @script()
@@ -136,9 +136,9 @@ def test_every_byte_is_read_as_the_definition_reads_it() -> None:
     size = pack(torch.zeros(WIDTH), FP8_DS_MLA, ROTARY).shape[-1]
     main = torch.randint(-128, 128, (3000, size), dtype=torch.int8, generator=generator)
     index = torch.randint(-128, 128, (3000, WIDTH // 2 + WIDTH // 32), dtype=torch.int8, generator=generator)
-    for function, rows, format_, rotary in (
+    for function, rows, format_, rope_dim in (
         (unpack_main, main, FP8_DS_MLA, ROTARY), (unpack_index, index, INDEX_FP4, 0),
     ):  # fmt: skip
-        read, expected = run(function, rows), unpack(rows, format_, WIDTH, rotary)
+        read, expected = run(function, rows), unpack(rows, format_, WIDTH, rope_dim)
         assert torch.equal(read.isnan(), expected.isnan())
         assert torch.equal(read.nan_to_num(7.0), expected.nan_to_num(7.0))

@@ -30,10 +30,10 @@ def scales(values: np.ndarray, size: int, largest: float) -> np.ndarray:
     return powers[(reach[..., None] > largest * powers).sum(-1)]
 
 
-def reference(values: Tensor, format_: str, rotary: int) -> Tensor:
+def reference(values: Tensor, format_: str, rope_dim: int) -> Tensor:
     """What the rows stand for, by ml_dtypes."""
     data = values.numpy()
-    plain = data.shape[-1] - (rotary if format_ == FP8_DS_MLA else 0)
+    plain = data.shape[-1] - (rope_dim if format_ == FP8_DS_MLA else 0)
     size = {FP8_DS_MLA: 64, INDEX_FP8: plain, INDEX_FP4: 32}[format_]
     kind, largest = (ml_dtypes.float4_e2m1fn, 6.0) if format_ == INDEX_FP4 else (ml_dtypes.float8_e4m3fn, 448.0)
     scale = scales(data[..., :plain], size, largest)[..., None]
@@ -48,13 +48,13 @@ def uneven(*shape: int) -> Tensor:
     return torch.where(torch.rand(shape) < 0.2, (values * 64).round() / 64, values)
 
 
-@pytest.mark.parametrize(("format_", "rotary"), FORMATS)
-def test_values_are_those_of_ml_dtypes(format_: str, rotary: int) -> None:
+@pytest.mark.parametrize(("format_", "rope_dim"), FORMATS)
+def test_values_are_those_of_ml_dtypes(format_: str, rope_dim: int) -> None:
     torch.manual_seed(0)
     values = uneven(200, 128)
     values[0], values[1] = 0.0, -0.0
-    read = unpack(pack(values, format_, rotary), format_, 128, rotary)
-    assert torch.equal(read.double(), reference(values, format_, rotary))
+    read = unpack(pack(values, format_, rope_dim), format_, 128, rope_dim)
+    assert torch.equal(read.double(), reference(values, format_, rope_dim))
     assert torch.equal(read[1].signbit(), torch.ones(128, dtype=torch.bool)), "zeros keep their sign"
 
 
@@ -96,14 +96,14 @@ def test_a_scale_is_the_smallest_that_fits(format_: str, largest: float, power: 
 
 
 @pytest.mark.parametrize(
-    ("format_", "width", "rotary", "size"),
+    ("format_", "width", "rope_dim", "size"),
     [(FP8_DS_MLA, 512, 64, 584), (INDEX_FP8, 128, 64, 132), (INDEX_FP4, 128, 64, 68), (FP8_DS_MLA, 64, 16, 88)],
 )
-def test_row_sizes(format_: str, width: int, rotary: int, size: int) -> None:
-    data = pack(torch.randn(3, 5, width), format_, rotary)
+def test_row_sizes(format_: str, width: int, rope_dim: int, size: int) -> None:
+    data = pack(torch.randn(3, 5, width), format_, rope_dim)
     assert data.shape == (3, 5, size) and data.dtype == torch.int8
-    assert row_format(format_).row_bytes(width, rotary) == size
-    assert row_format(DENSE).row_bytes(width, rotary) == 2 * width
+    assert row_format(format_).row_bytes(width, rope_dim) == size
+    assert row_format(DENSE).row_bytes(width, rope_dim) == 2 * width
 
 
 def test_bytes_without_a_meaning_are_zero() -> None:
@@ -112,9 +112,9 @@ def test_bytes_without_a_meaning_are_zero() -> None:
 
 
 def test_channels_that_do_not_fill_a_row_are_refused() -> None:
-    for format_, width, rotary in ((INDEX_FP4, 48, 0), (FP8_DS_MLA, 15, 2), (FP8_DS_MLA, 16, 32)):
+    for format_, width, rope_dim in ((INDEX_FP4, 48, 0), (FP8_DS_MLA, 15, 2), (FP8_DS_MLA, 16, 32)):
         with pytest.raises(InputError, match="cannot be stored"):
-            pack(torch.zeros(width), format_, rotary)
+            pack(torch.zeros(width), format_, rope_dim)
 
 
 rows_of_floats = st.lists(
@@ -122,25 +122,35 @@ rows_of_floats = st.lists(
 ).map(torch.tensor)
 
 
-@pytest.mark.parametrize(("format_", "rotary"), [(FP8_DS_MLA, 16), (INDEX_FP8, 0), (INDEX_FP4, 0)])
+@pytest.mark.parametrize(("format_", "rope_dim"), [(FP8_DS_MLA, 16), (INDEX_FP8, 0), (INDEX_FP4, 0)])
 @given(values=rows_of_floats)
 @settings(max_examples=60, deadline=None)
-def test_what_was_read_is_packed_to_itself(format_: str, rotary: int, values: Tensor) -> None:
-    read = unpack(pack(values, format_, rotary), format_, 64, rotary)
-    assert torch.equal(unpack(pack(read, format_, rotary), format_, 64, rotary), read)
+def test_what_was_read_is_packed_to_itself(format_: str, rope_dim: int, values: Tensor) -> None:
+    read = unpack(pack(values, format_, rope_dim), format_, 64, rope_dim)
+    assert torch.equal(unpack(pack(read, format_, rope_dim), format_, 64, rope_dim), read)
 
 
-@pytest.mark.parametrize(("format_", "rotary"), [(FP8_DS_MLA, 16), (INDEX_FP8, 0), (INDEX_FP4, 0)])
+@pytest.mark.parametrize(("format_", "rope_dim"), [(FP8_DS_MLA, 16), (INDEX_FP8, 0), (INDEX_FP4, 0)])
 @given(values=rows_of_floats)
 @settings(max_examples=60, deadline=None)
-def test_the_error_is_half_a_step(format_: str, rotary: int, values: Tensor) -> None:
+def test_the_error_is_half_a_step(format_: str, rope_dim: int, values: Tensor) -> None:
     """Half a step of a value's own code, or of the smallest code, whose scale is below 2 * largest magnitude / largest code."""
-    plain = 64 - (rotary if format_ == FP8_DS_MLA else 0)
+    plain = 64 - (rope_dim if format_ == FP8_DS_MLA else 0)
     largest, relative, absolute = E2M1 if format_ == INDEX_FP4 else E4M3
-    read = unpack(pack(values, format_, rotary), format_, 64, rotary).double()
+    read = unpack(pack(values, format_, rope_dim), format_, 64, rope_dim).double()
     exact = values.double()
     size = 32 if format_ == INDEX_FP4 else plain
     reach = exact[:plain].abs().unflatten(0, (-1, size)).amax(-1).clamp(min=1e-4).repeat_interleave(size)
     bound = torch.maximum(relative * exact[:plain].abs(), absolute * 2 * reach / largest)
     assert ((read - exact).abs()[:plain] <= bound).all()
     assert ((read - exact).abs()[plain:] <= 2.0**-8 * exact[plain:].abs()).all()
+
+
+@pytest.mark.parametrize("lead", [(1,), (1, 1), (2, 3)])
+@pytest.mark.parametrize(("format_", "width", "rope_dim"), [(FP8_DS_MLA, 32, 8), (INDEX_FP8, 33, 0), (INDEX_FP4, 32, 0)])
+def test_rows_are_read_at_any_byte(format_: str, width: int, rope_dim: int, lead: tuple[int, ...]) -> None:
+    rows = pack(torch.randn(*lead, width), format_, rope_dim)
+    longer = torch.zeros(*lead, rows.shape[-1] + 7, dtype=torch.int8)
+    longer[..., 3 : 3 + rows.shape[-1]] = rows
+    found = unpack(longer[..., 3 : 3 + rows.shape[-1]], format_, width, rope_dim)
+    assert torch.equal(found, unpack(rows, format_, width, rope_dim))

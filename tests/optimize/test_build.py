@@ -224,7 +224,7 @@ def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph
 @script()
 def rounded_rows(window: FLOAT[...]) -> FLOAT[...]:
     # Tiles of 64 do not fill 80 channels, so that a tile is padded.
-    return FoldkvQuantizeFp4(FoldkvQuantizeFp8(window, rotary=16))
+    return FoldkvQuantizeFp4(FoldkvQuantizeFp8(window, rope_dim=16))
 
 
 def test_the_rounding_of_served_graphs_is_what_an_engine_takes_without_plugins(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Pat
 
 def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"is packed, but .* is not a plugin"):
-        lowered(tiny_graph, tmp_path, "bfloat16", sm=80, layout="fp8", rotary=16)
+        lowered(tiny_graph, tmp_path, "bfloat16", sm=80, layout="fp8", rope_dim=16)
 
 
 def test_a_network_without_the_injected_plugins_is_refused(tiny_graph: Path, tmp_path: Path) -> None:

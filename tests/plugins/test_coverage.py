@@ -46,7 +46,7 @@ def test_the_table_agrees_with_injection(tiny_graph: Path, served_graph: Path, p
     for layout in ("dense", "fp8", "fp8+fp4") if profile == "hf" else ("dense", "fp8+fp4"):
         model = onnx.load(graph / "model.onnx", load_external_data=False)
         injection = inject_nodes(
-            model, state, rotary=spec.rope_dim, target="a100", sm=80, dtype="bfloat16", layout=layout
+            model, state, rope_dim=spec.rope_dim, target="a100", sm=80, dtype="bfloat16", layout=layout
         )
         for given in injection.given:
             assert all(table[given.plugin.operator, rows] == {80: ""} for rows in given.rows)

@@ -27,7 +27,7 @@ SPLITS = [
 
 def steps_of(case: Case, **options: Any) -> Plan:
     return plan(
-        case.operator, case.sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rotary=ROTARY, **options
+        case.operator, case.sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rope_dim=ROTARY, **options
     )
 
 

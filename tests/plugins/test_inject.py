@@ -55,7 +55,7 @@ def test_nodes_that_a_plugin_takes_are_marked_and_the_others_have_a_reason(tiny_
     for node in marked(tmp_path / "out"):
         values = attributes(node)
         assert values["plugin_namespace"] == b"foldkv" and set(FIELDS) <= set(values)
-        assert (values["sm"], values["dtype"], values["rows"], values["rotary"]) == (80, b"bfloat16", b"dense", 16)
+        assert (values["sm"], values["dtype"], values["rows"], values["rope_dim"]) == (80, b"bfloat16", b"dense", 16)
     assert marked(tiny_graph) == []
 
 
@@ -88,7 +88,7 @@ def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
     served_graph: Path, layout: str, main: str, index: str
 ) -> None:
     model = flat_model(read_package(served_graph))
-    injection = inject_nodes(model, read_manifest(served_graph, kind=KIND)["state"], rotary=16, layout=layout, **A100)
+    injection = inject_nodes(model, read_manifest(served_graph, kind=KIND)["state"], rope_dim=16, layout=layout, **A100)
     refused = {row.operator for row in injection.rows if row.injected < row.nodes}
     assert refused == {row.operator for row in injection.rows} & set(BODIES) and "FoldkvQuantizeFp8" in refused
     assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - {
@@ -112,7 +112,7 @@ def test_state_that_a_plugin_writes_is_updated_in_place_and_no_other(
 
     def in_place(operators: set[str]) -> set[str]:
         model = onnx.load(graph / "model.onnx", load_external_data=False)
-        inject_nodes(model, state, rotary=16, **A100, plugins=[PLUGINS[name] for name in operators])
+        inject_nodes(model, state, rope_dim=16, **A100, plugins=[PLUGINS[name] for name in operators])
         names = updated_in_place(model, state)
         assert names == [row["name"] for row in state if row["name"] in names], "in the order of the state"
         return set(names)
@@ -223,7 +223,11 @@ def test_sizes_that_the_kernels_cannot_take_are_a_reason(tiny_graph: Path, tmp_p
             if dim.dim_value == 64:
                 dim.dim_value = 40
     for row in inject_nodes(
-        model, read_manifest(odd, kind=KIND)["state"], rotary=16, plugins=[SPARSE, PLUGINS["FoldkvIndexSelect"]], **A100
+        model,
+        read_manifest(odd, kind=KIND)["state"],
+        rope_dim=16,
+        plugins=[SPARSE, PLUGINS["FoldkvIndexSelect"]],
+        **A100,
     ).rows:
         if row.operator == "FoldkvSparseAttention":
             assert row.injected == 0 and "40 wide; expected a multiple of 16" in next(iter(row.refusals))

@@ -349,14 +349,14 @@ def test_index_select_over_a_million_tokens() -> None:
     assert sets(found) == sets(index_select(scores, ints(1_048_575), 4, 1024))
 
 
-def packed(rows: Tensor, format_: str, rotary: int = 0) -> tuple[Tensor, Tensor]:
+def packed(rows: Tensor, format_: str, rope_dim: int = 0) -> tuple[Tensor, Tensor]:
     """Bytes of rows [..., D], and the float32 values they stand for. Rows of NaN become bytes that no format can read
 
     as anything but NaN or infinity, and values of NaN.
     """
     unwritten = rows.isnan().any(-1, keepdim=True)
-    data = pack(rows.nan_to_num(), format_, rotary)
-    values = unpack(data, format_, rows.shape[-1], rotary)
+    data = pack(rows.nan_to_num(), format_, rope_dim)
+    values = unpack(data, format_, rows.shape[-1], rope_dim)
     return data.masked_fill(unwritten, -1), values.masked_fill(unwritten, torch.nan)
 
 
@@ -368,16 +368,18 @@ def uneven(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("start", "real", "chunk"), CHUNKS)
-@pytest.mark.parametrize(("width", "rotary"), [(32, 8), (48, 16), (160, 32), (512, 64)])
+@pytest.mark.parametrize(("width", "rope_dim"), [(32, 8), (48, 16), (160, 32), (512, 64)])
 def test_window_update_packs_bit_for_bit(
-    width: int, rotary: int, start: list[int], real: list[int], chunk: int
+    width: int, rope_dim: int, start: list[int], real: list[int], chunk: int
 ) -> None:
     torch.manual_seed(0)
-    window, _ = packed(ring_and_chunk(start, [0] * len(start), 0, width, torch.float32), FP8_DS_MLA, rotary)
+    window, _ = packed(ring_and_chunk(start, [0] * len(start), 0, width, torch.float32), FP8_DS_MLA, rope_dim)
     kv = uneven(len(start), chunk, width)
     tail = [ints(*start), ints(*real)]
-    found = run("FoldkvWindowUpdate", [window, kv, *tail], dtype="bfloat16", rows=FP8_DS_MLA, rotary=rotary, D=width)
-    expected = window_update(window, pack(kv, FP8_DS_MLA, rotary), *tail)
+    found = run(
+        "FoldkvWindowUpdate", [window, kv, *tail], dtype="bfloat16", rows=FP8_DS_MLA, rope_dim=rope_dim, D=width
+    )
+    expected = window_update(window, pack(kv, FP8_DS_MLA, rope_dim), *tail)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -403,13 +405,13 @@ def test_compress_packs_the_row_that_it_computes(
     operator: str, ratio: int, format_: str, start: list[int], real: list[int], chunk: int
 ) -> None:
     inputs = compress_inputs(operator, start, real, chunk, ratio, "float32")
-    rotary = 2 * len(inputs[-3])
-    held, values = packed(inputs[0], format_, rotary)
+    rope_dim = 2 * len(inputs[-3])
+    held, values = packed(inputs[0], format_, rope_dim)
     attributes = {"ratio": ratio, "eps": 1e-6}
-    found = run(operator, [held, *inputs[1:]], dtype="bfloat16", rows=format_, rotary=rotary, D=WIDTH, **attributes)
+    found = run(operator, [held, *inputs[1:]], dtype="bfloat16", rows=format_, rope_dim=rope_dim, D=WIDTH, **attributes)
     dense = run(operator, inputs, dtype="float32", **attributes)
     closed = closed_rows(held, start, real, ratio)
-    assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rotary), held))
+    assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rope_dim), held))
     for one, other in zip(found[1:], dense[1:], strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
     # And against the definition: half a step of a code, or of the smallest code of a scale below 2 * largest / 448.
@@ -417,7 +419,7 @@ def test_compress_packs_the_row_that_it_computes(
     slack = math.sqrt(2 * WIDTH) * float(inputs[-4].max()) * 64 * ROUNDING["float32"]
     half_step, smallest = STEPS[format_]
     bound = half_step * expected.abs() + smallest * expected.abs().amax(-1, keepdim=True) + 2 * slack
-    assert ((unpack(found[0], format_, WIDTH, rotary)[closed].double() - expected).abs() <= bound).all()
+    assert ((unpack(found[0], format_, WIDTH, rope_dim)[closed].double() - expected).abs() <= bound).all()
 
 
 ROUNDING_CASES = [
@@ -435,15 +437,15 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
 ) -> None:
     """Bit for bit, and nearly everywhere the definition in float32, whose sums may fall on the other side of a border."""
     inputs = compress_inputs(operator, start, real, chunk, ratio, "float32", width)
-    rotary, attributes = 2 * len(inputs[-3]), {"ratio": ratio, "eps": 1e-6}
-    kept: dict[str, Any] = {"rotary": rotary} | ({"rows": format_, "dtype": "bfloat16"} if packs else {})
+    rope_dim, attributes = 2 * len(inputs[-3]), {"ratio": ratio, "eps": 1e-6}
+    kept: dict[str, Any] = {"rope_dim": rope_dim} | ({"rows": format_, "dtype": "bfloat16"} if packs else {})
     exact, *carries = run(operator, inputs, **attributes)
-    held = packed(inputs[0], format_, rotary)[0] if packs else inputs[0]
+    held = packed(inputs[0], format_, rope_dim)[0] if packs else inputs[0]
     closed = closed_rows(held, start, real, ratio)
     assert closed.any()
     if format_ == FP8_DS_MLA:
         found = run(f"{operator}Fp8", [held, *inputs[1:]], **kept, **attributes)
-        defined = DEFINITIONS[operator][1](*inputs, rotary, *attributes.values())[0]
+        defined = DEFINITIONS[operator][1](*inputs, rope_dim, *attributes.values())[0]
     else:
         # Of a permutation every product is exact; the Hadamard matrix is the definition's.
         order = torch.randperm(width)
@@ -451,20 +453,20 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
         found, other = (run(f"{operator}Fp4", [held, *inputs[1:], m], **kept, **attributes) for m in moved)
         exact = torch.where(closed[..., None], exact @ moved[0], exact)
         defined = compress_fp4(*inputs, moved[1], *attributes.values())[0]
-    written = pack(exact, format_, rotary)
+    written = pack(exact, format_, rope_dim)
     if not packs:
-        written = unpack(written, format_, width, rotary)
+        written = unpack(written, format_, width, rope_dim)
     assert torch.equal(found[0], torch.where(closed[..., None], written, held))
     for one, same in zip(found[1:], carries, strict=True):
         assert torch.equal(one.nan_to_num(7.0), same.nan_to_num(7.0))
     last = (found if format_ == FP8_DS_MLA else other)[0][closed]
-    read = unpack(last, format_, width, rotary) if packs else last
+    read = unpack(last, format_, width, rope_dim) if packs else last
     assert float((read == defined[closed]).double().mean()) > 0.99
     assert float((read - defined[closed]).abs().max()) <= float(defined[closed].abs().max()) * 0.35
 
 
 @pytest.mark.parametrize(
-    ("operator", "width", "rows", "rotary", "reason"),
+    ("operator", "width", "rows", "rope_dim", "reason"),
     [
         ("FoldkvCompressFp8", 48, DENSE, 8, "keeps 8 channels in bfloat16, but rows have 16 rotated"),
         ("FoldkvCompressFp4", 96, DENSE, None, "96 wide; a Hadamard matrix needs a power of two"),
@@ -476,12 +478,12 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
     ],
 )
 def test_sizes_that_no_kernel_takes_are_refused(
-    operator: str, width: int, rows: str, rotary: int | None, reason: str
+    operator: str, width: int, rows: str, rope_dim: int | None, reason: str
 ) -> None:
     sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": width, "T": 4, "D": width, "P": 8}
-    attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6} | ({} if rotary is None else {"rotary": rotary})
+    attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6} | ({} if rope_dim is None else {"rope_dim": rope_dim})
     with pytest.raises(ValueError, match=reason):
-        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rows=rows, rotary=16)
+        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rows=rows, rope_dim=16)
 
 
 PACKED_CASES = [*CHUNKS, ([1999, 100], [1, 1], 1)]
@@ -492,15 +494,15 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor, float, list[Tensor]]:
     """What an attention of packed rows gives, what the definition gives of their values, the bound, and the inputs."""
     q, dense, tail = attention_inputs(start, real, chunk, "float32", heads, width)
-    rotary, ratio = 2 * len(tail[1]), 4 if operator == "FoldkvSparseAttention" else 8
-    rows, values = packed(dense, FP8_DS_MLA, rotary)
+    rope_dim, ratio = 2 * len(tail[1]), 4 if operator == "FoldkvSparseAttention" else 8
+    rows, values = packed(dense, FP8_DS_MLA, rope_dim)
     entries = torch.randn(len(start), 512, width)
     for b, first in enumerate(start):
         entries[b, (first + real[b]) // ratio :] = torch.nan
-    written, read = packed(entries, FP8_DS_MLA, rotary)
+    written, read = packed(entries, FP8_DS_MLA, rope_dim)
     chosen = chosen_of(start, real, chunk, 40, ratio)
     context = torch.tensor([max(s + r for s, r in zip(start, real, strict=True))])
-    kept = {"dtype": "bfloat16", "rows": FP8_DS_MLA, "rotary": rotary} | options
+    kept = {"dtype": "bfloat16", "rows": FP8_DS_MLA, "rope_dim": rope_dim} | options
     first, exact = [q, rows], wide([q, values])
     ends = [*wide(tail[:1]), *tail[1:]]
     if operator == "FoldkvWindowAttention":
@@ -538,7 +540,7 @@ def test_attention_of_packed_rows_does_not_depend_on_the_places_in_a_batch(opera
     found, _, _, inputs = packed_attention(operator, [1999, 5, 0], [1, 1, 1], 1, HEADS, WIDTH)
     batched = [value[order] if value.shape[0] == 3 else value for value in inputs]
     options = {"ratio": 8} if operator == "FoldkvDenseAttention" else {}
-    [moved] = run(operator, batched, dtype="bfloat16", rows=FP8_DS_MLA, rotary=2 * (WIDTH // 8), **options)
+    [moved] = run(operator, batched, dtype="bfloat16", rows=FP8_DS_MLA, rope_dim=2 * (WIDTH // 8), **options)
     assert torch.equal(moved, found[order])
 
 
@@ -562,12 +564,12 @@ def test_index_scores_of_packed_rows(
 
 def test_rows_of_another_size_format_or_version_are_refused() -> None:
     sizes = {"B": 1, "S": 1, "H": 4, "D": 512, "W": 16, "P": 32, "ROW": 584}
-    given: dict[str, Any] = {"sm": 80, "dtype": "bfloat16", "rows": FP8_DS_MLA, "rotary": 64}
+    given: dict[str, Any] = {"sm": 80, "dtype": "bfloat16", "rows": FP8_DS_MLA, "rope_dim": 64}
     assert plan("FoldkvWindowAttention", sizes, {}, **given).launches
     with pytest.raises(ValueError, match="rows of 592 bytes; 512 channels in fp8_ds_mla take 584"):
         plan("FoldkvWindowAttention", sizes | {"ROW": 592}, {}, **given)
     with pytest.raises(ValueError, match="rows have 32 rotated channels but frequencies for 64"):
-        plan("FoldkvWindowAttention", sizes, {}, **given | {"rotary": 32})
+        plan("FoldkvWindowAttention", sizes, {}, **given | {"rope_dim": 32})
     with pytest.raises(ValueError, match="rows in nvfp4; its kernels read dense, fp8_ds_mla"):
         plan("FoldkvWindowAttention", sizes, {}, **given | {"rows": "nvfp4"})
     with pytest.raises(ValueError, match="layout version 2; its kernels read 1"):

@@ -30,7 +30,7 @@ LIBRARY = "test"
 
 
 def values_of(case: Case) -> dict[str, Any]:
-    fields = {"sm": 80, "dtype": "bfloat16", "rows": case.rows, "layout_version": LAYOUT_VERSION, "rotary": ROTARY}
+    fields = {"sm": 80, "dtype": "bfloat16", "rows": case.rows, "layout_version": LAYOUT_VERSION, "rope_dim": ROTARY}
     return {**case.attributes, **fields, "library": LIBRARY}
 
 
@@ -70,7 +70,7 @@ def loaded() -> Iterator[Any]:
 
     def load(case: Case) -> FakeDriver:
         sizes = {name: size for name, size in case.sizes.items() if name not in ("B", "S", "E")}
-        found = kernels(case.operator, sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rotary=ROTARY)
+        found = kernels(case.operator, sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rope_dim=ROTARY)
         driver = FakeDriver({one.name.encode(): one for one in found})
         images = [KernelImage(one.name, "entry", 32 * one.num_warps, 0, one.name.encode()) for one in found]
         provide_kernels(LIBRARY, images, driver=driver)

@@ -72,12 +72,12 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 
 def run(
     operator: str, inputs: Sequence[Tensor], *, sm: int = 80, dtype: str = "float32",
-    rows: str = DENSE, rotary: int = 0, **attributes: Any,
+    rows: str = DENSE, rope_dim: int = 0, **attributes: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The operator's outputs; inputs are not changed. Outputs are filled with NaN (or -7) before."""
     spec = PLUGINS[operator]
-    if "rotary" in spec.attributes:  # the operator's own, not only a property of its rows
-        attributes["rotary"] = rotary
+    if "rope_dim" in spec.attributes:  # the operator's own, not only a property of its rows
+        attributes["rope_dim"] = rope_dim
     inputs = [value.clone().contiguous() for value in inputs]
     sizes = spec.dimensions([tuple(value.shape) for value in inputs], rows=rows) | attributes
     outputs, shapes = [], spec.output_shapes(sizes, rows=rows)
@@ -88,5 +88,5 @@ def run(
         state = dtype if rows == DENSE else "int8"
         kind = DTYPES[state if tensor.dtype == STATE else tensor.dtype]
         outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
-    launch(plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rotary=rotary), inputs, outputs)
+    launch(plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim), inputs, outputs)
     return outputs

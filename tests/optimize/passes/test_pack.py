@@ -82,7 +82,7 @@ def test_nodes_that_touch_packed_rows_say_so_as_injected_ones_do(served_graph: P
     }  # fmt: skip
     for name, attributes in marked.items():
         rows = "index_fp4" if "Fp4" in name or "Index" in name else "fp8_ds_mla"
-        assert attributes["rows"].value == rows and attributes["rotary"].value == 16
+        assert attributes["rows"].value == rows and attributes["rope_dim"].value == 16
         assert attributes["layout_version"].value == row_format(rows).version
 
 
