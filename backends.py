@@ -108,7 +108,7 @@ ONNX_RUNTIME = Backend(
     engine=False,
     takes_plugins=False,
     packs_bodies=True,
-    weights=(FLOAT32, BF16, FP8, FP4),
+    weights=(FLOAT32, FP8, FP4),
     builds_without_gpu=True,
     validates=True,
 )

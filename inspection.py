@@ -12,7 +12,7 @@ from .artifact import MANIFEST
 from .errors import ArtifactError, InputError
 from .export.contract.state import StateTensor
 from .inputs import snapshot_hint
-from .manifests import BundleManifest, GraphManifest, ReportManifest, read_any
+from .manifests import BundleManifest, FlatManifest, GraphManifest, ReportManifest, read_any
 from .records import to_json
 
 _SHOWN = (
@@ -51,7 +51,7 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
         facts["linked_bytes"] = sum(file.bytes for file in manifest.linked.values())
     content = manifest.content()
     facts |= {key: content[key] for key in _SHOWN if key in content}
-    if isinstance(manifest, GraphManifest | BundleManifest):
+    if isinstance(manifest, GraphManifest | FlatManifest | BundleManifest):
         facts["state"] = _state_facts(manifest)
     if isinstance(manifest, ReportManifest):
         facts |= _report_facts(path)
@@ -75,7 +75,7 @@ def _segment_facts(manifest: GraphManifest) -> dict[str, dict[str, Any]]:
     }
 
 
-def _state_facts(manifest: GraphManifest | BundleManifest) -> dict[str, Any]:
+def _state_facts(manifest: GraphManifest | FlatManifest | BundleManifest) -> dict[str, Any]:
     """The state tensors by group, and the bytes of one sequence by context."""
     tensors = [StateTensor(**row) for row in manifest.state]
     longest = manifest.model.max_position_embeddings
@@ -116,9 +116,10 @@ def _report_facts(path: Path) -> dict[str, Any]:
 def _checkpoint_facts(path: Path, allow_unknown_keys: Sequence[str]) -> dict[str, Any]:
     from .export.checkpoint.reader import Checkpoint, model_facts
     from .export.memory import parameter_count
+    from .export.tensor_table import check_tensors
 
     checkpoint = Checkpoint(path, allow_unknown_keys=allow_unknown_keys)
-    checkpoint.check()
+    check_tensors(checkpoint)
     spec = checkpoint.spec
     stored: dict[str, dict[str, int]] = {}
     for header in checkpoint.headers.values():

@@ -35,11 +35,13 @@ class File:
 
 @dataclass(frozen=True)
 class LinkedFile:
-    """Someone else's file that the artifact links, too large to hash: its size, and the sha256 of its first bytes."""
+    """Someone else's file that the artifact links, too large to hash: its size, the sha256 of its first bytes, and which
+    file it was when it was linked (inputs.py)."""
 
     head_sha256: str
     head_bytes: Natural
     bytes: Natural
+    file: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -331,6 +333,23 @@ class BuildCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlatManifest(_Manifest):
+    """A whole model as one ONNX file (``export --flat``); the attributes are those of :class:`GraphManifest`."""
+
+    KIND: ClassVar[str] = "foldkv.flat"
+    AGAIN: ClassVar[str] = "Export the checkpoint again."
+
+    tool_versions: dict[str, str]
+    profile: Name
+    inputs: GraphInputs
+    spec: dict[str, Any]
+    model: ModelFacts
+    io: GraphNames
+    state: tuple[StateRow, ...]
+    operators: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BundleManifest(_Manifest):
     """A bundle.
 
@@ -403,8 +422,8 @@ class ReportManifest(_Manifest):
 
 
 #: Every kind of artifact by name.
-KINDS: dict[str, type[GraphManifest | BundleManifest | ReportManifest]] = {
-    one.KIND: one for one in (GraphManifest, BundleManifest, ReportManifest)
+KINDS: dict[str, type[GraphManifest | FlatManifest | BundleManifest | ReportManifest]] = {
+    one.KIND: one for one in (GraphManifest, FlatManifest, BundleManifest, ReportManifest)
 }
 
 
@@ -431,7 +450,7 @@ def read(manifest: type[M], folder: Path, *, verify: bool = False) -> M:
     return found
 
 
-def read_any(folder: Path, *, verify: bool = False) -> GraphManifest | BundleManifest | ReportManifest:
+def read_any(folder: Path, *, verify: bool = False) -> GraphManifest | FlatManifest | BundleManifest | ReportManifest:
     """As :func:`read`, for an artifact of any kind."""
     try:
         kind = json.loads((Path(folder) / MANIFEST).read_text()).get("kind")

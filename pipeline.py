@@ -193,10 +193,11 @@ class _Pipeline:
     def check(self) -> None:
         """Refuse what cannot succeed; see :func:`run_pipeline`."""
         from .export.contract.profiles import check_profile
+        from .export.tensor_table import check_tensors
 
         config = self.config
         targets = resolve_targets(config.build.targets)
-        self.checkpoint.check()
+        check_tensors(self.checkpoint)
         spec = self.checkpoint.spec
         check_profile(config.export.profile, spec)
         options = {name: value for name, value in self.build_options().items() if name != "shapes"}
@@ -448,7 +449,7 @@ def _export_step(work: _Pipeline, force: bool) -> Step:
         return Step(EXPORT, "", work.graph, "")
     spec = work.checkpoint.spec
     seconds = export_estimate(spec, read_runs(), _stored(work))
-    return Step(EXPORT, "", work.graph, reason, seconds, graph_bytes(spec))
+    return Step(EXPORT, "", work.graph, reason, seconds, graph_bytes(spec, _stored(work)))
 
 
 def _build_steps(work: _Pipeline, force: bool, earlier: str) -> list[Step]:

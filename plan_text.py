@@ -85,7 +85,7 @@ def plan_on_targets(
         spec, targets, layout=layout, runs=runs, stored=stored, context=sizes.context, batch=sizes.batch, chunk=chunk,
         plugins=plugins, profile=profile, max_context=max_context,
     )  # fmt: skip
-    export, graph = export_estimate(spec, runs, stored), graph_bytes(spec)
+    export, graph = export_estimate(spec, runs, stored), graph_bytes(spec, stored)
     facts = {
         "parameters": parameter_count(spec), **sizes.facts(chunk=chunk), "profile": profile, "stored": stored,
         "graph": graph, "export_seconds": export.to_dict() if export else None,

@@ -67,7 +67,8 @@ class _Watched:
         import numpy as np
         import torch
 
-        from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+        from foldkv.export.checkpoint.reader import Checkpoint
+        from foldkv.export.loading import decoder_from_checkpoint
         from foldkv.validation.metrics import compare_logits
 
         decoder, count = decoder_from_checkpoint(Checkpoint(checkpoint)), len(self.tail)

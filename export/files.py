@@ -6,6 +6,7 @@ A copy that is interrupted is continued, if its source is still the same file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -73,15 +74,15 @@ def _copy(source: Path, target: Path, advance: Callable[[int], object]) -> None:
         at = min(write.tell(), status.st_size)
         advance(at)
         while at < status.st_size:
-            start = _next_data(read.fileno(), at, status.st_size)
+            start, end = _next_data(read.fileno(), at, status.st_size)
             advance(start - at)
             at = start
             if at >= status.st_size:
                 break
             read.seek(at)
-            data = read.read(min(_CHUNK, status.st_size - at))
+            data = read.read(min(_CHUNK, end - at))
             if not data:
-                raise OSError(5, "the file ends before its size", str(source))
+                raise OSError(errno.EIO, "the file ends before its size", str(source))
             write.truncate(at)  # the hole before this piece
             write.seek(at)
             write.write(data)
@@ -95,9 +96,10 @@ def _copy(source: Path, target: Path, advance: Callable[[int], object]) -> None:
     note.unlink(missing_ok=True)
 
 
-def _next_data(descriptor: int, at: int, size: int) -> int:
-    """The first byte from ``at`` on that is not in a hole."""
+def _next_data(descriptor: int, at: int, size: int) -> tuple[int, int]:
+    """The first byte from ``at`` on that is not in a hole, and where the next hole begins."""
     try:
-        return os.lseek(descriptor, at, os.SEEK_DATA)
+        start = os.lseek(descriptor, at, os.SEEK_DATA)
+        return start, min(size, os.lseek(descriptor, start, os.SEEK_HOLE))
     except OSError as error:
-        return size if error.errno == 6 else at  # 6 (ENXIO): only a hole is left
+        return (size if error.errno == errno.ENXIO else at), size  # ENXIO: only a hole is left

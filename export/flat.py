@@ -14,7 +14,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..artifact import staged, write_manifest
+from .. import __version__
+from ..artifact import staged
+from ..manifests import FlatManifest, write
 from ..progress import BYTES, Progress, Say, silent
 from .contract.lock import Weight, WeightsLock
 from .contract.profiles import HF
@@ -25,7 +27,6 @@ from .roles import EXPERTS, onnx_dtype
 from .segments import STEP
 from .stitch import flat_name, read_parts, stitched
 
-KIND = "foldkv.flat"
 MODEL, FOLDER, JOINED = "model.onnx", "weights", "weights/joined.bin"
 _ALIGNMENT = 64
 
@@ -53,19 +54,20 @@ def export_flat(
         )
         package = read_package(graph)
         files = package.lock.find([Path(checkpoint)])
-        with staged(Path(out), kind=KIND) as folder:
+        with staged(Path(out), kind=FlatManifest.KIND) as folder:
             report("stitching the segments")
-            known, heads = _write(package, files, folder, report)
+            heads = _write(package, files, folder, report)
             (folder / CONFIG).write_bytes((graph / CONFIG).read_bytes())
-            content = package.manifest.content()
-            kept = {key: value for key, value in content.items() if key not in ("segments", "layers", "weights")}
-            write_manifest(folder, kind=KIND, content=kept, known=known, heads=heads)
+            of = package.manifest
+            write(folder, FlatManifest(
+                foldkv_version=__version__, tool_versions=of.tool_versions, profile=of.profile, inputs=of.inputs, spec=of.spec,
+                model=of.model, io=of.io, state=of.state, operators=of.operators,
+            ), heads=heads)  # fmt: skip
     return Path(out) / MODEL
 
 
-def _write(
-    package: Package, files: Mapping[str, Path], folder: Path, report: Progress
-) -> tuple[dict[str, str], dict[str, int]]:
+def _write(package: Package, files: Mapping[str, Path], folder: Path, report: Progress) -> dict[str, int]:
+    """Write the graph and put its weights beside it; returns the size of the header of every file that was linked."""
     segments = {name: package.segment(name) for name in package.manifest.segments}
     weights = {owner: dict(roles) for owner, roles in package.lock.weights.items()}
     slots: dict[str, tuple[int, ...]] = {}
@@ -81,7 +83,7 @@ def _write(
     named = {flat_name(owner, role): weight for owner, roles in weights.items() for role, weight in roles.items()}
     _bind(model, named, slots, files, folder)
     ir.save(model, folder / MODEL)
-    return {}, _link(package.lock, files, named, folder, report)
+    return _link(package.lock, files, named, folder, report)
 
 
 def _use_rows(roles: dict[str, Weight], owner: str, pair: tuple[Rows, Rows]) -> dict[str, tuple[int, ...]]:

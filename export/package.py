@@ -17,7 +17,17 @@ import onnx_ir as ir
 from .. import __version__
 from ..artifact import only_writer, read_manifest, staged
 from ..errors import ArtifactError, InputError
-from ..manifests import CheckpointFacts, GraphInputs, GraphManifest, GraphNames, SegmentFacts, WeightFacts, read, write
+from ..manifests import (
+    CheckpointFacts,
+    GraphInputs,
+    GraphManifest,
+    GraphNames,
+    ModelFacts,
+    SegmentFacts,
+    WeightFacts,
+    read,
+    write,
+)
 from ..onnx_files import check_external_files
 from ..packages import version_of
 from ..progress import Progress, Say, silent
@@ -32,6 +42,7 @@ from .locate import files_identity, find_weights
 from .operators.registry import ONNX_OPSET
 from .roles import Sources, inputs_of, lock_of, sources_of
 from .segments import Chain, Segment, trace_chain
+from .tensor_table import check_tensors
 from .trace import INPUTS, LOGITS
 
 KIND = GraphManifest.KIND
@@ -79,8 +90,9 @@ def export_checkpoint(
         raise InputError(f"{out} is the checkpoint itself; give another output folder.")
     report = Progress.of(progress)
     report(f"reading the headers of {len(source.headers)} tensors in {source.folder}")
-    source.check()
-    sources = sources_of(source)
+    check_tensors(source)
+    sources, facts, tokenizer = sources_of(source), model_facts(source), tokenizer_json(source.folder)
+    texts = source.texts_digest()
     with only_writer(Path(out), report), staged(Path(out), kind=KIND) as folder:
         report(f"tracing the kinds of {source.spec.num_layers} layers")
         chain = trace_chain(source.spec, sources, profile, progress=report)
@@ -93,10 +105,10 @@ def export_checkpoint(
         lock = lock_of(source, sources)
         lock.write(folder / LOCK)
         (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
-        if (tokenizer := tokenizer_json(source.folder)) is not None:
+        if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
         source.check_unchanged()
-        write(folder, _manifest(source, profile, chain, lock, sources))
+        write(folder, _manifest(source, profile, chain, lock, sources, facts, texts))
     return Path(out)
 
 
@@ -110,10 +122,12 @@ def stored_as(sources: Sources) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _manifest(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources) -> GraphManifest:
+def _manifest(
+    source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock, sources: Sources, facts: ModelFacts, texts: str
+) -> GraphManifest:
     checkpoint = CheckpointFacts(
         path=str(source.folder.absolute()),
-        texts=source.texts_digest(),
+        texts=texts,
         allowed_unknown_keys=tuple(source.allowed_keys),
         sha256=source.identity(),
         of="headers",
@@ -126,7 +140,7 @@ def _manifest(source: Checkpoint, profile: str, chain: Chain, lock: WeightsLock,
         weights=WeightFacts(lock.bytes, len(lock.files), stored_as(sources)),
         inputs=GraphInputs(checkpoint),
         spec=graph_spec(profile),
-        model=model_facts(source),
+        model=facts,
         io=GraphNames(**{name: name for name in (*INPUTS, LOGITS)}),
         segments={
             name: SegmentFacts(

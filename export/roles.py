@@ -20,10 +20,13 @@ import onnx_ir as ir
 
 from ..errors import CheckpointError, listing
 from .checkpoint.formats import PLAIN, Format
-from .checkpoint.reader import Checkpoint, expert_parts, parameter_shapes, scale_name
+from .checkpoint.names import scale_name
+from .checkpoint.reader import Checkpoint
 from .checkpoint.shards import Stored
 from .contract.lock import BITS, LockedFile, Part, Weight, WeightsLock
+from .model.decoder import parameter_shapes
 from .operators.packed import PARTS, Matrix
+from .tensor_table import expert_parts
 
 EXPERTS = "ffn.experts"
 EMBED, HEAD = "embed", "head"

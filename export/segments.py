@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
-from .checkpoint.reader import scale_name
+from .checkpoint.names import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
 from .contract.operators import expected_operators
 from .contract.profiles import HF, SERVED

@@ -17,8 +17,9 @@ import onnx_ir as ir
 import torch
 
 from ..errors import BuildError
-from ..export.checkpoint.formats import FP8, Format, dequantised
-from ..export.checkpoint.reader import scale_name
+from ..export.checkpoint.formats import FP8, Format
+from ..export.checkpoint.names import scale_name
+from ..export.checkpoint.values import dequantised
 from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..backends import FLOAT32
+from ..backends import FLOAT32, FP4, FP8
 from ..errors import InputError, listing
 from ..export.checkpoint.config_reader import read_config
 from ..export.contract.geometry import ModelSpec
@@ -23,16 +23,18 @@ from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
 from .history import BUILD, EXPORT, Estimate, Run, estimate
-from .kept_weights import built_in, stored_format, weight_bytes_in
+from .kept_weights import built_in, cpu_weight_bytes, stored_format, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)
 
 # The planner's names for rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
-# Bytes per layer of an artifact besides its weights, measured on examples/tiny-v4: graph and cpu graph as ONNX; an engine's
-# code without and with plugins (sm80, TensorRT-RTX 1.7). They are negligible beside released weights.
-_GRAPH, _CPU_GRAPH, _ENGINE, _ENGINE_WITH_PLUGINS = 48_000, 96_000, 6_800_000, 5_000_000
+# Bytes of artifacts besides weights, negligible beside released ones. Measured: a segment of plain and of quantised weights as ONNX,
+# what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); an engine's
+# code per layer without and with plugins (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
+_SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 65_000, 135_000, 3_500, 13
+_ENGINE, _ENGINE_WITH_PLUGINS = 6_800_000, 5_000_000
 
 
 def stored_in(checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> str:
@@ -63,6 +65,7 @@ class TargetPlan:
         weights: for each format that the target keeps, from wide to narrow.
         built_in: the format of these that ``foldkv build`` writes.
         bundle: size of the bundle on disk, in that format.
+        placed: of it, weights that are converted once, because the target does not compute with them as they are stored.
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
@@ -78,6 +81,7 @@ class TargetPlan:
     weights: dict[str, int]
     built_in: str
     bundle: int
+    placed: int
     build: Estimate | None
     missing: str = ""
     max_context: dict[str, int] = field(default_factory=dict)
@@ -116,7 +120,7 @@ class TargetPlan:
             "over": {name: self.over(name) for name in self.weights},
             "fits": {name: self.over(name) == 0 for name in self.weights},
             "gpus": {name: self.devices(name) for name in self.weights} if self.target.backend.gpu else None,
-            "bundle": self.bundle, "build_seconds": self.build.to_dict() if self.build else None,
+            "bundle": self.bundle, "placed": self.placed, "build_seconds": self.build.to_dict() if self.build else None,
             "builds_here": not self.missing, "missing": self.missing,
         } | ({"max_context": self.max_context} if self.max_context else {})  # fmt: skip
 
@@ -156,11 +160,18 @@ def plan_target(
     check_profile(profile, spec)
     check_sizes(batch, chunk)
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
-    sizes = {name: weight_bytes_in(spec, name, target.sm) for name in target.backend.weights}
-    written = built_in(stored, target.backend)
+    written, placed = built_in(stored, target.backend), 0
+    if target.backend.engine:
+        sizes = {name: weight_bytes_in(spec, name, target.sm) for name in target.backend.weights}
+    else:
+        sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
+        placed = cpu_weight_bytes(spec, stored)[1]
     capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
-    code = (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) if target.backend.engine else _CPU_GRAPH
+    if target.backend.engine:
+        rest = spec.num_layers * (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE)
+    else:
+        rest = graph_bytes(spec, stored)
     return TargetPlan(
         target=target,
         capacity=capacity,
@@ -171,7 +182,8 @@ def plan_target(
         plugins=choice.plugins,
         weights=sizes,
         built_in=written,
-        bundle=sizes[written] + code * spec.num_layers,
+        bundle=(sizes[written] if target.backend.engine else placed) + rest,
+        placed=placed,
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,
             backend=target.backend.name, plugins=choice.plugins,
@@ -213,10 +225,17 @@ def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chu
     return low
 
 
-def graph_bytes(spec: ModelSpec) -> int:
-    """Size of the graph package on disk: a segment per kind of layer; weights stay where they are."""
-    kinds = set(zip(spec.layer_types, spec.hash_layers, strict=True))
-    return _GRAPH * len(kinds)
+def graph_bytes(spec: ModelSpec, stored: str = FLOAT32) -> int:
+    """Size of the graph package on disk: a segment per kind of layer, and where its weights lie; they stay there.
+
+    Args:
+        spec: the model.
+        stored: the format of the checkpoint's experts.
+    """
+    kinds = len(set(zip(spec.layer_types, spec.hash_layers, strict=True)))
+    quantised = stored in (FP8, FP4)
+    tensors = spec.num_experts * (6 if quantised else 3)
+    return (_QUANTISED_SEGMENT if quantised else _SEGMENT) * kinds + (_LAYER + _TENSOR * tensors) * spec.num_layers
 
 
 def export_estimate(spec: ModelSpec, runs: Sequence[Run], stored: str = FLOAT32) -> Estimate | None:

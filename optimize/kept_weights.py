@@ -120,6 +120,26 @@ def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
 
 
+def cpu_weight_bytes(spec: ModelSpec, stored: str) -> tuple[int, int]:
+    """Bytes of the weights as a cpu bundle reads them: those in the checkpoint's files, and those that it holds itself.
+
+    What optimize/chain.py converts once is float32 in the bundle. Of the small weights, which engines keep in float32, those
+    that are stored in float32 are counted as converted too: they are few.
+
+    Args:
+        spec: the model.
+        stored: the format of the checkpoint's experts, a name in :data:`FORMATS`.
+    """
+    if stored == FLOAT32:
+        return weight_bytes_in(spec, stored), 0
+    counts, bits = parameter_groups(spec), FORMATS[stored].bits
+    embedding, experts = spec.vocab_size * spec.hidden_size, counts["experts"]
+    mapped, placed = int(embedding * bits["ends"]) // 8 + table_bytes(spec), sum(counts.values()) - embedding - experts
+    if stored in (FP8, FP4):
+        return mapped + int(experts * bits["experts"]) // 8, placed * 4
+    return mapped, (placed + experts) * 4
+
+
 def _index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
     return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim

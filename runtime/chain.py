@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..backends import ONNX_RUNTIME
 from ..errors import ArtifactError, FoldkvError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, Call, ChainTable
 from ..export.contract.lock import LOCK, WeightsLock
@@ -62,8 +63,8 @@ class ChainModel:
             InputError: weights are missing or are others.
             MissingDependencyError: onnxruntime is not installed.
         """
-        if not installed("onnxruntime"):
-            raise lacks("a bundle for the target 'cpu'", ["onnxruntime"])
+        if not installed(ONNX_RUNTIME.module):
+            raise lacks("a bundle for the target 'cpu'", [ONNX_RUNTIME.module])
         import onnxruntime
 
         self.ort: Any = onnxruntime

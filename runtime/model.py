@@ -51,8 +51,8 @@ class Model:
             folder = Path(bundle)
             source = None if weights_from is None else Path(weights_from)
         except TypeError:
-            wrong = bundle if not isinstance(bundle, str | Path) else weights_from
-            raise InputError(f"bundle and weights_from must be paths of folders, got {short(wrong)}.") from None
+            name, wrong = ("weights_from", weights_from) if isinstance(bundle, str | Path) else ("bundle", bundle)
+            raise InputError(f"{name} must be the path of a folder, got {short(wrong)}.") from None
         self.bundle: Bundle = load_bundle(folder)
         require_backend(self.bundle)
         self._chain: Any = None

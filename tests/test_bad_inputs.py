@@ -515,7 +515,7 @@ def test_export_to_a_full_disk_is_exit_2_and_leaves_what_was_there(tiny_checkpoi
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"]}
     source = random_checkpoint(config, tmp_path / "checkpoint", "plain")
-    with small_disk(tmp_path / "disk", 1 << 18) as disk:
+    with small_disk(tmp_path / "disk", 1 << 15) as disk:
         (disk / "kept").write_text("mine")
         result = CliRunner().invoke(main, ["export", str(source), "-o", str(disk / "out"), "--json"])
         assert result.exit_code == 2, result.output

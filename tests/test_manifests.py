@@ -97,7 +97,7 @@ def test_a_value_that_cannot_be_is_named_with_what_was_expected(
 
 
 def test_every_key_on_disk_is_declared_and_every_declared_key_is_on_disk(tiny_graph: Path, tiny_bundle: Path) -> None:
-    """Bundles with engines: tests/optimize/test_build.py. Linked files and headers: tests/export/test_weights.py."""
+    """Bundles with engines: tests/optimize/test_build.py. Linked files: tests/export/test_flat.py."""
     for folder in (tiny_graph, tiny_bundle):
         table = json.loads((folder / "manifest.json").read_text())
         manifest = read_any(folder, verify=True)

@@ -63,7 +63,7 @@ def test_commands_need_what_the_table_says_and_no_more(
 def test_export_needs_what_the_table_says_and_no_more(quick_checkpoint: Path, tmp_path: Path) -> None:
     small_checkpoint(quick_checkpoint, tmp_path / "checkpoint")
     # transformers looks for safetensors when it is imported.
-    command = ("export", tmp_path / "checkpoint", "-o", tmp_path / "graph", "--weights", "reference")
+    command = ("export", tmp_path / "checkpoint", "-o", tmp_path / "graph")
     only("export", *command, looked_for=("safetensors",))
 
 

@@ -70,8 +70,10 @@ class TransformersRunner:
     """
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
-        Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys).check()
         require("validate")
+        from ..export.tensor_table import check_tensors
+
+        check_tensors(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
         import transformers
 
         transformers.logging.disable_progress_bar()
@@ -171,7 +173,7 @@ class OracleRunner:
     name = "foldkv's oracle of the profile served, float32"
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
-        from ..export.checkpoint.reader import decoder_from_checkpoint
+        from ..export.loading import decoder_from_checkpoint
 
         self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
 

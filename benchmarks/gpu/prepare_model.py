@@ -36,9 +36,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.contract.profiles import HF, SERVED
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import Decoder
 from foldkv.export.operators import attention
 from foldkv.plugins.launch import Kernel

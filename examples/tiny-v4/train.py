@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from foldkv.export.checkpoint.reader import released_name
+from foldkv.export.checkpoint.names import released_name
 
 HERE = Path(__file__).parent
 SEED, BOS, EOS = 20261124, 256, 257

@@ -1,4 +1,4 @@
-"""Formats of released weights and their values: e4m3 in blocks, packed e2m1 in groups, e8m0 scales.
+"""Formats of released weights: e4m3 in blocks, packed e2m1 in groups, e8m0 scales (values.py computes with them).
 
 ========  =====================  ==============================================  ==========================
 format    dtype in safetensors   weight [R, C] is stored as                      scale
@@ -16,9 +16,6 @@ Blocks at the edge are partial: block ``i`` of rows always begins at row ``128 i
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
 PLAIN_DTYPES = ("F32", "BF16", "F16")
@@ -56,42 +53,3 @@ def format_of(dtype: str, block: tuple[int, int] = FP8_BLOCK) -> Format | None:
     """
     name = _BY_DTYPE.get(dtype)
     return None if name is None else Format(name, {FP8: block, FP4: (1, FP4_GROUP)}.get(name, (1, 1)))
-
-
-def scale_values(scale: Tensor) -> Tensor:
-    """Scales as float32, from exponents (e8m0, or the same as uint8) or from float32. NaN stays NaN."""
-    if scale.dtype == torch.uint8:
-        scale = scale.view(torch.float8_e8m0fnu)
-    return scale.to(torch.float32)
-
-
-def dequantised(weight: Tensor, scale: Tensor, format_: Format) -> Tensor:
-    """The values of a quantised weight, float32 [..., R, C].
-
-    Args:
-        weight: as stored: e4m3 [..., R, C], or bytes [..., R, C / 2].
-        scale: as stored, in the format's shape.
-        format_: of the weight, not plain.
-    """
-    values = unpacked(weight) if format_.name == FP4 else weight.to(torch.float32)
-    factors = scale_values(scale)
-    for axis, size in ((-2, format_.block[0]), (-1, format_.block[1])):
-        if size > 1:
-            factors = factors.repeat_interleave(size, dim=axis).narrow(axis, 0, values.shape[axis])
-    return values.mul_(factors)
-
-
-def unpacked(packed: Tensor) -> Tensor:
-    """Two e2m1 values per byte, the lower half first: bytes [..., N] -> float32 [..., 2 N]."""
-    return byte_pairs()[packed.contiguous().view(torch.uint8).to(torch.int32)].flatten(-2)
-
-
-def byte_pairs() -> Tensor:
-    """The two e2m1 values of every byte: float32 [256, 2]."""
-    table = torch.tensor(E2M1)
-    return torch.stack([table.repeat(16), table.repeat_interleave(16)], dim=-1)
-
-
-def byte_values(dtype: torch.dtype) -> Tensor:
-    """The value of every byte in an eight-bit format: float32 [256]."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)

@@ -14,10 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...errors import CheckpointError
 from ...inputs import FileIdentity, file_identity
 
 #: Bits of an element, by safetensors' dtype.
@@ -25,10 +21,6 @@ _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
-}  # fmt: skip
-_TORCH = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "I32": torch.int32,
-    "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 # safetensors' own limit; a larger length means damage.
 _MAX_HEADER = 100_000_000
@@ -44,29 +36,6 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     bytes: int
-
-    def read(self) -> Tensor:
-        """The tensor as stored; no other bytes are read.
-
-        Raises:
-            CheckpointError: the file cannot be read that far, or torch has no such dtype.
-        """
-        if self.dtype not in _TORCH:
-            raise CheckpointError(
-                f"tensor {self.name} in {self.file.name} has dtype {self.dtype}, which foldkv does not read."
-            )
-        data = bytearray(self.bytes)
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.offset)
-                found = file.readinto(data)
-        except OSError as error:
-            raise CheckpointError(f"{self.file} cannot be read: {error.strerror}. Download it again.") from None
-        if found != self.bytes:
-            raise CheckpointError(f"{self.file} ends within tensor {self.name}. Download it again.")
-        if not data:
-            return torch.empty(self.shape, dtype=_TORCH[self.dtype])
-        return torch.frombuffer(data, dtype=_TORCH[self.dtype]).reshape(self.shape)
 
 
 @dataclass(frozen=True)

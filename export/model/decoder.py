@@ -132,3 +132,9 @@ def split_state(tensors: Sequence[StateTensor], state: Sequence[Tensor]) -> list
 def new_state(spec: ModelSpec, context: int, batch: int = 1, *, fill: float = 0.0) -> list[Tensor]:
     """A state for ``batch`` sequences of up to ``context`` tokens; its initial values have no effect."""
     return [torch.full((batch, tensor.capacity(context), tensor.width), fill) for tensor in state_tensors(spec)]
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the decoder by its released name, experts stacked per layer."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in Decoder(spec).state_dict().items()}

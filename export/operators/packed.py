@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..checkpoint.formats import FP4, byte_pairs, byte_values, scale_values
+from ..checkpoint.formats import FP4
+from ..checkpoint.values import byte_pairs, byte_values, scale_values
 from .grouped import CONSTANTS, grouped_experts
 from .registry import DOMAIN, ONNX_OPSET
 

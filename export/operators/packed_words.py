@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import torch
 
-from ..checkpoint.formats import FP4, byte_pairs, byte_values, scale_values
+from ..checkpoint.formats import FP4
+from ..checkpoint.values import byte_pairs, byte_values, scale_values
 from .grouped import clamped_swiglu
 from .packed import EXPERTS, PARTS, Matrix, _function
 

@@ -16,7 +16,7 @@ from onnxscript import FLOAT, INT8, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from ..checkpoint.formats import byte_pairs
+from ..checkpoint.values import byte_pairs
 from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format
 from .registry import OPSET, operator
 from .rows import pack_fp8_ds_mla, pack_index_fp4, unpack_fp8_ds_mla, unpack_index_fp4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...export.checkpoint.reader import scale_name
+from ...export.checkpoint.names import scale_name
 
 
 def take_float32(model: ir.Model, role: str) -> None:

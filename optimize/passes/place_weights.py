@@ -24,7 +24,8 @@ import onnx_ir as ir
 import torch
 
 from ...errors import BuildError
-from ...export.checkpoint.formats import FP8, scale_values
+from ...export.checkpoint.formats import FP8
+from ...export.checkpoint.values import scale_values
 from ...export.external import read_values
 from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL, PARTS, Matrix
 from ...export.operators.packed_words import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from checkpoints import small_checkpoint
 from whole import first_chunk, logits, whole_model
 
-from foldkv.artifact import read_manifest, verify_files
+from foldkv.artifact import SCHEMA_VERSION
 from foldkv.export import files
-from foldkv.export.flat import KIND, export_flat
+from foldkv.export.flat import export_flat
 from foldkv.export.package import export_checkpoint
+from foldkv.manifests import FlatManifest, read_any
+from foldkv.records import to_json
 
 IDS = np.random.default_rng(1).integers(0, 256, (1, 70))
 
@@ -30,8 +33,10 @@ def test_plain_onnx_runtime_computes_what_the_segments_do(tiny_checkpoint: Path,
     expected = logits(whole_model(graph, tmp_path / "whole"), feeds)
     model = export_flat(checkpoint, tmp_path / "flat")
     assert model == tmp_path / "flat" / "model.onnx"
-    manifest = read_manifest(tmp_path / "flat", kind=KIND)
-    verify_files(tmp_path / "flat", manifest)
+    manifest = read_any(tmp_path / "flat", verify=True)
+    assert isinstance(manifest, FlatManifest)
+    table = json.loads((tmp_path / "flat" / "manifest.json").read_text())
+    assert {"schema_version": SCHEMA_VERSION, "kind": FlatManifest.KIND, **to_json(manifest)} == table
     np.testing.assert_allclose(logits(model, feeds), expected, atol=1e-5, rtol=0)
     proto = onnx.load(model, load_external_data=False)
     calls = [node.op_type for node in proto.graph.node if node.name.startswith("layers.")]
@@ -39,8 +44,8 @@ def test_plain_onnx_runtime_computes_what_the_segments_do(tiny_checkpoint: Path,
     assert not [value.name for value in proto.graph.input if "weight" in value.name]
     # Experts as released are rows of the checkpoint's own files; plain ones, three tensors each, are joined.
     assert (tmp_path / "flat" / "weights" / "joined.bin").exists() == (form == "plain")
-    for name in manifest["linked"]:
-        assert (tmp_path / "flat" / name).samefile(checkpoint / Path(name).name)
+    for name in manifest.linked_files:
+        assert (tmp_path / "flat" / name).read_bytes() == (checkpoint / Path(name).name).read_bytes()
     copy = shutil.copytree(tmp_path / "flat", tmp_path / "copy")
     np.testing.assert_array_equal(logits(copy / "model.onnx", feeds), logits(model, feeds))
 

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.state import state_tensors, total_bytes
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.operators.index import visible_entries
 

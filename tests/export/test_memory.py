@@ -161,10 +161,10 @@ def test_graph_and_cpu_bundle_weigh_what_the_plan_says(
     tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path
 ) -> None:
     model = spec_from_file(tiny_checkpoint)
-    bundle = plan_target(model, load_targets()["cpu"], context=64).bundle
-    for folder, kind, planned in ((tiny_graph, "graph", graph_bytes(model)), (tiny_bundle, "bundle", bundle)):
+    bundle = plan_target(model, load_targets()["cpu"], context=64, stored="bf16").bundle
+    for folder, kind, planned in ((tiny_graph, "graph", graph_bytes(model, "bf16")), (tiny_bundle, "bundle", bundle)):
         files = read_manifest(folder, kind=f"foldkv.{kind}")["files"].values()
-        assert sum(facts["bytes"] for facts in files) == pytest.approx(planned, rel=0.02)
+        assert sum(facts["bytes"] for facts in files) == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize(

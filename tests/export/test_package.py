@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import ArtifactError, CheckpointError, InputError
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.lock import WeightsLock
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import new_state
 from foldkv.export.package import KIND, export_checkpoint, read_package
 from foldkv.export.roles import sources_of

@@ -10,7 +10,8 @@ import torch
 from checkpoints import to_fp4, to_fp8
 from onnx import TensorProto, helper
 
-from foldkv.export.checkpoint.formats import FP4, FP8, Format, dequantised
+from foldkv.export.checkpoint.formats import FP4, FP8, Format
+from foldkv.export.checkpoint.values import dequantised
 from foldkv.export.operators import packed
 from foldkv.export.operators.experts import routed_experts as definition
 from foldkv.export.operators.packed import PARTS, Matrix, routed_experts

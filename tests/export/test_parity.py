@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM, DynamicCache
 
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.state import state_tensors
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import Decoder, new_state
 
 pytestmark = pytest.mark.slow

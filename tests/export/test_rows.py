@@ -147,7 +147,9 @@ def test_the_error_is_half_a_step(format_: str, rope_dim: int, values: Tensor) -
 
 
 @pytest.mark.parametrize("lead", [(1,), (1, 1), (2, 3)])
-@pytest.mark.parametrize(("format_", "width", "rope_dim"), [(FP8_DS_MLA, 32, 8), (INDEX_FP8, 33, 0), (INDEX_FP4, 32, 0)])
+@pytest.mark.parametrize(
+    ("format_", "width", "rope_dim"), [(FP8_DS_MLA, 32, 8), (INDEX_FP8, 33, 0), (INDEX_FP4, 32, 0)]
+)
 def test_rows_are_read_at_any_byte(format_: str, width: int, rope_dim: int, lead: tuple[int, ...]) -> None:
     rows = pack(torch.randn(*lead, width), format_, rope_dim)
     longer = torch.zeros(*lead, rows.shape[-1] + 7, dtype=torch.int8)

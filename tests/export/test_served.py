@@ -18,10 +18,11 @@ from whole import opened, whole_model
 
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.geometry import CSA, SLIDING
 from foldkv.export.contract.profiles import check_profile
 from foldkv.export.contract.state import state_tensors
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import Decoder, new_state
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.model.rope import inverse_frequencies
@@ -131,7 +132,7 @@ def prompt(folder: Path, count: int, seed: int = 0) -> Tensor:
 def run_graph(graph: Path, ids: Tensor, splits: list[int], context: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [n, V] and the state of one sequence, unread rows holding NaN."""
     ort = opened(whole_model(graph, graph.with_name("whole")))
-    rows = read_package(graph).manifest["state"]
+    rows = read_package(graph).manifest.state
     state = {
         row["input"]: np.full((1, row["rows"] or -(-context // row["ratio"]), row["width"]), np.nan, np.float32)
         for row in rows

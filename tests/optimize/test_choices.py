@@ -40,7 +40,7 @@ def injects(graph: Path, target: Target, layout: str) -> bool:
     spec = spec_from_file(graph / "config.json")
     try:
         inject_nodes(
-            model, manifest["state"], rope_dim=spec.rope_dim, target=target.name, sm=target.sm, dtype=target.precision,
+            model, manifest.state, rope_dim=spec.rope_dim, target=target.name, sm=target.sm, dtype=target.precision,
             layout=layout,
         )  # fmt: skip
     except InputError:

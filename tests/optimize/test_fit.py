@@ -31,8 +31,8 @@ def plan(target: Target, **sizes: int) -> TargetPlan:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=str)
 def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
     kept = target.backend.weights
-    if target.sm is None:  # a bundle of the cpu keeps weights as its package has them
-        assert kept == ("float32", "bf16", "fp8", "fp4")
+    if target.sm is None:  # the cpu computes in float32, and reads quantised experts as they are stored
+        assert kept == ("float32", "fp8", "fp4")
         return
     assert kept == ("bf16", "fp8", "fp4")  # the first is what `build` writes of a float32 export
     assert all(FORMATS[name].source for name in kept)
@@ -120,8 +120,22 @@ def test_the_bundle_is_counted_in_the_format_that_build_writes(stored: str) -> N
     for name, wide in (("cpu", "float32"), ("a100", "bf16"), ("rtx4090", "bf16")):
         found = plan_target(FLASH, TARGETS[name], context=4096, stored=stored)
         assert found.built_in == (stored if stored in ("fp8", "fp4") else wide)
-        assert found.bundle >= found.weights[found.built_in] > 0.9 * found.bundle
-    assert 0 < graph_bytes(FLASH) < 10_000_000
+        if name != "cpu":
+            assert found.bundle >= found.weights[found.built_in] > 0.9 * found.bundle
+    assert 0 < graph_bytes(FLASH, stored) < 10_000_000
+
+
+def test_a_cpu_bundle_holds_what_it_converts_and_no_more() -> None:
+    plans = {
+        stored: plan_target(FLASH, TARGETS["cpu"], context=4096, stored=stored) for stored in ("float32", "bf16", "fp8", "fp4")
+    }  # fmt: skip
+    groups, embedding = parameter_groups(FLASH), FLASH.vocab_size * FLASH.hidden_size
+    wide = 4 * (groups["projections"] + groups["ends"] - embedding + groups["precise"])
+    assert [plan.placed for plan in plans.values()] == [0, wide + 4 * groups["experts"], wide, wide]
+    for stored, plan in plans.items():
+        assert 0 < plan.bundle - plan.placed == graph_bytes(FLASH, stored) and plan.to_dict()["placed"] == plan.placed
+    # The rest is mapped from the checkpoint: experts as stored, and the embedding.
+    assert plans["fp4"].weights["fp4"] - wide == pytest.approx(groups["experts"] * 17 / 32 + 2 * embedding, rel=1e-3)
 
 
 def test_the_format_of_the_experts_is_read_off_headers_or_config() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -15,6 +14,8 @@ from foldkv.cli import main
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.layouts import LAYOUTS
 from foldkv.export.contract.profiles import PROFILES
+from foldkv.export.package import read_package
+from foldkv.export.stitch import flat_model
 from foldkv.optimize.targets import load_targets
 from foldkv.plugins.coverage import coverage
 from foldkv.plugins.declarations import BODIES, PLUGINS
@@ -44,7 +45,7 @@ def test_the_table_agrees_with_injection(tiny_graph: Path, served_graph: Path, p
     assert all(row in coverage(spec, [80]) for row in found)
     table = {(row.operator, row.rows): row.gaps for row in found if row.dtype in ("", "bfloat16")}
     for layout in ("dense", "fp8", "fp8+fp4") if profile == "hf" else ("dense", "fp8+fp4"):
-        model = onnx.load(graph / "model.onnx", load_external_data=False)
+        model = flat_model(read_package(graph))
         injection = inject_nodes(
             model, state, rope_dim=spec.rope_dim, target="a100", sm=80, dtype="bfloat16", layout=layout
         )

@@ -111,7 +111,7 @@ def test_state_that_a_plugin_writes_is_updated_in_place_and_no_other(
     state = read_manifest(graph, kind=KIND)["state"]
 
     def in_place(operators: set[str]) -> set[str]:
-        model = onnx.load(graph / "model.onnx", load_external_data=False)
+        model = flat_model(read_package(graph))
         inject_nodes(model, state, rope_dim=16, **A100, plugins=[PLUGINS[name] for name in operators])
         names = updated_in_place(model, state)
         assert names == [row["name"] for row in state if row["name"] in names], "in the order of the state"
@@ -122,7 +122,7 @@ def test_state_that_a_plugin_writes_is_updated_in_place_and_no_other(
     online = {"hf": "FoldkvCompressOnline", "served": "FoldkvCompressOnlineFp8"}[profile]
     assert in_place({online, "FoldkvIndexScores"}) == {"2.entries", "2.carry"}
     assert in_place({"FoldkvWindowUpdate"}) == {row["name"] for row in state if row["group"] == "window"}
-    assert updated_in_place(onnx.load(graph / "model.onnx", load_external_data=False), state) == []
+    assert updated_in_place(flat_model(read_package(graph)), state) == []
 
 
 def test_a_layout_that_does_not_hold_the_values_of_a_served_graph_is_refused(

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldkv.errors import FoldkvError
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.profiles import HF, SERVED
+from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.operators import attention, index
 from foldkv.export.operators.registry import operators
 from foldkv.plugins.cuda import KernelImage, Launcher, device_capability

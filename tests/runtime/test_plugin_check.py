@@ -84,6 +84,7 @@ def test_every_disagreement_is_found(tiny_bundle: Path, path: str, value: Any, f
 def test_a_bundle_is_refused_with_every_finding(tiny_bundle: Path, tmp_path: Path) -> None:
     content = json.loads((tiny_bundle / "manifest.json").read_text())
     for name in content["files"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((tiny_bundle / name).read_bytes())
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "k.cubin").write_bytes(b"\x7fELF")

@@ -21,8 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foldkv.export.checkpoint.config_reader import spec_from_config
-from foldkv.export.checkpoint.reader import Checkpoint, expert_parts, parameter_shapes, scale_name
+from foldkv.export.checkpoint.names import scale_name
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.loading import weight_value
+from foldkv.export.model.decoder import parameter_shapes
+from foldkv.export.tensor_table import expert_parts
 
 #: Tensors in e4m3; every other matrix is bfloat16 but those of the second pattern, which are float32.
 _FP8 = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|\.shared_experts\.w[123]\.weight$")
@@ -71,9 +75,9 @@ def small_checkpoint(source: Path, out: Path, form: str = "instruct", *, shards:
     for name in parameter_shapes(checkpoint.spec):
         parts = expert_parts(name, checkpoint)
         for part in parts or {name: ()}:
-            tensors |= _released(part, checkpoint.value(part), form)
+            tensors |= _released(part, weight_value(checkpoint, part), form)
         if re.search(r"\.experts\.w(13|2)$", name) and not parts:
-            tensors |= _unstacked(name, checkpoint.value(name), form)
+            tensors |= _unstacked(name, weight_value(checkpoint, name), form)
     out.mkdir(parents=True)
     names = list(tensors)
     if shards is None:

@@ -21,8 +21,11 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from whole import first_chunk, logits, whole_model
 
 from foldkv.errors import CheckpointError
-from foldkv.export.checkpoint.formats import byte_pairs, byte_values, dequantised, format_of, scale_values
-from foldkv.export.checkpoint.reader import Checkpoint, decoder_from_checkpoint, released_name
+from foldkv.export.checkpoint.formats import format_of
+from foldkv.export.checkpoint.names import released_name
+from foldkv.export.checkpoint.reader import Checkpoint
+from foldkv.export.checkpoint.values import byte_pairs, byte_values, dequantised, scale_values
+from foldkv.export.loading import decoder_from_checkpoint
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 

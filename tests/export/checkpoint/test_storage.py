@@ -17,6 +17,7 @@ from foldkv.errors import CheckpointError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.checkpoint.storage import unread_in_config
+from foldkv.export.tensor_table import check_tensors
 
 RELEASED = {
     "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128], "activation_scheme": "dynamic"
@@ -95,7 +96,7 @@ def test_a_quantised_cache_does_not_concern_the_weights(tiny_checkpoint: Path, t
     folder = copy(tiny_checkpoint, tmp_path)
     table = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": table}))
-    Checkpoint(folder).check()
+    check_tensors(Checkpoint(folder))
 
 
 def only(*names: str) -> Any:
@@ -159,7 +160,7 @@ def test_a_quantisation_is_named_from_its_tensors(tiny_checkpoint: Path, tmp_pat
         del tensors[key]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint(folder).check()
+        check_tensors(Checkpoint(folder))
     assert f"stored as {name}" in str(caught.value) and "missing tensor" not in str(caught.value)
 
 

@@ -13,7 +13,8 @@ from lowered import session
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from foldkv.errors import ArtifactError, BuildError
-from foldkv.export.checkpoint.formats import FP4, FP8, Format, dequantised
+from foldkv.export.checkpoint.formats import FP4, FP8, Format
+from foldkv.export.checkpoint.values import dequantised
 from foldkv.export.contract.state import StateTensor
 from foldkv.export.external import read_lazily, read_values
 from foldkv.export.operators import packed
@@ -219,7 +220,6 @@ def test_weights_are_read_from_their_own_bytes_and_from_nowhere_else(tmp_path: P
     file.write_bytes(bytes(range(40)))
     (tmp_path / "in" / "linked.bin").hardlink_to(file)
     (tmp_path / "out.bin").write_bytes(bytes(40))
-    (tmp_path / "in" / "leads-out.bin").symlink_to(tmp_path / "out.bin")
 
     def tensor(location: str, offset: int = 3, length: int = 8) -> ir.ExternalTensor:
         return ir.ExternalTensor(
@@ -229,7 +229,7 @@ def test_weights_are_read_from_their_own_bytes_and_from_nowhere_else(tmp_path: P
     want = np.frombuffer(bytes(range(3, 11)), "<i2").reshape(2, 2)
     np.testing.assert_array_equal(read_values(tensor("linked.bin")), want)
     for bad, what in (
-        (tensor("../out.bin"), "leads out"), (tensor("leads-out.bin"), "link out"), (tensor("w.bin", 36), "ends within weight w"),
+        (tensor("../out.bin"), "leads out"), (tensor("w.bin", 36), "ends within weight w"),
         (tensor("w.bin", 3, 9), "has 8 bytes; the graph says 9"),
     ):  # fmt: skip
         with pytest.raises(ArtifactError, match=what):
