@@ -52,7 +52,7 @@ def chunk_bytes(bundle: Path, batch: int, chunk: int, context: int) -> int:
     def run(length: int, start: int) -> None:
         lengths, starts = np.full(batch, length), np.full(batch, start)
         tokens, last = np.zeros((batch, length), np.int64), np.full((batch, 1), length - 1)
-        executor.run(tokens, starts, lengths, start + length, last, trim=start == 0)
+        executor.run(tokens, starts, lengths, start + length, last, trim=True)
 
     run(1, 0)
     before = _status("VmRSS")

@@ -484,8 +484,8 @@ class Session:
             self._torn = True
             chunk_logits = executor.run(
                 input_ids, self._positions, num_tokens, int(after.max()), indices,
-                # The decode steps that follow do not need the memory of a long chunk's activations.
-                trim=length > 1 and start + length == longest,
+                # One kind of layer does not need the memory of another's activations, nor do the decode steps that follow.
+                trim=length > 1,
             )  # fmt: skip
             self._positions[:] = after
             self._steps += 1
