@@ -149,6 +149,11 @@ def _disk_and_time(plans: Sequence[TargetPlan], graph: int, export: Estimate | N
 def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
     marked = "`foldkv build` writes the format marked with *: quantised experts as they are stored, plain ones in the type of their products."
     lines = [marked]
+    for plan in {plan.target.name: plan for plan in plans if plan.placed}.values():
+        lines.append(
+            f"The bundle for {plan.target.name} holds {size_text(plan.placed)} of weights converted to float32, which it computes in; the rest stays "
+            "in the checkpoint. `foldkv build --no-place` converts them in every step instead."
+        )
     if any(plan.target.backend.gpu for plan in plans):
         lines.append(
             "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."

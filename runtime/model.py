@@ -68,8 +68,10 @@ class Model:
             InputError: the state does not fit into memory, or an engine was built for other sizes.
         """
         if self._chain is not None:
-            buffers, executor = self._chain.executor(context, batch)
-            return buffers, executor
+            from .chain_executor import ChainExecutor
+
+            chain = ChainExecutor(self._chain, context, batch)
+            return chain.buffers, chain
         from .engine import EngineExecutor
 
         engine = EngineExecutor(self.bundle, context=context, batch=batch)

@@ -18,7 +18,8 @@ from ..errors import ArtifactError
 from ..export.contract.chain import CHAIN, ChainTable
 from ..export.segments import CHOSEN
 from ..runtime.bundle import Bundle
-from ..runtime.chain import ChainModel, Observer
+from ..runtime.chain import ChainModel
+from ..runtime.chain_executor import ChainExecutor, Observer
 
 Streams = npt.NDArray[np.float32]
 #: Relative error above which a layer counts as different from the reference's. Float32 in another
@@ -78,7 +79,7 @@ class Taps:
 
     def _prefill(self, tokens: Sequence[int], observe: Observer) -> None:
         count = len(tokens)
-        _, executor = self._model.executor(count, 1)
+        executor = ChainExecutor(self._model, count, 1)
         executor.run(
             np.array([tokens], np.int64), np.zeros(1, np.int64), np.array([count]), count, np.zeros((1, 1), np.int64),
             observe=observe,

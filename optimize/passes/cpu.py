@@ -2,7 +2,7 @@
 
 Operators are inlined, so anything that layers share (which row holds which token, the angles) is
 computed once. Sizes are read off the inputs, norms become one node, Sinkhorn's loop is unrolled into
-one node per half step, and caches are read in blocks (blocks.py). Results differ from the function bodies only by float32 rounding.
+one node per half step, RoPE swaps the channels of a pair in a product, and caches are read in blocks (blocks.py). Results differ from the function bodies only by float32 rounding.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from ...export.operators.experts import grouped_body
 from ...export.operators.registry import DOMAIN
 from .blocks import read_in_blocks
 
+_ROPE = "FoldkvRope"
+_END = np.iinfo(np.int64).max
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number: torch.export writes the rows of window and chunk in this way.
 _SUM = re.compile(r"(\w+) \+ (\d+)")
@@ -38,12 +40,14 @@ def optimize_for_cpu(model: ir.Model) -> int:
     read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     _group_experts(model)
+    InlinePass(criteria=lambda function: function.name != _ROPE)(model)
+    rewrite(model, pattern_rewrite_rules=[_RopeAsProducts.rule()])
     InlinePass()(model)
     inlined = len(model.graph)
     _simplify(model)
     _read_sizes_off_inputs(model)
     fuse_rms_normalization(model)
-    rewrite(model, pattern_rewrite_rules=[_PlainRmsNorm.rule()])
+    rewrite(model, pattern_rewrite_rules=[_PlainRmsNorm.rule(), _EntryRmsNorm.rule()])
     _simplify(model)
     _share_constants(model)
     return inlined
@@ -92,6 +96,52 @@ class _UnrolledSinkhorn(pattern.RewriteRuleClassBase):  # type: ignore[misc]
         for _ in range(_attribute(balanced, "iterations") - 2):
             value = op.LpNormalization(op.LpNormalization(value, axis=-1, p=1), axis=-2, p=1)
         return exact(op.LpNormalization(value, axis=-1, p=1))
+
+
+class _RopeAsProducts(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """Six nodes for each call after the first: with x' = x P, which holds (-odd, even) for every pair (even, odd),
+    the turned channels are x cos + x' sin. Zeros and ones of P leave the values as they are."""
+
+    def pattern(self, op: Any, x: Any, positions: Any, inv_freq: Any) -> Any:
+        return op.FoldkvRope(x, positions, inv_freq, _domain=DOMAIN, _outputs=["turned"])
+
+    def check(self, context: Any, x: ir.Value, positions: ir.Value, inv_freq: ir.Value, turned: ir.Value) -> bool:
+        return ir.convenience.get_const_tensor(inv_freq) is not None
+
+    def rewrite(self, op: Any, x: ir.Value, positions: ir.Value, inv_freq: ir.Value, turned: ir.Value) -> Any:
+        table = ir.convenience.get_const_tensor(inv_freq)
+        assert table is not None
+        frequencies = table.numpy().repeat(2)  # of every channel
+        size = len(frequencies)
+        swap = np.zeros((size, size), np.float32)
+        sign = -1 if _attribute(turned, "inverse") else 1
+        for even in range(0, size, 2):
+            swap[even + 1, even], swap[even, even + 1] = -sign, sign
+
+        def constant(values: np.ndarray) -> Any:
+            return op.Constant(value=ir.tensor(values))
+
+        angle = op.Mul(op.Unsqueeze(op.Cast(positions, to=1), constant(np.array([2, 3]))), constant(frequencies))
+        start, axis = constant(np.array([-size])), constant(np.array([3]))
+        keep = op.Slice(x, constant(np.array([0])), start, axis)
+        turn = op.Slice(x, start, constant(np.array([_END])), axis)
+        swapped = op.Mul(op.MatMul(turn, constant(swap)), op.Sin(angle))
+        return op.Concat(keep, op.Add(op.Mul(turn, op.Cos(angle)), swapped), axis=-1)
+
+
+class _EntryRmsNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """The RMSNorm of entries, which their operators compute with a division."""
+
+    def pattern(self, op: Any, x: Any, eps: Any, norm: Any) -> Any:
+        scale = op.Sqrt(op.Add(op.ReduceMean(op.Mul(x, x), [-1], keepdims=1), eps))
+        return op.Mul(op.Div(x, scale), norm)
+
+    def check(self, context: Any, x: ir.Value, eps: ir.Value, norm: ir.Value) -> bool:
+        return eps.const_value is not None and eps.const_value.size == 1
+
+    def rewrite(self, op: Any, x: ir.Value, eps: ir.Value, norm: ir.Value) -> Any:
+        assert eps.const_value is not None
+        return op.SimplifiedLayerNormalization(x, norm, axis=-1, epsilon=eps.const_value.numpy().item(), stash_type=1)
 
 
 class _PlainRmsNorm(pattern.RewriteRuleClassBase):  # type: ignore[misc]

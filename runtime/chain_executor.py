@@ -1,0 +1,218 @@
+"""Runs a chain over the state of one session: every call has its weights, its state and its buffers bound.
+
+Weights are ranges of mapped files. State buffers are bound as ``past.X`` and as ``present.X``, so caches are updated in place.
+The streams go back and forth between two buffers. What all layers share (positions, angles, masks) is made once per step by the
+segment ``step``, in buffers that every layer has bound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArtifactError, FoldkvError
+from ..export.contract.chain import STEP, Call
+from ..export.contract.state import STATE_TYPES
+from .backend import FloatArray, IntArray
+from .buffers import StateBuffers
+from .chain import AFTER, PAST, PRESENT, STREAMS, ChainModel, first_line
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+_SIZE = re.compile(r"(batch|chunk|kept)(?: ([+*]) (\d+))?")
+#: Called with a layer or None, the streams [B, S, N, C] after it, and other outputs by name.
+Observer = Callable[[int | None, FloatArray, Mapping[str, npt.NDArray[Any]]], None]
+_Array = npt.NDArray[Any]
+
+
+class ChainExecutor:
+    """Runs a chain over the state of one session."""
+
+    def __init__(self, model: ChainModel, context: int, batch: int) -> None:
+        """Allocate state for ``batch`` sequences of up to ``context`` tokens.
+
+        Raises:
+            InputError: the state does not fit into memory.
+        """
+        self._model, self._batch = model, batch
+        self.buffers = StateBuffers(model.bundle.state, context, batch)
+        self._trim = model.ort.RunOptions()
+        self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._lanes: dict[bool, _Lane] = {}
+
+    def run(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        *,
+        trim: bool = False,
+        observe: Observer | None = None,
+    ) -> FloatArray:
+        """See :meth:`foldkv.runtime.backend.Executor.run`.
+
+        Args:
+            observe: called after every segment with its layer (None for the ends), the streams, and its outputs that nothing
+                else takes. The arrays are overwritten later.
+
+        Raises:
+            FoldkvError: ONNX Runtime failed; the state may be half updated.
+        """
+        decode = input_ids.shape[1] == 1
+        if decode not in self._lanes:
+            sessions = self._model.decode_sessions if decode else self._model.sessions
+            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._batch)
+        lane = self._lanes[decode]
+        lane.fit(input_ids.shape[1], logit_indices.shape[1])
+        lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
+        owner = STEP
+        try:
+            for owner, go in lane.runs():
+                go(self._trim if trim else None)
+                if observe is not None and owner != STEP:
+                    lane.show(owner, observe)
+        except Exception as error:
+            raise FoldkvError(
+                f"ONNX Runtime failed in {owner} on a chunk of {input_ids.shape[1]} tokens in a batch of {self._batch} with "
+                f"{self._model.bundle.folder}: {first_line(error)}. Reset the session or restore a snapshot; "
+                "if memory ran out, use a smaller chunk."
+            ) from error
+        return lane.logits
+
+    def forget(self) -> None:
+        """See :meth:`foldkv.runtime.backend.Executor.forget`."""
+        for lane in self._lanes.values():
+            for array in lane.arrays():
+                array.fill(0)
+
+    def close(self) -> None:
+        """Drop the bindings."""
+        self._lanes = {}
+
+
+class _Lane:
+    """The segments of a chain with everything bound, for chunks of one token or for longer ones."""
+
+    def __init__(self, model: ChainModel, sessions: Mapping[str, Any], buffers: StateBuffers, batch: int) -> None:
+        """Bind the weights and the state of every call."""
+        self._model, self._sessions, self._batch = model, sessions, batch
+        names, ort = model.bundle.io, model.ort
+        self._given: dict[str, _Array] = {
+            names.input_ids: np.zeros((batch, 0), np.int64), names.positions: np.zeros(batch, np.int32),
+            names.num_tokens: np.zeros(batch, np.int32), names.active_context: np.zeros(1, np.int64),
+            names.logit_indices: np.zeros((batch, 0), np.int64),
+        }  # fmt: skip
+        self.logits: FloatArray = np.zeros((batch, 0, model.bundle.model.vocab_size), np.float32)
+        self._made: dict[str, _Array] = {}
+        self._shape: tuple[int, int] | None = None
+        self._step = sessions[STEP].io_binding()
+        self._calls: list[tuple[Call, Any]] = []
+        self._extra: dict[str, dict[str, int]] = {}
+        for call in model.table.calls:
+            binding = sessions[call.segment].io_binding()
+            for role, value in model.weights[call.owner].items():
+                binding.bind_ortvalue_input(role, value)
+            for tensor in model.bundle.state.tensors:
+                if tensor.layer == call.layer:
+                    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                        buffers.arrays[tensor.name], STATE_TYPES[tensor.dtype].onnx_type
+                    )
+                    binding.bind_ortvalue_input(PAST + tensor.group, value)
+                    binding.bind_ortvalue_output(PRESENT + tensor.group, value)
+            self._extra[call.owner] = self._bind_extra(binding, call)
+            self._calls.append((call, binding))
+
+    def runs(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+        """What to call, in order, with options of a run; and the name of each call."""
+        yield STEP, partial(self._sessions[STEP].run_with_iobinding, self._step)
+        for call, binding in self._calls:
+            yield call.owner, partial(self._sessions[call.segment].run_with_iobinding, binding)
+
+    def give(
+        self,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+    ) -> None:
+        """Write the inputs of a step into their buffers."""
+        names = self._model.bundle.io
+        for name, value in (
+            (names.input_ids, input_ids), (names.positions, positions), (names.num_tokens, num_tokens),
+            (names.active_context, active_context), (names.logit_indices, logit_indices),
+        ):  # fmt: skip
+            self._given[name][...] = value
+
+    def show(self, owner: str, observe: Observer) -> None:
+        """Tell an observer what a call gave."""
+        number, (call, binding) = next((n, row) for n, row in enumerate(self._calls) if row[0].owner == owner)
+        values = binding.get_outputs()  # in the order in which they were first bound
+        more = {name: values[at].numpy() for name, at in self._extra[owner].items()}
+        observe(call.layer, self._made[f"{STREAMS}.{number % 2}"], more)
+
+    def arrays(self) -> Iterator[_Array]:
+        """All buffers but the state's."""
+        yield from (*self._given.values(), *self._made.values(), self.logits)
+
+    def _bind_extra(self, binding: Any, call: Call) -> dict[str, int]:
+        """Let ONNX Runtime allocate outputs that nothing takes; returns their numbers among the bound outputs."""
+        names = list(self._model.outputs[call.segment])
+        state = [name for name in names if name.startswith(PRESENT)]
+        extra = [name for name in names if name not in (*state, STREAMS, AFTER, self._model.bundle.io.logits)]
+        for name in extra:
+            binding.bind_output(name, "cpu")
+        return {name: len(state) + number for number, name in enumerate(extra)}
+
+    def fit(self, chunk: int, kept: int) -> None:
+        """Make and bind buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
+        if self._shape == (chunk, kept):
+            return
+        model, names, ort = self._model, self._model.bundle.io, self._model.ort
+        sizes = {"batch": self._batch, "chunk": chunk, "kept": kept}
+        self._given[names.input_ids] = np.zeros((self._batch, chunk), np.int64)
+        self._given[names.logit_indices] = np.zeros((self._batch, kept), np.int64)
+        self.logits = np.empty((self._batch, kept, model.bundle.model.vocab_size), np.float32)
+        self._made = {name: _buffer(value, sizes) for name, value in model.outputs[STEP].items()}
+        first = model.outputs[model.table.calls[0].segment][STREAMS]
+        self._made |= {f"{STREAMS}.{half}": _buffer(first, sizes) for half in (0, 1)}
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (self._given | self._made).items()}
+        logits = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        for name in model.inputs[STEP]:
+            self._step.bind_ortvalue_input(name, values[name])
+        for name in model.outputs[STEP]:
+            self._step.bind_ortvalue_output(name, values[name])
+        for number, (call, binding) in enumerate(self._calls):
+            here, after = values[f"{STREAMS}.{(number + 1) % 2}"], values[f"{STREAMS}.{number % 2}"]
+            for name in model.inputs[call.segment]:
+                if name == STREAMS:
+                    binding.bind_ortvalue_input(name, here)
+                elif name in values:
+                    binding.bind_ortvalue_input(name, values[name])
+            for name in model.outputs[call.segment]:
+                if name in (STREAMS, AFTER):
+                    binding.bind_ortvalue_output(name, after)
+                elif name == names.logits:
+                    binding.bind_ortvalue_output(name, logits)
+        self._shape = (chunk, kept)
+
+
+def _buffer(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[Any]:
+    """A buffer for an output whose sizes follow from batch, chunk and number of logits."""
+    shape = []
+    for size in value.shape:
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        match = _SIZE.fullmatch(str(size))
+        if match is None:
+            raise ArtifactError(f"the output {value.name!r} of a segment has the size {size!r}. Make the bundle again.")
+        base, number = sizes[match[1]], int(match[3] or 0)
+        shape.append(base if not match[2] else base + number if match[2] == "+" else base * number)
+    return np.zeros(shape, _NUMPY[value.type])
