@@ -311,7 +311,11 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     show_default=True,
     help="Add the tokenizer's special tokens to TEXT, as AutoTokenizer does, or feed TEXT unchanged.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads per operator; default: all processors.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="The most threads per operator; default: 1 for a small model, else all processors.",
+)
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,

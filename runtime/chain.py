@@ -38,7 +38,6 @@ class ChainModel:
         bundle: Bundle,
         *,
         threads: int | None = None,
-        spin: bool = True,
         weights_from: Path | None = None,
         instead: Mapping[str, bytes] | None = None,
     ) -> None:
@@ -46,8 +45,7 @@ class ChainModel:
 
         Args:
             bundle: the checked bundle.
-            threads: threads per operator.
-            spin: let idle threads wait actively.
+            threads: the most threads per operator; see :func:`threads_for`.
             weights_from: where the checkpoint's weight files are.
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
 
@@ -74,7 +72,10 @@ class ChainModel:
             self.files.open(name, path, lock.files[name])
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
-        self._threads, self._spin, self._instead = threads or threads_for(self.table), spin, instead or {}
+        self._instead = instead or {}
+        usual = threads_for(self.table)
+        # A decode step of a small model starts thousands of tiny nodes: more threads only wait for each other.
+        self._threads = {False: threads or usual, True: min(threads or usual, usual)}
         self._lock = threading.Lock()
         self.sessions = self._load(decode=False)
         self._decode_sessions: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class ChainModel:
             return self._decode_sessions
 
     def _load(self, *, decode: bool) -> dict[str, Any]:
-        options = session_options(self.ort, self._threads, self._spin, decode=decode)
+        options = session_options(self.ort, self._threads[decode], decode=decode)
         return {
             name: _load(self.ort, self.bundle.folder / file, options, self._instead.get(name))
             for name, file in self.table.segments.items()
@@ -181,7 +182,7 @@ def threads_for(table: ChainTable) -> int:
     return 1 if weights < SMALL_BYTES else default_threads()
 
 
-def session_options(onnxruntime: Any, threads: int, spin: bool, *, decode: bool) -> Any:
+def session_options(onnxruntime: Any, threads: int, *, decode: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
@@ -190,10 +191,10 @@ def session_options(onnxruntime: Any, threads: int, spin: bool, *, decode: bool)
     # ONNX Runtime 1.32 moves a DequantizeLinear of an e4m3 input past a Reshape as if it were uint8: other values come out.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Each session has its own threads, and only one session runs at a time: threads that go on waiting actively after their run
-    # would take the processors from the next one. (One pool for all would also bind every other session of the process.)
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Each session has its own threads, and only one session runs at a time. Threads that wait actively after their run take the
+    # processors from the next one: a step of examples/tiny-v4 with two threads took five times as long on a busy machine. One
+    # pool for all sessions is no way out: ONNX Runtime then refuses every other session of the process that has threads of its own.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

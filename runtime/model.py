@@ -28,15 +28,14 @@ class Model:
         bundle: Path,
         *,
         threads: int | None = None,
-        spin: bool = True,
         weights_from: Path | None = None,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
 
         Args:
             bundle: the folder of one target, as ``foldkv build`` wrote it.
-            threads: threads per operator; the default is 1 for a small model, else the processors that this process may use.
-            spin: let ONNX Runtime's idle threads wait actively: faster on an idle machine, slower on a busy one.
+            threads: the most threads per operator; the default is 1 for a small model, else the processors that this process may use.
+                Decode steps of a small model always take one.
             weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS``
                 says, in ``weights/`` of the bundle, and where the checkpoint was exported from.
 
@@ -59,7 +58,7 @@ class Model:
         if not self.bundle.backend.engine:
             from .chain import ChainModel
 
-            self._chain = ChainModel(self.bundle, threads=threads, spin=spin, weights_from=source)
+            self._chain = ChainModel(self.bundle, threads=threads, weights_from=source)
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

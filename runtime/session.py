@@ -82,7 +82,6 @@ class Session:
         batch: int = 1,
         threads: int | None = None,
         chunk: int = 256,
-        spin: bool = True,
         weights_from: Path | None = None,
     ) -> None:
         """Open the model unless it is given open, and allocate the state.
@@ -92,9 +91,8 @@ class Session:
             context: tokens to plan for, at most the model's ``max_position_embeddings`` and what an engine was built
                 for; this maximum is the default.
             batch: number of sequences.
-            threads: for a folder: threads per operator; see :class:`~foldkv.runtime.Model`.
+            threads: for a folder: the most threads per operator; see :class:`~foldkv.runtime.Model`.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
-            spin: for a folder: let idle threads wait actively.
             weights_from: for a folder: where the checkpoint's weight files are.
 
         Raises:
@@ -106,7 +104,7 @@ class Session:
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self._own = None if isinstance(model, Model) else Model(
-            model, threads=threads, spin=spin, weights_from=weights_from
+            model, threads=threads, weights_from=weights_from
         )  # fmt: skip
         opened = model if isinstance(model, Model) else self._own
         assert opened is not None

@@ -53,7 +53,7 @@ class Taps:
         table = ChainTable.read(bundle.folder / CHAIN)
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
         opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
-        self._model = ChainModel(bundle, threads=threads, spin=False, instead=opened)
+        self._model = ChainModel(bundle, threads=threads, instead=opened)
 
     def chosen(self, tokens: Sequence[int]) -> dict[int, npt.NDArray[np.integer]]:
         """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""

@@ -192,7 +192,7 @@ class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
     def __init__(self, bundle: Path, *, context: int, chunk: int = 64, threads: int | None = None) -> None:
-        self.session = Session(bundle, context=context, chunk=chunk, threads=threads, spin=False)
+        self.session = Session(bundle, context=context, chunk=chunk, threads=threads)
         self.name = f"{self.session.bundle.target} bundle"
 
     def __enter__(self) -> Self:
