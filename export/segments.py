@@ -26,27 +26,20 @@ import onnx
 import onnx.parser
 import onnx.shape_inference
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.names import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
 from .contract.operators import expected_operators
-from .contract.profiles import HF, SERVED
+from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
-from .model.decoder import Layer
-from .model.hadamard import hadamard_matrix
-from .model.hyper_connections import collapse_last
-from .model.norm import RMSNorm
-from .model.rope import inverse_frequencies
+from .layer_traces import joined, trace_attention, trace_experts, trace_head
 from .operators import packed, packed_words
 from .operators.experts import grouped_body
-from .operators.registry import DOMAIN, ONNX_OPSET, translation_table
+from .operators.registry import DOMAIN, ONNX_OPSET
 from .roles import EMBED, EXPERTS, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
-from .trace import LOGITS, add_functions, operator_counts, quiet, tidy
+from .trace import LOGITS, add_functions, operator_counts
 from .trace_cache import traced_once
 
 STEP = "step"
@@ -57,8 +50,6 @@ _ARGUMENTS = (STREAMS, *STEP_INPUTS)
 _AFTER = "after"
 #: The value inside a segment that has the entries which its indexer chose.
 CHOSEN = "chosen"
-# Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
-_BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
 _IR_VERSION = 10  # what torch.onnx.export writes
 # Facts of a model that no single layer depends on, or that the key of its trace has for its own layer.
 _NOT_OF_A_LAYER = ("num_layers", "layer_types", "ratios", "hash_layers", "bos_token_id", "eos_token_ids")
@@ -155,42 +146,6 @@ def _name(kind: Kind, known: Iterable[Kind]) -> str:
     return f"{attention}-{'hash' if kind.hashed else 'moe'}{f'-{like + 1}' if like else ''}"
 
 
-# What is traced
-
-
-class _OneLayer(nn.Module):
-    """A layer with its state as separate outputs."""
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(
-        self, streams: Tensor, input_ids: Tensor, positions: Tensor, num_tokens: Tensor, tokens: Tensor,
-        active_context: Tensor, state: list[Tensor],
-    ) -> list[Tensor]:  # fmt: skip
-        out, after = self.layer(streams, state, input_ids, positions, num_tokens, tokens, active_context)
-        return [out, *after]
-
-
-class _Head(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        self.hc_head_fn = nn.Parameter(torch.empty(spec.hc_mult, spec.hc_mult * spec.hidden_size))
-        self.hc_head_base = nn.Parameter(torch.empty(spec.hc_mult))
-        self.hc_head_scale = nn.Parameter(torch.empty(1))
-
-    def forward(self, streams: Tensor, logit_indices: Tensor) -> Tensor:
-        index = logit_indices[:, :, None, None].expand(-1, -1, streams.shape[2], streams.shape[3])
-        kept = streams.gather(1, index)
-        x = self.norm(collapse_last(kept, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.spec))
-        logits: Tensor = functional.linear(x, self.head.weight)
-        return logits
-
-
 def _step() -> Segment:
     """Written by hand: tracing two operators would take seconds."""
     model = _written("""
@@ -235,24 +190,16 @@ def _written(text: str) -> ir.Model:
 
 
 def _head(spec: ModelSpec, roles: Mapping[str, Source]) -> Segment:
-    def trace() -> ir.Model:
-        dim = _dimensions()
-        with torch.device("meta"):
-            module = _Head(spec)
-        arguments = (
-            torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _KEPT, dtype=torch.int64)
-        )  # fmt: skip
-        shapes = ({0: dim["batch"], 1: dim["chunk"]}, {0: dim["batch"], 1: dim["kept"]})
-        return _weights_as_inputs(_export(_hollow(module), arguments, shapes), set(module.state_dict()))
-
-    model = traced_once(["head", _geometry(spec)], trace)
+    model = traced_once(["head", _geometry(spec)], lambda: trace_head(spec))
     return _finish(HEAD, model, (STREAMS, "logit_indices"), (LOGITS,), (), roles)
 
 
 def _layer(spec: ModelSpec, layer: int, profile: str, name: str, roles: Mapping[str, Source]) -> Segment:
     rows = [row for row in state_tensors(spec) if row.layer == layer]
-    kind = [spec.layer_types[layer], spec.ratios[layer], spec.hash_layers[layer]]
-    model = traced_once(["layer", profile, *kind, _geometry(spec)], lambda: _traced_layer(spec, layer, profile))
+    kind = [profile, spec.layer_types[layer], spec.ratios[layer]]
+    first = traced_once(["attention", *kind, _geometry(spec)], lambda: trace_attention(spec, layer, profile))
+    second = traced_once(["experts", spec.hash_layers[layer], _geometry(spec)], lambda: trace_experts(spec, layer))
+    model = joined(first, second)
     segment = _finish(name, model, _ARGUMENTS, (_AFTER,), tuple(row.group for row in rows), roles)
     _declare(segment, spec, rows)
     return segment
@@ -261,40 +208,6 @@ def _layer(spec: ModelSpec, layer: int, profile: str, name: str, roles: Mapping[
 def _geometry(spec: ModelSpec) -> dict[str, object]:
     """What all layers of a model have in common."""
     return {key: value for key, value in spec.to_dict().items() if key not in _NOT_OF_A_LAYER}
-
-
-def _traced_layer(spec: ModelSpec, layer: int, profile: str) -> ir.Model:
-    with torch.device("meta"):
-        module = Layer(spec, layer, profile)
-    kind = spec.layer_types[layer]
-    module.attn.inv_freq = inverse_frequencies(spec, kind)
-    if kind == CSA and profile == SERVED:
-        module.attn.indexer.hadamard = hadamard_matrix(spec.index_head_dim)
-    dim, rows = _dimensions(), [row for row in state_tensors(spec) if row.layer == layer]
-    context = _CAPACITY * max(1, spec.ratios[layer]) + 1
-    arguments = (
-        torch.zeros(_BATCH, _CHUNK, spec.hc_mult, spec.hidden_size), torch.zeros(_BATCH, _CHUNK, dtype=torch.int64),
-        torch.zeros(_BATCH, dtype=torch.int32), torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
-        torch.zeros(_BATCH, _CHUNK, dtype=torch.int64), torch.tensor([_CHUNK]),
-        [torch.zeros(_BATCH, row.capacity(context), row.width) for row in rows],
-    )  # fmt: skip
-    batch, chunk = dim["batch"], dim["chunk"]
-    states = [{0: batch, 1: dim["entries"]} if row.ratio else {0: batch} for row in rows]
-    shapes = ({0: batch, 1: chunk}, {0: batch, 1: chunk}, {0: batch}, {0: batch}, {0: batch, 1: chunk}, None, states)
-    model = _export(_OneLayer(_hollow(module)), arguments, shapes)  # type: ignore[arg-type]
-    for key in list(model.graph.initializers):
-        model.graph.initializers[key].name = key.removeprefix("layer.")
-    return _weights_as_inputs(model, set(module.state_dict()))
-
-
-def _weights_as_inputs(model: ir.Model, names: set[str]) -> ir.Model:
-    """Tidy a traced graph, and turn its weights into inputs; what is left is small."""
-    tidy(model)
-    for name in sorted(names & model.graph.initializers.keys()):
-        value = model.graph.initializers.pop(name)
-        value.const_value = None
-        model.graph.inputs.append(value)
-    return model
 
 
 def _declare(segment: Segment, spec: ModelSpec, rows: Iterable[StateTensor]) -> None:
@@ -324,34 +237,6 @@ def past(group: str) -> str:
 def present(group: str) -> str:
     """The output of a segment with the state of a group."""
     return f"present.{group}"
-
-
-def _dimensions() -> dict[str, torch.export.Dim]:
-    sizes = {"batch": 65536, "chunk": 1 << 20, "kept": 1 << 20, "entries": 1 << 24}
-    return {name: torch.export.Dim(name, min=1, max=size) for name, size in sizes.items()}
-
-
-def _hollow(module: nn.Module) -> nn.Module:
-    """Give every weight its shape without memory: one zero, repeated by strides of zero."""
-    for part in module.modules():
-        for name, value in list(part.named_parameters(recurse=False)):
-            setattr(
-                part, name, nn.Parameter(torch.zeros((), dtype=value.dtype).expand(value.shape), requires_grad=False)
-            )
-        for name, buffer in list(part.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                part.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
-    return module.eval()
-
-
-def _export(module: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module, arguments, dynamo=True, dynamic_shapes=shapes, custom_translation_table=translation_table(),
-            opset_version=ONNX_OPSET, optimize=False, verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    return program.model
 
 
 def _finish(

@@ -50,11 +50,27 @@ class Layer(nn.Module):
         active_context: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         """streams [B, S, N, C] and the layer's state -> both after the layer."""
+        streams, state = self.attend(streams, state, positions, num_tokens, tokens, active_context)
+        return self.feed(streams, input_ids), state
+
+    def attend(
+        self,
+        streams: Tensor,
+        state: list[Tensor],
+        positions: Tensor,
+        num_tokens: Tensor,
+        tokens: Tensor,
+        active_context: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first half: streams and state after attention."""
         x, post, comb = collapse(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.spec)
         out, state = self.attn(self.attn_norm(x), state, positions, num_tokens, tokens, active_context)
-        streams = expand(streams, out, post, comb)
+        return expand(streams, out, post, comb), state
+
+    def feed(self, streams: Tensor, input_ids: Tensor) -> Tensor:
+        """The second half: streams after the experts."""
         x, post, comb = collapse(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.spec)
-        return expand(streams, self.ffn(self.ffn_norm(x), input_ids), post, comb), state
+        return expand(streams, self.ffn(self.ffn_norm(x), input_ids), post, comb)
 
 
 class Decoder(nn.Module):
