@@ -279,7 +279,7 @@ class PluginUse:
     namespace: str
     version: str
     nodes: Natural
-    rows: tuple[str, ...]
+    row_formats: tuple[str, ...]
     layout_version: int
     kernels: tuple[str, ...]
 

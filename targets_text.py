@@ -29,7 +29,7 @@ def coverage_lines(found: Sequence[CoverageRow], sms: Sequence[int], bodies: Map
     reasons: dict[str, int] = {}
     for row in found:
         marks = ["yes" if not gap else f"no ({reasons.setdefault(gap, len(reasons) + 1)})" for gap in row.gaps.values()]
-        rows.append([row.operator, row.group, row.rows, row.dtype, *marks])
+        rows.append([row.operator, row.group, row.row_format, row.dtype, *marks])
     return [
         *table(rows),
         *(f"({number}) {reason}" for reason, number in reasons.items()),

@@ -216,7 +216,7 @@ def _declare(segment: Segment, spec: ModelSpec, rows: Iterable[StateTensor]) -> 
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     for row in rows:
         for name in (past(row.group), present(row.group)):
-            values[name].shape = ir.Shape(["batch", f"entries_{row.ratio}" if row.ratio else row.rows, row.width])
+            values[name].shape = ir.Shape(["batch", f"entries_{row.ratio}" if row.ratio else row.num_rows, row.width])
             values[name].dtype = ir.DataType.FLOAT
     streams = ["batch", "chunk", spec.hc_mult, spec.hidden_size]
     for name, shape in (

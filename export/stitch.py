@@ -166,7 +166,7 @@ def read_parts(weight: Weight, files: Mapping[str, Path]) -> bytearray:
 
 
 def _rows(tensor: object) -> list[str | int]:
-    rows, ratio, width = (getattr(tensor, name) for name in ("rows", "ratio", "width"))
+    rows, ratio, width = (getattr(tensor, name) for name in ("num_rows", "ratio", "width"))
     return ["batch", f"entries_{ratio}" if ratio else rows, width]
 
 

@@ -53,7 +53,7 @@ def bundle_kernels(injection: Injection, work: Path, *, progress: Say = silent) 
             namespace=NAMESPACE,
             version=given.plugin.version,
             nodes=next(row.injected for row in injection.rows if row.operator == given.plugin.operator),
-            rows=given.rows,
+            row_formats=given.row_formats,
             layout_version=given.plugin.layout_version,
             kernels=tuple(kernel.name for kernel in given.kernels),
         )

@@ -12,7 +12,7 @@ from ..errors import InputError, MissingDependencyError, listing
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import BUILT, DENSE, LAYOUTS, cache_layout
 from ..export.contract.rows import DENSE as DENSE_ROWS
-from ..export.contract.rows import row_format
+from ..export.contract.rows import row_format_named
 from ..packages import pip_line, require, version_of
 from ..plugins.coverage import coverage
 from .targets import Target
@@ -60,11 +60,11 @@ def _plugin_gaps(spec: ModelSpec, profile: str, target: Target, layout: str) -> 
     asked = [
         row
         for row in coverage(spec, [sm], (profile,))
-        if row.rows == (formats.format_of(row.group) or DENSE_ROWS) and row.dtype in ("", target.precision)
+        if row.row_format == (formats.format_of(row.group) or DENSE_ROWS) and row.dtype in ("", target.precision)
     ]
     gaps = [row for row in asked if row.gaps[sm]]
     # An operator without a plugin keeps its function body, which reads dense rows; engines without any plugin are not built.
-    packed = [row for row in gaps if row_format(row.rows).packed]
+    packed = [row for row in gaps if row_format_named(row.row_format).packed]
     stops = (gaps if len(gaps) == len(asked) else []) if layout == DENSE else packed
     return [f"{row.operator} {row.gaps[sm]}" for row in stops]
 

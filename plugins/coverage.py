@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.profiles import PROFILES
-from ..export.contract.rows import DENSE, row_format
+from ..export.contract.rows import DENSE, row_format_named
 from .declarations import PLUGINS
 from .launch import kernels
 from .model import OperatorCall, operator_calls
@@ -26,7 +26,7 @@ class CoverageRow:
 
     operator: str
     group: str
-    rows: str
+    row_format: str
     dtype: str
     gaps: dict[int, str]
 
@@ -49,11 +49,11 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
         calls += [call for call in operator_calls(spec, profile) if call not in calls]
     for call in calls:
         formats = dict.fromkeys(layout.format_of(call.group) or DENSE for layout in LAYOUTS.values())
-        if not PLUGINS[call.operator].rows:
+        if not PLUGINS[call.operator].row_formats:
             formats = {DENSE: None}
         for format_ in formats:
-            dense = not row_format(format_).packed
-            for dtype in DTYPES if dense and PLUGINS[call.operator].rows else ("",):
+            dense = not row_format_named(format_).packed
+            for dtype in DTYPES if dense and PLUGINS[call.operator].row_formats else ("",):
                 gaps = {sm: _gap(call, spec, sm, dtype or DTYPES[0], format_) for sm in sms}
                 key = (call.operator, call.group, format_, dtype)
                 if key in rows:  # another kind of layer has the same
@@ -63,14 +63,14 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
 
 
 def _gap(call: OperatorCall, spec: ModelSpec, sm: int, dtype: str, format_: str) -> str:
-    reasons = PLUGINS[call.operator].refusals(sm=sm, dtype=dtype, rows=format_)
+    reasons = PLUGINS[call.operator].refusals(sm=sm, dtype=dtype, row_format=format_)
     if reasons:
         return "; ".join(reasons)
     sizes = dict(call.sizes)
     try:
-        if row_format(format_).packed:
-            sizes["ROW"] = row_format(format_).row_bytes(sizes["D"], spec.rope_dim)
-        kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, rows=format_, rope_dim=spec.rope_dim)
+        if row_format_named(format_).packed:
+            sizes["ROW"] = row_format_named(format_).row_bytes(sizes["D"], spec.rope_dim)
+        kernels(call.operator, sizes, call.attributes, sm=sm, dtype=dtype, row_format=format_, rope_dim=spec.rope_dim)
     except (ValueError, InputError) as error:
         return str(error)
     return ""

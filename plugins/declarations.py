@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..export.contract.operators import OperatorSpec, TensorSpec, operator_specs
-from ..export.contract.rows import DENSE, RowFormat, row_format, row_formats
+from ..export.contract.rows import DENSE, RowFormat, row_format_named, row_formats
 
 #: The namespace of foldkv's plugins in TensorRT's registry. The registered creator takes a node with this
 #: namespace even if there is a function body of the same name.
@@ -19,7 +19,7 @@ LAYOUT_VERSION = 1
 #: What injection adds to a node beside the operator's own attributes: the compute capability, the type of dense rows, the
 #: format of the state rows that it touches, that format's version, the rotated channels of a row, and the kernels' library.
 FIELDS: dict[str, type] = {
-    "sm": int, "dtype": str, "rows": str, "layout_version": int, "rope_dim": int, "library": str
+    "sm": int, "dtype": str, "row_format": str, "layout_version": int, "rope_dim": int, "library": str
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class PluginSpec:
         aliases: output index to the index of the input whose buffer it updates in place.
         sms: compute capabilities that it has kernels for.
         dtypes: types of dense rows of the state ("bfloat16").
-        rows: row formats of the state that it reads and writes ("dense", ...); empty if it touches no state.
+        row_formats: of the state that it reads and writes ("dense", ...); empty if it touches no state.
         layout_version: version of those formats.
     """
 
@@ -48,45 +48,45 @@ class PluginSpec:
     aliases: Mapping[int, int] = field(default_factory=dict)
     sms: frozenset[int] = frozenset({80, 86, 89, 90, 100, 103, 120, 121})
     dtypes: frozenset[str] = frozenset({"bfloat16"})
-    rows: frozenset[str] = frozenset()
+    row_formats: frozenset[str] = frozenset()
     layout_version: int = LAYOUT_VERSION
 
     @classmethod
     def of(cls, spec: OperatorSpec) -> PluginSpec:
         """The plugin of an operator that has one."""
         assert spec.plugin is not None
-        rows = frozenset(format_.name for format_ in row_formats() if format_.kernels and _takes(spec, format_))
+        formats = frozenset(format_.name for format_ in row_formats() if format_.kernels and _takes(spec, format_))
         return cls(
             spec.name, spec.plugin, spec.inputs, spec.outputs, dict(spec.attributes), dict(spec.updates),
-            rows=rows if spec.state else frozenset(),
+            row_formats=formats if spec.state else frozenset(),
         )  # fmt: skip
 
-    def refusals(self, *, sm: int, dtype: str, rows: str) -> list[str]:
+    def refusals(self, *, sm: int, dtype: str, row_format: str) -> list[str]:
         """Why it cannot take a node: every broken rule, or nothing.
 
         Args:
             sm: compute capability of the target.
             dtype: type of dense rows on the target.
-            rows: row format of the state that the node touches.
+            row_format: of the state that the node touches.
         """
         reasons = []
         if sm not in self.sms:
             reasons.append(f"no kernel for sm{sm}; there are sm{', sm'.join(map(str, sorted(self.sms)))}")
         if dtype not in self.dtypes:
             reasons.append(f"no kernel in {dtype}; there are {', '.join(sorted(self.dtypes))}")
-        if self.rows and rows not in self.rows:
-            reasons.append(f"does not read rows in {rows}; it reads {', '.join(sorted(self.rows))}")
-        elif (version := row_format(rows).version) != self.layout_version:
-            reasons.append(f"does not read version {version} of {rows}; it reads version {self.layout_version}")
+        if self.row_formats and row_format not in self.row_formats:
+            reasons.append(f"does not read rows in {row_format}; it reads {', '.join(sorted(self.row_formats))}")
+        elif (version := row_format_named(row_format).version) != self.layout_version:
+            reasons.append(f"does not read version {version} of {row_format}; it reads version {self.layout_version}")
         return reasons
 
-    def dimensions(self, shapes: Sequence[Sequence[int]], *, rows: str = DENSE) -> dict[str, int]:
+    def dimensions(self, shapes: Sequence[Sequence[int]], *, row_format: str = DENSE) -> dict[str, int]:
         """The size of every symbol, from the shapes of the inputs in order.
 
         Raises:
             ValueError: a shape has the wrong rank, or two tensors disagree on a symbol.
         """
-        packed, sizes = row_format(rows).packed, dict[str, int]()
+        packed, sizes = row_format_named(row_format).packed, dict[str, int]()
         sums: list[tuple[str, int]] = []
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != tensor.rank:
@@ -103,9 +103,9 @@ class PluginSpec:
             sizes.setdefault(whole, size - sizes[part])
         return sizes
 
-    def output_shapes(self, sizes: Mapping[str, int], *, rows: str = DENSE) -> list[tuple[int, ...]]:
+    def output_shapes(self, sizes: Mapping[str, int], *, row_format: str = DENSE) -> list[tuple[int, ...]]:
         """The shapes of the outputs, from the size of every symbol."""
-        packed = row_format(rows).packed
+        packed = row_format_named(row_format).packed
         return [
             tuple(
                 sum(int(sizes.get(part.strip(), part)) for part in str(dim).split("+"))

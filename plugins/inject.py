@@ -23,7 +23,7 @@ from ..errors import InputError, listing
 from ..export.contract.layouts import DENSE, CacheLayout, cache_layout
 from ..export.contract.operators import operator_specs
 from ..export.contract.rows import DENSE as DENSE_ROWS
-from ..export.contract.rows import row_format
+from ..export.contract.rows import row_format_named
 from ..export.operators.registry import DOMAIN
 from ..export.package import INJECTED, KIND, read_package
 from ..export.stitch import flat_model
@@ -40,7 +40,7 @@ class Given:
     """What the nodes of one operator got: the plugin, the row formats they touch, the kernels they can launch."""
 
     plugin: PluginSpec
-    rows: tuple[str, ...]
+    row_formats: tuple[str, ...]
     kernels: tuple[Kernel, ...]
 
 
@@ -171,22 +171,24 @@ def inject_nodes(
             if layout != DENSE and any(name in groups for name in node.input):
                 packed.append(f"{node.op_type} ({node.name}): {reason}")
             continue
-        rows = _row_format(node, formats, groups)
-        tried = [(plugin.refusals(sm=sm, dtype=dtype, rows=rows), plugin) for plugin in candidates]
+        row_format = _row_format(node, formats, groups)
+        tried = [(plugin.refusals(sm=sm, dtype=dtype, row_format=row_format), plugin) for plugin in candidates]
         reasons, plugin = min(tried, key=lambda pair: len(pair[0]))
         launched: list[Kernel] = []
         if not reasons:
-            launched, reasons = _kernels(node, plugin, shapes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim)
-        if reasons and row_format(rows).packed:
+            launched, reasons = _kernels(
+                node, plugin, shapes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
+            )
+        if reasons and row_format_named(row_format).packed:
             packed.append(f"{node.op_type} ({node.name}): {'; '.join(reasons)}")
         if reasons:
             refused[node.op_type]["; ".join(reasons)] += 1
             misses.append((len(reasons), f"{node.op_type} ({node.name}): {'; '.join(reasons)}"))
         else:
-            given.append((node, plugin, rows))
+            given.append((node, plugin, row_format))
             taken[node.op_type] += 1
-            entry = found.setdefault(node.op_type, {"plugin": plugin, "rows": {}, "kernels": {}})
-            entry["rows"][rows] = None
+            entry = found.setdefault(node.op_type, {"plugin": plugin, "row_formats": {}, "kernels": {}})
+            entry["row_formats"][row_format] = None
             entry["kernels"] |= dict.fromkeys(launched)
     if not given:
         shown = [text for _, text in sorted(misses, key=lambda miss: miss[0])[:1]] or [
@@ -205,16 +207,16 @@ def inject_nodes(
         raise InputError(
             listing(title, packed, "Choose another layout; `foldkv targets --coverage` shows what plugins read.")
         )
-    for node, plugin, rows in given:
-        version = row_format(rows).version
-        fields = {"sm": sm, "dtype": dtype, "rows": rows, "layout_version": version, "rope_dim": rope_dim}
+    for node, plugin, row_format in given:
+        version = row_format_named(row_format).version
+        fields = {"sm": sm, "dtype": dtype, "row_format": row_format, "layout_version": version, "rope_dim": rope_dim}
         marks = {NAMESPACE_ATTRIBUTE: NAMESPACE, VERSION_ATTRIBUTE: plugin.version, LIBRARY_ATTRIBUTE: "", **fields}
         # If the operator itself has an attribute with a field's name, it is already there, with the checked value.
         _mark(node, {name: value for name, value in marks.items() if name not in plugin.attributes})
     return Injection(
         target, sm, dtype, layout,
         tuple(OperatorCoverage(name, counts[name], taken[name], dict(refused[name])) for name in sorted(counts)),
-        tuple(Given(e["plugin"], tuple(e["rows"]), tuple(e["kernels"])) for _, e in sorted(found.items())),
+        tuple(Given(e["plugin"], tuple(e["row_formats"]), tuple(e["kernels"])) for _, e in sorted(found.items())),
     )  # fmt: skip
 
 
@@ -277,7 +279,7 @@ def updated_in_place(model: onnx.ModelProto, state: Sequence[Mapping[str, Any]])
 
 
 def _kernels(
-    node: onnx.NodeProto, plugin: PluginSpec, shapes: Mapping[str, list[int | str]], *, sm: int, dtype: str, rows: str,
+    node: onnx.NodeProto, plugin: PluginSpec, shapes: Mapping[str, list[int | str]], *, sm: int, dtype: str, row_format: str,
     rope_dim: int,
 ) -> tuple[list[Kernel], list[str]]:  # fmt: skip
     """The kernels that a node can launch, or why there are none for its sizes."""
@@ -293,9 +295,11 @@ def _kernels(
             elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
                 sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
     try:
-        if row_format(rows).packed:
-            sizes["ROW"] = row_format(rows).row_bytes(sizes["D"], rope_dim)
-        return kernels(plugin.operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim), []
+        if row_format_named(row_format).packed:
+            sizes["ROW"] = row_format_named(row_format).row_bytes(sizes["D"], rope_dim)
+        return kernels(
+            plugin.operator, sizes, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
+        ), []
     except (ValueError, InputError) as error:
         return [], [str(error)]
     except KeyError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..export.contract.operators import STATE, operator_spec
-from ..export.contract.rows import DENSE, RowFormat, row_format
+from ..export.contract.rows import DENSE, RowFormat, row_format_named
 from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
 
 #: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
@@ -96,7 +96,7 @@ def plan(
     *,
     sm: int,
     dtype: str,
-    rows: str = DENSE,
+    row_format: str = DENSE,
     rope_dim: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> Plan:
@@ -108,7 +108,7 @@ def plan(
         attributes: values of the operator's attributes.
         sm: compute capability, which determines the tiles.
         dtype: type of dense rows of the state.
-        rows: row format of the state that the operator touches.
+        row_format: of the state that the operator touches.
         rope_dim: rotated channels of a row, which packed formats keep apart.
         layout_version: version of that format.
 
@@ -117,7 +117,7 @@ def plan(
     """
     spec = PLUGINS[operator]
     values = {name: _float32(value) if isinstance(value, float) else value for name, value in attributes.items()}
-    call = _Call(spec, dict(sizes), values, sm, dtype, rows, rope_dim)
+    call = _Call(spec, dict(sizes), values, sm, dtype, row_format, rope_dim)
     _check(call, layout_version)
     return _PLANS[operator](call)
 
@@ -129,14 +129,16 @@ def kernels(
     *,
     sm: int,
     dtype: str,
-    rows: str = DENSE,
+    row_format: str = DENSE,
     rope_dim: int = 0,
 ) -> list[Kernel]:
     """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
     for chunk in (1, SPLIT_CHUNK + 1):
         dynamic = {"B": 1, "S": chunk, "E": 1 << 20}
-        steps = plan(operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim)
+        steps = plan(
+            operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
+        )
         for launch in steps.launches:
             found[launch.kernel] = None
     return list(found)
@@ -149,7 +151,7 @@ def largest_workspace(
     *,
     sm: int,
     dtype: str,
-    rows: str = DENSE,
+    row_format: str = DENSE,
     rope_dim: int = 0,
     layout_version: int = LAYOUT_VERSION,
 ) -> int:
@@ -161,7 +163,7 @@ def largest_workspace(
     options: dict[str, Any] = {
         "sm": sm,
         "dtype": dtype,
-        "rows": rows,
+        "row_format": row_format,
         "rope_dim": rope_dim,
         "layout_version": layout_version,
     }
@@ -175,7 +177,7 @@ class _Call:
     attributes: dict[str, Any]
     sm: int
     dtype: str
-    rows: str
+    row_format: str
     rope_dim: int
 
     def __getitem__(self, symbol: str) -> int:
@@ -189,12 +191,12 @@ class _Call:
     @property
     def format(self) -> RowFormat:
         """Of the rows."""
-        return row_format(self.rows)
+        return row_format_named(self.row_format)
 
     @property
     def values(self) -> RowFormat:
         """The format to whose values the operator rounds what it writes; dense if it does not round."""
-        return row_format(operator_spec(self.spec.operator).rounds or DENSE)
+        return row_format_named(operator_spec(self.spec.operator).rounds or DENSE)
 
     @property
     def mixes(self) -> bool:
@@ -215,7 +217,7 @@ class _Call:
     @property
     def row(self) -> dict[str, int | str]:
         """How a row of the state is stored, as constants."""
-        return {"ROW": self.row_size, "ROTARY": self.turned, "FORMAT": self.rows}
+        return {"ROW": self.row_size, "ROTARY": self.turned, "FORMAT": self.row_format}
 
     def launch(
         self, function: str, grid: tuple[int, int, int], constants: Mapping[str, int | float | str], *,
@@ -253,9 +255,9 @@ def _check(call: _Call, layout_version: int) -> None:
     wrong = []
     if layout_version != spec.layout_version:
         wrong.append(f"rows have layout version {layout_version}; its kernels read {spec.layout_version}")
-    if spec.rows and call.rows not in spec.rows:
-        wrong.append(f"rows in {call.rows}; its kernels read {', '.join(sorted(spec.rows))}")
-    elif call.format.packed and spec.rows:
+    if spec.row_formats and call.row_format not in spec.row_formats:
+        wrong.append(f"rows in {call.row_format}; its kernels read {', '.join(sorted(spec.row_formats))}")
+    elif call.format.packed and spec.row_formats:
         wrong += _packed(call)
     if "D" in sizes and sizes["D"] % 16:
         wrong.append(f"rows are {sizes['D']} wide; expected a multiple of 16")
@@ -289,7 +291,7 @@ def _packed(call: _Call) -> list[str]:
     except InputError as error:
         return [str(error)]
     if call.sizes.get("ROW", size) != size:
-        return [f"rows of {call['ROW']} bytes; {call['D']} channels in {call.rows} take {size}"]
+        return [f"rows of {call['ROW']} bytes; {call['D']} channels in {call.row_format} take {size}"]
     return []
 
 
@@ -310,7 +312,9 @@ def _window_update(call: _Call) -> Plan:
     size = call.row_size
     constants = {"W": call["W"], "D": call["D"], "BD": _power(call["D"]), "ROW": size, "BR": _power(size)}
     grid = (call["W"] + call["S"], call["B"], 1)
-    return Plan((call.launch("window.window_update", grid, constants | {"ROTARY": call.turned, "FORMAT": call.rows}),))
+    return Plan(
+        (call.launch("window.window_update", grid, constants | {"ROTARY": call.turned, "FORMAT": call.row_format}),)
+    )
 
 
 def _compress(call: _Call) -> Plan:
@@ -362,7 +366,7 @@ def _index_scores(call: _Call) -> Plan:
         span = SCORE_SPANS[0]
     constants = {
         "H": call["H"], "BH": _power(call["H"], 16), "D": call["D"], "BD": _power(call["D"], 16),
-        "RATIO": call.attributes["ratio"], "BN": tile.block, "ROW": call.row_size, "FORMAT": call.rows,
+        "RATIO": call.attributes["ratio"], "BN": tile.block, "ROW": call.row_size, "FORMAT": call.row_format,
     }  # fmt: skip
     grid = (_cdiv(call["E"], span), call["S"], call["B"])
     parted = replace(call, sizes=call.sizes | {"SPAN": span})

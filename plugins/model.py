@@ -78,8 +78,8 @@ def model_kernels(
     """
     found: dict[Kernel, None] = {}
     for operator, group, sizes, attributes in operator_calls(spec, profile):
-        rows = LAYOUTS[layout].format_of(group) or DENSE
+        row_format = LAYOUTS[layout].format_of(group) or DENSE
         found |= dict.fromkeys(
-            kernels(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=spec.rope_dim)
+            kernels(operator, sizes, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=spec.rope_dim)
         )
     return list(found)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..export.contract.operators import STATE, TensorSpec
-from ..export.contract.rows import row_format
+from ..export.contract.rows import row_format_named
 from .cuda import KernelImage, Launcher
 from .declarations import FIELDS, NAMESPACE, PLUGINS, PluginSpec
 from .launch import Plan, largest_workspace, plan
@@ -99,9 +99,9 @@ def read_fields(spec: PluginSpec, fields: Iterable[Any]) -> dict[str, Any]:
     missing = [name for name in types if name not in values]
     if missing:
         raise ValueError(f"{spec.operator} lacks {', '.join(missing)}; inject the graph with this version of foldkv")
-    if spec.rows and values["rows"] not in spec.rows:
+    if spec.row_formats and values["row_format"] not in spec.row_formats:
         raise ValueError(
-            f"{spec.operator}: rows are in {values['rows']!r}; its kernels read {', '.join(sorted(spec.rows))}"
+            f"{spec.operator}: rows are in {values['row_format']!r}; its kernels read {', '.join(sorted(spec.row_formats))}"
         )
     if values["layout_version"] != spec.layout_version:
         raise ValueError(
@@ -143,7 +143,7 @@ def _plugin_class(trt: Any) -> type:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
                 base.__init__(self)
             self.spec, self.values, self.observe = spec, dict(values), observe
-            self.packed = row_format(values["rows"]).packed
+            self.packed = row_format_named(values["row_format"]).packed
             self.plugin_name, self.plugin_version, self.plugin_namespace = spec.operator, spec.version, NAMESPACE
             self.num_outputs = len(spec.outputs)
             self.timing_cache_id = ""
@@ -245,8 +245,8 @@ def _plugin_class(trt: Any) -> type:
             values, spec = self.values, self.spec
             attributes = {name: values[name] for name in spec.attributes}
             return of(
-                spec.operator, spec.dimensions(shapes, rows=values["rows"]) | attributes, attributes, sm=values["sm"],
-                dtype=values["dtype"], rows=values["rows"], rope_dim=values["rope_dim"],
+                spec.operator, spec.dimensions(shapes, row_format=values["row_format"]) | attributes, attributes, sm=values["sm"],
+                dtype=values["dtype"], row_format=values["row_format"], rope_dim=values["rope_dim"],
                 layout_version=values["layout_version"],
             )  # fmt: skip
 

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.operators import STATE
-from ..export.contract.rows import DENSE, row_format
+from ..export.contract.rows import DENSE, row_format_named
 from ..export.contract.state import state_tensors
 from ..export.operators.registry import operators
 from .cuda import Launcher
@@ -130,16 +130,16 @@ class KernelOperators:
             if declared.dtype != STATE and tensor.dtype != _TYPES[declared.dtype]:
                 raise ValueError(f"{spec.operator}.{declared.name} is {tensor.dtype}; expected {declared.dtype}")
         stored = next(iter(state), torch.bfloat16)  # an operator without state has the same kernel for every type
-        rows = self._packed_format(spec, shapes) if stored == torch.int8 else DENSE
-        sizes = spec.dimensions(shapes, rows=rows) | dict(attributes)
+        row_format = self._packed_format(spec, shapes) if stored == torch.int8 else DENSE
+        sizes = spec.dimensions(shapes, row_format=row_format) | dict(attributes)
         steps = plan(
-            spec.operator, sizes, attributes, sm=self.sm, dtype=_DENSE_TYPES.get(stored, "bfloat16"), rows=rows,
+            spec.operator, sizes, attributes, sm=self.sm, dtype=_DENSE_TYPES.get(stored, "bfloat16"), row_format=row_format,
             rope_dim=self.rope_dim,
         )  # fmt: skip
         outputs = {
             index: (shape, stored if tensor.dtype == STATE else _TYPES[tensor.dtype])
             for index, (tensor, shape) in enumerate(
-                zip(spec.outputs, spec.output_shapes(sizes, rows=rows), strict=True)
+                zip(spec.outputs, spec.output_shapes(sizes, row_format=row_format), strict=True)
             )
             if index not in spec.aliases
         }
@@ -147,10 +147,10 @@ class KernelOperators:
 
     def _packed_format(self, spec: PluginSpec, shapes: Sequence[tuple[int, ...]]) -> str:
         """The packed format whose rows have the same number of bytes as the state's."""
-        formats = [format_ for name in sorted(spec.rows) if (format_ := row_format(name)).packed]
+        formats = [format_ for name in sorted(spec.row_formats) if (format_ := row_format_named(name)).packed]
         if not formats:
             raise ValueError(f"{spec.operator} does not read packed rows")
-        sizes = spec.dimensions(shapes, rows=formats[0].name)
+        sizes = spec.dimensions(shapes, row_format=formats[0].name)
         fitting = []
         for format_ in formats:
             with contextlib.suppress(InputError):
@@ -240,7 +240,7 @@ def new_state(
     rows, state = LAYOUTS[layout], []
     for tensor in state_tensors(spec):
         name, stored = rows.format_of(tensor.group), rows.stored(tensor, spec.rope_dim)
-        dense = name is not None and not row_format(name).packed
+        dense = name is not None and not row_format_named(name).packed
         kind = dtype if dense else _TYPES[stored.dtype]
         state.append(torch.zeros(batch, stored.capacity(context), stored.width, dtype=kind, device=device))
     return state

@@ -64,11 +64,13 @@ def _tensor(row: Any, label: str, findings: list[str]) -> StateTensor | None:
     for key in ("name", "group", "input", "output"):
         if not isinstance(row[key], str) or not row[key]:
             findings.append(f"{label}.{key} is {row[key]!r}; expected a name")
-    if (row["rows"] is None) == (row["ratio"] is None):
-        findings.append(f"{label} has rows {row['rows']!r} and ratio {row['ratio']!r}; expected exactly one of them")
-    for key, least in (("layer", 0), ("width", 1), ("rows", 1), ("ratio", 1)):
+    if (row["num_rows"] is None) == (row["ratio"] is None):
+        findings.append(
+            f"{label} has num_rows {row['num_rows']!r} and ratio {row['ratio']!r}; expected exactly one of them"
+        )
+    for key, least in (("layer", 0), ("width", 1), ("num_rows", 1), ("ratio", 1)):
         value = row[key]
-        if not (value is None and key in ("rows", "ratio")) and (type(value) is not int or value < least):
+        if not (value is None and key in ("num_rows", "ratio")) and (type(value) is not int or value < least):
             findings.append(f"{label}.{key} is {value!r}; expected an integer of {least} or more")
     if row["dtype"] not in STATE_TYPES:
         findings.append(f"{label}.dtype is {row['dtype']!r}; this version knows {', '.join(STATE_TYPES)}")

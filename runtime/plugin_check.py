@@ -52,9 +52,9 @@ def _plugin_findings(plugin: PluginUse) -> list[str]:
         )
         if found != expected
     ]
-    known = spec.rows or {DENSE}
-    if not set(plugin.rows) <= known:
-        findings.append(f"plugin {name} has rows {list(plugin.rows)!r}; its kernels read {', '.join(sorted(known))}")
+    known = spec.row_formats or {DENSE}
+    if not set(plugin.row_formats) <= known:
+        findings.append(f"plugin {name} has rows {list(plugin.row_formats)!r}; its kernels read {', '.join(sorted(known))}")
     return findings
 
 

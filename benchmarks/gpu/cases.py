@@ -102,7 +102,7 @@ class Case:
     """
 
     operator: str
-    rows: str
+    row_format: str
     inputs: list[Tensor]
     expect: Callable[[], list[Expectation]]
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -113,25 +113,25 @@ class Case:
     def sizes(self) -> dict[str, int]:
         """The size of every symbol."""
         shapes = [tuple(value.shape) for value in self.inputs]
-        return PLUGINS[self.operator].dimensions(shapes, rows=self.rows) | self.attributes
+        return PLUGINS[self.operator].dimensions(shapes, row_format=self.row_format) | self.attributes
 
     def plan(self, *, sm: int, **options: Any) -> Plan:
         """What the call launches."""
         return plan(
-            self.operator, self.sizes, self.attributes, sm=sm, dtype="bfloat16", rows=self.rows,
+            self.operator, self.sizes, self.attributes, sm=sm, dtype="bfloat16", row_format=self.row_format,
             rope_dim=self.geometry.rope_dim, **options,
         )  # fmt: skip
 
     def outputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the inputs, and outputs full of NaN (or -7); those in place are inputs."""
         inputs, sizes, spec = [value.clone() for value in self.inputs], self.sizes, PLUGINS[self.operator]
-        outputs, shapes = [], spec.output_shapes(sizes, rows=self.rows)
+        outputs, shapes = [], spec.output_shapes(sizes, row_format=self.row_format)
         for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
             if index in spec.aliases:
                 outputs.append(inputs[spec.aliases[index]])
                 continue
             kind = (
-                (torch.bfloat16 if self.rows == DENSE else torch.int8)
+                (torch.bfloat16 if self.row_format == DENSE else torch.int8)
                 if tensor.dtype == STATE
                 else _TORCH[tensor.dtype]
             )
@@ -145,7 +145,7 @@ class Case:
             value[one] if tensor.dims[0] == "B" else value
             for tensor, value in zip(spec.inputs, self.inputs, strict=True)
         ]
-        return Case(self.operator, self.rows, inputs, list, self.attributes, self.geometry, self.width)
+        return Case(self.operator, self.row_format, inputs, list, self.attributes, self.geometry, self.width)
 
     def digest(self) -> str:
         """sha256 of the inputs."""
@@ -177,11 +177,15 @@ class Case:
                 assert one.values is not None
                 _same(name, value.sort(dim=-1).values, one.values.sort(dim=-1).values)
             elif one.kind == "codes":
-                read = value.float() if self.rows == DENSE else unpack(value, self.rows, self.width, self.rope_dim)
+                read = (
+                    value.float()
+                    if self.row_format == DENSE
+                    else unpack(value, self.row_format, self.width, self.rope_dim)
+                )
                 again = unpack(pack(read, one.format_, self.rope_dim), one.format_, self.width, self.rope_dim)
                 _same(name, read, again)
             else:
-                read = value if value.dtype != torch.int8 else unpack(value, self.rows, self.width, self.rope_dim)
+                read = value if value.dtype != torch.int8 else unpack(value, self.row_format, self.width, self.rope_dim)
                 near = _near(name, read, one)
                 if near["error"] * report["bound"] >= report["error"] * near["bound"]:
                     report = near
@@ -272,7 +276,7 @@ class _Call:
 
     draw: Draw
     of: Geometry
-    rows: str
+    row_format: str
     start: Sequence[int]
     real: Sequence[int]
     chunk: int
@@ -289,13 +293,13 @@ class _Call:
 
     def stored(self, values: Tensor, *, decode: bool = True) -> tuple[Tensor, Tensor]:
         """Rows [..., D] of float32 as stored, and the float32 values that they represent."""
-        if self.rows == DENSE:
+        if self.row_format == DENSE:
             return values.bfloat16(), values.bfloat16().float()
         unread = values.isnan().any(-1, keepdim=True)
-        data = pack(values.nan_to_num(), self.rows, self.of.rope_dim)
+        data = pack(values.nan_to_num(), self.row_format, self.of.rope_dim)
         if not decode:
             return data.masked_fill(unread, -1), data
-        read = unpack(data, self.rows, values.shape[-1], self.of.rope_dim)
+        read = unpack(data, self.row_format, values.shape[-1], self.of.rope_dim)
         return data.masked_fill(unread, -1), read.masked_fill(unread, torch.nan)
 
     def ring(self, window: int, chunk: int, real: Sequence[int]) -> Tensor:
@@ -325,7 +329,7 @@ def _window_update_case(call: _Call, **_: Any) -> Case:
         expected = window_update(window, call.stored(kv)[0], *call.tail)
         return [Expectation(i, "bits", values=value) for i, value in enumerate(expected)]
 
-    return Case("FoldkvWindowUpdate", call.rows, [window, kv, *call.tail], expect)
+    return Case("FoldkvWindowUpdate", call.row_format, [window, kv, *call.tail], expect)
 
 
 #: Half a step of a code, relative to the value, and half the least step, relative to the largest value of a row.
@@ -336,7 +340,7 @@ _STEPS = {DENSE: (_HALF_STATE, 0.0), FP8_DS_MLA: (2.0**-4, 2.0**-9 / 448), INDEX
 def _compress_case(operator: str, call: _Call, *, capacity: int | None = None, **_: Any) -> Case:
     """Entries within half a step of their code, carries exact or, of an online softmax, as accurate as float32; dense
     rows hold nothing but codes where they should."""
-    batch, draw, rows, start, real = call.batch, call.draw, call.rows, call.start, call.real
+    batch, draw, rows, start, real = call.batch, call.draw, call.row_format, call.start, call.real
     online = "Online" in operator
     ratio, series = (call.of.online_ratio, 1) if online else (call.of.ratio, 2)
     values_of = operator_spec(operator).rounds or rows
@@ -425,7 +429,7 @@ def _index_scores_case(call: _Call, *, capacity: int | None = None, **_: Any) ->
                 seen[b, s, : (first + s + 1) // of.ratio] = True
         return [Expectation(0, "near", where=seen, values=expected[seen], bound=bound, relative=2.0**-14)]
 
-    return Case("FoldkvIndexScores", call.rows, [q, weights, stored, *tail], expect, {"ratio": of.ratio})
+    return Case("FoldkvIndexScores", call.row_format, [q, weights, stored, *tail], expect, {"ratio": of.ratio})
 
 
 def _index_select_case(call: _Call, *, capacity: int | None = None, **_: Any) -> Case:
@@ -439,7 +443,7 @@ def _index_select_case(call: _Call, *, capacity: int | None = None, **_: Any) ->
         return [Expectation(0, "set", values=index_select(scores, *tail, of.ratio, of.topk))]
 
     attributes = {"ratio": of.ratio, "topk": of.topk}
-    return Case("FoldkvIndexSelect", call.rows, [scores, *tail], expect, attributes)
+    return Case("FoldkvIndexSelect", call.row_format, [scores, *tail], expect, attributes)
 
 
 def _attention_case(
@@ -488,7 +492,7 @@ def _attention_case(
         # Roundings of many weights are independent, so the whole is nearer than the worst case of one value.
         return [Expectation(0, "near", where=valid, values=expected[valid], bound=bound, relative=2 * _HALF_STATE)]
 
-    return Case(operator, call.rows, inputs, expect, attributes)
+    return Case(operator, call.row_format, inputs, expect, attributes)
 
 
 MAKERS: dict[str, Callable[..., Case]] = {
@@ -499,7 +503,7 @@ MAKERS: dict[str, Callable[..., Case]] = {
     **{name: functools.partial(_attention_case, name) for name in PLUGINS if "Attention" in name},
 }
 #: Every operator with every row format that it touches.
-FORMS = [(operator, rows) for operator, spec in PLUGINS.items() for rows in sorted(spec.rows) or [DENSE]]
+FORMS = [(operator, rows) for operator, spec in PLUGINS.items() for rows in sorted(spec.row_formats) or [DENSE]]
 ROTARY = SMALL.rope_dim
 
 
@@ -514,7 +518,7 @@ def make_case(
     group = group or ("index_entries" if rows in (INDEX_FP8, INDEX_FP4) or operator.endswith("Fp4") else "entries")
     draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, asdict(geometry), group, more]))
     case = MAKERS[operator](_Call(draw, geometry, rows, start, real, chunk, group), **more)
-    return Case(case.operator, case.rows, case.inputs, case.expect, case.attributes, geometry, case.width)
+    return Case(case.operator, case.row_format, case.inputs, case.expect, case.attributes, geometry, case.width)
 
 
 @dataclass(frozen=True)
@@ -523,7 +527,7 @@ class Form:
 
     operator: str
     group: str
-    rows: str
+    row_format: str
     shape: str
     start: tuple[int, ...]
     real: tuple[int, ...]
@@ -532,12 +536,12 @@ class Form:
     @property
     def name(self) -> str:
         """A name that is unique within a model."""
-        return f"{self.operator}-{self.group}-{self.rows}-{self.shape}"
+        return f"{self.operator}-{self.group}-{self.row_format}-{self.shape}"
 
     def case(self, geometry: Geometry) -> Case:
         """The call with its inputs."""
         return make_case(
-            self.operator, self.rows, start=self.start, real=self.real, chunk=self.chunk, geometry=geometry, group=self.group,
+            self.operator, self.row_format, start=self.start, real=self.real, chunk=self.chunk, geometry=geometry, group=self.group,
         )  # fmt: skip
 
 
@@ -552,7 +556,7 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
         for name in ("dense", "fp8", "fp8+fp4"):
             for call in operator_calls(spec, profile):
                 rows = LAYOUTS[name].format_of(call.group) or DENSE
-                known = PLUGINS[call.operator].rows
+                known = PLUGINS[call.operator].row_formats
                 if not known or rows in known:
                     found[call.operator, call.group, rows if known else DENSE] = None
     forms = []

@@ -63,7 +63,7 @@ def measure(
     device = open_device()
     for geometry, forms, expected in todo:
         for form, case in drawn(forms, geometry):
-            row = {"model": geometry.name, "operator": form.operator, "group": form.group, "rows": form.rows,
+            row = {"model": geometry.name, "operator": form.operator, "group": form.group, "rows": form.row_format,
                    "shape": form.shape}  # fmt: skip
             try:
                 row |= _one(device, case, expected.get(form.name))

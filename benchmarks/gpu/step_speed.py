@@ -25,7 +25,7 @@ from torch import Tensor
 
 from foldkv.export.contract.operators import STATE
 from foldkv.export.contract.profiles import PROFILES
-from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
@@ -55,7 +55,7 @@ class Call(NamedTuple):
     operator: str
     inputs: list[Tensor]
     attributes: dict[str, Any]
-    rows: str
+    row_format: str
     rope_dim: int
     bytes: float
     operations: float
@@ -125,9 +125,9 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         return Call(operator, inputs, attributes, rows, of.rope_dim, moved, done)
 
     inv_freq = 160000.0 ** (-torch.arange(of.rope_dim // 2, device=where) / (of.rope_dim // 2))
-    size = row_format(rows).row_bytes(of.width, of.rope_dim) if rows in (DENSE, FP8_DS_MLA) else 0
+    size = row_format_named(rows).row_bytes(of.width, of.rope_dim) if rows in (DENSE, FP8_DS_MLA) else 0
     if operator == "FoldkvIndexScores":
-        size = row_format(rows).row_bytes(of.index_width, 0)
+        size = row_format_named(rows).row_bytes(of.index_width, 0)
         q = normal(batch, chunk, of.index_heads, of.index_width)
         weights = torch.rand(batch, chunk, of.index_heads, device=where)
         inputs = [q, weights, state(device, batch, entries, of.index_width, 0, rows), positions, limit]
@@ -152,7 +152,7 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         inputs += [normal(width, width)] * mixed  # as dear as a Hadamard matrix
         attributes: dict[str, Any] = {"rope_dim": of.rope_dim} if operator.endswith("Fp8") else {}
         # The last token closes a window: what is open is read, entries and the tokens' rows are written.
-        size = row_format(rows).row_bytes(width, 0 if mixed else of.rope_dim)
+        size = row_format_named(rows).row_bytes(width, 0 if mixed else of.rope_dim)
         moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
         return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
     q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)
@@ -199,7 +199,7 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
         "us": taken * 1e6, "floor_us": floor * 1e6, "share_of_floor": floor / taken, "launches": len(launches[0][1].launches),
         "bound": "memory" if call.bytes / bandwidth > call.operations / rate else "compute",
     }  # fmt: skip
-    if call.rows == DENSE and call.inputs[0].shape[1] == 1 and (peer := torch_step(call)) is not None:
+    if call.row_format == DENSE and call.inputs[0].shape[1] == 1 and (peer := torch_step(call)) is not None:
         try:
             row["torch_us"] = replay(device, [torch_step(each) for each in calls]) * 1e6  # type: ignore[misc]
         except torch.OutOfMemoryError:
@@ -212,24 +212,32 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
 def steps_of(call: Call, sm: int) -> Plan:
     """What a call launches."""
     sizes = _sizes(call)
-    return plan(call.operator, sizes, call.attributes, sm=sm, dtype="bfloat16", rows=call.rows, rope_dim=call.rope_dim)
+    return plan(
+        call.operator,
+        sizes,
+        call.attributes,
+        sm=sm,
+        dtype="bfloat16",
+        row_format=call.row_format,
+        rope_dim=call.rope_dim,
+    )
 
 
 def _sizes(call: Call) -> dict[str, int]:
     shapes = [tuple(tensor.shape) for tensor in call.inputs]
-    return PLUGINS[call.operator].dimensions(shapes, rows=call.rows) | call.attributes
+    return PLUGINS[call.operator].dimensions(shapes, row_format=call.row_format) | call.attributes
 
 
 def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
     """A function that launches the operator's kernels on the current stream, and what it launches."""
     spec, sizes, steps = PLUGINS[call.operator], _sizes(call), steps_of(call, device.sm)
     launcher = device.load([steps])
-    outputs, shapes = [], spec.output_shapes(sizes, rows=call.rows)
+    outputs, shapes = [], spec.output_shapes(sizes, row_format=call.row_format)
     for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
         if index in spec.aliases:
             outputs.append(call.inputs[spec.aliases[index]])
             continue
-        stored = torch.bfloat16 if call.rows == DENSE else torch.int8
+        stored = torch.bfloat16 if call.row_format == DENSE else torch.int8
         outputs.append(
             device.place(torch.empty(shape, dtype=stored if tensor.dtype == STATE else _TYPES[tensor.dtype]))
         )

@@ -64,7 +64,7 @@ def _one(device: Device, form: Form, case: Case, runs: int) -> tuple[dict[str, o
             _of_batch(case, run(device, launcher, one, one.plan(sm=device.sm))), _of_batch(case, first, b)
         )
     ]  # fmt: skip
-    row = {"model": case.geometry.name, "operator": form.operator, "group": form.group, "rows": form.rows, "shape": form.shape,
+    row = {"model": case.geometry.name, "operator": form.operator, "group": form.group, "rows": form.row_format, "shape": form.shape,
            "runs": runs, "different": different, "sequences_that_depend_on_neighbours": apart}  # fmt: skip
     wrong = [f"{different} of {runs} runs gave other bits"] * bool(different)
     wrong += [f"sequences {apart} depend on their neighbours"] * bool(apart)

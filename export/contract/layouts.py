@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import InputError
 from .rows import DENSE as DENSE_ROWS
-from .rows import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, NVFP4, row_format
+from .rows import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, NVFP4, row_format_named
 from .state import StateTensor
 
 #: Name of the layout whose rows are all dense.
@@ -21,15 +21,15 @@ class CacheLayout:
     """
 
     name: str
-    rows: str
-    index_rows: str
+    row_format: str
+    index_row_format: str
     built: bool = True
 
     def format_of(self, group: str) -> str | None:
         """The name of a state group's row format; None for carries, which are float32 in every layout."""
         if "carry" in group:
             return None
-        return self.index_rows if group.startswith("index") else self.rows
+        return self.index_row_format if group.startswith("index") else self.row_format
 
     def stored(self, tensor: StateTensor, rope_dim: int, dense: str = "float32") -> StateTensor:
         """A state tensor of the model as this layout keeps it.
@@ -45,7 +45,7 @@ class CacheLayout:
         name = self.format_of(tensor.group)
         if name is None:
             return tensor
-        format_ = row_format(name)
+        format_ = row_format_named(name)
         if not format_.packed:
             return replace(tensor, dtype=dense)
         return replace(tensor, dtype="int8", width=format_.row_bytes(tensor.width, rope_dim))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ...errors import InputError, listing
 from .geometry import CSA, ModelSpec
-from .rows import FP8_DS_MLA, INDEX_FP4, row_format
+from .rows import FP8_DS_MLA, INDEX_FP4, row_format_named
 
 HF, SERVED = "hf", "served"
 PROFILES = (HF, SERVED)
@@ -27,9 +27,9 @@ def check_profile(profile: str, spec: ModelSpec) -> None:
         return
     findings = []
     try:
-        row_format(FP8_DS_MLA).row_bytes(spec.head_dim, spec.rope_dim)
+        row_format_named(FP8_DS_MLA).row_bytes(spec.head_dim, spec.rope_dim)
         if CSA in spec.layer_types:
-            row_format(INDEX_FP4).row_bytes(spec.index_head_dim, spec.rope_dim)
+            row_format_named(INDEX_FP4).row_bytes(spec.index_head_dim, spec.rope_dim)
     except InputError as error:
         findings.append(str(error))
     if CSA in spec.layer_types and spec.index_head_dim & (spec.index_head_dim - 1):

@@ -85,7 +85,7 @@ def register_row_format(format_: RowFormat) -> str:
     return format_.name
 
 
-def row_format(name: str) -> RowFormat:
+def row_format_named(name: str) -> RowFormat:
     """The row format with that name.
 
     Raises:

@@ -38,14 +38,14 @@ STATE_TYPES = {
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One cache tensor of one layer: ``[batch, rows, width]``; ``rows`` grows with the context if ``ratio`` is set."""
+    """One cache tensor of one layer: ``[batch, num_rows, width]``; ``num_rows`` grows with the context if ``ratio`` is set."""
 
     name: str
     layer: int
     group: str
     input: str
     output: str
-    rows: int | None
+    num_rows: int | None
     ratio: int | None
     width: int
     dtype: str = "float32"
@@ -53,7 +53,7 @@ class StateTensor:
 
     def capacity(self, context: int) -> int:
         """Rows for a context of that many tokens: fixed, or ceil(context / ratio)."""
-        return self.rows if self.rows is not None else -(-context // (self.ratio or 1))
+        return self.num_rows if self.num_rows is not None else -(-context // (self.ratio or 1))
 
     def used_rows(self, tokens: int) -> int:
         """Rows that may be in use after this many tokens of a sequence."""
@@ -72,7 +72,7 @@ def state_tensors(spec: ModelSpec) -> list[StateTensor]:
     """The state of a model in float32, in graph order: layer by layer, window first."""
     tensors: list[StateTensor] = []
     for layer, (kind, ratio) in enumerate(zip(spec.layer_types, spec.ratios, strict=True)):
-        tensors.append(_tensor(layer, "window", spec.head_dim, rows=spec.sliding_window))
+        tensors.append(_tensor(layer, "window", spec.head_dim, num_rows=spec.sliding_window))
         if kind == SLIDING:
             continue
         if kind == CSA:
@@ -80,7 +80,7 @@ def state_tensors(spec: ModelSpec) -> list[StateTensor]:
             tensors += _overlapping(layer, "index_", ratio, spec.index_head_dim)
         else:
             tensors.append(_tensor(layer, "entries", spec.head_dim, ratio=ratio))
-            tensors.append(_tensor(layer, "carry", spec.head_dim, rows=ONLINE_ROWS))
+            tensors.append(_tensor(layer, "carry", spec.head_dim, num_rows=ONLINE_ROWS))
     return tensors
 
 
@@ -88,14 +88,16 @@ def _overlapping(layer: int, prefix: str, ratio: int, width: int) -> list[StateT
     # An overlapping window also reads the rows of the window before it, in two series.
     return [
         _tensor(layer, f"{prefix}entries", width, ratio=ratio),
-        _tensor(layer, f"{prefix}carry_kv", 2 * width, rows=2 * ratio),
-        _tensor(layer, f"{prefix}carry_gate", 2 * width, rows=2 * ratio),
+        _tensor(layer, f"{prefix}carry_kv", 2 * width, num_rows=2 * ratio),
+        _tensor(layer, f"{prefix}carry_gate", 2 * width, num_rows=2 * ratio),
     ]
 
 
-def _tensor(layer: int, group: str, width: int, *, rows: int | None = None, ratio: int | None = None) -> StateTensor:
+def _tensor(
+    layer: int, group: str, width: int, *, num_rows: int | None = None, ratio: int | None = None
+) -> StateTensor:
     name = f"{layer}.{group}"
-    return StateTensor(name, layer, group, f"past.{name}", f"present.{name}", rows, ratio, width)
+    return StateTensor(name, layer, group, f"past.{name}", f"present.{name}", num_rows, ratio, width)
 
 
 def total_bytes(tensors: Sequence[StateTensor], context: int, batch: int = 1) -> int:

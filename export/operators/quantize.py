@@ -17,7 +17,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from ..checkpoint.values import byte_pairs
-from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format
+from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format_named
 from .registry import OPSET, operator
 from .rows import pack_fp8_ds_mla, pack_index_fp4, unpack_fp8_ds_mla, unpack_index_fp4
 
@@ -32,13 +32,13 @@ _E2M1_PAIRS = numpy_helper.from_array(byte_pairs().numpy())
 
 def quantized_fp8(x: Tensor, rope_dim: int) -> Tensor:
     """x [..., D] float -> [..., D] float32, the values of its ``fp8_ds_mla`` rows."""
-    row_format(FP8_DS_MLA).row_bytes(x.shape[-1], rope_dim)  # raises if it does not fit
+    row_format_named(FP8_DS_MLA).row_bytes(x.shape[-1], rope_dim)  # raises if it does not fit
     return unpack_fp8_ds_mla(pack_fp8_ds_mla(x.float(), rope_dim), x.shape[-1], rope_dim)
 
 
 def quantized_fp4(x: Tensor) -> Tensor:
     """x [..., D] float -> [..., D] float32, the values of its ``index_fp4`` rows."""
-    row_format(INDEX_FP4).row_bytes(x.shape[-1])  # raises if it does not fit
+    row_format_named(INDEX_FP4).row_bytes(x.shape[-1])  # raises if it does not fit
     return unpack_index_fp4(pack_index_fp4(x.float(), 0), x.shape[-1], 0)
 
 

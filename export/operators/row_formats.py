@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..contract.rows import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, RowFormat, row_format
+from ..contract.rows import FP8_DS_MLA, INDEX_FP4, INDEX_FP8, RowFormat, row_format_named
 from .quantize import (
     FoldkvPackFp4,
     FoldkvPackFp8,
@@ -72,7 +72,7 @@ def register_row_packer(name: str, packer: RowPacker) -> None:
     Raises:
         InputError: the format is not declared, or has other functions.
     """
-    row_format(name)
+    row_format_named(name)
     if _PACKERS.setdefault(name, packer) != packer:
         raise InputError(f"row format {name!r} has two packers. Give one of the formats another name.")
 
@@ -83,7 +83,7 @@ def row_packer(name: str) -> RowPacker:
     Raises:
         InputError: the format is not known, or cannot be packed by this version.
     """
-    row_format(name)
+    row_format_named(name)
     if name not in _PACKERS:
         raise InputError(
             f"rows cannot be packed as {name!r}: nothing packs it; expected one of {', '.join(_PACKERS)}. "
@@ -120,7 +120,7 @@ def pack(values: Tensor, name: str, rope_dim: int = 0) -> Tensor:
     Raises:
         InputError: the format is not known, cannot be packed or does not fit the width.
     """
-    packer, format_ = row_packer(name), row_format(name)
+    packer, format_ = row_packer(name), row_format_named(name)
     size = format_.row_bytes(values.shape[-1], rope_dim)
     rows = packer.pack(values.float(), format_.kept(rope_dim))
     return torch.nn.functional.pad(rows, (0, size - rows.shape[-1])).view(torch.int8)
@@ -132,7 +132,7 @@ def unpack(rows: Tensor, name: str, width: int, rope_dim: int = 0) -> Tensor:
     Raises:
         InputError: the format is not known, cannot be unpacked, or its rows of that width have another number of bytes.
     """
-    packer, format_ = row_packer(name), row_format(name)
+    packer, format_ = row_packer(name), row_format_named(name)
     size = format_.row_bytes(width, rope_dim)
     if rows.shape[-1] != size:
         raise InputError(f"rows have {rows.shape[-1]} bytes; {width} channels in {name} take {size}.")

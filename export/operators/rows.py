@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.formats import E2M1
-from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format
+from ..contract.rows import FP8_DS_MLA, INDEX_FP4, row_format_named
 
 _FLOOR = 1e-4
 # Halfway points between neighbours, and whether the upper one has the even code and so gets the tie.
 _TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 _BIAS = 127  # of an e8m0 scale
-_MAIN_TILE, _INDEX_TILE = row_format(FP8_DS_MLA).tile or 0, row_format(INDEX_FP4).tile or 0
+_MAIN_TILE, _INDEX_TILE = row_format_named(FP8_DS_MLA).tile or 0, row_format_named(INDEX_FP4).tile or 0
 
 
 def pack_fp8_ds_mla(values: Tensor, rope_dim: int) -> Tensor:

@@ -18,7 +18,7 @@ from onnxscript import FLOAT, INT32, INT64, script
 from onnxscript import opset20 as op
 
 from ...errors import FoldkvError
-from ...export.contract.rows import DENSE, row_format
+from ...export.contract.rows import DENSE, row_format_named
 from ...export.memory import BLOCK_ROOM, block_rows
 from ...export.operators.attention import (
     FoldkvQueryPositions,
@@ -157,7 +157,7 @@ def FoldkvDenseAttentionBlocks(  # type: ignore[no-untyped-def]
 def read_in_blocks(model: ir.Model, *, room: int = BLOCK_ROOM) -> int:
     """Let nodes that read whole caches read blocks instead, in place, also in layers' functions; returns how many.
 
-    A node with packed rows has the attributes ``rows`` (optimize/passes/pack.py), ``width`` and ``rope_dim``.
+    A node with packed rows has the attributes ``row_format`` (optimize/passes/pack.py), ``width`` and ``rope_dim``.
 
     Args:
         model: with the operators' nodes.
@@ -195,10 +195,10 @@ def _replace(model: ir.Model, old: ir.Node, reader: ir.Node, function: Any, attr
     ir.convenience.replace_all_uses_with(out, value, replace_graph_outputs=True)
     graph.remove(old, safe=True)
     given = reader.attributes
-    format_ = given["rows"].value if "rows" in given else DENSE  # injected nodes have it for dense rows too
+    format_ = given["row_format"].value if "row_format" in given else DENSE  # injected nodes have it for dense rows too
     if (DOMAIN, function.name, "") in model.functions:
         return
-    if row_format(format_).packed:
+    if row_format_named(format_).packed:
         attach_reader(model, function, format_, given["width"].value, given["rope_dim"].value)
     else:
         attach(model, function)

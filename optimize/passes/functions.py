@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...export.contract.rows import row_format
+from ...export.contract.rows import row_format_named
 from ...export.operators.registry import DOMAIN
 from ...export.operators.row_formats import body_attributes, row_bodies
 from ...export.operators.window import FoldkvReadRows
@@ -44,7 +44,7 @@ def attach_reader(
     Raises:
         InputError: graphs cannot read the format.
     """
-    attributes = {"width": width} | body_attributes(row_format(format_), rope_dim)
+    attributes = {"width": width} | body_attributes(row_format_named(format_), rope_dim)
     return _attach_calling(model, function, name, FoldkvReadRows.name, row_bodies(format_).unpack, attributes)
 
 

@@ -3,7 +3,7 @@
 A served graph quantises a row before it writes it, so keeping the row's bytes instead changes no value: nodes that
 quantised now pack, and nodes that read now decode. Only some rows are decoded: the window with the chunk, the chosen
 entries, and the active rows of caches that a step reads as a whole (the index, and the entries of HCA). Nodes that touch
-packed rows have ``rows``, ``rope_dim`` and ``layout_version``, like injected ones (plugins/declarations.py).
+packed rows have ``row_format``, ``rope_dim`` and ``layout_version``, like injected ones (plugins/declarations.py).
 
 What a node reads and writes is declared in export/contract/operators.py; what a format's bytes are, in its row format.
 """
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ...errors import InputError
 from ...export.contract.layouts import LAYOUTS
 from ...export.contract.operators import BLOCKS, STATE, WINDOW, OperatorSpec, operator_specs
-from ...export.contract.rows import row_format
+from ...export.contract.rows import row_format_named
 from ...export.contract.state import StateTensor
 from ...export.operators.registry import DOMAIN, operators
 from ...export.operators.row_formats import body_attributes, row_bodies
@@ -76,7 +76,7 @@ class _Packer:
     def _format(self, group: str) -> str:
         """The name of a group's packed format, or "" if its rows are dense."""
         name = self._layout.format_of(group)
-        return name if name is not None and row_format(name).packed else ""
+        return name if name is not None and row_format_named(name).packed else ""
 
     def _write(self, node: ir.Node, spec: OperatorSpec) -> None:
         [place] = [index for index, tensor in enumerate(spec.inputs) if tensor.dtype == STATE]
@@ -138,16 +138,16 @@ class _Packer:
         self._mark(node, format_)
 
     def _mark(self, node: ir.Node, format_: str) -> None:
-        node.attributes["rows"] = ir.AttrString("rows", format_)
+        node.attributes["row_format"] = ir.AttrString("row_format", format_)
         node.attributes["rope_dim"] = ir.AttrInt64("rope_dim", self._rope_dim)
-        node.attributes["layout_version"] = ir.AttrInt64("layout_version", row_format(format_).version)
+        node.attributes["layout_version"] = ir.AttrInt64("layout_version", row_format_named(format_).version)
 
     def _decode(self, node: ir.Node, index: int, format_: str, width: int) -> None:
         """Let a node read decoded rows instead."""
         rows, unpack = node.inputs[index], row_bodies(format_).unpack
         assert rows is not None
         attach(self._model, unpack)
-        attributes = {"width": width} | body_attributes(row_format(format_), self._rope_dim)
+        attributes = {"width": width} | body_attributes(row_format_named(format_), self._rope_dim)
         decode = ir.node(unpack.name, [rows], attributes=attributes, domain=DOMAIN, name=f"{node.name}_unpack_{index}")
         value = decode.outputs[0]
         value.name, value.dtype = f"{decode.name}_out", ir.DataType.FLOAT

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foldkv.errors import InputError
-from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format
+from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
 from foldkv.export.operators.row_formats import pack, unpack
 
 FORMATS = [(FP8_DS_MLA, 64), (INDEX_FP8, 0), (INDEX_FP4, 0)]
@@ -102,8 +102,8 @@ def test_a_scale_is_the_smallest_that_fits(format_: str, largest: float, power: 
 def test_row_sizes(format_: str, width: int, rope_dim: int, size: int) -> None:
     data = pack(torch.randn(3, 5, width), format_, rope_dim)
     assert data.shape == (3, 5, size) and data.dtype == torch.int8
-    assert row_format(format_).row_bytes(width, rope_dim) == size
-    assert row_format(DENSE).row_bytes(width, rope_dim) == 2 * width
+    assert row_format_named(format_).row_bytes(width, rope_dim) == size
+    assert row_format_named(DENSE).row_bytes(width, rope_dim) == 2 * width
 
 
 def test_bytes_without_a_meaning_are_zero() -> None:

@@ -134,7 +134,7 @@ def run_graph(graph: Path, ids: Tensor, splits: list[int], context: int) -> tupl
     ort = opened(whole_model(graph, graph.with_name("whole")))
     rows = read_package(graph).manifest.state
     state = {
-        row["input"]: np.full((1, row["rows"] or -(-context // row["ratio"]), row["width"]), np.nan, np.float32)
+        row["input"]: np.full((1, row["num_rows"] or -(-context // row["ratio"]), row["width"]), np.nan, np.float32)
         for row in rows
     }
     start, out = 0, []

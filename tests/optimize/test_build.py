@@ -224,7 +224,9 @@ def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph
     found = {row["name"]: row for row in manifest["plugins"]}
     assert {name: row["nodes"] for name, row in found.items()} == {n: counts[n] for n in PLUGINS if n in counts}
     assert manifest["engine"]["plugin_layers"] == sum(row["nodes"] for row in found.values()) == 17
-    assert found["FoldkvCompressFp8"]["rows"] == ["fp8_ds_mla"] and found["FoldkvCompressFp4"]["rows"] == ["index_fp4"]
+    assert found["FoldkvCompressFp8"]["row_formats"] == ["fp8_ds_mla"] and found["FoldkvCompressFp4"][
+        "row_formats"
+    ] == ["index_fp4"]
     assert (manifest["profile"], manifest["layout"]) == ("served", "fp8+fp4")
     assert load_bundle(tmp_path / "l40s").manifest.kernels.library
 

@@ -32,7 +32,7 @@ def test_the_released_models_have_every_plugin_on_every_target_and_layout(name: 
     for row in rows:
         assert set(row.gaps) == set(SMS)
         # FP4 of several tiles does not fit rows with one scale.
-        gap = row.rows == "nvfp4" or (row.operator, row.rows) == ("FoldkvCompressFp4", "index_fp8")
+        gap = row.row_format == "nvfp4" or (row.operator, row.row_format) == ("FoldkvCompressFp4", "index_fp8")
         assert all(bool(reason) == gap for reason in row.gaps.values()), row
 
 
@@ -43,21 +43,23 @@ def test_the_table_agrees_with_injection(tiny_graph: Path, served_graph: Path, p
     state = read_manifest(graph, kind="foldkv.graph")["state"]
     found = coverage(spec, [80], [profile])
     assert all(row in coverage(spec, [80]) for row in found)
-    table = {(row.operator, row.rows): row.gaps for row in found if row.dtype in ("", "bfloat16")}
+    table = {(row.operator, row.row_format): row.gaps for row in found if row.dtype in ("", "bfloat16")}
     for layout in ("dense", "fp8", "fp8+fp4") if profile == "hf" else ("dense", "fp8+fp4"):
         model = flat_model(read_package(graph))
         injection = inject_nodes(
             model, state, rope_dim=spec.rope_dim, target="a100", sm=80, dtype="bfloat16", layout=layout
         )
         for given in injection.given:
-            assert all(table[given.plugin.operator, rows] == {80: ""} for rows in given.rows)
-    assert {rows for _, rows in table} == {f for layout in LAYOUTS.values() for f in (layout.rows, layout.index_rows)}
+            assert all(table[given.plugin.operator, rows] == {80: ""} for rows in given.row_formats)
+    assert {rows for _, rows in table} == {
+        f for layout in LAYOUTS.values() for f in (layout.row_format, layout.index_row_format)
+    }
 
 
 def test_sizes_that_no_kernel_takes_are_a_gap(tiny_graph: Path) -> None:
     spec = spec_from_file(tiny_graph / "config.json")
     odd = dataclasses.replace(spec, head_dim=72, rope_dim=24)
-    gaps = {row.operator: row.gaps[80] for row in coverage(odd, [80]) if row.rows == "dense"}
+    gaps = {row.operator: row.gaps[80] for row in coverage(odd, [80]) if row.row_format == "dense"}
     assert "72 wide; expected a multiple of 16" in gaps["FoldkvSparseAttention"]
     assert gaps["FoldkvIndexSelect"] == ""
 

@@ -27,7 +27,14 @@ SPLITS = [
 
 def steps_of(case: Case, **options: Any) -> Plan:
     return plan(
-        case.operator, case.sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rope_dim=ROTARY, **options
+        case.operator,
+        case.sizes,
+        case.attributes,
+        sm=80,
+        dtype="bfloat16",
+        row_format=case.row_format,
+        rope_dim=ROTARY,
+        **options,
     )
 
 

@@ -55,7 +55,12 @@ def test_nodes_that_a_plugin_takes_are_marked_and_the_others_have_a_reason(tiny_
     for node in marked(tmp_path / "out"):
         values = attributes(node)
         assert values["plugin_namespace"] == b"foldkv" and set(FIELDS) <= set(values)
-        assert (values["sm"], values["dtype"], values["rows"], values["rope_dim"]) == (80, b"bfloat16", b"dense", 16)
+        assert (values["sm"], values["dtype"], values["row_format"], values["rope_dim"]) == (
+            80,
+            b"bfloat16",
+            b"dense",
+            16,
+        )
     assert marked(tiny_graph) == []
 
 
@@ -76,10 +81,10 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
     expected = {name: {main} for name in set(PLUGINS) - served} | {
         "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows}, "FoldkvIndexSelect": {"dense"},
     }  # fmt: skip
-    assert {given.plugin.operator: set(given.rows) for given in injection.given} == expected
+    assert {given.plugin.operator: set(given.row_formats) for given in injection.given} == expected
     for node in marked(tmp_path / "out"):
         index = node.input[0].endswith("index_entries")
-        rows = attributes(node)["rows"]
+        rows = attributes(node)["row_format"]
         assert node.op_type != "FoldkvCompress" or rows == (index_rows if index else main).encode()
 
 
@@ -95,7 +100,7 @@ def test_every_operator_on_compressed_kv_of_a_served_graph_is_given_to_a_plugin(
         "FoldkvCompress",
         "FoldkvCompressOnline",
     }
-    rows = {given.plugin.operator: given.rows for given in injection.given}
+    rows = {given.plugin.operator: given.row_formats for given in injection.given}
     assert rows["FoldkvCompressFp8"] == rows["FoldkvCompressOnlineFp8"] == (main,)
     assert rows["FoldkvCompressFp4"] == (index,)
     for node in model.graph.node:
@@ -172,7 +177,7 @@ def test_an_injected_graph_is_whole_and_computes_the_same_in_onnx_runtime(
     [
         (replace(SPARSE, sms=frozenset({90})), "no kernel for sm80; there are sm90"),
         (replace(SPARSE, dtypes=frozenset({"float16"})), "no kernel in bfloat16"),
-        (replace(SPARSE, rows=frozenset({"fp8_ds_mla"})), "does not read rows in dense"),
+        (replace(SPARSE, row_formats=frozenset({"fp8_ds_mla"})), "does not read rows in dense"),
         (PluginSpec("FoldkvOther", "1"), "there are plugins for FoldkvOther only"),
     ],
     ids=["sm", "dtype", "layout", "operator"],

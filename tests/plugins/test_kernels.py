@@ -377,7 +377,7 @@ def test_window_update_packs_bit_for_bit(
     kv = uneven(len(start), chunk, width)
     tail = [ints(*start), ints(*real)]
     found = run(
-        "FoldkvWindowUpdate", [window, kv, *tail], dtype="bfloat16", rows=FP8_DS_MLA, rope_dim=rope_dim, D=width
+        "FoldkvWindowUpdate", [window, kv, *tail], dtype="bfloat16", row_format=FP8_DS_MLA, rope_dim=rope_dim, D=width
     )
     expected = window_update(window, pack(kv, FP8_DS_MLA, rope_dim), *tail)
     for one, other in zip(found, expected, strict=True):
@@ -408,7 +408,9 @@ def test_compress_packs_the_row_that_it_computes(
     rope_dim = 2 * len(inputs[-3])
     held, values = packed(inputs[0], format_, rope_dim)
     attributes = {"ratio": ratio, "eps": 1e-6}
-    found = run(operator, [held, *inputs[1:]], dtype="bfloat16", rows=format_, rope_dim=rope_dim, D=WIDTH, **attributes)
+    found = run(
+        operator, [held, *inputs[1:]], dtype="bfloat16", row_format=format_, rope_dim=rope_dim, D=WIDTH, **attributes
+    )
     dense = run(operator, inputs, dtype="float32", **attributes)
     closed = closed_rows(held, start, real, ratio)
     assert torch.equal(found[0], torch.where(closed[..., None], pack(dense[0], format_, rope_dim), held))
@@ -438,7 +440,7 @@ def test_compress_of_served_graphs_rounds_what_compress_computes(
     """Bit for bit, and nearly everywhere the definition in float32, whose sums may fall on the other side of a border."""
     inputs = compress_inputs(operator, start, real, chunk, ratio, "float32", width)
     rope_dim, attributes = 2 * len(inputs[-3]), {"ratio": ratio, "eps": 1e-6}
-    kept: dict[str, Any] = {"rope_dim": rope_dim} | ({"rows": format_, "dtype": "bfloat16"} if packs else {})
+    kept: dict[str, Any] = {"rope_dim": rope_dim} | ({"row_format": format_, "dtype": "bfloat16"} if packs else {})
     exact, *carries = run(operator, inputs, **attributes)
     held = packed(inputs[0], format_, rope_dim)[0] if packs else inputs[0]
     closed = closed_rows(held, start, real, ratio)
@@ -483,7 +485,7 @@ def test_sizes_that_no_kernel_takes_are_refused(
     sizes = {"B": 1, "S": 1, "E": 8, "R": 4, "C": width, "T": 4, "D": width, "P": 8}
     attributes: dict[str, Any] = {"ratio": 4, "eps": 1e-6} | ({} if rope_dim is None else {"rope_dim": rope_dim})
     with pytest.raises(ValueError, match=reason):
-        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", rows=rows, rope_dim=16)
+        plan(operator, sizes, attributes, sm=80, dtype="bfloat16", row_format=rows, rope_dim=16)
 
 
 PACKED_CASES = [*CHUNKS, ([1999, 100], [1, 1], 1)]
@@ -502,7 +504,7 @@ def packed_attention(
     written, read = packed(entries, FP8_DS_MLA, rope_dim)
     chosen = chosen_of(start, real, chunk, 40, ratio)
     context = torch.tensor([max(s + r for s, r in zip(start, real, strict=True))])
-    kept = {"dtype": "bfloat16", "rows": FP8_DS_MLA, "rope_dim": rope_dim} | options
+    kept = {"dtype": "bfloat16", "row_format": FP8_DS_MLA, "rope_dim": rope_dim} | options
     first, exact = [q, rows], wide([q, values])
     ends = [*wide(tail[:1]), *tail[1:]]
     if operator == "FoldkvWindowAttention":
@@ -540,7 +542,7 @@ def test_attention_of_packed_rows_does_not_depend_on_the_places_in_a_batch(opera
     found, _, _, inputs = packed_attention(operator, [1999, 5, 0], [1, 1, 1], 1, HEADS, WIDTH)
     batched = [value[order] if value.shape[0] == 3 else value for value in inputs]
     options = {"ratio": 8} if operator == "FoldkvDenseAttention" else {}
-    [moved] = run(operator, batched, dtype="bfloat16", rows=FP8_DS_MLA, rope_dim=2 * (WIDTH // 8), **options)
+    [moved] = run(operator, batched, dtype="bfloat16", row_format=FP8_DS_MLA, rope_dim=2 * (WIDTH // 8), **options)
     assert torch.equal(moved, found[order])
 
 
@@ -558,25 +560,28 @@ def test_index_scores_of_packed_rows(
         dense[b, (first + chunk) // 4 :] = torch.nan
     rows, values = packed(dense, format_)
     tail = [ints(*start), torch.tensor([max(start) + chunk])]
-    [found] = run("FoldkvIndexScores", [q, weights, rows, *tail], dtype="bfloat16", rows=format_, sm=sm, ratio=4)
+    [found] = run("FoldkvIndexScores", [q, weights, rows, *tail], dtype="bfloat16", row_format=format_, sm=sm, ratio=4)
     check_scores(found, q, weights, values, tail, "bfloat16")
 
 
 def test_rows_of_another_size_format_or_version_are_refused() -> None:
     sizes = {"B": 1, "S": 1, "H": 4, "D": 512, "W": 16, "P": 32, "ROW": 584}
-    given: dict[str, Any] = {"sm": 80, "dtype": "bfloat16", "rows": FP8_DS_MLA, "rope_dim": 64}
+    given: dict[str, Any] = {"sm": 80, "dtype": "bfloat16", "row_format": FP8_DS_MLA, "rope_dim": 64}
     assert plan("FoldkvWindowAttention", sizes, {}, **given).launches
     with pytest.raises(ValueError, match="rows of 592 bytes; 512 channels in fp8_ds_mla take 584"):
         plan("FoldkvWindowAttention", sizes | {"ROW": 592}, {}, **given)
     with pytest.raises(ValueError, match="rows have 32 rotated channels but frequencies for 64"):
         plan("FoldkvWindowAttention", sizes, {}, **given | {"rope_dim": 32})
     with pytest.raises(ValueError, match="rows in nvfp4; its kernels read dense, fp8_ds_mla"):
-        plan("FoldkvWindowAttention", sizes, {}, **given | {"rows": "nvfp4"})
+        plan("FoldkvWindowAttention", sizes, {}, **given | {"row_format": "nvfp4"})
     with pytest.raises(ValueError, match="layout version 2; its kernels read 1"):
         plan("FoldkvWindowAttention", sizes, {}, **given | {"layout_version": 2})
     with pytest.raises(ValueError, match="cannot be stored as index_fp4"):
         plan(
-            "FoldkvIndexScores", {"H": 4, "D": 48, "B": 1, "S": 1, "E": 9}, {"ratio": 4}, **given | {"rows": INDEX_FP4}
+            "FoldkvIndexScores",
+            {"H": 4, "D": 48, "B": 1, "S": 1, "E": 9},
+            {"ratio": 4},
+            **given | {"row_format": INDEX_FP4},
         )
 
 

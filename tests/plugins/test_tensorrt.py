@@ -30,7 +30,13 @@ LIBRARY = "test"
 
 
 def values_of(case: Case) -> dict[str, Any]:
-    fields = {"sm": 80, "dtype": "bfloat16", "rows": case.rows, "layout_version": LAYOUT_VERSION, "rope_dim": ROTARY}
+    fields = {
+        "sm": 80,
+        "dtype": "bfloat16",
+        "row_format": case.row_format,
+        "layout_version": LAYOUT_VERSION,
+        "rope_dim": ROTARY,
+    }
     return {**case.attributes, **fields, "library": LIBRARY}
 
 
@@ -70,7 +76,9 @@ def loaded() -> Iterator[Any]:
 
     def load(case: Case) -> FakeDriver:
         sizes = {name: size for name, size in case.sizes.items() if name not in ("B", "S", "E")}
-        found = kernels(case.operator, sizes, case.attributes, sm=80, dtype="bfloat16", rows=case.rows, rope_dim=ROTARY)
+        found = kernels(
+            case.operator, sizes, case.attributes, sm=80, dtype="bfloat16", row_format=case.row_format, rope_dim=ROTARY
+        )
         driver = FakeDriver({one.name.encode(): one for one in found})
         images = [KernelImage(one.name, "entry", 32 * one.num_warps, 0, one.name.encode()) for one in found]
         provide_kernels(LIBRARY, images, driver=driver)
@@ -171,8 +179,8 @@ def test_the_workspace_holds_every_split_at_the_largest_sizes() -> None:
 def test_missing_fields_other_versions_and_kernels_that_are_not_loaded_are_told() -> None:
     case = make_case("FoldkvSparseAttention", start=[43], real=[1], chunk=1)
     spec, values = PLUGINS[case.operator], values_of(case)
-    with pytest.raises(ValueError, match="FoldkvSparseAttention lacks rows, library"):
-        read_fields(spec, collection({k: v for k, v in values.items() if k not in ("rows", "library")}))
+    with pytest.raises(ValueError, match="FoldkvSparseAttention lacks row_format, library"):
+        read_fields(spec, collection({k: v for k, v in values.items() if k not in ("row_format", "library")}))
     with pytest.raises(ValueError, match="layout version 2; its kernels read 1"):
         plugin_of(case, layout_version=2)
     plugin = plugin_of(case, library="elsewhere")

@@ -29,7 +29,7 @@ def with_plugin(folder: Path) -> dict[str, Any]:
     content["engine"] = {"file": "engine.plan", "plugin_layers": 2}
     content["plugins"] = [
         {
-            "name": SPARSE.operator, "namespace": "foldkv", "version": SPARSE.version, "nodes": 2, "rows": ["dense"],
+            "name": SPARSE.operator, "namespace": "foldkv", "version": SPARSE.version, "nodes": 2, "row_formats": ["dense"],
             "layout_version": SPARSE.layout_version, "kernels": ["k"],
         }
     ]  # fmt: skip

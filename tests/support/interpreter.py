@@ -72,21 +72,23 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 
 def run(
     operator: str, inputs: Sequence[Tensor], *, sm: int = 80, dtype: str = "float32",
-    rows: str = DENSE, rope_dim: int = 0, **attributes: Any,
+    row_format: str = DENSE, rope_dim: int = 0, **attributes: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The operator's outputs; inputs are not changed. Outputs are filled with NaN (or -7) before."""
     spec = PLUGINS[operator]
     if "rope_dim" in spec.attributes:  # the operator's own, not only a property of its rows
         attributes["rope_dim"] = rope_dim
     inputs = [value.clone().contiguous() for value in inputs]
-    sizes = spec.dimensions([tuple(value.shape) for value in inputs], rows=rows) | attributes
-    outputs, shapes = [], spec.output_shapes(sizes, rows=rows)
+    sizes = spec.dimensions([tuple(value.shape) for value in inputs], row_format=row_format) | attributes
+    outputs, shapes = [], spec.output_shapes(sizes, row_format=row_format)
     for index, (tensor, shape) in enumerate(zip(spec.outputs, shapes, strict=True)):
         if index in spec.aliases:
             outputs.append(inputs[spec.aliases[index]])
             continue
-        state = dtype if rows == DENSE else "int8"
+        state = dtype if row_format == DENSE else "int8"
         kind = DTYPES[state if tensor.dtype == STATE else tensor.dtype]
         outputs.append(torch.full(shape, torch.nan if kind.is_floating_point else -7, dtype=kind))
-    launch(plan(operator, sizes, attributes, sm=sm, dtype=dtype, rows=rows, rope_dim=rope_dim), inputs, outputs)
+    launch(
+        plan(operator, sizes, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim), inputs, outputs
+    )
     return outputs

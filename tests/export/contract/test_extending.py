@@ -27,7 +27,7 @@ from foldkv.export.contract.operators import (
     operator_spec,
     register_operator,
 )
-from foldkv.export.contract.rows import INDEX_FP8, NVFP4, RowFormat, register_row_format, row_format
+from foldkv.export.contract.rows import INDEX_FP8, NVFP4, RowFormat, register_row_format, row_format_named
 from foldkv.export.contract.state import StateTensor
 from foldkv.export.operators import registry, row_formats
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, OPSET, operator, schema, translation_table
@@ -200,7 +200,7 @@ def test_declarations_that_contradict_each_other_are_refused(scaled: Any) -> Non
 
 def test_what_is_not_known_is_an_error_that_says_what_is() -> None:
     with pytest.raises(InputError, match="row format 'int5' is not known; expected one of dense, fp8_ds_mla"):
-        row_format("int5")
+        row_format_named("int5")
     for call in (lambda: pack(torch.zeros(64), "int5"), lambda: unpack(torch.zeros(64), "int5", 64)):
         with pytest.raises(InputError, match="'int5' is not known"):
             call()

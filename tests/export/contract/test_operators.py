@@ -9,7 +9,7 @@ import pytest
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.operators import STATE, expected_operators, operator_specs
 from foldkv.export.contract.profiles import HF, PROFILES, SERVED
-from foldkv.export.contract.rows import row_format
+from foldkv.export.contract.rows import row_format_named
 from foldkv.export.contract.state import state_tensors
 
 DATA = Path(__file__).parents[2] / "data"
@@ -29,7 +29,7 @@ def test_rows_are_updated_or_it_is_said_how_they_are_read() -> None:
         for index, tensor in enumerate(spec.inputs):
             if tensor.dtype == STATE:
                 assert tensor.groups and (index in spec.updates.values()) != bool(tensor.read), (spec.name, tensor.name)
-        assert spec.rounds is None or row_format(spec.rounds).packed
+        assert spec.rounds is None or row_format_named(spec.rounds).packed
         assert (spec.plugin is None) == bool(spec.no_plugin)
 
 

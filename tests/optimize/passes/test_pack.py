@@ -12,7 +12,7 @@ import pytest
 from foldkv.artifact import read_manifest
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
-from foldkv.export.contract.rows import row_format
+from foldkv.export.contract.rows import row_format_named
 from foldkv.export.memory import plan_memory
 from foldkv.export.package import read_package
 from foldkv.export.stitch import flat_model
@@ -74,7 +74,7 @@ def test_nodes_that_touch_packed_rows_say_so_as_injected_ones_do(served_graph: P
     package = read_package(served_graph)
     model, state = ir.from_proto(flat_model(package)), package.state
     pack_state(model, state, "fp8+fp4", 16)
-    marked = {node.op_type: node.attributes for node in model.graph if "rows" in node.attributes}
+    marked = {node.op_type: node.attributes for node in model.graph if "row_format" in node.attributes}
     assert set(marked) == {
         "FoldkvPackFp8", "FoldkvWindowUpdate", "FoldkvCompressFp8Packed", "FoldkvCompressFp4Packed",
         "FoldkvCompressOnlineFp8Packed",
@@ -82,8 +82,8 @@ def test_nodes_that_touch_packed_rows_say_so_as_injected_ones_do(served_graph: P
     }  # fmt: skip
     for name, attributes in marked.items():
         rows = "index_fp4" if "Fp4" in name or "Index" in name else "fp8_ds_mla"
-        assert attributes["rows"].value == rows and attributes["rope_dim"].value == 16
-        assert attributes["layout_version"].value == row_format(rows).version
+        assert attributes["row_format"].value == rows and attributes["rope_dim"].value == 16
+        assert attributes["layout_version"].value == row_format_named(rows).version
 
 
 def test_a_table_is_stored_once_and_no_row_is_decoded_before_it_is_cut_out(served_bundles: dict[str, Path]) -> None:
