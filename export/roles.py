@@ -129,7 +129,7 @@ def lock_of(checkpoint: Checkpoint, sources: Sources) -> WeightsLock:
     """The lock of a checkpoint's weights; no weight is read, so no file has a sha256."""
     used = {part.file for roles in sources.values() for source in roles.values() for part in _parts_of(source)}
     files = {
-        _inside(checkpoint, shard.file): LockedFile(shard.bytes, shard.header_bytes, shard.header_sha256)
+        checkpoint.names[shard.file]: LockedFile(shard.bytes, shard.header_bytes, shard.header_sha256)
         for shard in checkpoint.shards
     }
     return WeightsLock(
@@ -161,12 +161,8 @@ def _parts_of(source: Source) -> list[Part]:
     return [part for weight in inputs_of("", source).values() for part in weight.parts]
 
 
-def _inside(checkpoint: Checkpoint, file: Path) -> str:
-    return file.relative_to(checkpoint.folder).as_posix()
-
-
 def _part(checkpoint: Checkpoint, stored: Stored, start: int = 0, size: int | None = None) -> Part:
-    return Part(_inside(checkpoint, stored.file), stored.offset + start, stored.bytes if size is None else size)
+    return Part(checkpoint.names[stored.file], stored.offset + start, stored.bytes if size is None else size)
 
 
 def _whole(checkpoint: Checkpoint, stored: Stored) -> Weight:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -52,10 +54,7 @@ def _reads_no_weight(node: ir.Node) -> bool | None:
 
 def add_functions(model: ir.Model) -> None:
     """Attach the bodies of all operators that the graph uses, and of the helpers that they call."""
-    known = {}
-    for operator in operators().values():
-        for function in (operator.function, *_called(operator.function)):
-            known[function.name] = function
+    known = _bodies(tuple(operator.function for operator in operators().values()))
     wanted = [node.op_type for node in model.graph if node.domain == DOMAIN]
     while wanted:
         name = wanted.pop()
@@ -69,6 +68,12 @@ def add_functions(model: ir.Model) -> None:
     model.opset_imports[DOMAIN] = 1
 
 
+@functools.cache
+def _bodies(functions: tuple[Any, ...]) -> dict[str, Any]:
+    """The functions and all that they call, by name; finding these takes long."""
+    return {found.name: found for function in functions for found in (function, *_called(function))}
+
+
 def _give_loops_a_condition(body: ir.Function) -> None:
     """Give counted loops a condition: TensorRT's parser needs one, though ONNX allows a loop without."""
     for node in [node for node in body if node.op_type == "Loop" and node.inputs[1] is None]:
@@ -78,8 +83,8 @@ def _give_loops_a_condition(body: ir.Function) -> None:
         node.replace_input_with(1, always.outputs[0])
 
 
-def _called(function: object) -> Iterator[object]:
-    for called in function.function_ir.get_called_functions().values():  # type: ignore[attr-defined]
+def _called(function: Any) -> Iterator[Any]:
+    for called in function.function_ir.get_called_functions().values():
         yield called
         yield from _called(called)
 

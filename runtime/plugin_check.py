@@ -54,7 +54,9 @@ def _plugin_findings(plugin: PluginUse) -> list[str]:
     ]
     known = spec.row_formats or {DENSE}
     if not set(plugin.row_formats) <= known:
-        findings.append(f"plugin {name} has rows {list(plugin.row_formats)!r}; its kernels read {', '.join(sorted(known))}")
+        findings.append(
+            f"plugin {name} has rows {list(plugin.row_formats)!r}; its kernels read {', '.join(sorted(known))}"
+        )
     return findings
 
 

@@ -61,6 +61,7 @@ class Checkpoint:
     Attributes:
         config: config.json without the ignored keys.
         allowed_keys: the keys of ``allow_unknown_keys`` that the file has.
+        names: path of each weight file -> its name within the folder.
         headers: released name -> where the tensor is stored; only tensors of the decoder.
 
     Raises:
@@ -82,6 +83,7 @@ class Checkpoint:
         self._index: dict[str, str] | None = None
         self.shards: list[Shard] = []
         self.files = self._weight_files()
+        self.names = {path: path.relative_to(self.folder).as_posix() for path in self.files}
         self.headers = self._read_headers()
 
     def _weight_files(self) -> list[Path]:
@@ -141,12 +143,7 @@ class Checkpoint:
     def _compare_index(self) -> None:
         if self._index is None:
             return
-        held = {
-            name: shard.file.relative_to(self.folder).as_posix()
-            for shard in self.shards
-            for name in shard.tensors
-            if not _ignored(name)
-        }
+        held = {name: self.names[shard.file] for shard in self.shards for name in shard.tensors if not _ignored(name)}
         problems = [
             f"tensor {name} should be in {file}; it is in {held[name]}"
             if name in held
@@ -199,7 +196,7 @@ class Checkpoint:
 
     def _files(self, links_change: bool) -> dict[str, dict[str, Any]]:
         return {
-            shard.file.relative_to(self.folder).as_posix(): shard.identity.facts(links_change=links_change)
+            self.names[shard.file]: shard.identity.facts(links_change=links_change)
             for shard in self.shards
             if shard.identity is not None
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -82,7 +83,9 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, profile: str = HF) -> None:
         super().__init__()
         self.spec, self.profile = spec, profile
-        self.embed = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed = nn.Embedding(
+            spec.vocab_size, spec.hidden_size, _weight=torch.empty(spec.vocab_size, spec.hidden_size)
+        )
         self.layers = nn.ModuleList(Layer(spec, layer, profile) for layer in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -152,5 +155,10 @@ def new_state(spec: ModelSpec, context: int, batch: int = 1, *, fill: float = 0.
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the decoder by its released name, experts stacked per layer."""
+    return dict(_parameter_shapes(spec))
+
+
+@functools.lru_cache(maxsize=4)
+def _parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in Decoder(spec).state_dict().items()}

@@ -65,7 +65,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("plugins/0/version", "99", "version '99'; this version has '1'"),
         ("plugins/0/layout_version", 7, "layout_version 7; this version has 1"),
         ("plugins/0/namespace", "theirs", "namespace 'theirs'"),
-        ("plugins/0/rows", ["nvfp4"], "its kernels read dense, fp8_ds_mla"),
+        ("plugins/0/row_formats", ["nvfp4"], "its kernels read dense, fp8_ds_mla"),
         ("plugins/0/kernels", ["k", "other"], "kernel other is launched by a plugin but is not in the bundle"),
         ("plugins/0/nodes", 3, "the engine has 2 plugin layers; the plugins listed have 3"),
         ("plugins", [], "listed without a plugin"),
