@@ -112,12 +112,9 @@ def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
     monkeypatch.setattr("foldkv.export.memory.EXPERT_ROOM", room)
     lowered(tiny_graph, tmp_path, "bfloat16", sm=89, tokens=64)
     model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    loops = [node for node in model.graph.node if node.op_type == "Loop" and "experts" in str(node)]
-    assert len(loops) == (4 if rounds else 0)
-    for loop in loops:
-        [body] = [attribute.g for attribute in loop.attribute]
-        products = [node for node in body.node if node.op_type == "MatMul"]
-        assert len(products) == 2
+    loops = [attribute.g for node in model.graph.node if node.op_type == "Loop" for attribute in node.attribute]
+    products = [sum(node.op_type == "MatMul" for node in body.node) for body in loops]  # Sinkhorn's loops have none
+    assert sorted(filter(None, products)) == ([2] * 4 if rounds else [])
 
 
 SMALL = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))

@@ -217,4 +217,4 @@ def test_what_is_not_known_is_an_error_that_says_what_is() -> None:
     with pytest.raises(InputError, match="operator 'FoldkvNothing' is not known"):
         operator("FoldkvNothing", eager=scaled_rows, function=FoldkvScaledRows)
     with pytest.raises(ValueError, match="rows in int5; its kernels read dense, fp8_ds_mla"):
-        plan("FoldkvWindowAttention", {}, {}, sm=80, dtype="bfloat16", rows="int5")
+        plan("FoldkvWindowAttention", {}, {}, sm=80, dtype="bfloat16", row_format="int5")
