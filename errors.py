@@ -130,7 +130,11 @@ def shown(path: object) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
-def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int = 20) -> str:
+#: A message lists so many findings and counts the rest.
+MOST_FINDINGS = 20
+
+
+def listing(title: str, findings: Sequence[str], next_step: str, *, limit: int = MOST_FINDINGS) -> str:
     """One message for many findings: a title with the count, the findings, the next step."""
     shown = [f"  - {finding}" for finding in findings[:limit]]
     if len(findings) > limit:

@@ -20,6 +20,7 @@ from foldkv.export.package import export_checkpoint
 from foldkv.manifests import FlatManifest, read_any
 from foldkv.records import to_json
 
+pytestmark = pytest.mark.slow
 IDS = np.random.default_rng(1).integers(0, 256, (1, 70))
 
 

@@ -28,6 +28,8 @@ from foldkv.export.roles import sources_of
 from foldkv.optimize.build import build_bundles
 from foldkv.runtime import Session
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 FORMS = ("plain", "instruct", "base", "float16", "float32", "mixed", "stacked")
 TOKENS = np.random.default_rng(3).integers(0, 256, 60).tolist()
@@ -228,7 +230,6 @@ def test_forms_that_no_graph_reads_are_all_named(tiny_checkpoint: Path, tmp_path
     assert "layers.0.ffn.experts have several dtypes: BF16, F32" in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["flash", "pro"])
 def test_a_full_size_checkpoint_is_exported_without_reading_a_weight(model: str, tmp_path: Path) -> None:
     folder = sparse_checkpoint(DATA / f"deepseek-v4-{model}.json", tmp_path / "checkpoint")

@@ -15,6 +15,7 @@ from foldkv.export.contract.operators import expected_operators
 from foldkv.export.package import export_checkpoint, read_package
 from foldkv.export.stitch import flat_model
 
+pytestmark = pytest.mark.slow  # an export per kind of model
 CONTEXT = 80
 
 

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 from click.testing import CliRunner
@@ -86,9 +87,10 @@ def test_every_setting_of_a_plan_is_an_option_of_the_command() -> None:
     names = {{"distance": "distances", "context": "contexts"}.get(name, name) for name in names}
     assert names == set(vars(plan))
     command = main.commands["validate"]
-    context = command.make_context("validate", ["b", "--reference", "r", "--report", "o", *plan.options()])
+    parent = click.Context(main, **main.context_settings)
+    context = command.make_context("validate", ["b", "--reference", "r", "--report", "o", *plan.options()], parent)
     assert {name: context.params[name] for name in vars(plan)} == vars(plan)
-    defaults = command.make_context("validate", ["b", "--reference", "r", "--report", "o"]).params
+    defaults = command.make_context("validate", ["b", "--reference", "r", "--report", "o"], parent).params
     assert {name: defaults[name] for name in vars(plan)} == vars(Plan())
 
 
