@@ -88,6 +88,7 @@ def loaded() -> Iterator[Any]:
     release_kernels(LIBRARY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 11])
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
 def test_enqueue_computes_the_operator(operator: str, rows: str, chunk: int, loaded: Any) -> None:

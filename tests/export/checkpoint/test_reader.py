@@ -44,6 +44,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(decoder_from_checkpoint(Checkpoint(folder)).state_dict())
 
 
+@pytest.mark.slow
 def test_three_spellings_and_shards_give_the_same_weights(saved: Path, make_reference: Any) -> None:
     expected = weights(saved)
     rewrite(saved, lambda t: {released_name(name): value for name, value in t.items()})
