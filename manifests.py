@@ -313,13 +313,32 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class SegmentEngine:
+    """A plan.
+
+    Attributes:
+        layers: of its network.
+        plugin_layers: those that are plugins.
+        header: of the plan.
+        capture: whether steps can be captured in CUDA graphs: all state is in place, and there is no loop.
+        reused: whether it was in the cache of plans.
+    """
+
+    layers: Natural
+    plugin_layers: Natural
+    header: dict[str, Any]
+    capture: bool
+    reused: bool
+
+
+@dataclass(frozen=True)
 class EngineFacts:
-    """The file to load. Of a chain, the nodes of every segment before and after optimization; of an engine, its layers and its header."""
+    """The table to load. Of graphs, the nodes of every segment before and after optimization; of engines, every plan, and the
+    plugin layers of all calls together."""
 
     file: Name
     nodes: OrAbsent[dict[str, dict[str, int]]] = None
-    header: OrAbsent[dict[str, Any]] = None
-    layers: OrAbsent[Natural] = None
+    segments: OrAbsent[dict[str, SegmentEngine]] = None
     plugin_layers: OrAbsent[Natural] = None
 
 

@@ -41,7 +41,7 @@ from .contract.state import StateTensor, state_tensors
 from .locate import files_identity, find_weights
 from .operators.registry import ONNX_OPSET
 from .roles import Sources, inputs_of, lock_of, sources_of
-from .segments import Chain, Segment, trace_chain
+from .segments import Chain, Segment, past, present, trace_chain
 from .tensor_table import check_tensors
 from .trace import INPUTS, LOGITS
 
@@ -198,6 +198,11 @@ class Package:
         for layer, name in enumerate(self.layers):
             yield f"layers.{layer}", name
         yield "head", "head"
+
+    def own_state(self, segment: str) -> list[StateTensor]:
+        """The state tensors of a kind of layer, with the names that its segment gives them."""
+        rows = self.state_of(self.layers.index(segment)) if segment in self.layers else []
+        return [StateTensor(**row.to_dict() | {"input": past(row.group), "output": present(row.group)}) for row in rows]
 
     def state_of(self, layer: int) -> list[StateTensor]:
         """The state tensors of one layer, in the order of its segment's inputs."""

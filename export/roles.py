@@ -37,6 +37,13 @@ _DTYPES = {
     "I8": ir.DataType.INT8,
 }  # fmt: skip
 
+#: Names of types in the tables of bundles (contract/chain.py).
+DTYPE_NAMES = {
+    ir.DataType.FLOAT: "float32", ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16",
+    ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "float8e4m3fn",
+}  # fmt: skip
+
 
 def onnx_dtype(weight: Weight) -> ir.DataType:
     """The type in which a graph takes a weight."""

@@ -18,6 +18,7 @@ from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, sh
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.texts import TOKENIZER
 from ..export.contract.chain import CHAIN
+from ..export.contract.engine_set import ENGINES
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import LOCK
 from ..export.contract.state import StateTensor
@@ -39,18 +40,13 @@ from ..manifests import (
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
 from ..records import to_json
-from .bundled_kernels import Bundled
 from .choices import Choice, backend_version, check_here, choose
 from .engine_build import end_children
 from .history import expected_build
 from .outcome import BuildReport, TargetResult
-from .plan_file import named_capability
-from .recipe import BuildSpec, Shapes
+from .plan_cache import PlanCache
+from .recipe import BuildSpec, Shapes, default_shapes
 from .targets import Target, resolve_targets
-
-PLAN = "engine.plan"
-# Peak memory of a TensorRT-RTX build over the bytes of its weights, with a floor for the library itself.
-_MEMORY_FACTOR, _MEMORY_FLOOR = 5, 3 << 30
 
 
 def build_bundles(
@@ -65,6 +61,7 @@ def build_bundles(
     force: bool = False,
     weights_from: Path | None = None,
     place: bool = True,
+    cache: Path | None = None,
     progress: Say = silent,
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
@@ -83,10 +80,12 @@ def build_bundles(
         shapes: sizes that engines are built for.
         jobs: parallel builds; the default is what memory and processors allow.
         force: also build bundles that are unchanged.
-        weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS`` says,
-            in ``weights/`` of the package, and where they were exported from.
+        weights_from: folder with the checkpoint's weight files, for cpu bundles; engines are built without them. Without it
+            they are looked for where ``FOLDKV_WEIGHTS`` says, in ``weights/`` of the package, and where they were exported
+            from.
         place: let cpu bundles have weights in float32 that the checkpoint stores in another type; else every step converts
             them.
+        cache: folder with the plans of engines; machines can share it. The default is FOLDKV_CACHE or ~/.cache/foldkv.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
@@ -96,8 +95,9 @@ def build_bundles(
         MissingDependencyError: this machine cannot build for some of the targets; all are named.
     """
     package = read_package(graph, verify=True)
-    planned = _jobs(package, targets, plugins, layout, shapes, place)
-    files = package.find_weights(weights_from)
+    planned = _jobs(package, targets, plugins, layout, shapes, place, cache)
+    graphs = any(not job.target.backend.engine for job in planned)
+    files = package.find_weights(weights_from) if graphs else {}
     check_here([job.choice for job in planned])
     for job in planned:
         check_destination(Path(out) / job.target.name, kind=BundleManifest.KIND)
@@ -113,7 +113,7 @@ def build_bundles(
 
     if len(planned) > 1:
         report.steps(0, len(planned), "targets")
-    pool = ThreadPoolExecutor(jobs or _parallel_builds(package.lock.bytes))
+    pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
     try:
         return BuildReport(list(pool.map(one, planned)))
     except BaseException:  # an interrupt: do not wait for the others, which may take minutes
@@ -149,14 +149,14 @@ def reasons_to_build(
 
 def _jobs(
     package: Package, targets: Sequence[str | Target], plugins: bool | None, layout: str | None, shapes: Shapes | None,
-    place: bool,
+    place: bool, cache: Path | None = None,
 ) -> list[_Job]:  # fmt: skip
     chosen, manifest = resolve_targets(targets), package.manifest
     if manifest.injection is not None:
         choices = _injected_choices(package.folder, manifest, manifest.injection, chosen, plugins, layout)
     else:
         choices = choose(package.spec, manifest.profile, chosen, plugins=plugins, layout=layout or DENSE)
-    return [_Job(package, choice, shapes or Shapes(), place) for choice in choices]
+    return [_Job(package, choice, shapes or default_shapes(package.spec), place, cache) for choice in choices]
 
 
 def _injected_choices(
@@ -183,12 +183,6 @@ def _injected_choices(
     return choices
 
 
-def _parallel_builds(weight_bytes: int) -> int:
-    need: int = max(_MEMORY_FLOOR, _MEMORY_FACTOR * weight_bytes)
-    memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // need))
-
-
 @dataclass(frozen=True)
 class _Job:
     """One target's build: the graph package, and everything else that the bundle depends on."""
@@ -197,6 +191,7 @@ class _Job:
     choice: Choice
     shapes: Shapes
     place: bool
+    cache: Path | None
 
     @property
     def manifest(self) -> GraphManifest:
@@ -266,9 +261,11 @@ def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: boo
                     made = build(job, files, work, progress)
                     seconds = round(time.monotonic() - start, 3)
                     write(work, _manifest(job, spec, made, seconds), known=made.known)
-            layers = made.engine.plugin_layers
+            layers, engines = made.engine.plugin_layers, (made.engine.segments or {}).values()
             plugins = f" with {layers} plugin layers" if layers else ""
-            progress(f"built in {time.monotonic() - start:.1f} s{plugins}")
+            reused = sum(one.reused for one in engines)
+            reuse = f"; {reused} of {len(engines)} engines reused" if reused else ""
+            progress(f"built in {time.monotonic() - start:.1f} s{plugins}{reuse}")
             return done("built")
         except Exception as error:
             failure = as_user_error(error, job.choice.feature)
@@ -389,65 +386,29 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
 
 
 def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> _Made:
-    import onnx_ir as ir
+    from .engine_set import write_engines
 
-    from ..export.stitch import bind_weights, flat_model
-    from .engine_build import build_plan
-    from .passes.lower import MODEL, lowered_graph
-
-    target, package = job.target, job.package
-    assert target.sm is not None
-    proto, in_place, bundled = _inject(job, work, progress) if job.plugins else (flat_model(package), [], Bundled())
-    progress(f"lowering to {target.precision}")
-    model = bind_weights(ir.from_proto(proto), package.lock, files)
-    # The lowered graph is beside the bundle's staging folder, so it never becomes part of the bundle.
+    package = job.package
+    # Lowered graphs are beside the bundle's staging folder, so they never become part of the bundle.
     scratch = work.with_name(f"{work.name}-graph")
-    scratch.mkdir()
     try:
-        state, precision, weights = lowered_graph(
-            model, package.spec, scratch, package.state, target.precision, sm=target.sm, layout=job.layout,
-            rope_dim=package.spec.rope_dim, tokens=job.shapes.batch[2] * job.shapes.chunk[2],
-        )  # fmt: skip
-        del model, proto
-        named = named_capability(target.sm) if target.backend.builds_without_gpu else target.sm
-        result = build_plan(
-            scratch / MODEL, work / PLAN, sm=named, state=state, shapes=job.shapes, backend=target.backend,
-            plugins=bundled.nodes, progress=progress,
+        made = write_engines(
+            package, work, scratch, target=job.target, shapes=job.shapes, plugins=job.plugins,
+            backend_version=backend_version(job.target), layout=job.layout, cache=PlanCache(job.cache), progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    unbundled = set(result["kernels"]) - bundled.names
-    if unbundled:
-        raise BuildError(f"the engine can launch kernels that were not compiled: {', '.join(sorted(unbundled))}.")
-    _copy(package.folder, work, (TOKENIZER,))
+    _copy(package.folder, work, (TOKENIZER, LOCK))
+    layers = [name for _, name in package.calls()]
     return _Made(
-        state,
-        EngineFacts(PLAN, header=result["header"], layers=result["layers"], plugin_layers=result["plugin_layers"]),
-        BuildCost(result["peak_rss_bytes"], tuple(result["warnings"])),
-        plugins=bundled.plugins,
-        in_place=tuple(in_place),
-        kernels=bundled.kernels,
-        precision_islands=precision,
-        weights=weights,
+        made.state,
+        EngineFacts(
+            ENGINES, segments=made.segments, plugin_layers=sum(made.segments[name].plugin_layers for name in layers)
+        ),
+        BuildCost(made.peak_rss_bytes, made.warnings),
+        plugins=made.bundled.plugins,
+        in_place=made.in_place,
+        kernels=made.bundled.kernels,
+        precision_islands=made.counts,
+        weights=made.weights,
     )
-
-
-def _inject(job: _Job, work: Path, progress: Progress) -> tuple[Any, list[str], Bundled]:
-    """Inject the model, and compile the kernels that it launches into the bundle; also the state that plugins update in place."""
-    from ..export.stitch import flat_model
-    from ..plugins.inject import inject_nodes, set_library, strip_injection, updated_in_place
-    from .bundled_kernels import bundle_kernels
-
-    target = job.target
-    assert target.sm is not None
-    model = flat_model(job.package)
-    strip_injection(model)  # the rules decide again for a graph that `foldkv inject` wrote
-    injection = inject_nodes(
-        model, job.manifest.state, rope_dim=job.package.spec.rope_dim, target=target.name, sm=target.sm,
-        dtype=target.precision, layout=job.layout,
-    )  # fmt: skip
-    progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")
-    bundled = bundle_kernels(injection, work, progress=progress)
-    assert bundled.kernels is not None
-    set_library(model, bundled.kernels.library)
-    return model, updated_in_place(model, job.manifest.state), bundled

@@ -26,7 +26,7 @@ from ..export.contract.lock import Weight
 from ..export.contract.state import StateTensor
 from ..export.in_place import Rows, in_place_rows, row_weight, take_rows
 from ..export.package import FOLDER, Package
-from ..export.roles import EXPERTS, onnx_dtype
+from ..export.roles import DTYPE_NAMES, EXPERTS, onnx_dtype
 from ..export.segments import STEP, STEP_INPUTS, Segment
 from ..export.stitch import read_parts
 from ..progress import BYTES, Progress, Say, silent
@@ -36,11 +36,6 @@ from .passes.pack import pack_state
 from .passes.place import take_float32
 
 _ALIGNMENT = 64
-_NAMES = {
-    ir.DataType.FLOAT: "float32", ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT16: "float16",
-    ir.DataType.INT64: "int64", ir.DataType.INT32: "int32", ir.DataType.INT8: "int8",
-    ir.DataType.FLOAT8E4M3FN: "float8e4m3fn",
-}  # fmt: skip
 _NARROW = ("BF16", "F16")
 
 
@@ -145,10 +140,7 @@ def _prepare(
         take_rows(segment.model, EXPERTS, *next(iter(placed.rows.values())))
     if segment.name not in package.layers:
         return []
-    rows = package.state_of(package.layers.index(segment.name))
-    own = [
-        StateTensor(**row.to_dict() | {"input": f"past.{row.group}", "output": f"present.{row.group}"}) for row in rows
-    ]
+    own = package.own_state(segment.name)
     return own if layout == DENSE else pack_state(segment.model, own, layout, rope_dim)
 
 
@@ -233,7 +225,7 @@ class _Placed:
 
     def _place(self, owner: str, name: str, role: str, add: Any, out: BinaryIO) -> dict[str, Bound]:
         weight, placed = self._package.lock.weights[owner][role], self._placements[name]
-        dtype = _NAMES[onnx_dtype(weight)]
+        dtype = DTYPE_NAMES[onnx_dtype(weight)]
         if self._dropped(owner, role, placed):
             return {}
         if placed.rows and role in (f"{EXPERTS}.codes", f"{EXPERTS}.scales"):

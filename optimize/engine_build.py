@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import onnx_ir as ir
 
 from ..backends import BACKENDS, TENSORRT_RTX, Backend
 from ..errors import BuildError, MissingDependencyError, listing
@@ -24,6 +27,10 @@ from .plan_file import check_plan
 from .recipe import Shapes
 from .targets import Target
 
+#: Smallest, typical and largest shape, by input.
+Ranges = dict[str, list[list[int]]]
+# A build takes one processor and a few hundred megabytes. All targets of a process share these.
+_SLOTS = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 _children: set[subprocess.Popen[str]] = set()
 
 
@@ -61,19 +68,39 @@ def version_beside_gpu(target: Target) -> str:
     return version
 
 
-def profile_shapes(state: list[StateTensor], shapes: Shapes) -> dict[str, list[list[int]]]:
-    """For every graph input: its smallest, typical and largest shape."""
-    batch, chunk, context = shapes.batch, shapes.chunk, shapes.context
-    table = {
-        "input_ids": [[batch[i], chunk[i]] for i in range(3)],
-        "positions": [[batch[i]] for i in range(3)],
-        "num_tokens": [[batch[i]] for i in range(3)],
-        "active_context": [[1]] * 3,
-        "logit_indices": [[batch[i], chunk[i]] for i in range(3)],
+def profiles(model: ir.Model, state: Sequence[StateTensor], shapes: Shapes) -> list[Ranges]:
+    """For every optimization profile: smallest, typical and largest shape of every input that has no fixed one.
+
+    The first profile is for decode steps, one token of each sequence; the second for chunks of one sequence. One profile for
+    both would plan memory for chunks of all sequences at once.
+
+    Args:
+        model: a lowered segment; sizes have the names that export/segments.py gives them.
+        state: its state tensors.
+        shapes: sizes that the engine is built for.
+    """
+    one = (1, 1, 1)
+    steps = [{"batch": shapes.batch, "chunk": one, "kept": one}]
+    if shapes.chunk[2] > 1:
+        longest = (1, shapes.chunk[2], shapes.chunk[2])
+        steps.append({"batch": one, "chunk": longest, "kept": (1, 1, shapes.chunk[2])})
+    rows = {
+        f"entries_{tensor.ratio}": tuple(tensor.capacity(context) for context in shapes.context)
+        for tensor in state
+        if tensor.ratio
     }
-    for tensor in state:
-        table[tensor.input] = [[batch[i], tensor.capacity(context[i]), tensor.width] for i in range(3)]
-    return table
+    found = []
+    for sizes in steps:
+        ranges: Ranges = {}
+        for value in model.graph.inputs:
+            assert value.shape is not None
+            dims = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+            if any(isinstance(dim, str) for dim in dims):
+                ranges[value.name or ""] = [
+                    [dim if isinstance(dim, int) else (sizes | rows)[dim][i] for dim in dims] for i in range(3)
+                ]
+        found.append(ranges)
+    return found
 
 
 def build_plan(
@@ -81,11 +108,11 @@ def build_plan(
     plan: Path,
     *,
     sm: int | None,
-    state: list[StateTensor],
-    shapes: Shapes,
-    inputs: Mapping[str, list[list[int]]] | None = None,
+    ranges: Sequence[Ranges],
+    context: Sequence[int] = (1, 1, 1),
     backend: Backend = TENSORRT_RTX,
     plugins: int = 0,
+    capture: bool = False,
     memory_bytes: int | None = None,
     progress: Say = silent,
 ) -> dict[str, Any]:
@@ -96,11 +123,11 @@ def build_plan(
         plan: the file to write.
         sm: compute capability of the plan. With None, TensorRT-RTX gets none and makes a forward-compatible plan. The nodes'
             own field chooses the plugins' kernels.
-        state: the state tensors as the model has them.
-        shapes: sizes that the engine is built for.
-        inputs: smallest, typical and largest shape of inputs that no graph package has.
+        ranges: shapes of every optimization profile, see :func:`profiles`.
+        context: smallest, typical and largest ``active_context``, where shapes depend on it.
         backend: whose engine it is.
         plugins: nodes that were injected; the network must have as many plugin layers.
+        capture: whether steps of the engine are to be captured in CUDA graphs.
         memory_bytes: limit of the child's address space.
         progress: called with one line per step.
 
@@ -113,15 +140,15 @@ def build_plan(
     """
     with tempfile.TemporaryDirectory(prefix="foldkv-engine-") as folder:
         request = Path(folder) / "request.json"
-        values = {"active_context": [1, shapes.context[1], shapes.context[2]]}
         request.write_text(
             json.dumps(
-                {"graph": str(graph), "plan": str(plan), "sm": sm,
-                 "shapes": profile_shapes(state, shapes) | dict(inputs or {}),
-                 "values": values, "memory_bytes": memory_bytes, "module": backend.module, "plugins": plugins}
+                {"graph": str(graph), "plan": str(plan), "sm": sm, "profiles": list(ranges),
+                 "values": {"active_context": list(context)}, "memory_bytes": memory_bytes, "module": backend.module,
+                 "plugins": plugins, "capture": capture}
             )
         )  # fmt: skip
-        result = _run_child(request, _child_environment(Path(folder)), progress)
+        with _SLOTS:
+            result = _run_child(request, _child_environment(Path(folder)), progress)
     content = plan.read_bytes()
     # Only the header of TensorRT-RTX is known.
     header = check_plan(content, sm=sm) if backend is TENSORRT_RTX else {"bytes": len(content), "sm": [sm]}

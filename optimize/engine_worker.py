@@ -65,21 +65,23 @@ def build(request: dict[str, Any]) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
     if found:  # state is updated in place
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    # A step can be captured only if the library allocates nothing in it; loops run on the device, and no capture takes them.
+    if request["capture"] and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     # TensorRT builds for the device that it finds. TensorRT-RTX builds for the named one, or else for sm80 and later.
     if hasattr(trt, "ComputeCapability") and request["sm"] is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        low, typical, high = request["shapes"][tensor.name]
-        if tensor.is_shape_tensor:
-            values = request["values"][tensor.name]
-            profile.set_shape_input(tensor.name, *([value] for value in values))
-        else:
-            profile.set_shape(tensor.name, low, typical, high)
-    if config.add_optimization_profile(profile) < 0:
-        raise RuntimeError(f"the shapes were refused: {_reasons(messages)}")
+    for shapes in request["profiles"]:
+        profile = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            tensor = network.get_input(index)
+            if tensor.is_shape_tensor:
+                profile.set_shape_input(tensor.name, *([value] for value in request["values"][tensor.name]))
+            elif -1 in tuple(tensor.shape):
+                profile.set_shape(tensor.name, *shapes[tensor.name])
+        if config.add_optimization_profile(profile) < 0:
+            raise RuntimeError(f"the shapes were refused: {_reasons(messages)}")
     device = "any GPU from sm80 on" if request["sm"] is None else f"sm{request['sm']}"
     say(progress=f"building {network.num_layers} layers for {device}")
     plan = builder.build_serialized_network(network, config)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..artifact import sha256_json
 from ..errors import InputError
+from ..export.contract.geometry import ModelSpec
 from ..export.memory import check_sizes
 from ..manifests import ShapeRanges
 
@@ -32,6 +33,13 @@ class Shapes(ShapeRanges):
             )
 
 
+def default_shapes(spec: ModelSpec) -> Shapes:
+    """Sizes that suit most uses of a model: up to 64 sequences at once, chunks of up to 256 tokens, its full context."""
+    most = spec.max_position_embeddings
+    chunk = min(256, most)
+    return Shapes(batch=(1, 1, 64), chunk=(1, 1, chunk), context=(chunk, min(4096, most), most))
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """What one engine is built from and for."""
@@ -47,7 +55,7 @@ class BuildSpec:
     layout: str = "dense"
     shapes: Shapes = field(default_factory=Shapes)
     place: bool = True  # whether the cpu bundle has weights converted; engines always do
-    recipe: int = 8  # raised when this package's own way of building changes
+    recipe: int = 9  # raised when this package's own way of building changes
 
     def cache_key(self) -> str:
         """A sha256 that changes with every field."""

@@ -14,6 +14,7 @@ from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_fi
 from ..backends import BACKENDS, Backend
 from ..errors import ArtifactError, MissingDependencyError, listing, system_failure
 from ..export.contract.chain import CHAIN
+from ..export.contract.engine_set import ENGINES
 from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
 from ..onnx_files import check_external_files
@@ -120,15 +121,16 @@ def require_backend(bundle: Bundle) -> None:
         )
 
 
-def _checked(folder: Path, table: dict[str, Any]) -> Bundle:
+def _checked(folder: Path, content: dict[str, Any]) -> Bundle:
     where = folder / MANIFEST
-    manifest = parse(BundleManifest, table, where=where)
+    manifest = parse(BundleManifest, content, where=where)
     findings, engine = plugin_findings(manifest), manifest.engine.file
     if engine not in manifest.files:
         findings.append(f"engine.file is {engine!r}, which is not among the files of the manifest")
-    if not BACKENDS[manifest.backend].engine and engine != CHAIN:
+    table = ENGINES if BACKENDS[manifest.backend].engine else CHAIN
+    if engine != table:
         findings.append(
-            f"engine.file is {engine!r}; expected {CHAIN!r}. Bundles of older versions have one graph: make them again"
+            f"engine.file is {engine!r}; expected {table!r}. Bundles of older versions have one whole graph or engine"
         )
     state = None if findings else StateSpec.from_manifest(list(manifest.state), where=str(where))
     if state is not None:
@@ -141,12 +143,12 @@ def _checked(folder: Path, table: dict[str, Any]) -> Bundle:
     return Bundle(
         folder=folder,
         manifest=manifest,
-        digest=sha256_json(table),
+        digest=sha256_json(content),
         backend=BACKENDS[manifest.backend],
         state=state,
         in_place=manifest.in_place,
         engine=confined(folder, engine),
-        opened=_opened(folder, table["files"]),
+        opened=_opened(folder, content["files"]),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in manifest.files else None,
     )
 

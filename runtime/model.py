@@ -54,11 +54,15 @@ class Model:
             raise InputError(f"{name} must be the path of a folder, got {short(wrong)}.") from None
         self.bundle: Bundle = load_bundle(folder)
         require_backend(self.bundle)
-        self._chain: Any = None
-        if not self.bundle.backend.engine:
+        self._loaded: Any
+        if self.bundle.backend.engine:
+            from .engine_model import EngineModel
+
+            self._loaded = EngineModel(self.bundle, weights_from=source)
+        else:
             from .chain import ChainModel
 
-            self._chain = ChainModel(self.bundle, threads=threads, weights_from=source)
+            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source)
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.
@@ -66,24 +70,23 @@ class Model:
         Raises:
             InputError: the state does not fit into memory, or an engine was built for other sizes.
         """
-        if self._chain is not None:
-            from .chain_executor import ChainExecutor
+        if self.bundle.backend.engine:
+            from .engine import EngineExecutor
 
-            chain = ChainExecutor(self._chain, context, batch)
-            return chain.buffers, chain
-        from .engine import EngineExecutor
+            engine = EngineExecutor(self._loaded, context=context, batch=batch)
+            return engine.buffers, engine
+        from .chain_executor import ChainExecutor
 
-        engine = EngineExecutor(self.bundle, context=context, batch=batch)
-        return engine.buffers, engine
+        chain = ChainExecutor(self._loaded, context, batch)
+        return chain.buffers, chain
 
     def changes(self) -> tuple[str, ...]:
         """What happened to the bundle's files and to its weights since they were opened; empty if nothing did."""
-        return self.bundle.opened.changes() + (() if self._chain is None else tuple(self._chain.changes()))
+        return self.bundle.opened.changes() + tuple(self._loaded.changes())
 
     def close(self) -> None:
         """Free segments and weights. Sessions of the model cannot be used any more."""
-        if self._chain is not None:
-            self._chain.close()
+        self._loaded.close()
 
     def __enter__(self) -> Self:
         return self

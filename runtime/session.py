@@ -112,6 +112,21 @@ class Session:
             raise InputError("threads and weights_from belong to the model, which is open already. Give them to Model.")
         self.model: Model = opened
         self.bundle: Bundle = opened.bundle
+        self._executor: Executor | None = None
+        try:
+            self._open(opened, context, batch, chunk)
+        except BaseException:
+            self.close()
+            raise
+        self._positions: IntArray = np.zeros(batch, np.int64)
+        self._pending: list[int | None] = [None] * batch
+        self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
+        self._lock = threading.Lock()
+        self._torn = False  # a run failed half way: the state is neither before nor after it
+        self._steps = 0  # changes of the state, so that a stream notices changes by others
+
+    def _open(self, opened: Model, context: int | None, batch: int, chunk: int) -> None:
+        """Check the sizes and allocate the state."""
         longest = self.bundle.model.max_position_embeddings
         if context is not None and context > longest:
             raise InputError(f"context is {context}; the model in {self.bundle.folder} takes at most {longest} tokens.")
@@ -119,19 +134,11 @@ class Session:
         self.batch: int = batch
         self.chunk: int = min(chunk, self.context, self.bundle.largest("chunk") or chunk)
         self.vocab_size: int = self.bundle.model.vocab_size
-        self._buffers, executor = opened.open(self.context, batch)
-        self._executor: Executor | None = executor
+        self._buffers, self._executor = opened.open(self.context, batch)
         if changes := opened.changes():
-            self.close()
             raise ArtifactError(
                 listing(f"{self.bundle.folder} was changed while it was opened", changes, "Open it again.")
             )
-        self._positions: IntArray = np.zeros(batch, np.int64)
-        self._pending: list[int | None] = [None] * batch
-        self._written: IntArray = np.zeros(batch, np.int64)  # longest each slot has been since it was cleared
-        self._lock = threading.Lock()
-        self._torn = False  # a run failed half way: the state is neither before nor after it
-        self._steps = 0  # changes of the state, so that a stream notices changes by others
 
     # The session as a resource
 
@@ -145,11 +152,11 @@ class Session:
 
     def close(self) -> None:
         """Free the model; the session cannot be used any more. Closing twice is fine."""
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
-            if self._own is not None:
-                self._own.close()
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.close()
+        if self._own is not None:
+            self._own.close()
 
     def not_ready(self) -> tuple[str, ...]:
         """Why this session should get no more work; empty if it is ready. Takes microseconds, so that a probe can ask often.

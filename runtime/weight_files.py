@@ -68,14 +68,21 @@ class WeightFiles:
         Raises:
             ArtifactError: the file ends within the weight.
         """
-        data = self._files[bound.file].bytes
-        if bound.offset + bound.bytes > len(data):
-            raise ArtifactError(
-                f"{self._files[bound.file].path} has {len(data)} bytes; a weight ends at {bound.offset + bound.bytes}. "
-                "Make the bundle again."
-            )
-        part = data[bound.offset : bound.offset + bound.bytes]
+        part = self.range(bound.file, bound.offset, bound.bytes)
         return part.view(np.dtype(TYPES[bound.dtype][0])).reshape(bound.shape)
+
+    def range(self, file: str, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        """A range of bytes of a mapped file: nothing is read or copied.
+
+        Raises:
+            ArtifactError: the file ends within the range.
+        """
+        data = self._files[file].bytes
+        if offset + size > len(data):
+            raise ArtifactError(
+                f"{self._files[file].path} has {len(data)} bytes; a weight ends at {offset + size}. Make the bundle again."
+            )
+        return data[offset : offset + size]
 
     @property
     def bytes(self) -> int:

@@ -1,4 +1,7 @@
-"""The graph in the form that TensorRT takes: operators inlined, heavy products in low precision, the rest float32.
+"""A segment in the form that TensorRT takes: operators inlined, heavy products in low precision, the rest float32.
+
+Weights stay inputs. What an engine takes in another form than stored is brought into it when it is loaded
+(export/contract/engine_set.py), so nothing here reads a weight, and a plan does not depend on one.
 
 Injected nodes stay nodes, without a body that could silently replace them. If only plugins touch the rows of the state,
 these rows can be packed bytes (export/contract/layouts.py).
@@ -11,83 +14,99 @@ sinks, indexer scores, the compressor with its carries, routing, hyper-connectio
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from ...artifact import confined
 from ...errors import BuildError
+from ...export.contract.engine_set import CONVERTED, STORED, Taken
 from ...export.contract.geometry import ModelSpec
 from ...export.contract.layouts import DENSE, LAYOUTS
+from ...export.contract.lock import Weight
 from ...export.contract.operators import STATE
 from ...export.contract.state import STATE_TYPES, StateTensor
-from ...export.external import read_values
 from ...export.memory import gathered_tokens
 from ...export.operators.experts import FoldkvRoutedExperts, bounded_body
+from ...export.roles import DTYPE_NAMES, onnx_dtype
 from ...plugins.declarations import PLUGINS
 from ...plugins.inject import NAMESPACE_ATTRIBUTE
-from ..kept_weights import fp8_gap
-from .place_weights import place_weights
+from .place_weights import Stored, absent, place_weights
 
-#: Weights whose matrix product runs in low precision.
+#: Weights, by role, whose matrix product runs in low precision.
 LOW_PRECISION = (
-    r"layers\.\d+\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
-    r"layers\.\d+\.ffn\.experts\.(w13|w2)",
-    r"layers\.\d+\.ffn\.shared_experts\.w[123]\.weight",
+    r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight",
+    r"ffn\.experts\.(w13|w2)",
+    r"ffn\.shared_experts\.w[123]\.weight",
     r"(embed|head)\.weight",
 )
 
+_FLOAT = ir.DataType.FLOAT
 _TYPES = {name: ir.DataType(type_.onnx_type) for name, type_ in STATE_TYPES.items()}
 _PRECISIONS = ("float32", "bfloat16")
-# Folder beside the lowered graph with links to the checkpoint's files, and the size up to which tensors stay in the graph.
-_SOURCE, _INLINE_BYTES = "weights", 256
-#: The lowered model, and the file beside it with weights that were changed.
-MODEL, WEIGHTS = "model.onnx", "weights.bin"
+# The size up to which constants stay in the graph's file.
+_INLINE_BYTES = 256
+#: The lowered model, and the file beside it with its constants.
+MODEL, CONSTANTS = "model.onnx", "constants.bin"
 # Nodes between a weight and its product that keep it the same matrix.
 _LAYOUT_OPS = {"Transpose", "Reshape", "Gather", "Unsqueeze", "Squeeze", "Identity"}
 
 
-def lowered_graph(
+@dataclass(frozen=True)
+class Lowered:
+    """A segment as an engine has it.
+
+    Attributes:
+        state: its state tensors as the engine keeps them.
+        counts: weights and products in low precision, and changed state tensors.
+        weights: how it takes each weight, by role, in the order of its inputs.
+        widened: weights that are taken wider than stored, by stored format and reason.
+    """
+
+    state: list[StateTensor]
+    counts: dict[str, int]
+    weights: dict[str, Taken]
+    widened: Counter[tuple[str, str]]
+
+
+def lowered_segment(
     model: ir.Model,
+    roles: Mapping[str, Weight],
     spec: ModelSpec,
     out: Path,
     state: list[StateTensor],
     precision: str,
     *,
-    sm: int,
     layout: str = DENSE,
     rope_dim: int = 0,
     tokens: int = 1,
-) -> tuple[list[StateTensor], dict[str, Any], dict[str, Any]]:
-    """Write the inlined graph in ``precision`` to ``out``; returns its state, the counts of what was lowered, and the format
-    of its weights.
-
-    Weights that change are written one at a time. The others stay in the checkpoint's files, and ``out`` has links to those.
+) -> Lowered:
+    """Write the inlined segment in ``precision`` to ``out``.
 
     Args:
-        model: the flat graph with its weights as initializers (export/stitch.py), perhaps with nodes given to plugins; it
-            is changed.
+        model: the segment, perhaps with nodes given to plugins; it is changed.
+        roles: the weights that it takes, by role, as they are stored.
         spec: the geometry.
         out: folder for the lowered graph.
-        state: the state tensors of the graph.
+        state: the state tensors of the segment, with the names of its inputs and outputs.
         precision: of the large products and of dense rows.
-        sm: compute capability that the graph is for; it decides which weight formats stay.
         layout: name of the cache layout; anything but "dense" requires that only plugins touch the rows.
         rope_dim: rotated channels of a row, for packed layouts.
         tokens: the most tokens that the engine takes at once (batch times chunk); decides how experts' weights are gathered.
 
     Raises:
-        ArtifactError: a weight's file ends within the weight.
         BuildError: an unknown precision, a weight of the table that the pass cannot lower, or packed rows that a node
             without a plugin reads.
     """
     if precision not in _PRECISIONS:
         raise BuildError(f"precision {precision!r} is not known; expected one of {', '.join(_PRECISIONS)}.")
     dtype = _TYPES[precision]
+    _bind(model, roles)
     _narrow_experts(model, spec, tokens, dtype)
-    stored_weights = place_weights(model, dtype, low=_is_low, no_fp8=fp8_gap(sm))
+    stored_weights = place_weights(model, dtype, low=_is_low)
     kept = {node.op_type for node in model.graph if NAMESPACE_ATTRIBUTE in node.attributes}
     InlinePass(criteria=lambda function: function.name not in kept)(model)
     for node in model.graph:
@@ -96,21 +115,61 @@ def lowered_graph(
     for identifier in [key for key, function in model.functions.items() if function.name in kept]:
         del model.functions[identifier]
     RemoveUnusedFunctionsPass()(model)
-    counts: dict[str, Any] = {"weights": 0, "products": 0, "state": 0}
+    counts: dict[str, int] = {"weights": 0, "products": 0, "state": 0}
     if precision != "float32" or layout != DENSE:
         stored = {tensor.input: LAYOUTS[layout].stored(tensor, rope_dim, precision) for tensor in state}
         counts["state"] = _lower_state(model, state, stored)
         state = [stored[tensor.input] for tensor in state]
     if precision != "float32":
         for name, value in list(model.graph.initializers.items()):
-            if _is_low(name) and name not in stored_weights.values:
+            if name in roles and _is_low(name):
                 _lower_weight(value, dtype, counts)
-        for name, value in stored_weights.values.items():
-            _lower_products(value, name, dtype, counts)
+    _widen_early(model, roles)
     RemoveUnusedNodesPass()(model)
-    weights = stored_weights.facts(model)
+    weights = _release(model, roles, stored_weights)
     _write(model, out)
-    return state, counts, weights
+    return Lowered(state, counts, weights, stored_weights.widened)
+
+
+def _bind(model: ir.Model, roles: Mapping[str, Weight]) -> None:
+    """Let the passes see every weight as an initializer of its type and shape; its bytes are nowhere."""
+    for value in [value for value in model.graph.inputs if value.name in roles]:
+        model.graph.inputs.remove(value)
+        value.const_value = absent(value.name or "", onnx_dtype(roles[value.name or ""]), value.shape)
+        model.graph.register_initializer(value)
+
+
+def _widen_early(model: ir.Model, roles: Mapping[str, Weight]) -> None:
+    """Take weights in float32 that every step would convert to it: an engine would write the copy again in every step."""
+    for name, value in list(model.graph.initializers.items()):
+        users = [user for user, _ in value.uses()]
+        casts = [user for user in users if user.op_type == "Cast" and user.attributes["to"].as_int() == int(_FLOAT)]
+        if name not in roles or value.dtype == _FLOAT or not users or len(casts) != len(users):
+            continue
+        for cast in casts:
+            ir.convenience.replace_all_uses_with(cast.outputs[0], value)
+            model.graph.remove(cast, safe=True)
+        value.dtype, value.const_value = _FLOAT, absent(name, _FLOAT, value.shape)
+
+
+def _release(model: ir.Model, roles: Mapping[str, Weight], stored: Stored) -> dict[str, Taken]:
+    """Turn the weights into inputs again, and say how each is to be loaded."""
+    found = {}
+    for name in roles:
+        value = model.graph.initializers.pop(name, None)
+        if value is None:  # scales of a matrix that is taken without them
+            continue
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = None
+        model.graph.inputs.append(value)
+        shape, dtype = tuple(int(size) for size in value.shape), DTYPE_NAMES[value.dtype]
+        load = stored.loads.get(name)
+        if load is not None:
+            found[name] = replace(load, dtype=dtype, shape=shape)
+        else:
+            form = STORED if value.dtype == onnx_dtype(roles[name]) else CONVERTED
+            found[name] = Taken(form, dtype, shape)
+    return found
 
 
 def _narrow_experts(model: ir.Model, spec: ModelSpec, tokens: int, dtype: ir.DataType) -> None:
@@ -128,34 +187,19 @@ def _is_low(name: str) -> bool:
 
 
 def _write(model: ir.Model, out: Path) -> None:
-    """Write the graph with the new weights, and links to the files of the others."""
-    new = []
-    folders: dict[str, str] = {}
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        assert tensor is not None
-        if isinstance(tensor, ir.ExternalTensor):
-            folder = folders.setdefault(str(tensor.base_dir), f"{_SOURCE}/{len(folders)}")
-            location = f"{folder}/{tensor.location}"
-            _link(confined(Path(tensor.base_dir), str(tensor.location)).resolve(), out / location)
-            value.const_value = ir.ExternalTensor(
-                location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(tensor.shape),
-                name=value.name or "", base_dir=out,
-            )  # fmt: skip
-        elif tensor.nbytes > _INLINE_BYTES:
-            new.append(value)
-    tensors = [value.const_value for value in new if value.const_value is not None]
-    written = ir.external_data.convert_tensors_to_external(tensors, out, WEIGHTS)
-    for value, tensor in zip(new, written, strict=True):
-        value.const_value = tensor
+    """Write the graph, with its larger constants in a file beside it."""
+    new = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    tensors = [value.const_value for value in new if value.const_value.nbytes > _INLINE_BYTES]
+    written = dict(
+        zip(
+            (t.name for t in tensors),
+            ir.external_data.convert_tensors_to_external(tensors, out, CONSTANTS),
+            strict=True,
+        )
+    )
+    for value in new:
+        value.const_value = written.get(value.name, value.const_value)
     ir.save(model, out / MODEL)
-
-
-def _link(file: Path, link: Path) -> None:
-    """A symbolic link, which TensorRT accepts. Not a hard link: onnx refuses packages whose files have several."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(file)
 
 
 def _lower_state(model: ir.Model, state: list[StateTensor], stored: dict[str, StateTensor]) -> int:
@@ -192,28 +236,21 @@ def _retype(value: ir.Value, tensor: StateTensor) -> None:
         value.shape = ir.Shape([*value.shape.dims[:-1], tensor.width])
 
 
-def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, Any]) -> None:
-    """Round one weight as it is written, and let its product run in ``dtype``."""
-    tensor = value.const_value
-    assert tensor is not None
-    if tensor.dtype != dtype:
-
-        def rounded() -> ir.Tensor:
-            return ir.Tensor(read_values(tensor).astype(dtype.numpy()), name=value.name)
-
-        value.const_value = ir.LazyTensor(rounded, dtype, ir.Shape(tensor.shape), name=value.name)
-        value.dtype = dtype
+def _lower_weight(value: ir.Value, dtype: ir.DataType, counts: dict[str, int]) -> None:
+    """Take one weight in ``dtype``, and let its products run in it."""
+    if value.dtype != dtype:
+        value.const_value, value.dtype = absent(value.name or "", dtype, value.shape), dtype
     _lower_products(value, value.name or "?", dtype, counts)
 
 
-def _lower_products(value: ir.Value, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:
+def _lower_products(value: ir.Value, name: str, dtype: ir.DataType, counts: dict[str, int]) -> None:
     """Let the nodes that use a weight run in ``dtype``, and go back to float32 after them."""
     counts["weights"] += 1
     for node, index in list(value.uses()):
         _follow(node, index, name, dtype, counts)
 
 
-def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: dict[str, Any]) -> None:
+def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: dict[str, int]) -> None:
     output = node.outputs[0]
     if node.op_type in ("MatMul", "Gemm"):
         for position, operand in enumerate(node.inputs[:2]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,18 +14,22 @@ import numpy as np
 import pytest
 import torch
 from engine import HostDriver, library
-from whole import whole_model
 
 from foldkv.artifact import write_manifest
 from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.export.contract.chain import Call
+from foldkv.export.contract.engine_set import ENGINES, STORED, EngineTable, Taken
+from foldkv.export.contract.lock import LOCK
 from foldkv.export.contract.state import StateTensor
+from foldkv.export.package import read_package
+from foldkv.export.roles import DTYPE_NAMES, onnx_dtype
 from foldkv.plugins import cuda as cuda_module
 from foldkv.plugins.cuda import Device
 from foldkv.runtime import bundle as bundle_module
-from foldkv.runtime import engine as engine_module
+from foldkv.runtime import engine_model as engine_module
 from foldkv.runtime.buffers import StateBuffers, StateSpec
 from foldkv.runtime.bundle import load_bundle
-from foldkv.runtime.engine import DeviceBuffers
+from foldkv.runtime.device_buffers import DeviceBuffers
 from foldkv.runtime.session import Session
 
 PROMPTS = [[84, 104, 101, *range(40, 90)], [65, 66, 67]]
@@ -33,16 +38,26 @@ PROMPTS = [[84, 104, 101, *range(40, 90)], [65, 66, 67]]
 def make_bundle(
     source: Path, folder: Path, *, plan: str | None = None, version: str = "1.0", in_place: Sequence[str] = ()
 ) -> Path:
-    """A bundle that says it holds an engine; the plan names the model that computes it."""
+    """A bundle that says it holds engines; each plan names the segment of the graph that computes it."""
     content = json.loads((source / "manifest.json").read_text())
     rest = {key: value for key, value in content.items() if key not in ("schema_version", "kind", "files")}
-    shared = source.parents[1]
-    if plan is None:
-        plan = str(whole_model(shared / "graph", shared / "graph-whole").resolve())
-    (folder / "engine.plan").write_text(plan)
+    package = read_package(source.parents[1] / "graph")
+    names = list(package.manifest.segments)
+    for name in names:
+        path = (package.folder / package.manifest.segments[name].file).resolve()
+        (folder / f"{name}.plan").write_text(plan or str(path))
+    taken = {}
+    for owner, name in package.calls():
+        weights = package.lock.weights[owner]
+        taken[name] = {
+            role: Taken(STORED, DTYPE_NAMES[onnx_dtype(weight)], weight.shape) for role, weight in weights.items()
+        }
+    table = EngineTable({name: f"{name}.plan" for name in names}, tuple(Call(*call) for call in package.calls()), taken)
+    table.write(folder / ENGINES)
+    shutil.copyfile(package.folder / LOCK, folder / LOCK)
     rest |= {
         "backend": "tensorrt-rtx", "target": content["target"] | {"name": "a100", "sm": 80}, "tool_versions": {"tensorrt-rtx": version},
-        "engine": {"file": "engine.plan", "plugin_layers": 0}, "plugins": [], "in_place": list(in_place), "kernels": None,
+        "engine": {"file": ENGINES, "plugin_layers": 0}, "plugins": [], "in_place": list(in_place), "kernels": None,
         "shapes": {"batch": [1, 1, 4], "chunk": [1, 1, 16], "context": [64, 256, 1024]},
     }  # fmt: skip
     write_manifest(folder, kind="foldkv.bundle", content=rest)
@@ -124,10 +139,13 @@ def test_the_default_context_is_what_the_engine_was_built_for(
 def test_state_that_the_gpu_cannot_hold_is_refused_and_given_back(
     tiny_bundle: Path, tmp_path: Path, gpu: HostDriver
 ) -> None:
-    gpu.limit = 100_000
-    with pytest.raises(InputError, match=r"needs \d+ bytes .* which the GPU cannot allocate"):
-        Session(make_bundle(tiny_bundle, tmp_path), context=1024)
-    assert_given_back(gpu)
+    folder = make_bundle(tiny_bundle, tmp_path)
+    table = EngineTable.read(folder / ENGINES)
+    for room, what in ((100_000, "the weights of"), (table.weight_bytes + 50_000, "the state for context 1024")):
+        gpu.limit = room
+        with pytest.raises(InputError, match=rf"{what} .* \d+ bytes .* which the GPU cannot allocate"):
+            Session(folder, context=1024)
+        assert_given_back(gpu)
 
 
 def test_an_engine_that_cannot_be_opened_is_an_error(tiny_bundle: Path, tmp_path: Path, gpu: HostDriver) -> None:
@@ -226,10 +244,26 @@ def test_the_libraries_have_what_the_executor_uses(module: str) -> None:
     trt: Any = pytest.importorskip(module)
     for name, members in {
         "Runtime": ["deserialize_cuda_engine"],
-        "ICudaEngine": ["create_execution_context", "get_tensor_location"],
-        "IExecutionContext": ["set_input_shape", "set_tensor_address", "execute_async_v3"],
+        "ICudaEngine": [
+            "create_execution_context",
+            "get_tensor_location",
+            "num_io_tensors",
+            "get_tensor_name",
+            "get_tensor_mode",
+            "get_tensor_shape",
+        ],
+        "IExecutionContext": [
+            "set_input_shape",
+            "set_tensor_address",
+            "execute_async_v3",
+            "set_optimization_profile_async",
+            "update_device_memory_size_for_shapes",
+            "set_device_memory",
+        ],
         "ILogger": ["log"],
         "TensorLocation": ["HOST"],
+        "TensorIOMode": ["INPUT"],
+        "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
     }.items():
         assert all(hasattr(getattr(trt, name), member) for member in members), name
     driver = importlib.import_module("cuda.bindings.driver")

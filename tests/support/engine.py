@@ -12,11 +12,16 @@ import types
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from driver import CUresult, FakeDriver
 from whole import opened
 
-_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
+#: numpy's storage of a type, and ONNX's number for it.
+_TYPES: dict[str, tuple[Any, int]] = {
+    "tensor(float)": (np.float32, 1), "tensor(int32)": (np.int32, 6), "tensor(int64)": (np.int64, 7),
+    "tensor(bfloat16)": (np.uint16, 16), "tensor(int8)": (np.int8, 3), "tensor(float8e4m3fn)": (np.uint8, 17),
+}  # fmt: skip
 
 
 CONTEXT = 1
@@ -99,9 +104,13 @@ class HostDriver(FakeDriver):
         del self.blocks[address]
         return (self._status(),)
 
+    def _inside(self, address: int, size: int) -> bool:
+        """Whether a range lies in one block."""
+        return any(start <= address and address + size <= start + len(b) for start, b in self.blocks.items())
+
     def _move(self, target: int, source: Any, size: int, device: int) -> tuple[CUresult]:
         """Copy, if a context is current and the device's side lies inside a block."""
-        inside = any(device - start >= 0 and device + size <= start + len(b) for start, b in self.blocks.items())
+        inside = self._inside(device, size)
         status = self._status(CUresult.CUDA_SUCCESS if inside else CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
         if status == CUresult.CUDA_SUCCESS:
             ctypes.memmove(target, source, size)
@@ -125,6 +134,10 @@ class HostDriver(FakeDriver):
     def cuMemcpyDtoH(self, target: int, source: int, size: int) -> tuple[CUresult]:
         return self._move(target, source, size, source)
 
+    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
+        assert stream == 77 and self._inside(target, size)
+        return self._move(target, source, size, source)
+
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
         assert stream == 77
         return self.cuMemcpyHtoD(target, source, size)
@@ -135,37 +148,68 @@ class HostDriver(FakeDriver):
 
 
 class _Execution:
-    def __init__(self, trt: Any, session: Any) -> None:
-        self.trt, self.session = trt, session
+    """Takes shapes, addresses and scratch memory as a context does whose memory its user manages."""
+
+    def __init__(self, trt: Any, engine: Any) -> None:
+        self.trt, self.engine, self.session = trt, engine, engine.session
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.profile: int | None = None
+        self.planned, self.scratch = False, 0
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.trt.check_context()
+        self.profile = index
+        return index in (0, 1)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
+        assert name in self.engine.inputs, f"{name} is no input"
+        assert self.profile == 0 or shape[0] == 1 or name not in ("input_ids", "positions"), "a chunk has one sequence"
+        self.shapes[name], self.planned = shape, False
         return max(shape, default=0) < 5000
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        moving = [value.name for value in self.engine.dynamic if value.name != "active_context"]
+        assert set(moving) <= self.shapes.keys(), "an input has no shape"
+        self.planned = True
+        return 4096
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert self.planned and size >= 4096 and address
+        self.scratch = address
+
     def set_tensor_address(self, name: str, address: int) -> bool:
+        host = self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST
+        assert host or address % 16 == 0, f"{name} is at an address that is not aligned"  # torch's own blocks are at 64
         self.addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
         self.trt.check_context()
+        assert self.planned and self.scratch, "a context runs without its scratch memory"
         feeds = {}
         for value in self.session.get_inputs():
-            kind = np.dtype(_TYPES[value.type])
-            shape = self.shapes.get(value.name, (1,))
-            size = int(np.prod(shape)) * kind.itemsize
-            feeds[value.name] = np.frombuffer(ctypes.string_at(self.addresses[value.name], size), kind).reshape(shape)
+            kind, number = _TYPES[value.type]
+            fixed = tuple(size for size in value.shape)
+            shape = self.shapes.get(value.name, (1,) if value.name == "active_context" else fixed)
+            size = int(np.prod(shape)) * np.dtype(kind).itemsize
+            array = np.frombuffer(ctypes.string_at(self.addresses[value.name], size), kind).reshape(shape)
+            feeds[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
         names = [value.name for value in self.session.get_outputs()]
-        for name, array in zip(names, self.session.run(names, feeds), strict=True):
-            ctypes.memmove(self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        for name, array in zip(names, self.session.run_with_ort_values(names, feeds), strict=True):
+            made = np.ascontiguousarray(array.numpy())
+            ctypes.memmove(self.addresses[name], made.ctypes.data, made.nbytes)
         return True
 
 
 class _Engine:
     def __init__(self, trt: Any, path: str) -> None:
         self.trt, self.session = trt, opened(path)
-        self._tensors = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.dynamic = [
+            value for value in self.inputs.values() if any(not isinstance(size, int) for size in value.shape)
+        ]
+        self._tensors = self.inputs | {value.name: value for value in self.session.get_outputs()}
 
     @property
     def num_io_tensors(self) -> int:
@@ -174,8 +218,8 @@ class _Engine:
     def get_tensor_name(self, index: int) -> str:
         return list(self._tensors)[index]
 
-    def get_tensor_dtype(self, name: str) -> str:
-        return str(self._tensors[name].type)
+    def get_tensor_mode(self, name: str) -> Any:
+        return self.trt.TensorIOMode.INPUT if name in self.inputs else self.trt.TensorIOMode.OUTPUT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self._tensors[name].shape)
@@ -185,9 +229,10 @@ class _Engine:
         location = self.trt.TensorLocation
         return location.HOST if name == "active_context" else location.DEVICE
 
-    def create_execution_context(self) -> _Execution:
+    def create_execution_context(self, strategy: Any) -> _Execution:
         self.trt.check_context()
-        return _Execution(self.trt, self.session)
+        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return _Execution(self.trt, self)
 
 
 def library(driver: HostDriver | None = None) -> Any:
@@ -195,6 +240,8 @@ def library(driver: HostDriver | None = None) -> Any:
     trt: Any = types.ModuleType("tensorrt")
     trt.check_context = driver.check_context if driver else lambda: None
     trt.TensorLocation = types.SimpleNamespace(HOST=1, DEVICE=0)
+    trt.TensorIOMode = types.SimpleNamespace(INPUT=1, OUTPUT=2)
+    trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(STATIC=0, USER_MANAGED=2)
 
     class Severity(enum.Enum):
         ERROR = 1

@@ -1,0 +1,122 @@
+"""The state of a session in GPU memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..export.contract.state import STATE_TYPES, StateTensor
+from ..plugins.cuda import Device, check
+from .buffers import Copies, StateSpec, fill_value, storage
+
+
+class DeviceBuffers:
+    """The state in GPU memory: one contiguous buffer per tensor, and a second one if it is not updated in place.
+
+    ``addresses`` is where the state is, ``targets`` where the next run writes it.
+    """
+
+    def __init__(self, device: Device, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
+        """Allocate and fill. ``in_place`` are the names of tensors that need no second buffer.
+
+        Raises:
+            InputError: the GPU cannot hold the state.
+        """
+        self._device, self._driver, self.spec, self._context, self._batch = device, device.driver, spec, context, batch
+        self.addresses: dict[str, int] = {}
+        self._second: dict[str, int] = {}
+        places = [(tensor, self.addresses) for tensor in spec.tensors]
+        places += [(tensor, self._second) for tensor in spec.tensors if tensor.name not in in_place]
+        with device.current():
+            for tensor, addresses in places:
+                status, address = self._driver.cuMemAlloc(tensor.bytes(context, batch))
+                if int(status) != 0:
+                    self.close()
+                    need = sum(one.bytes(context, batch) for one, _ in places)
+                    raise InputError(
+                        f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
+                        "which the GPU cannot allocate. Choose a smaller context or batch."
+                    )
+                addresses[tensor.name] = int(address)
+                self._fill(tensor, int(address), batch * tensor.capacity(context))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        sizes = {tensor.name: tensor.bytes(self._context, self._batch) for tensor in self.spec.tensors}
+        return sum(sizes.values()) + sum(sizes[name] for name in self._second)
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Where the next run writes each tensor."""
+        return self.addresses | self._second
+
+    def written(self) -> None:
+        """A run has written the state: swap the buffers, so that the state is where the run wrote it."""
+        for name, address in self._second.items():
+            self._second[name], self.addresses[name] = self.addresses[name], address
+
+    def clear(self, slot: int, tokens: int) -> None:
+        """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written, in both buffers."""
+        with self._device.current():
+            for addresses in (self.addresses, self._second):
+                for tensor in self.spec.tensors:
+                    if tensor.name in addresses:
+                        self._fill(tensor, self._slot(tensor, addresses, slot), tensor.used_rows(tokens))
+
+    def shape(self, tensor: StateTensor, batch: int) -> tuple[int, int, int]:
+        """The shape of a tensor's rows for that many sequences."""
+        return batch, tensor.capacity(self._context), tensor.width
+
+    def slot(self, tensor: StateTensor, slot: int) -> int:
+        """Where the rows of a sequence are."""
+        return self._slot(tensor, self.addresses, slot)
+
+    def slot_bytes(self, tensor: StateTensor) -> int:
+        """Bytes of the rows of a sequence."""
+        return tensor.bytes(self._context)
+
+    def copy_used(self, tokens: Sequence[int]) -> Copies:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+        with self._device.current():
+            return tuple(
+                tuple(self._copy(tensor, slot, tensor.used_rows(held)) for tensor in self.spec.tensors)
+                for slot, held in enumerate(tokens)
+            )
+
+    def put_used(self, copies: Copies) -> None:
+        """Write what :meth:`copy_used` returned into the same slots."""
+        with self._device.current():
+            for slot, rows in enumerate(copies):
+                for tensor, copy in zip(self.spec.tensors, rows, strict=True):
+                    address = self.slot(tensor, slot)
+                    check(self._driver, self._driver.cuMemcpyHtoD(address, copy.ctypes.data, copy.nbytes))
+
+    def close(self) -> None:
+        """Free the memory."""
+        with self._device.current():
+            for address in (*self.addresses.values(), *self._second.values()):
+                check(self._driver, self._driver.cuMemFree(address))
+        self.addresses, self._second = {}, {}
+
+    def _slot(self, tensor: StateTensor, addresses: dict[str, int], slot: int) -> int:
+        """Where the rows of a slot begin."""
+        return addresses[tensor.name] + slot * tensor.bytes(self._context)
+
+    def _copy(self, tensor: StateTensor, slot: int, rows: int) -> npt.NDArray[Any]:
+        copy = np.empty((rows, tensor.width), storage(tensor))
+        address = self.slot(tensor, slot)
+        check(self._driver, self._driver.cuMemcpyDtoH(copy.ctypes.data, address, copy.nbytes))
+        copy.flags.writeable = False
+        return copy
+
+    def _fill(self, tensor: StateTensor, address: int, rows: int) -> None:
+        item = STATE_TYPES[tensor.dtype].item_bytes
+        pattern = np.array(fill_value(tensor), storage(tensor)).view(f"uint{8 * item}")
+        fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
+        if rows:
+            check(self._driver, fill(address, int(pattern), rows * tensor.width))
