@@ -195,10 +195,11 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     "--layout",
     help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; on the cpu also fp8+fp4 for the profile served.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), help="Builds at once; default: as many as memory and processors allow."
-)
+@click.option("--jobs", type=click.IntRange(min=1), help="Targets at once; default: the processors of this process.")
 @_weights_from
+@click.option(
+    "--cache", type=_folder, help="Folder with plans of engines, which machines can share; default: FOLDKV_CACHE."
+)
 @click.option(
     "--no-place",
     is_flag=True,
@@ -207,19 +208,20 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @_json
 def build_command(
     graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None,
-    weights_from: Path | None, no_place: bool, as_json: bool,
+    weights_from: Path | None, cache: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build one bundle per target from the graph package GRAPH. TensorRT-RTX builds without a GPU.
 
     Targets that this machine cannot build are refused before the first build. A bundle is left unchanged if its graph, settings
-    and tools are unchanged.
+    and tools are unchanged. Engines of GPU targets hold no weights: they are built without them, and taken from the cache if an
+    equal one was built before, for another model of the same kind too.
     """
     from .optimize.build import build_bundles
     from .optimize.history import record_builds
 
     report = build_bundles(
         graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, weights_from=weights_from,
-        place=not no_place, progress=progress(),
+        place=not no_place, cache=cache, progress=progress(),
     )  # fmt: skip
     record_builds(graph, report.results)
     if as_json:

@@ -37,11 +37,11 @@ class ExportConfig(_Strict):
 
 
 class ShapesConfig(_Strict):
-    """Sizes engines are built for, each [smallest, typical, largest]."""
+    """Sizes engines are built for, each [smallest, typical, largest]; None is what suits the model."""
 
-    batch: list[int] = Field(default=[1, 1, 4], min_length=3, max_length=3)
-    chunk: list[Tokens] = Field(default=[1, 1, 256], min_length=3, max_length=3)
-    context: list[Tokens] = Field(default=[256, 4096, 65536], min_length=3, max_length=3)
+    batch: Annotated[list[int], Field(min_length=3, max_length=3)] | None = None
+    chunk: Annotated[list[Tokens], Field(min_length=3, max_length=3)] | None = None
+    context: Annotated[list[Tokens], Field(min_length=3, max_length=3)] | None = None
 
 
 class BuildConfig(_Strict):
@@ -51,6 +51,7 @@ class BuildConfig(_Strict):
     plugins: Literal["on", "off"] = "on" if PLUGINS else "off"
     layout: Annotated[str, AfterValidator(_known_layout)] = DENSE
     jobs: int | None = Field(default=None, ge=1)
+    cache: str | None = None
     shapes: ShapesConfig = ShapesConfig()
 
 
@@ -110,8 +111,11 @@ def load_config(path: Path) -> PipelineConfig:
     beside = {name: getattr(validation, name) for name in ("text", "baseline")}
     beside = {name: os.path.normpath(folder / file) for name, file in beside.items() if file is not None}
     validation = validation.model_copy(update=beside)
+    build = config.build
+    if build.cache is not None:
+        build = build.model_copy(update={"cache": os.path.normpath(folder / build.cache)})
     paths = {name: os.path.normpath(folder / getattr(config, name)) for name in ("checkpoint", "output")}
-    return config.model_copy(update=paths | {"validation": validation})
+    return config.model_copy(update=paths | {"build": build, "validation": validation})
 
 
 def _finding(item: Any) -> str:

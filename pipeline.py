@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from .optimize.fit import export_estimate, graph_bytes, plan_target
 from .optimize.history import Estimate, read_runs, record_builds, record_export
 from .optimize.kept_weights import stored_format
 from .optimize.outcome import BuildReport, TargetResult
-from .optimize.recipe import Shapes
+from .optimize.recipe import Shapes, default_shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require
 from .progress import Progress, Say, silent
@@ -159,8 +159,6 @@ class _Pipeline:
         self.config = config
         output = Path(config.output)
         self.graph, self.bundles, self.report = output / "graph", output / "bundles", output / "report"
-        given = config.build.shapes
-        self.shapes = Shapes(*(tuple(sizes) for sizes in (given.batch, given.chunk, given.context)))  # type: ignore[arg-type]
         if only not in (None, *STAGES):
             raise InputError(f"stage {only!r} is not known; expected one of {', '.join(STAGES)}.")
         if only == VALIDATE and not config.validation.enabled:
@@ -177,6 +175,12 @@ class _Pipeline:
         from .export.checkpoint.reader import Checkpoint
 
         return Checkpoint(Path(self.config.checkpoint), allow_unknown_keys=self.config.export.allow_unknown_keys)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Sizes that engines are built for: what the file says, else what suits the model."""
+        given = self.config.build.shapes.model_dump(exclude_none=True)
+        return replace(default_shapes(self.checkpoint.spec), **{name: tuple(sizes) for name, sizes in given.items()})
 
     @property
     def bundle(self) -> Path:
@@ -405,6 +409,7 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
         work.config.build.targets,
         **work.build_options(),
         jobs=work.config.build.jobs,
+        cache=Path(work.config.build.cache) if work.config.build.cache else None,
         force=force,
         progress=progress,
     )

@@ -34,12 +34,13 @@ allow_unknown_keys = []            # keys of config.json to ignore, although fol
 targets = ["cpu", "a100"]
 plugins = "on"                     # "off": function bodies in engines of GPU targets, dense rows only
 layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph on the cpu
-jobs = 2                           # builds at once; default: as many as memory and processors allow
+jobs = 2                           # targets at once; default: the processors
+cache = "plans"                    # plans of engines, which machines can share; default: FOLDKV_CACHE
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size
-batch = [1, 1, 4]
-chunk = [1, 1, 256]
-context = [256, 4096, "64k"]       # numbers of tokens as on the command line: 65536, "64k", "1M"
+batch = [1, 1, 64]                 # sequences in a decode step
+chunk = [1, 1, 256]                # tokens of a sequence that go through the model at once
+context = [256, 4096, "64k"]       # numbers of tokens as on the command line: 65536, "64k", "1M"; default: up to the model's largest
 
 [validate]
 enabled = true
@@ -56,7 +57,7 @@ baseline = "release-1/report"      # an older report: the new one shows what has
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
 ```
 
-Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `targets`, `jobs`, `text`, `contexts`, `gates`, `baseline`
+Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `targets`, `jobs`, `cache`, `context`, `text`, `contexts`, `gates`, `baseline`
 and `threads` are examples; all others are the defaults.
 
 A run that cannot succeed is refused before the first stage. Reasons are targets that this machine cannot build for, layouts that a

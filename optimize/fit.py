@@ -34,7 +34,7 @@ _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); an engine's
 # code per layer without and with plugins (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
 _SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 65_000, 135_000, 3_500, 13
-_ENGINE, _ENGINE_WITH_PLUGINS = 6_800_000, 5_000_000
+_ENGINE, _ENGINE_WITH_PLUGINS, _ENDS = 14_000_000, 11_400_000, 2_300_000
 
 
 def stored_in(checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> str:
@@ -162,14 +162,15 @@ def plan_target(
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
     written, placed = built_in(stored, target.backend), 0
     if target.backend.engine:
-        sizes = {name: weight_bytes_in(spec, name, target.sm) for name in target.backend.weights}
+        sizes = {name: weight_bytes_in(spec, name, widened=True) for name in target.backend.weights}
     else:
         sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
         placed = cpu_weight_bytes(spec, stored)[1]
     capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
     if target.backend.engine:
-        rest = spec.num_layers * (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE)
+        kinds = len(set(zip(spec.layer_types, spec.hash_layers, strict=True)))
+        rest = kinds * (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) + _ENDS + graph_bytes(spec, stored)
     else:
         rest = graph_bytes(spec, stored)
     return TargetPlan(
@@ -182,7 +183,7 @@ def plan_target(
         plugins=choice.plugins,
         weights=sizes,
         built_in=written,
-        bundle=(sizes[written] if target.backend.engine else placed) + rest,
+        bundle=placed + rest,
         placed=placed,
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,
@@ -201,15 +202,21 @@ def _resident(
     """The caches, their number of copies, and the activations."""
     engine = choice.target.backend.engine
     rows = _DENSE_ROWS[choice.target.precision] if choice.layout == DENSE else choice.layout
+
+    def live(batch: int, chunk: int) -> Activations:
+        # For plain experts, which take most.
+        return activations(
+            spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if engine else 4,
+            room=None if engine else BLOCK_ROOM,
+        )  # fmt: skip
+
+    # Engines take chunks of one sequence at a time, and decode steps of all.
+    steps = [live(1, chunk), live(batch, 1)] if engine else [live(batch, chunk)]
     return (
         plan_memory(spec, context=context, batch=batch, layout=rows),
         2 if engine and not choice.plugins else 1,
-        # For plain experts, which take most.
-        activations(
-            spec, context=context, batch=batch, chunk=chunk, plugins=choice.plugins, weight_item=2 if engine else 4,
-            room=None if engine else BLOCK_ROOM,
-        ),
-    )  # fmt: skip
+        max(steps, key=lambda one: one.total(reuse=engine)),
+    )
 
 
 def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chunk: int) -> int:

@@ -21,7 +21,7 @@ class WeightFormat:
 
     Attributes:
         name: of the experts' format.
-        bits: of each group; of ``projections`` where engines keep e4m3 matrices.
+        bits: of each group; of ``projections`` where a plugin reads e4m3 matrices.
         stored: what the checkpoint must be for `build` to write it.
         source: how it is known.
     """
@@ -55,16 +55,6 @@ FORMATS = {
         WeightFormat(FP4, _bits(4.25, 8, 16), "fp4", f"experts in e2m1, {_WORDS}"),
     )
 }  # fmt: skip
-
-#: Compute capabilities whose engines keep e4m3 matrices. TensorRT-RTX 1.7 built block-scaled e4m3 for 89, 120, 121, one byte per
-#: weight in the plan, and refused 80 and 86; NVIDIA Model Optimizer's support matrix, 'Ada and later', for 90, 100, 103.
-_FP8_MATRICES = (89, 90, 100, 103, 120, 121)
-# The experts' words are the only packed e2m1 that targets keep: TensorRT cannot gather FP4, and V4 has e2m1 in experts only.
-
-
-def fp8_gap(sm: int) -> str:
-    """Why engines for a compute capability do not keep e4m3 matrices; "" if they do."""
-    return "" if sm in _FP8_MATRICES else f"engines for sm{sm} keep no e4m3 matrices"
 
 
 def built_in(stored: str, backend: Backend) -> str:
@@ -101,19 +91,19 @@ def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = 
     return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
 
 
-def weight_bytes_in(spec: ModelSpec, format_: str, sm: int | None = None) -> int:
+def weight_bytes_in(spec: ModelSpec, format_: str, *, widened: bool = False) -> int:
     """Bytes of the weights in a format, with the hash layers' tables.
 
     Args:
         spec: the model.
         format_: a name in :data:`FORMATS`.
-        sm: compute capability of the engine. The engine may have to widen e4m3 matrices to the precision of their products:
-            bfloat16, or float32 in the indexer. None counts them as stored.
+        widened: take e4m3 matrices in the precision of their products, bfloat16, or float32 in the indexer: where no plugin
+            reads them. Else they are counted as stored.
     """
     bits, counts = dict(FORMATS[format_].bits), parameter_groups(spec)
     total = table_bytes(spec)
     if bits["projections"] == 8:
-        if sm is not None and fp8_gap(sm):
+        if widened:
             bits["projections"] = FORMATS[BF16].bits["projections"]
         else:  # the indexer's query projection is stored in that way too, though its product is float32
             total -= _index_queries(spec) * 24 // 8

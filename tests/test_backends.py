@@ -83,7 +83,6 @@ JUSTIFIED = (
     "if sm is None and not header",  # a plan for which the build named no compute capability
     "if sm is not None and (header",
     'request["sm"] is None', 'request["sm"] is not None',
-    "if sm is not None and fp8_gap(sm)",  # None counts weights as stored
     "assert sm is not None", "assert target.sm is not None",  # for the type checker, beside a backend's own fact
     "if chosen.sm is None or not chosen.backend.takes_plugins",
     'for name in ("transformers", "torch", "onnxruntime")',  # versions that a report's figures depend on

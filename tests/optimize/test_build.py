@@ -29,9 +29,10 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.state import StateTensor, total_bytes
 from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
+from foldkv.export.roles import DTYPE_NAMES
 from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.build import build_bundles, reasons_to_build
-from foldkv.optimize.engine_build import build_plan
+from foldkv.optimize.engine_build import Ranges, build_plan, profiles
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.plan_file import check_plan, read_plan_header
 from foldkv.optimize.recipe import BuildSpec, Shapes
@@ -42,7 +43,7 @@ from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.inject import inject
 from foldkv.records import to_json
 from foldkv.runtime import bundle as bundle_module
-from foldkv.runtime import engine as engine_module
+from foldkv.runtime import engine_model as engine_module
 from foldkv.runtime.buffers import StateSpec, plan_bytes
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
@@ -86,23 +87,20 @@ def test_a_plan_for_something_else_or_cut_off_is_refused() -> None:
 
 
 def test_lowering_rounds_the_big_products_and_keeps_the_rest(tiny_graph: Path, tmp_path: Path) -> None:
-    state, counts, weights = lowered(tiny_graph, tmp_path, "bfloat16", sm=89)
-    rows = {tensor.group: tensor.dtype for tensor in state}
+    found = lowered(tiny_graph, tmp_path, "bfloat16")
+    rows = {tensor.group: tensor.dtype for segment in found.segments.values() for tensor in segment.state}
     assert rows["window"] == rows["entries"] == "bfloat16"
     assert rows["carry_kv"] == rows["carry_gate"] == rows["carry"] == "float32"
-    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
-    low = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.BFLOAT16}
-    assert len(low) == weights["kept"]["bfloat16"]["tensors"]
-    assert weights["kept"].keys() == {"bfloat16", "float32", "int64"} and not weights["widened"]
-    # Stored in bfloat16, but their products run in float32.
-    casts = {
-        node.input[0] for node in graph.node if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT
-    }
-    wide = low & casts
-    assert all(re.search(r"compressor|ffn\.gate|indexer\.w", name) for name in wide)
-    assert counts["weights"] == len(low - wide) > 20
-    assert any("experts" in name for name in low - wide)
-    assert not any("norm" in name or "sink" in name or "compressor" in name or "hc_" in name for name in low - wide)
+    for name, segment in found.segments.items():
+        low = {role for role, taken in segment.weights.items() if taken.dtype == "bfloat16"}
+        # Compressors, gates and the indexer are stored in bfloat16, but their products run in float32.
+        assert not any(re.search(r"compressor|ffn\.gate|indexer\.w|norm|sink|hc_", role) for role in low)
+        assert segment.counts["weights"] == len(low) and not segment.widened
+        assert (len(low) > 8 and any("experts" in role for role in low)) == (name in found.package.layers)
+        weights = {value.name: value.dtype for value in found.model(name).graph.inputs if value.name in segment.weights}
+        assert {role: DTYPE_NAMES[dtype] for role, dtype in weights.items() if dtype is not None and role} == {
+            role: taken.dtype for role, taken in segment.weights.items()
+        }
 
 
 @pytest.mark.parametrize(("room", "rounds"), [(1 << 30, False), (3 * 2 * 2 * 64 * 32, True)])
@@ -110,9 +108,9 @@ def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
     tiny_graph: Path, tmp_path: Path, room: int, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foldkv.export.memory.EXPERT_ROOM", room)
-    lowered(tiny_graph, tmp_path, "bfloat16", sm=89, tokens=64)
-    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
-    loops = [attribute.g for node in model.graph.node if node.op_type == "Loop" for attribute in node.attribute]
+    found = lowered(tiny_graph, tmp_path, "bfloat16", tokens=64)
+    nodes = [node for name in found.package.layers for node in ir.to_proto(found.model(name)).graph.node]
+    loops = [attribute.g for node in nodes if node.op_type == "Loop" for attribute in node.attribute]
     products = [sum(node.op_type == "MatMul" for node in body.node) for body in loops]  # Sinkhorn's loops have none
     assert sorted(filter(None, products)) == ([2] * 4 if rounds else [])
 
@@ -174,8 +172,9 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 17
     assert manifest["layout"] == layout
     assert load_bundle(folder).in_place == tuple(row["name"] for row in manifest["state"]), "plugins write all of it"
-    plan = (folder / "engine.plan").read_bytes()
-    assert check_plan(plan, sm=89)["sm"] == [89] and b"FoldkvSparseAttention" in plan
+    plans = {name: (folder / "engines" / f"{name}.plan").read_bytes() for name in manifest["engine"]["segments"]}
+    assert all(check_plan(plan, sm=89)["sm"] == [89] for plan in plans.values())
+    assert [name for name, plan in plans.items() if b"FoldkvSparseAttention" in plan] == ["csa-moe"]
     for row in manifest["kernels"]["files"]:
         cubin = (folder / row["file"]).read_bytes()
         assert cubin[:4] == b"\x7fELF" and row["sm"] == 89
@@ -187,7 +186,8 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
         load_bundle(folder).manifest.kernels.library,
         *{"fp8+fp4": ("fp8_ds_mla", "index_fp4")}.get(layout, ()),
     ):
-        assert plan.count(text.encode()) >= (17 if text == manifest["kernels"]["library"] else 2)
+        layers = manifest["engine"]["segments"]["csa-moe"]["plugin_layers"]
+        assert plans["csa-moe"].count(text.encode()) >= (layers if text == manifest["kernels"]["library"] else 1)
 
 
 def test_a_session_over_an_engine_takes_what_build_wrote(
@@ -241,9 +241,9 @@ def test_the_rounding_of_served_graphs_is_what_an_engine_takes_without_plugins(t
     model.graph.inputs[0].shape = ir.Shape(["batch", 16, 96])
     InlinePass()(model)
     ir.save(model, tmp_path / "model.onnx")
-    state = StateTensor("0.window", 0, "window", "window", "return_val", 16, None, 96)
     for sm in (80, 89):
-        result = build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=sm, state=[state], shapes=SMALL)
+        ranges = [{"window": [[size, 16, 96] for size in SMALL.batch]}]
+        result = build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=sm, ranges=ranges)
         assert result["header"]["sm"] == [sm] and result["layers"] > 30
 
 
@@ -274,21 +274,30 @@ def test_packed_rows_without_plugins_are_refused(tiny_graph: Path, tmp_path: Pat
 
 def test_lowering_packed_rows_that_a_body_would_read_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"is packed, but .* is not a plugin"):
-        lowered(tiny_graph, tmp_path, "bfloat16", sm=80, layout="fp8", rope_dim=16)
+        lowered(tiny_graph, tmp_path, "bfloat16", layout="fp8", rope_dim=16)
+
+
+def segment_ranges(graph: Path, folder: Path) -> tuple[Path, list[Ranges]]:
+    """The lowered segment of a sliding layer, and the shapes of its profiles."""
+    found = lowered(graph, folder, "bfloat16")
+    name = next(name for name in found.package.layers if name.startswith("sliding"))
+    return folder / name / "model.onnx", profiles(found.model(name), found.segments[name].state, SMALL)
 
 
 def test_a_network_without_the_injected_plugins_is_refused(tiny_graph: Path, tmp_path: Path) -> None:
-    state, _, _ = lowered(tiny_graph, tmp_path, "bfloat16", sm=80)
+    graph, ranges = segment_ranges(tiny_graph, tmp_path)
     with pytest.raises(BuildError, match="0 plugin layers; 17 nodes were injected"):
-        build_plan(tmp_path / "model.onnx", tmp_path / "plan", sm=80, state=state, shapes=SMALL, plugins=17)
+        build_plan(graph, tmp_path / "plan", sm=80, ranges=ranges, plugins=17)
     assert not (tmp_path / "plan").exists()
 
 
 def test_a_real_engine_is_built_without_a_gpu(engines: Path) -> None:
     manifest = read_manifest(engines / "a100", kind="foldkv.bundle")
     verify_files(engines / "a100", manifest)
-    header = check_plan((engines / "a100" / "engine.plan").read_bytes(), sm=load_targets()["a100"].sm or 0)
-    assert manifest["engine"]["header"] == header and manifest["engine"]["layers"] > 50
+    for name, facts in manifest["engine"]["segments"].items():
+        plan = (engines / "a100" / "engines" / f"{name}.plan").read_bytes()
+        assert facts["header"] == check_plan(plan, sm=load_targets()["a100"].sm or 0)
+        assert facts["layers"] > (50 if "-" in name else 1)
     assert manifest["precision"] == "bfloat16" and manifest["build"]["peak_rss_bytes"] > 1e8
     assert {row["dtype"] for row in manifest["state"] if row["group"] == "entries"} == {"bfloat16"}
     assert not (engines / "h200").exists()
@@ -309,7 +318,7 @@ def test_an_engine_is_refused_where_it_cannot_run(engines: Path) -> None:
 
 
 def test_a_build_process_that_is_killed_is_an_error_and_leaves_nothing(tiny_graph: Path, tmp_path: Path) -> None:
-    state, _, _ = lowered(tiny_graph, tmp_path, "bfloat16", sm=80)
+    graph, ranges = segment_ranges(tiny_graph, tmp_path)
 
     def kill() -> None:
         for _ in range(600):
@@ -327,7 +336,7 @@ def test_a_build_process_that_is_killed_is_an_error_and_leaves_nothing(tiny_grap
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(BuildError, match="SIGKILL"):
-        build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, state=state, shapes=Shapes())
+        build_plan(graph, tmp_path / "engine.plan", sm=80, ranges=ranges)
     killer.join()
     assert not (tmp_path / "engine.plan").exists()
 
@@ -335,7 +344,7 @@ def test_a_build_process_that_is_killed_is_an_error_and_leaves_nothing(tiny_grap
 def test_a_graph_that_the_parser_refuses_is_an_error_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"this is no graph")
     with pytest.raises(BuildError):
-        build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, state=[], shapes=Shapes())
+        build_plan(tmp_path / "model.onnx", tmp_path / "engine.plan", sm=80, ranges=[])
 
 
 def test_other_tokens_that_end_a_text_are_another_bundle(tiny_graph: Path, tiny_bundle: Path, tmp_path: Path) -> None:

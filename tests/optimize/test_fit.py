@@ -14,7 +14,7 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.memory import parameter_count, parameter_groups, plan_memory
 from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
-from foldkv.optimize.kept_weights import FORMATS, fp8_gap, stored_format, weight_bytes_in
+from foldkv.optimize.kept_weights import FORMATS, stored_format, weight_bytes_in
 from foldkv.optimize.targets import Target, load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -36,14 +36,11 @@ def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
         return
     assert kept == ("bf16", "fp8", "fp4")  # the first is what `build` writes of a float32 export
     assert all(FORMATS[name].source for name in kept)
-    # Experts are carried as words on every GPU; e4m3 matrices are kept from Ada on.
+    # Experts are carried as words on every GPU.
     wide, matrices = parameter_groups(FLASH), weight_bytes_in(FLASH, "fp4")
-    if target.sm >= 89:
-        assert not fp8_gap(target.sm) and weight_bytes_in(FLASH, "fp4", target.sm) == matrices
-    else:
-        assert f"sm{target.sm}" in fp8_gap(target.sm)
-        index = 21 * 1024 * 64 * 128  # the indexers' queries, whose product is float32
-        assert weight_bytes_in(FLASH, "fp4", target.sm) == matrices + wide["projections"] + 3 * index
+    index = 21 * 1024 * 64 * 128  # the indexers' queries, whose product is float32
+    assert weight_bytes_in(FLASH, "fp4", widened=True) == matrices + wide["projections"] + 3 * index
+    assert plan(target, context=4096).weights["fp4"] == weight_bytes_in(FLASH, "fp4", widened=True)
 
 
 def test_weights_as_released_weigh_what_was_released() -> None:

@@ -1,7 +1,8 @@
-"""Weights in engines: packed experts as words, e4m3 matrices where they are kept; values, bytes in the plan, refusals."""
+"""Weights in engines without plugins: packed experts as words, e4m3 matrices as values; what the runtime loads is what they were."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -9,27 +10,26 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from lowered import session
+from lowered import run
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from foldkv.errors import ArtifactError, BuildError
+from foldkv.errors import BuildError, FoldkvError
 from foldkv.export.checkpoint.formats import FP4, FP8, Format
 from foldkv.export.checkpoint.values import dequantised
-from foldkv.export.contract.state import StateTensor
-from foldkv.export.external import read_lazily, read_values
+from foldkv.export.contract.engine_set import DEQUANTISED, WORDS
+from foldkv.export.contract.lock import Part, Weight
 from foldkv.export.operators import packed
 from foldkv.export.operators.experts import routed_experts
 from foldkv.export.operators.packed import Matrix
 from foldkv.export.operators.packed_words import geometry
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
-from foldkv.optimize.engine_build import build_plan
-from foldkv.optimize.kept_weights import fp8_gap
+from foldkv.export.roles import DTYPE_NAMES
 from foldkv.optimize.passes.place_weights import Stored, place_weights
-from foldkv.optimize.recipe import Shapes
+from foldkv.runtime.weight_files import WeightFiles
+from foldkv.runtime.weight_forms import load_weight
 
 LIMIT, TOP = 3.0, 2
-#: What TensorRT-RTX puts into a plan beside weights for a graph of this size: code, seen to be 1.4 to 2 MB.
-CODE = 5 << 19
+EXPERTS, MATRIX = "ffn.experts", "attn.wq_a.weight"
 
 
 class Layer:
@@ -81,11 +81,11 @@ class Layer:
         """past [B, 1, C] -> present [B, 1, out], as an exported layer says it."""
         past, present = _value("past", [None, 1, self.hidden]), _value("present", [None, 1, self.out])
         weights = {
-            "layers.0.ffn.experts.codes": ir.tensor(self.codes.view(np.int8)),
-            "layers.0.ffn.experts.scales": ir.tensor(self.scales.view(np.int8)),
+            f"{EXPERTS}.codes": ir.tensor(self.codes.view(np.int8)),
+            f"{EXPERTS}.scales": ir.tensor(self.scales.view(np.int8)),
             "slots": ir.tensor(self.slots.astype(np.int64)),
-            "layers.0.attn.wq_a.weight": ir.Tensor(self.matrix.view(ml_dtypes.float8_e4m3fn)),
-            "layers.0.attn.wq_a.weight.scale": ir.tensor(self.factors.view(np.int8)),
+            MATRIX: ir.Tensor(self.matrix.view(ml_dtypes.float8_e4m3fn)),
+            f"{MATRIX}.scale": ir.tensor(self.factors.view(np.int8)),
             "flat": ir.tensor(np.array([-1, self.hidden])), "k": ir.tensor(np.array([TOP])),
             "rows": ir.tensor(np.array([-1, 1, self.out])),
             "from": ir.tensor(np.array([0])), "to": ir.tensor(np.array([self.experts])), "axis": ir.tensor(np.array([1])),
@@ -130,15 +130,38 @@ class Layer:
         bodies = [packed.exponents(), packed.block_scale(), packed.partial_block_scale()]
         return ir.Model(graph, ir_version=10, functions=[ir.serde.deserialize_function(body) for body in bodies])
 
-    def placed(self, folder: Path, *, sm: int, dtype: ir.DataType = ir.DataType.FLOAT) -> tuple[ir.Model, Stored]:
-        """The graph as an engine of that GPU takes it, written to ``folder``."""
+    def placed(self, dtype: ir.DataType = ir.DataType.FLOAT) -> tuple[ir.Model, Stored]:
+        """The graph as an engine takes it."""
         model = self.model()
-        stored = place_weights(model, dtype, low=lambda _: False, no_fp8=fp8_gap(sm))
+        stored = place_weights(model, dtype, low=lambda _: False)
         InlinePass()(model)
         RemoveUnusedNodesPass()(model)
-        folder.mkdir()
-        ir.save(model, folder / "model.onnx", external_data="weights.bin")
         return model, stored
+
+    def computed(self, x: torch.Tensor, folder: Path) -> np.ndarray:
+        """What the engine's graph computes with weights that the runtime loads from a file of stored bytes."""
+        model, stored = self.placed()
+        bytes_ = {
+            EXPERTS + ".codes": ("I8", self.codes), EXPERTS + ".scales": ("I8", self.scales),
+            MATRIX: ("F8_E4M3", self.matrix), f"{MATRIX}.scale": ("F8_E8M0", self.factors),
+        }  # fmt: skip
+        folder.mkdir()
+        weights, at = {}, 0
+        with (folder / "stored.bin").open("wb") as out:
+            for name, (kind, array) in bytes_.items():
+                out.write(array.tobytes())
+                weights[name] = Weight(kind, array.shape, (Part("stored.bin", at, array.nbytes),))
+                at += array.nbytes
+        files, given = WeightFiles(), {}
+        files.open("stored.bin", folder / "stored.bin")
+        for name, load in stored.loads.items():
+            value = model.graph.initializers.pop(name)
+            model.graph.inputs.append(value)
+            assert value.dtype is not None and value.shape is not None
+            taken = replace(load, dtype=DTYPE_NAMES[value.dtype], shape=tuple(int(size) for size in value.shape))
+            made = np.ascontiguousarray(load_weight(taken, weights[name], files, weights.get(taken.scale)))
+            given[name] = made.view(value.dtype.numpy()).reshape(taken.shape)
+        return run(model, given, {"past": x.numpy()}, folder)[0]
 
 
 def _value(name: str, shape: list[int | None]) -> ir.Value:
@@ -147,12 +170,11 @@ def _value(name: str, shape: list[int | None]) -> ir.Value:
 
 @pytest.mark.parametrize("format_", [FP4, FP8])
 @pytest.mark.parametrize("gap", [0, 3], ids=["whole words", "odd rows"])
-@pytest.mark.parametrize("sm", [80, 120])
-def test_words_and_matrices_have_the_values_of_the_bytes(format_: str, gap: int, sm: int, tmp_path: Path) -> None:
-    layer = Layer(format_, 8, 128, 256, 384, gap=gap)
-    layer.placed(tmp_path / "out", sm=sm)
+@pytest.mark.parametrize("out", [384, 200], ids=["whole blocks", "a block cut off"])
+def test_words_and_matrices_have_the_values_of_the_bytes(format_: str, gap: int, out: int, tmp_path: Path) -> None:
+    layer = Layer(format_, 8, 128, 256, out, gap=gap)
     x = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(1))
-    [have] = session(tmp_path / "out", tmp_path / "run").run(None, {"past": x.numpy()})
+    have = layer.computed(x, tmp_path / "run")
     want = layer.expected(x[:, 0]).numpy()
     np.testing.assert_allclose(have[:, 0], want, atol=1e-5 * np.abs(want).max(), rtol=0)
     assert np.abs(want).max() > 1
@@ -166,77 +188,36 @@ def test_experts_that_are_not_chosen_are_not_read(format_: str, tmp_path: Path) 
     want = layer.expected(x[:, 0]).numpy()
     others = [slot for expert, slot in enumerate(layer.slots) if expert not in (2, 5)]
     layer.scales[others] = 255  # NaN, if anything looked
-    layer.placed(tmp_path / "out", sm=80)
-    [have] = session(tmp_path / "out", tmp_path / "run").run(None, {"past": x.numpy()})
+    have = layer.computed(x, tmp_path / "run")
     np.testing.assert_allclose(have[:, 0], want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
-def test_a_graph_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
+def test_a_graph_does_not_grow_with_the_number_of_experts() -> None:
     counts = []
     for experts in (4, 64):
-        model, _ = Layer(FP4, experts, 64, 32, 128).placed(tmp_path / str(experts), sm=89)
+        model, _ = Layer(FP4, experts, 64, 32, 128).placed()
         loop = next(node for node in model.graph if node.op_type == "Loop")
         counts.append((len(model.graph), len(loop.attributes["body"].as_graph())))
         for stack in ("codes", "scales"):
-            users = model.graph.initializers[f"layers.0.ffn.experts.{stack}"].uses()
+            users = model.graph.initializers[f"{EXPERTS}.{stack}"].uses()
             assert [user.op_type for user, _ in users] == ["Gather"]
     assert counts[0] == counts[1]
 
 
-def test_a_matrix_whose_last_block_is_cut_off_is_widened_and_says_why(tmp_path: Path) -> None:
-    layer = Layer(FP8, 4, 128, 128, 200)
-    model, stored = layer.placed(tmp_path / "out", sm=120)
-    assert [(row["weights"], "cut off" in row["reason"]) for row in stored.facts(model)["widened"]] == [(1, True)]
-    x = torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(2))
-    [have] = session(tmp_path / "out", tmp_path / "run").run(None, {"past": x.numpy()})
-    want = layer.expected(x[:, 0]).numpy()
-    np.testing.assert_allclose(have[:, 0], want, atol=1e-5 * np.abs(want).max(), rtol=0)
-
-
-@pytest.mark.parametrize("sm", [80, 89, 120, 121])
-def test_a_plan_weighs_what_its_weights_weigh_in_the_file(sm: int, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
-    layer = Layer(FP4, 16, 1024, 256, 4096)
-    model, stored = layer.placed(tmp_path / "out", sm=sm, dtype=ir.DataType.BFLOAT16)
-    kept = {name: row["bytes"] for name, row in stored.facts(model)["kept"].items()}
-    matrix = layer.out * layer.hidden
-    assert kept["fp4"] == layer.codes.nbytes + layer.scales.nbytes  # 4.25 bits per weight
-    assert kept.get("fp8", 0) == (0 if fp8_gap(sm) else matrix + 4 * layer.factors.size)
-    plan = tmp_path / "plan"
-    state = [StateTensor("s", 0, "window", "past", "present", 1, None, layer.hidden)]
-    build_plan(tmp_path / "out" / "model.onnx", plan, sm=sm, state=state, shapes=Shapes(chunk=(1, 1, 16)))
-    weights = kept["fp4"] + (4 if fp8_gap(sm) else 1) * matrix
-    assert weights <= plan.stat().st_size < weights + CODE
+def test_no_weight_is_read_and_what_is_widened_is_told() -> None:
+    model, stored = Layer(FP4, 4, 128, 64, 200).placed(ir.DataType.BFLOAT16)
+    assert {name: load.form for name, load in stored.loads.items()} == {
+        f"{EXPERTS}.codes": WORDS, f"{EXPERTS}.scales": WORDS, MATRIX: DEQUANTISED,
+    }  # fmt: skip
+    assert stored.loads[MATRIX].block == (128, 128) and stored.loads[MATRIX].scale == f"{MATRIX}.scale"
+    assert stored.widened == {(FP8, "no plugin reads it"): 1}
+    for name in stored.loads:
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        with pytest.raises(FoldkvError, match="a build asked for the values"):
+            tensor.numpy()
 
 
 def test_experts_of_an_older_package_are_refused_with_the_way_out() -> None:
     with pytest.raises(BuildError, match=r"does not say where its matrices are.*export the checkpoint again"):
         place_weights(Layer(FP4, 4, 64, 32, 128).model(known=False), ir.DataType.BFLOAT16, low=lambda _: True)
-
-
-def test_weights_are_read_from_their_own_bytes_and_from_nowhere_else(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    file = tmp_path / "in" / "w.bin"
-    file.write_bytes(bytes(range(40)))
-    (tmp_path / "in" / "linked.bin").hardlink_to(file)
-    (tmp_path / "out.bin").write_bytes(bytes(40))
-
-    def tensor(location: str, offset: int = 3, length: int = 8) -> ir.ExternalTensor:
-        return ir.ExternalTensor(
-            location, offset, length, ir.DataType.INT16, shape=ir.Shape([2, 2]), name="w", base_dir=tmp_path / "in"
-        )
-
-    want = np.frombuffer(bytes(range(3, 11)), "<i2").reshape(2, 2)
-    np.testing.assert_array_equal(read_values(tensor("linked.bin")), want)
-    for bad, what in (
-        (tensor("../out.bin"), "leads out"), (tensor("w.bin", 36), "ends within weight w"),
-        (tensor("w.bin", 3, 9), "has 8 bytes; the graph says 9"),
-    ):  # fmt: skip
-        with pytest.raises(ArtifactError, match=what):
-            read_values(bad)
-    value = ir.Value(name="w", const_value=tensor("linked.bin"))
-    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value]), ir_version=10)
-    lazy = read_lazily(model, tmp_path / "in").graph.initializers["w"].const_value
-    assert lazy is not None
-    file.write_bytes(bytes(range(100, 140)))  # nothing was read before it is asked for
-    np.testing.assert_array_equal(lazy.numpy(), np.frombuffer(bytes(range(103, 111)), "<i2").reshape(2, 2))
