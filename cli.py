@@ -240,7 +240,7 @@ def build_command(
 @_weights_from
 @_json
 def pack_command(artifact: Path, output: Path, with_weights: bool, weights_from: Path | None, as_json: bool) -> None:
-    """Make one folder to ship from a graph package or a cpu bundle: with its weights, and their sha256 in its lock.
+    """Make one folder to ship from a graph package or a bundle: with its weights, and their sha256 in its lock.
 
     Files are shared by reflink or hard link where the file system allows it, else copied; holes stay holes. An interrupted
     run is continued by the next.

@@ -27,7 +27,8 @@ import foldkv
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.memory import BLOCK_ROOM, activations
 from foldkv.export.package import export_checkpoint
-from foldkv.optimize.build import PLAN, build_bundles
+from foldkv.optimize.build import build_bundles
+from foldkv.optimize.engine_set import PLANS
 from foldkv.optimize.recipe import Shapes
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def _status(key: str) -> int:
 
 
 def region_bytes(plan: bytes) -> int:
-    """The largest sum of regions of one subgraph in a TensorRT-RTX plan; each subgraph's list starts with number 0."""
+    """The largest sum of regions of one subgraph in a TensorRT-RTX plan, for any profile; each list starts with number 0."""
     sums: list[int] = []
     for number, size in _REGION.findall(plan):
         if number == b"0" or not sums:
@@ -112,10 +113,14 @@ def main(checkpoint: Path, output: Path, measure: tuple[str, ...] | None) -> Non
         specs = {"tiny-v4": spec, "wide": spec_from_file(work / "wide")}
         for (name, package), plugins in itertools.product(graphs.items(), (False, True)):
             out = work / f"{name}-{plugins}"
-            build_bundles(package, out, ["a100"], plugins=plugins)
-            measured = region_bytes((out / "a100" / PLAN).read_bytes())
+            build_bundles(package, out, ["a100"], plugins=plugins, shapes=Shapes())
+            measured = max(region_bytes(plan.read_bytes()) for plan in (out / "a100" / PLANS).glob("*-*.plan"))
             largest = {key: sizes[2] for key, sizes in vars(Shapes()).items()}
-            planned = activations(specs[name], **largest, plugins=plugins, weight_item=2).total(reuse=True)
+            # Chunks of one sequence, and decode steps of all.
+            steps = [largest | {"batch": 1}, largest | {"chunk": 1}]
+            planned = max(
+                activations(specs[name], **sizes, plugins=plugins, weight_item=2).total(reuse=True) for sizes in steps
+            )
             rows.append(_point(measured, planned, backend="tensorrt-rtx", model=name, plugins=plugins, **largest))
     content = {
         "what": "bytes of activations of a chunk: measured, and as `foldkv plan` estimates them",

@@ -48,15 +48,15 @@ class Hashed:
 
 
 def read_locked(folder: Path) -> tuple[GraphManifest | BundleManifest, WeightsLock]:
-    """Manifest and lock of a package or a cpu bundle, after checking the hashes of its own files.
+    """Manifest and lock of a package or a bundle, after checking the hashes of its own files.
 
     Raises:
-        ArtifactError: it is damaged or has no lock, as engines that hold their weights.
+        ArtifactError: it is damaged or has no lock.
     """
     manifest = read_any(Path(folder), verify=True)
     if not isinstance(manifest, GraphManifest | BundleManifest) or LOCK not in manifest.files:
         raise ArtifactError(
-            f"{folder} has no {LOCK}: it holds its weights itself, or is of an older form. There is nothing to fetch for it."
+            f"{folder} has no {LOCK}: it is no graph package or bundle, or is of an older form. There is nothing to fetch for it."
         )
     return manifest, WeightsLock.read(Path(folder) / LOCK)
 
@@ -133,7 +133,7 @@ def pack(
     that was interrupted is continued.
 
     Args:
-        artifact: a graph package or a cpu bundle.
+        artifact: a graph package or a bundle.
         out: folder to write.
         weights_from: where the weight files are; see :func:`foldkv.export.locate.find_weights`.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets the bytes.

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ..artifact import sha256_json
 from ..errors import BuildError
 from ..export.contract.chain import Call
-from ..export.contract.engine_set import ENGINES, STORED, EngineTable
+from ..export.contract.engine_set import ENGINES, STORED, WORDS, EngineTable
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight
 from ..export.contract.state import StateTensor
@@ -50,7 +50,7 @@ class EngineSet:
         counts: what was lowered, in all layers.
         weights: bytes on a device by type, and which are taken wider than stored.
         segments: of every plan: layers, plugin layers, header, whether steps can be captured, whether it was reused.
-        peak_rss_bytes: the largest of the builds; 0 if all plans were reused.
+        peak_rss_bytes: the largest of the builds, those of reused plans too.
         warnings: of the builder.
     """
 
@@ -251,10 +251,10 @@ def _plan(
     key = sha256_json(
         [digests, assert_sm, ranges, list(shapes.context), backend.name, backend_version, segment.captures, _RECIPE]
     )
-    facts = cache.take(key, plan)
-    if facts is not None:
-        return facts | {"reused": True, "peak_rss_bytes": 0}
-    with report.part(name) as progress:
+    with cache.alone(key), report.part(name) as progress:
+        facts = cache.take(key, plan)
+        if facts is not None:
+            return facts | {"reused": True}
         try:
             facts = build_plan(
                 segment.folder / MODEL, plan, sm=named, ranges=ranges, context=shapes.context, backend=backend,
@@ -262,7 +262,7 @@ def _plan(
             )  # fmt: skip
         except BuildError as error:
             raise BuildError(f"segment {name}: {error}") from None
-    cache.keep(key, plan, facts)
+        cache.keep(key, plan, facts)
     return facts | {"reused": False}
 
 
@@ -301,7 +301,7 @@ def _weights(package: Package, table: EngineTable, segments: dict[str, _Segment]
             row = taken.setdefault(one.dtype, {"tensors": 0, "bytes": 0, "as_stored": 0})
             row["tensors"] += 1
             row["bytes"] += one.bytes
-            row["as_stored"] += one.bytes if one.form == STORED else 0
+            row["as_stored"] += one.bytes if one.form in (STORED, WORDS) else 0
         widened += segments[call.segment].lowered.widened
     rows = [{"stored": key[0], "weights": count, "reason": key[1]} for key, count in sorted(widened.items())]
     return {"taken": dict(sorted(taken.items())), "widened": rows}

@@ -12,8 +12,13 @@ import hashlib
 import json
 import os
 import secrets
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_building: dict[str, threading.Lock] = {}
+_adding = threading.Lock()
 
 
 class PlanCache:
@@ -22,6 +27,14 @@ class PlanCache:
     def __init__(self, folder: Path | None = None) -> None:
         """In ``folder``, by default ``FOLDKV_CACHE`` or ~/.cache/foldkv."""
         self.folder = (folder or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "engines"
+
+    @contextlib.contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Hold a key: another thread that wants to build the same plan waits, and then finds it."""
+        with _adding:
+            lock = _building.setdefault(f"{self.folder}/{key}", threading.Lock())
+        with lock:
+            yield
 
     def take(self, key: str, plan: Path) -> dict[str, Any] | None:
         """Copy the plan of a key to ``plan`` and return its facts; None if there is none, or it is damaged."""

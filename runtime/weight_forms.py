@@ -97,7 +97,10 @@ def _dequantised(codes: Array, scales: Array, dtype: str, block: tuple[int, int]
     """Elements of e4m3 times the scale of their block, float32; the last blocks may be cut off."""
     factors = scales if dtype == "F32" else _E8M0[scales.view(np.uint8)]
     rows, columns = codes.shape
-    return _E4M3[codes] * factors.repeat(block[0], axis=0)[:rows].repeat(block[1], axis=1)[:, :columns]
+    wide = factors.repeat(block[0], axis=0)[:rows].repeat(block[1], axis=1)[:, :columns]
+    with np.errstate(over="ignore"):  # a scale of 2^127 is a valid one
+        product: Array = _E4M3[codes] * wide
+    return product
 
 
 def _words(taken: Taken, rows: Array) -> Array:

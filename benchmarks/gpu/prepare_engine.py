@@ -39,6 +39,7 @@ from onnx import TensorProto, helper
 from step_engine import PACKED, sources
 
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET, operators
+from foldkv.export.pack import pack
 from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.bundled_kernels import bundle_kernels
@@ -244,9 +245,9 @@ def write_probe(
     for named in (None, *others):
         plan = where / f"{'default' if named is None else f'sm{named}'}.plan"
         progress(f"probe {probe.name}: {plan.name}")
-        headers[plan.name] = build_plan(
-            where / "model.onnx", plan, sm=named, state=[], shapes=SHAPES, inputs=shapes, plugins=plugins
-        )["header"]
+        headers[plan.name] = build_plan(where / "model.onnx", plan, sm=named, ranges=[shapes], plugins=plugins)[
+            "header"
+        ]
     arrays = {f"in:{name}": _stored(probe, name, array) for name, array in inputs.items()}
     np.savez(where / "data.npz", **arrays, **{f"out:{name}": array for name, array in expected.items()})
     case = {
@@ -318,7 +319,7 @@ def write_models(folder: Path, scratch: Path, *, sm: int, progress: Progress = l
             raise RuntimeError("; ".join(failed))
         where = folder / name
         where.mkdir(parents=True)
-        shutil.move(built / target.name, where / "bundle")
+        pack(built / target.name, where / "bundle")  # with its weights: the GPU's machine has no checkpoint
         progress(f"{name}: what the cpu bundle computes")
         logits, tokens = decoded(built / "cpu", prompts, following)
         np.savez(where / "expected.npz", logits=logits, tokens=tokens)

@@ -176,7 +176,7 @@ def open_library(notes: Notes) -> tuple[Any, Any]:
     notes.at("importing tensorrt_rtx")
     import tensorrt_rtx as trt
 
-    from foldkv.runtime.engine import library_logger
+    from foldkv.runtime.engine_model import library_logger
 
     notes.at("making a runtime")
     return trt, trt.Runtime(library_logger(trt))
@@ -245,7 +245,7 @@ def run_probe(
     notes: Notes, trt: Any, runtime: Any, driver: Any, plan: bytes, folder: Path, case: Mapping[str, Any]
 ) -> str:
     """Deserialise a plan, run it on the probe's inputs, compare its outputs; what failed, or ""."""
-    from foldkv.runtime.engine import library_logger
+    from foldkv.runtime.engine_model import library_logger
 
     logger = library_logger(trt)
     logger.reasons()
@@ -408,7 +408,7 @@ def native_check(notes: Notes, name: str, capability: str) -> str:
 
 def build_here(trt: Any, model: Path, case: Mapping[str, Any], capability: str) -> bytes:
     """A plan of a probe, built in this process."""
-    from foldkv.runtime.engine import library_logger
+    from foldkv.runtime.engine_model import library_logger
 
     logger = library_logger(trt)
     builder = trt.Builder(logger)
@@ -436,7 +436,7 @@ def build_here(trt: Any, model: Path, case: Mapping[str, Any], capability: str) 
 def child(name: str, folder: Path) -> None:
     """One check, in this process; its notes and messages go to ``folder``."""
     sys.path.insert(0, str(root() / "site"))
-    from foldkv.runtime.engine import log
+    from foldkv.runtime.engine_model import log
 
     log.setLevel(logging.DEBUG)
     log.propagate = False

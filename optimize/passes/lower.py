@@ -126,6 +126,9 @@ def lowered_segment(
                 _lower_weight(value, dtype, counts)
     _widen_early(model, roles)
     RemoveUnusedNodesPass()(model)
+    for value in list(model.graph.inputs):  # of the step tensors, a kind of layer may need only some
+        if not value.uses() and not value.is_graph_output():
+            model.graph.inputs.remove(value)
     weights = _release(model, roles, stored_weights)
     _write(model, out)
     return Lowered(state, counts, weights, stored_weights.widened)

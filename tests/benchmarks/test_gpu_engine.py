@@ -17,7 +17,7 @@ from engine import HostDriver, library
 from foldkv.errors import BuildError
 from foldkv.optimize.plan_file import check_plan
 from foldkv.plugins.cuda import device_count
-from foldkv.runtime.engine import library_logger
+from foldkv.runtime.engine_model import library_logger
 
 pytestmark = pytest.mark.slow
 

@@ -44,7 +44,9 @@ def used(path: Path) -> set[str]:
     return names - OURS - RTX_ONLY
 
 
-@pytest.mark.parametrize("source", ["optimize/engine_worker.py", "plugins/tensorrt.py", "runtime/engine.py"])
+@pytest.mark.parametrize(
+    "source", ["optimize/engine_worker.py", "plugins/tensorrt.py", "runtime/engine.py", "runtime/engine_model.py"]
+)
 def test_tensorrt_11_has_the_names_that_are_used(source: str) -> None:
     found = importlib.util.find_spec("tensorrt_bindings")
     if found is None or found.origin is None:

@@ -26,7 +26,7 @@ def with_plugin(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / "manifest.json").read_text())
     content["files"]["kernels/k.cubin"] = {"sha256": "ab" * 32, "bytes": 4}
     content["target"] |= {"name": "a100", "sm": 80}
-    content["engine"] = {"file": "engine.plan", "plugin_layers": 2}
+    content["engine"] = {"file": "engines.json", "plugin_layers": 2}
     content["plugins"] = [
         {
             "name": SPARSE.operator, "namespace": "foldkv", "version": SPARSE.version, "nodes": 2, "row_formats": ["dense"],

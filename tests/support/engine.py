@@ -148,9 +148,10 @@ class HostDriver(FakeDriver):
 
 
 class _Execution:
-    """Takes shapes, addresses and scratch memory as a context does whose memory its user manages."""
+    """Takes shapes and addresses, and scratch memory if its user manages that."""
 
-    def __init__(self, trt: Any, engine: Any) -> None:
+    def __init__(self, trt: Any, engine: Any, *, managed: bool) -> None:
+        self.managed = managed
         self.trt, self.engine, self.session = trt, engine, engine.session
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -164,7 +165,9 @@ class _Execution:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name in self.engine.inputs, f"{name} is no input"
-        assert self.profile == 0 or shape[0] == 1 or name not in ("input_ids", "positions"), "a chunk has one sequence"
+        assert self.profile in (None, 0) or shape[0] == 1 or name not in ("input_ids", "positions"), (
+            "a chunk has one sequence"
+        )
         self.shapes[name], self.planned = shape, False
         return max(shape, default=0) < 5000
 
@@ -186,7 +189,7 @@ class _Execution:
 
     def execute_async_v3(self, stream: int) -> bool:
         self.trt.check_context()
-        assert self.planned and self.scratch, "a context runs without its scratch memory"
+        assert not self.managed or (self.planned and self.scratch), "a context runs without its scratch memory"
         feeds = {}
         for value in self.session.get_inputs():
             kind, number = _TYPES[value.type]
@@ -229,10 +232,9 @@ class _Engine:
         location = self.trt.TensorLocation
         return location.HOST if name == "active_context" else location.DEVICE
 
-    def create_execution_context(self, strategy: Any) -> _Execution:
+    def create_execution_context(self, strategy: int = 0) -> _Execution:
         self.trt.check_context()
-        assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        return _Execution(self.trt, self)
+        return _Execution(self.trt, self, managed=strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
 def library(driver: HostDriver | None = None) -> Any:

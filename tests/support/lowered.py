@@ -73,7 +73,10 @@ def lowered_logits(graph: Path, out: Path, feeds: Mapping[str, np.ndarray], *, p
     segments = {}
     for name, facts in package.manifest.segments.items():
         taken = found.segments[name].weights
-        segments[name] = Segment(name, found.model(name), facts.arguments, facts.groups, tuple(taken))
+        model = found.model(name)
+        takes = {value.name for value in model.graph.inputs}
+        arguments = tuple(argument for argument in facts.arguments if argument in takes)
+        segments[name] = Segment(name, model, arguments, facts.groups, tuple(taken))
     model = flat(stitched(package, segments, WeightsLock(package.lock.files, weights, {})))
     _type_state(model, found)
     return run(model, arrays, feeds, out)[0]

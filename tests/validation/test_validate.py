@@ -254,7 +254,7 @@ def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_pat
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["backend"], manifest["tool_versions"] = "tensorrt-rtx", {"tensorrt-rtx": "1.7.1"}
     manifest["files"]["model.plan"] = manifest["files"].pop("chain.json")
-    manifest["engine"] = {"file": "model.plan"}
+    manifest["engine"] = {"file": "engines.json"}
     (bundle / "chain.json").rename(bundle / "model.plan")
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="engines cannot be validated yet"):
