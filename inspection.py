@@ -10,6 +10,7 @@ from typing import Any
 
 from .artifact import MANIFEST
 from .errors import ArtifactError, InputError
+from .export.contract.engine_set import ENGINES, EngineTable
 from .export.contract.state import StateTensor
 from .inputs import snapshot_hint
 from .manifests import BundleManifest, FlatManifest, GraphManifest, ReportManifest, read_any
@@ -53,12 +54,22 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
     facts |= {key: content[key] for key in _SHOWN if key in content}
     if isinstance(manifest, GraphManifest | FlatManifest | BundleManifest):
         facts["state"] = _state_facts(manifest)
+    if isinstance(manifest, BundleManifest) and ENGINES in manifest.files:
+        facts["taken"] = _taken_facts(path)
     if isinstance(manifest, ReportManifest):
         facts |= _report_facts(path)
     if isinstance(manifest, GraphManifest):
         facts["segments"] = _segment_facts(manifest)
     facts["files"] = manifest.sizes
     return facts
+
+
+def _taken_facts(path: Path) -> dict[str, dict[str, str]]:
+    """How the engines of each segment take their weights, by role."""
+    return {
+        name: {role: f"{one.form}, {one.dtype} {list(one.shape)}" for role, one in roles.items()}
+        for name, roles in EngineTable.read(path / ENGINES).weights.items()
+    }
 
 
 def _segment_facts(manifest: GraphManifest) -> dict[str, dict[str, Any]]:

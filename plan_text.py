@@ -96,14 +96,23 @@ def plan_on_targets(
     )
     held = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
     rows = [
-        ["target", "memory", "rows", "caches", "activations", *(f"{n}, {size_text(size)}" for n, size in held.items())]
+        [
+            "target",
+            "memory",
+            "rows",
+            "caches",
+            "activations",
+            "at best",
+            *(f"{n}, {size_text(size)}" for n, size in held.items()),
+        ]
     ]
     for plan in plans:
-        cells = [size_text(plan.capacity), plan.layout, size_text(plan.caches), size_text(plan.activation_bytes)]
+        best = "" if plan.best_tokens is None else f"{plan.best_tokens:,.0f} tokens/s"
+        cells = [size_text(plan.capacity), plan.layout, size_text(plan.caches), size_text(plan.activation_bytes), best]
         rows.append([plan.target.name, *cells, *(_verdict(plan, name) for name in held)])
     lines = [
         head,
-        *table(rows, numbers=(1, 3, 4)),
+        *table(rows, numbers=(1, 3, 4, 5)),
         *(_largest_contexts(plans, list(held)) if max_context else ()),
         *_disk_and_time(plans, graph, export),
         *_assumptions(plans),
@@ -157,6 +166,10 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
     if any(plan.target.backend.gpu for plan in plans):
         lines.append(
             "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
+        )
+    if any(plan.best_tokens is not None for plan in plans):
+        lines.append(
+            "At best: the tokens a second of one sequence if memory is read at its full speed, each weight once per token, as stored."
         )
     if any(plan.activations.largest == "experts" for plan in plans):
         lines.append(

@@ -22,6 +22,7 @@ from ..export.contract.layouts import DENSE
 from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
+from .floor import state_floor, weight_floor
 from .history import BUILD, EXPORT, Estimate, Run, estimate
 from .kept_weights import built_in, cpu_weight_bytes, stored_format, weight_bytes_in
 from .targets import Target
@@ -31,8 +32,8 @@ _LOG = logging.getLogger(__name__)
 # The planner's names for rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes of artifacts besides weights, negligible beside released ones. Measured: a segment of plain and of quantised weights as ONNX,
-# what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); an engine's
-# code per layer without and with plugins (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
+# what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); a plan per kind of
+# layer without and with plugins, and the plans of the other segments together (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
 _SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 65_000, 135_000, 3_500, 13
 _ENGINE, _ENGINE_WITH_PLUGINS, _ENDS = 14_000_000, 11_400_000, 2_300_000
 
@@ -65,7 +66,8 @@ class TargetPlan:
         weights: for each format that the target keeps, from wide to narrow.
         built_in: the format of these that ``foldkv build`` writes.
         bundle: size of the bundle on disk, in that format.
-        placed: of it, weights that are converted once, because the target does not compute with them as they are stored.
+        floor: bytes that a decode step of one sequence must read in that format: weights and rows (optimize/floor.py).
+        placed: of the bundle, weights that are converted once, because the target does not compute with them as they are stored.
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
@@ -81,6 +83,7 @@ class TargetPlan:
     weights: dict[str, int]
     built_in: str
     bundle: int
+    floor: int
     placed: int
     build: Estimate | None
     missing: str = ""
@@ -95,6 +98,15 @@ class TargetPlan:
     def caches(self) -> int:
         """Size of the caches, with all copies."""
         return self.memory.total * self.copies
+
+    @property
+    def best_tokens(self) -> float | None:
+        """The most tokens in a second that memory allows for one sequence, or None if the bandwidth is not known.
+
+        Several GPUs that share the layers take turns, so there are no more with them.
+        """
+        bandwidth = self.target.bandwidth_gb_s
+        return bandwidth * 1e9 / self.floor if bandwidth else None
 
     @property
     def replicated(self) -> int:
@@ -120,7 +132,7 @@ class TargetPlan:
             "over": {name: self.over(name) for name in self.weights},
             "fits": {name: self.over(name) == 0 for name in self.weights},
             "gpus": {name: self.devices(name) for name in self.weights} if self.target.backend.gpu else None,
-            "bundle": self.bundle, "placed": self.placed, "build_seconds": self.build.to_dict() if self.build else None,
+            "floor": self.floor, "best_tokens_per_second": self.best_tokens, "bundle": self.bundle, "placed": self.placed, "build_seconds": self.build.to_dict() if self.build else None,
             "builds_here": not self.missing, "missing": self.missing,
         } | ({"max_context": self.max_context} if self.max_context else {})  # fmt: skip
 
@@ -184,6 +196,7 @@ def plan_target(
         weights=sizes,
         built_in=written,
         bundle=placed + rest,
+        floor=weight_floor(spec, written) + state_floor(spec, layout, context, target.precision),
         placed=placed,
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,

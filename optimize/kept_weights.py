@@ -106,7 +106,7 @@ def weight_bytes_in(spec: ModelSpec, format_: str, *, widened: bool = False) -> 
         if widened:
             bits["projections"] = FORMATS[BF16].bits["projections"]
         else:  # the indexer's query projection is stored in that way too, though its product is float32
-            total -= _index_queries(spec) * 24 // 8
+            total -= index_queries(spec) * 24 // 8
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
 
 
@@ -130,6 +130,6 @@ def cpu_weight_bytes(spec: ModelSpec, stored: str) -> tuple[int, int]:
     return mapped, (placed + experts) * 4
 
 
-def _index_queries(spec: ModelSpec) -> int:
+def index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
     return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim

@@ -200,6 +200,12 @@ def _random(name: str, dtype: str, shape: tuple[int, ...], spec: ModelSpec, gene
     return value.to(torch.float32 if dtype == "F32" else torch.bfloat16)
 
 
+def released_tensors(spec: ModelSpec, form: str = "instruct") -> Iterator[tuple[str, int]]:
+    """Name and bytes of every tensor of a released checkpoint, the draft head left out."""
+    for name, dtype, shape in _table(spec, form):
+        yield name, prod(shape) * _SIZES[dtype]
+
+
 def _table(spec: ModelSpec, form: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Name, dtype and shape of every tensor of a released checkpoint, the draft head left out."""
     for name, shape in parameter_shapes(spec).items():

@@ -1,0 +1,63 @@
+"""The bytes that a decode step must read, and so the most tokens that a GPU can give in a second. Standard library only.
+
+A step of one sequence reads every weight once, of the routed experts those of the chosen ones, and the rows of the state that
+attention and indexer look at. No kernel can be faster than memory gives these bytes.
+"""
+
+from __future__ import annotations
+
+from ..export.contract.geometry import CSA, HCA, ModelSpec
+from ..export.contract.layouts import LAYOUTS
+from ..export.contract.state import state_tensors
+from ..export.memory import parameter_groups
+from .kept_weights import FORMATS, index_queries
+
+# What engines keep in float32 is stored in bfloat16 by released checkpoints, but for hyper-connections and a few vectors. They
+# are counted as bfloat16 too, so the floor is half a percent too low, and not too high.
+_PRECISE_BITS = 16
+
+
+def weight_floor(spec: ModelSpec, format_: str) -> int:
+    """Bytes of weights that a step of one token reads, as they are stored: one row of the embedding, the chosen experts only.
+
+    Args:
+        spec: the model.
+        format_: of the weights, a name in :data:`~foldkv.optimize.kept_weights.FORMATS`.
+    """
+    bits, counts = FORMATS[format_].bits, parameter_groups(spec)
+    head = spec.vocab_size * spec.hidden_size
+    read = {
+        "experts": counts["experts"] * spec.experts_per_token // spec.num_experts,
+        "projections": counts["projections"],
+        "ends": head + spec.hidden_size,
+        "precise": counts["precise"],
+    }
+    widths = {**bits, "precise": min(_PRECISE_BITS, bits["ends"])}
+    total = int(sum(count * widths[group] for group, count in read.items())) // 8
+    # The indexers' queries are stored in e4m3, like the projections.
+    return total - (index_queries(spec) if bits["projections"] == 8 else 0)
+
+
+def state_floor(spec: ModelSpec, layout: str, context: int, dtype: str) -> int:
+    """Bytes of the state that a step reads after ``context`` tokens of one sequence.
+
+    CSA layers read all rows of the index and the entries that the indexer chooses; HCA layers read all entries; all layers
+    read window and carries.
+
+    Args:
+        spec: the model.
+        layout: of the cache rows.
+        context: tokens in the state.
+        dtype: of dense rows.
+    """
+    total = 0
+    for tensor in state_tensors(spec):
+        kept = LAYOUTS[layout].stored(tensor, spec.rope_dim, dtype)
+        kind = spec.layer_types[tensor.layer]
+        assert kind in (CSA, HCA) or tensor.group == "window"
+        if kind == CSA and tensor.group == "entries":
+            context_of_chosen = min(context, spec.index_topk * (tensor.ratio or 1))
+            total += kept.bytes(context_of_chosen)
+        else:
+            total += kept.bytes(context)
+    return total
