@@ -31,9 +31,10 @@ from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.names import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
-from .contract.operators import expected_operators
+from .contract.operators import WEIGHT, expected_operators, operator_specs
 from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
+from .contract.weights import PLAIN, WEIGHT_FORMAT
 from .layer_traces import joined, trace_attention, trace_experts, trace_head
 from .operators import packed, packed_words
 from .operators.experts import grouped_body
@@ -312,9 +313,23 @@ def _take(model: ir.Model, role: str, source: Plain | Quantised, traced: Mapping
         if role.startswith(EXPERTS):  # the body converts the experts that it chose
             ir.convenience.replace_all_uses_with(value, stored)
             return
+        if stored.dtype is not None and _read_as_stored(value, stored.dtype):
+            ir.convenience.replace_all_uses_with(value, stored)
+            return
         nodes = [ir.node("Cast", [stored], attributes={"to": int(value.dtype)}, name=f"{role}.cast")]
         _stand_in(value, nodes[-1].outputs[0])
     graph.insert_before(graph[0], nodes)
+
+
+def _read_as_stored(value: ir.Value, dtype: ir.DataType) -> bool:
+    """Whether operators read a plain weight themselves in the type in which it is stored; if so, they are told the type."""
+    name, uses = dtype.name.lower(), list(value.uses())
+    declared = [spec.inputs[use.idx].dtype for use in uses if (spec := operator_specs().get(use.node.op_type))]
+    if name not in PLAIN or len(declared) < len(uses) or set(declared) != {WEIGHT}:
+        return False
+    for use in uses:
+        use.node.attributes[WEIGHT_FORMAT] = ir.AttrString(WEIGHT_FORMAT, name)
+    return True
 
 
 def _is_table(value: ir.Value) -> bool:

@@ -8,11 +8,12 @@ from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
+from ..export.contract.weights import PLAIN, WEIGHT_FORMAT
 from .launch import Kernel, kernels
 
 
 class OperatorCall(NamedTuple):
-    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches."""
+    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches, or ""."""
 
     operator: str
     group: str
@@ -21,10 +22,11 @@ class OperatorCall(NamedTuple):
 
 
 def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
-    """The different calls of compressed-KV operators in the model's layers, for a profile."""
+    """The different calls of operators with a plugin in the model's layers, for a profile."""
     width, half = spec.head_dim, spec.rope_dim // 2
     attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
-    calls = [OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {})]
+    calls = [*_mixing(spec), *_routing(spec)]
+    calls.append(OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {}))
     for kind, ratio in dict.fromkeys(zip(spec.layer_types, spec.ratios, strict=True)):
         attributes = {"ratio": ratio}
         if kind == SLIDING:
@@ -44,6 +46,30 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
             ]
+    return calls
+
+
+def _mixing(spec: ModelSpec) -> list[OperatorCall]:
+    count, width = spec.hc_mult, spec.hidden_size
+    sizes = {"N": count, "C": width, "J": (2 + count) * count, "NC": count * width}
+    attributes = {"norm_eps": spec.rms_norm_eps, "iterations": spec.hc_sinkhorn_iters, "eps": spec.hc_eps}
+    return [
+        OperatorCall("FoldkvHcPre", "", sizes, attributes),
+        OperatorCall("FoldkvHcPost", "", {"N": count, "C": width}, {}),
+    ]
+
+
+def _routing(spec: ModelSpec) -> list[OperatorCall]:
+    """With the gate in either format: a checkpoint decides, a configuration does not."""
+    sizes, places = {"X": spec.num_experts, "C": spec.hidden_size}, spec.experts_per_token
+    calls = []
+    for weight_format in PLAIN:
+        attributes = {"scaling": spec.routed_scaling_factor, WEIGHT_FORMAT: weight_format}
+        if not all(spec.hash_layers):
+            calls.append(OperatorCall("FoldkvRoute", "", sizes, {"topk": places, **attributes}))
+        if any(spec.hash_layers):
+            table = {"V": spec.vocab_size, "K": places}
+            calls.append(OperatorCall("FoldkvRouteHashed", "", sizes | table, attributes))
     return calls
 
 

@@ -92,6 +92,7 @@ class OperatorSpec:
         updates: output index to the index of the state input whose next value it is.
         rounds: the row format to whose values it rounds what it returns or writes; None if it does not round.
         layers: how many nodes a layer of each kind has.
+        hashed: True or False if only layers that look their experts up, or only the others, have it; None for all layers.
         profiles: of the graphs that have it.
         plugin: version of its plugin; None if it is a function body in every engine.
         no_plugin: why it has none.
@@ -104,6 +105,7 @@ class OperatorSpec:
     updates: Mapping[int, int] = field(default_factory=dict)
     rounds: str | None = None
     layers: Mapping[str, int] = field(default_factory=dict)
+    hashed: bool | None = None
     profiles: tuple[str, ...] = PROFILES
     plugin: str | None = None
     no_plugin: str = ""
@@ -166,9 +168,11 @@ def operator_specs() -> dict[str, OperatorSpec]:
 
 def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
     """How many nodes of each operator a model's graph must have, by name in alphabetical order, without zeros."""
-    kinds = Counter(spec.layer_types)
+    kinds = Counter(zip(spec.layer_types, spec.hash_layers, strict=True))
     counts = {
-        name: sum(one.layers.get(kind, 0) * count for kind, count in kinds.items())
+        name: sum(
+            one.layers.get(kind, 0) * count for (kind, hashed), count in kinds.items() if one.hashed in (None, hashed)
+        )
         for name, one in sorted(_OPERATORS.items())
         if profile in one.profiles
     }
@@ -176,7 +180,7 @@ def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
 
 
 _ANY = ("...", "D")
-_EACH = {SLIDING: 1, CSA: 1, HCA: 1}
+_EACH, _TWICE = {SLIDING: 1, CSA: 1, HCA: 1}, {SLIDING: 2, CSA: 2, HCA: 2}
 _NO_STATE = "it reads no compressed KV"
 
 _POSITIONS = (TensorSpec("positions", ("B",), "int32"), TensorSpec("num_tokens", ("B",), "int32"))
@@ -187,6 +191,10 @@ _SINKS, _FREQUENCIES = TensorSpec("sinks", ("H",)), TensorSpec("inv_freq", ("P",
 _CONTEXT = TensorSpec("active_context", (1,), "int64")
 _OUT = (TensorSpec("out", ("B", "S", "H", "D")),)
 _SCORES = TensorSpec("scores", ("B", "S", "E"), may_end=True)
+_STREAMS = TensorSpec("streams", ("B", "S", "N", "C"))
+_MIX = (TensorSpec("post", ("B", "S", "N")), TensorSpec("comb", ("B", "S", "N", "N")))
+_GATE = (TensorSpec("x", ("M", "C")), TensorSpec("weight", ("X", "C"), WEIGHT))
+_STORED = {WEIGHT_FORMAT: str}
 
 
 def _entries(*groups: str, read: str = "", name: str = "entries") -> TensorSpec:
@@ -285,9 +293,27 @@ for _spec in (
         no_plugin="TensorRT fuses it with the projection before it",
     ),
     OperatorSpec(
-        "FoldkvSinkhorn",
-        inputs=(TensorSpec("matrix", ("...", "N", "N")),), outputs=(TensorSpec("balanced", ("...", "N", "N")),),
-        attributes={"iterations": int, "eps": float}, layers={SLIDING: 2, CSA: 2, HCA: 2}, no_plugin=_NO_STATE,
+        "FoldkvHcPre",
+        inputs=(_STREAMS, TensorSpec("fn", ("J", "NC")), TensorSpec("base", ("J",)), TensorSpec("scale", (3,))),
+        outputs=(TensorSpec("x", ("B", "S", "C")), *_MIX),
+        attributes={"norm_eps": float, "iterations": int, "eps": float}, layers=_TWICE, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvHcPost",
+        inputs=(_STREAMS, TensorSpec("out", ("B", "S", "C")), *_MIX),
+        outputs=(TensorSpec("mixed", ("B", "S", "N", "C")),), layers=_TWICE, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvRoute",
+        inputs=(*_GATE, TensorSpec("bias", ("X",))),
+        outputs=(TensorSpec("chosen", ("M", "topk"), "int64"), TensorSpec("weights", ("M", "topk"))),
+        attributes={"topk": int, "scaling": float, **_STORED}, layers=_EACH, hashed=False, plugin="1",
+    ),
+    OperatorSpec(
+        "FoldkvRouteHashed",
+        inputs=(*_GATE, TensorSpec("tid2eid", ("V", "K"), "int64"), TensorSpec("input_ids", ("M",), "int64")),
+        outputs=(TensorSpec("chosen", ("M", "K"), "int64"), TensorSpec("weights", ("M", "K"))),
+        attributes={"scaling": float, **_STORED}, layers=_EACH, hashed=True, plugin="1",
     ),
     OperatorSpec(
         "FoldkvRoutedExperts",

@@ -15,10 +15,12 @@ from collections.abc import Mapping
 #: Attributes of operators that read weights as stored.
 WEIGHT_FORMAT, SCALE_FORMAT = "weight_format", "scale_format"
 #: Formats of weights: e4m3 codes; e2m1 codes, two in a byte, the first in the low bits; plain values.
-E4M3, E2M1, BFLOAT16 = "e4m3", "e2m1", "bfloat16"
-#: Formats of scales: e8m0 bytes, which are exponents; plain values.
-EXPONENT, FLOAT32 = "exponent", "float32"
+E4M3, E2M1, BFLOAT16, FLOAT32 = "e4m3", "e2m1", "bfloat16", "float32"
+#: Formats of scales: e8m0 bytes, which are exponents; or FLOAT32.
+EXPONENT = "exponent"
+#: Formats of weights whose elements are the values.
+PLAIN = (BFLOAT16, FLOAT32)
 #: The type of a tensor by its format, and how many values one element of a weight's last axis holds.
-WEIGHT_TYPES: Mapping[str, str] = {E4M3: "int8", E2M1: "int8", BFLOAT16: "bfloat16"}
+WEIGHT_TYPES: Mapping[str, str] = {E4M3: "int8", E2M1: "int8", BFLOAT16: "bfloat16", FLOAT32: "float32"}
 SCALE_TYPES: Mapping[str, str] = {EXPONENT: "int8", FLOAT32: "float32"}
-VALUES_PER_ELEMENT: Mapping[str, int] = {E4M3: 1, E2M1: 2, BFLOAT16: 1}
+VALUES_PER_ELEMENT: Mapping[str, int] = {E4M3: 1, E2M1: 2, BFLOAT16: 1, FLOAT32: 1}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..contract.geometry import ModelSpec
+from ..contract.weights import FLOAT32
 from ..operators.experts import routed_experts
+from ..operators.route import route, route_hashed
 
 
 class Gate(nn.Module):
-    """Which experts a token goes to, and with what weight.
-
-    Scores are ``sqrt(softplus(x W))``. Hash layers look the experts up by token id; the others take the
-    best ``score + bias``. The bias balances the load and does not change the weights (V4 report 2.1).
-    """
+    """Which experts a token goes to, and with what weight: hash layers look the experts up by token id, the others take the
+    best scores (V4 report 2.1; export/operators/route.py)."""
 
     tid2eid: Tensor
 
@@ -30,10 +28,11 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, C], input_ids [T] -> chosen [T, K] int64, weights [T, K] float32."""
-        scores = functional.softplus(functional.linear(x, self.weight)).sqrt()
-        chosen = self.tid2eid[input_ids] if self.hashed else (scores + self.bias).topk(self.count, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        return chosen, weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scaling
+        if self.hashed:
+            chosen, weights = route_hashed(x, self.weight, self.tid2eid, input_ids, self.scaling, FLOAT32)
+        else:
+            chosen, weights = route(x, self.weight, self.bias, self.count, self.scaling, FLOAT32)
+        return chosen, weights
 
 
 class Experts(nn.Module):

@@ -1,7 +1,7 @@
-"""FoldkvSinkhorn: Sinkhorn-Knopp iterations that make a positive matrix nearly doubly stochastic.
+"""Sinkhorn-Knopp iterations that make a positive matrix nearly doubly stochastic.
 
 Columns first, then ``iterations - 1`` times rows and columns; ``eps`` is added to every sum
-(V4 report 2.2; transformers `DeepseekV4HyperConnection`). The ONNX body is a Loop: unrolled, twenty
+(V4 report 2.2; transformers `DeepseekV4HyperConnection`). The ONNX function is a Loop: unrolled, twenty
 steps make TensorRT's compiler take minutes instead of a fraction of a second.
 """
 
@@ -11,11 +11,11 @@ from onnxscript import FLOAT, script
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from .registry import OPSET, operator
+from .registry import OPSET
 
 
-def _eager(matrix: Tensor, iterations: int, eps: float) -> Tensor:
-    """matrix [..., n, n] float32, positive -> the same shape."""
+def sinkhorn(matrix: Tensor, iterations: int, eps: float) -> Tensor:
+    """matrix [..., n, n], positive -> the same shape."""
     matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + eps)
@@ -30,6 +30,3 @@ def FoldkvSinkhorn(matrix: FLOAT, iterations: int, eps: float):  # type: ignore[
         rows = balanced / (op.ReduceSum(balanced, [-1], keepdims=1) + eps)
         balanced = rows / (op.ReduceSum(rows, [-2], keepdims=1) + eps)
     return balanced
-
-
-sinkhorn = operator("FoldkvSinkhorn", eager=_eager, function=FoldkvSinkhorn)

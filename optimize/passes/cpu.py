@@ -28,7 +28,8 @@ from ...export.operators.experts import grouped_body
 from ...export.operators.registry import DOMAIN
 from .blocks import read_in_blocks
 
-_ROPE = "FoldkvRope"
+# Functions that are called in other forms here than their own.
+_ROPE, _SINKHORN = "FoldkvRope", "FoldkvSinkhorn"
 _END = np.iinfo(np.int64).max
 _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 # A sum of a named dimension and a number: torch.export writes the rows of window and chunk in this way.
@@ -38,10 +39,9 @@ _SUM = re.compile(r"(\w+) \+ (\d+)")
 def optimize_for_cpu(model: ir.Model) -> int:
     """Bring a graph into the form that ONNX Runtime runs fastest, in place; returns its nodes after inlining."""
     read_in_blocks(model)
-    rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     _group_experts(model)
-    InlinePass(criteria=lambda function: function.name != _ROPE)(model)
-    rewrite(model, pattern_rewrite_rules=[_RopeAsProducts.rule()])
+    InlinePass(criteria=lambda function: function.name not in (_ROPE, _SINKHORN))(model)
+    rewrite(model, pattern_rewrite_rules=[_RopeAsProducts.rule(), _UnrolledSinkhorn.rule()])
     InlinePass()(model)
     inlined = len(model.graph)
     _simplify(model)

@@ -49,7 +49,8 @@ def test_a_model_of_43_layers_has_the_operators_of_its_kinds() -> None:
     counts = expected_operators(FLASH, HF)
     assert counts["FoldkvCompress"] == 42 and counts["FoldkvCompressOnline"] == counts["FoldkvDenseAttention"] == 20
     assert counts["FoldkvWindowUpdate"] == 43 and counts["FoldkvWindowAttention"] == 2
-    assert counts["FoldkvRope"] == 2 * 43 + 21 and counts["FoldkvSinkhorn"] == 86
+    assert counts["FoldkvRope"] == 2 * 43 + 21 and counts["FoldkvHcPre"] == counts["FoldkvHcPost"] == 86
+    assert (counts["FoldkvRouteHashed"], counts["FoldkvRoute"]) == (3, 40), "the first three look experts up"
     served = expected_operators(FLASH, SERVED)
     assert "FoldkvCompress" not in served and "FoldkvQuantizeFp8" not in counts
     assert (served["FoldkvCompressFp8"], served["FoldkvCompressFp4"], served["FoldkvQuantizeFp8"]) == (21, 21, 43)
@@ -67,7 +68,7 @@ def test_attributes_say_in_which_type_weights_are_stored() -> None:
     assert [tensor.stored_type(given, rows="bfloat16") for tensor in WEIGHTED.inputs] == ["float32", "int8", "float32"]
     assert weight.stored_type(given | {"weight_format": "bfloat16"}, rows="") == "bfloat16"
     assert scale.stored_type(given | {"scale_format": "exponent"}, rows="") == "int8"
-    with pytest.raises(InputError, match=r"weight_format is 'e5m2'; expected one of e4m3, e2m1, bfloat16\."):
+    with pytest.raises(InputError, match=r"weight_format is 'e5m2'; expected one of e4m3, e2m1, bfloat16, float32\."):
         weight.stored_type(given | {"weight_format": "e5m2"}, rows="")
     with pytest.raises(InputError, match=r"scale_format is 'int8'; expected one of exponent, float32\."):
         scale.stored_type(given | {"scale_format": "int8"}, rows="")
