@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,21 @@ from torch import Tensor
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
 from foldkv.export.contract.layouts import LAYOUTS
-from foldkv.export.contract.operators import STATE, operator_spec
+from foldkv.export.contract.operators import STATE, TensorSpec, operator_spec
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
 from foldkv.export.operators.compress_online import compress_online
+from foldkv.export.operators.hyper_connections import hc_post, hc_pre
 from foldkv.export.operators.index import index_scores, index_select
+from foldkv.export.operators.route import route, route_hashed
 from foldkv.export.operators.row_formats import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.launch import PRODUCT_SPAN, Plan, plan
 from foldkv.plugins.model import operator_calls
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
@@ -48,7 +51,8 @@ _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns."""
+    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns,
+    ``places`` the experts of a token."""
 
     name: str
     window: int
@@ -60,6 +64,10 @@ class Geometry:
     topk: int
     ratio: int  # of CSA
     online_ratio: int  # of HCA
+    streams: int
+    channels: int  # of a stream
+    experts: int
+    places: int
 
     @classmethod
     def of_model(cls, name: str, spec: ModelSpec) -> Geometry:
@@ -67,12 +75,13 @@ class Geometry:
         ratios = dict(zip(spec.layer_types, spec.ratios, strict=True))
         return cls(
             name, spec.sliding_window, spec.num_heads, spec.head_dim, spec.rope_dim, spec.index_heads,
-            spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA],
+            spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA], spec.hc_mult, spec.hidden_size,
+            spec.num_experts, spec.experts_per_token,
         )  # fmt: skip
 
 
 SMALL = Geometry("small", window=16, heads=4, width=64, rope_dim=16, index_heads=8, index_width=32, topk=8, ratio=4,
-                 online_ratio=8)  # fmt: skip
+                 online_ratio=8, streams=4, channels=80, experts=24, places=3)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ class Expectation:
 class Case:
     """A call, and how to find out what is expected of it.
 
-    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell.
+    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell. ``chunk``
+    are the tokens of a sequence.
     """
 
     operator: str
@@ -108,6 +118,7 @@ class Case:
     attributes: dict[str, Any] = field(default_factory=dict)
     geometry: Geometry = SMALL
     width: int = 0
+    chunk: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -140,12 +151,15 @@ class Case:
 
     def alone(self, sequence: int) -> Case:
         """The same call with one of its sequences only."""
-        spec, one = PLUGINS[self.operator], slice(sequence, sequence + 1)
-        inputs = [
-            value[one] if tensor.dims[0] == "B" else value
-            for tensor, value in zip(spec.inputs, self.inputs, strict=True)
+        inputs = self.part(PLUGINS[self.operator].inputs, self.inputs, sequence)
+        return replace(self, inputs=inputs, expect=list)
+
+    def part(self, declared: Sequence[TensorSpec], values: Sequence[Tensor], sequence: int) -> list[Tensor]:
+        """One sequence's part of tensors; what has neither sequences nor tokens is as it was."""
+        rows = {"B": slice(sequence, sequence + 1), "M": slice(sequence * self.chunk, (sequence + 1) * self.chunk)}
+        return [
+            value[rows.get(str(tensor.dims[0]), slice(None))] for tensor, value in zip(declared, values, strict=True)
         ]
-        return Case(self.operator, self.row_format, inputs, list, self.attributes, self.geometry, self.width)
 
     def digest(self) -> str:
         """sha256 of the inputs."""
@@ -495,10 +509,86 @@ def _attention_case(
     return Case(operator, call.row_format, inputs, expect, attributes)
 
 
+def _narrow(width: int) -> float:
+    """The power of two nearest to ``width ** -0.5``, for weights whose products are about 1 and have the same bits everywhere."""
+    return float(2.0 ** -round(math.log2(width) / 2))
+
+
+def _product_unit(width: int) -> float:
+    """The error of a float32 product over ``width`` channels in parts of PRODUCT_SPAN, relative to the factors' norms."""
+    return (PRODUCT_SPAN + width / PRODUCT_SPAN + 16) * _HALF_SINGLE
+
+
+def _hc_pre_case(call: _Call, **_: Any) -> Case:
+    """As accurate as float32 where a token's numbers are: those that follow from them differ by as much, and not more."""
+    of, width = call.of, call.of.streams * call.of.channels
+    rows = (2 + of.streams) * of.streams
+    streams = call.draw.normal(call.batch, call.chunk, of.streams, of.channels) * 4
+    fn = call.draw.normal(rows, width) * _narrow(width)
+    inputs = [streams, fn, call.draw.normal(rows), 1 + call.draw.uniform(3)]
+    attributes: dict[str, Any] = {"norm_eps": 1e-6, "iterations": 20, "eps": 1e-6}
+
+    def expect() -> list[Expectation]:
+        x, post, comb = hc_pre(*_wide(*inputs), *attributes.values())
+        number = 2 * _product_unit(width) * math.sqrt(width) * float(fn.double().norm(dim=-1).max())
+        slack = number + 256 * _HALF_SINGLE
+        bounds = (slack * float(streams.abs().sum(2).max()), slack, slack)
+        return [
+            Expectation(i, "near", values=value, bound=bound, relative=2.0**-16)
+            for i, (value, bound) in enumerate(zip((x, post, comb), bounds, strict=True))
+        ]
+
+    return Case("FoldkvHcPre", call.row_format, inputs, expect, attributes)
+
+
+def _hc_post_case(call: _Call, **_: Any) -> Case:
+    """A rounding per term."""
+    of, shape = call.of, (call.batch, call.chunk, call.of.streams)
+    streams, out = call.draw.normal(*shape, of.channels), call.draw.normal(call.batch, call.chunk, of.channels)
+    inputs = [streams, out, 2 * call.draw.uniform(*shape), call.draw.uniform(*shape, of.streams)]
+
+    def expect() -> list[Expectation]:
+        largest = hc_post(*(value.abs() for value in _wide(*inputs)))
+        bound = (of.streams + 2) * _HALF_SINGLE * largest
+        return [Expectation(0, "near", values=hc_post(*_wide(*inputs)), bound=bound)]
+
+    return Case("FoldkvHcPost", call.row_format, inputs, expect)
+
+
+def _route_case(operator: str, call: _Call, **_: Any) -> Case:
+    """The same experts, those of equal scores in the order of their indices; weights as accurate as float32."""
+    of, tokens, hashed = call.of, call.batch * call.chunk, operator == "FoldkvRouteHashed"
+    x = call.draw.normal(tokens, of.channels)
+    half = call.draw.normal(of.experts // 2, of.channels) * _narrow(of.channels)
+    weight = half.repeat_interleave(2, dim=0).bfloat16()  # of two neighbours both are equally good
+    attributes: dict[str, Any] = {"scaling": 1.5, WEIGHT_FORMAT: BFLOAT16}
+    if hashed:
+        table = torch.stack([call.draw.permutation(of.experts)[: of.places] for _ in range(40)])
+        inputs = [x, weight, table, call.draw.permutation(40).repeat(1 + tokens // 40)[:tokens]]
+    else:
+        inputs = [x, weight, (call.draw.normal(of.experts // 2) / 8).repeat_interleave(2)]
+        attributes = {"topk": of.places, **attributes}
+
+    def expect() -> list[Expectation]:
+        given = [*_wide(*inputs[:2]), *(inputs[2:] if hashed else _wide(inputs[2]))]
+        chosen, weights = (route_hashed if hashed else route)(*given, *attributes.values())
+        logit = _product_unit(of.channels) * float(x.double().norm(dim=-1).max() * weight.double().norm(dim=-1).max())
+        bound = 4 * (logit + 16 * _HALF_SINGLE)
+        return [
+            Expectation(0, "bits", values=chosen),
+            Expectation(1, "near", values=weights, bound=bound, relative=2.0**-16),
+        ]
+
+    return Case(operator, call.row_format, inputs, expect, attributes)
+
+
 MAKERS: dict[str, Callable[..., Case]] = {
     "FoldkvWindowUpdate": _window_update_case,
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
+    "FoldkvHcPre": _hc_pre_case,
+    "FoldkvHcPost": _hc_post_case,
+    **{name: functools.partial(_route_case, name) for name in ("FoldkvRoute", "FoldkvRouteHashed")},
     **{name: functools.partial(_compress_case, name) for name in PLUGINS if "Compress" in name},
     **{name: functools.partial(_attention_case, name) for name in PLUGINS if "Attention" in name},
 }
@@ -518,7 +608,7 @@ def make_case(
     group = group or ("index_entries" if rows in (INDEX_FP8, INDEX_FP4) or operator.endswith("Fp4") else "entries")
     draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, asdict(geometry), group, more]))
     case = MAKERS[operator](_Call(draw, geometry, rows, start, real, chunk, group), **more)
-    return Case(case.operator, case.row_format, case.inputs, case.expect, case.attributes, geometry, case.width)
+    return replace(case, geometry=geometry, chunk=chunk)
 
 
 @dataclass(frozen=True)

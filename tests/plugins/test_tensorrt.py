@@ -17,8 +17,9 @@ import torch
 from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
 
-from foldkv.export.contract.operators import STATE
+from foldkv.export.contract.operators import STATE, WEIGHT
 from foldkv.export.contract.rows import DENSE
+from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
 from foldkv.plugins import tensorrt
 from foldkv.plugins.cuda import KernelImage
 from foldkv.plugins.declarations import FIELDS, LAYOUT_VERSION, NAMESPACE, PLUGINS
@@ -128,7 +129,9 @@ def test_types_shapes_and_aliases_are_those_of_the_definition(
     monkeypatch.setattr(trt, "DimsExprs", lambda rank: [0] * rank)
     shapes = plugin.get_output_shapes([tuple(tensor.shape) for tensor in inputs], [], Builder())
     assert [tuple(shape) for shape in shapes] == [tuple(tensor.shape) for tensor in outputs]
-    names = {torch.float32: "FLOAT", torch.bfloat16: "BF16", torch.int8: "INT8", torch.int32: "INT32"}
+    names = {
+        torch.float32: "FLOAT", torch.bfloat16: "BF16", torch.int8: "INT8", torch.int32: "INT32", torch.int64: "INT64"
+    }  # fmt: skip
     assert [str(kind) for kind in plugin.get_output_data_types([])] == [
         f"DataType.{names[tensor.dtype]}" for tensor in outputs
     ]
@@ -142,7 +145,8 @@ def test_types_shapes_and_aliases_are_those_of_the_definition(
 def test_only_linear_tensors_of_the_declared_types_are_taken(operator: str, rows: str) -> None:
     case = make_case(operator, rows, start=[43], real=[1], chunk=1)
     plugin, spec = plugin_of(case), PLUGINS[operator]
-    kinds = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", STATE: "BF16" if rows == DENSE else "INT8"}
+    kinds = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", BFLOAT16: "BF16"}
+    kinds[STATE] = "BF16" if rows == DENSE else "INT8"
     tensors = (*spec.inputs, *spec.outputs)
     for position, tensor in enumerate(tensors):
         for kind in ("FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64"):
@@ -151,7 +155,8 @@ def test_only_linear_tensors_of_the_declared_types_are_taken(operator: str, rows
                 taken = plugin.supports_format_combination(
                     position, [types.SimpleNamespace(desc=desc)] * len(tensors), len(spec.inputs)
                 )
-                assert taken == (kind == kinds[tensor.dtype] and layout == "LINEAR")
+                stored = case.attributes[WEIGHT_FORMAT] if tensor.dtype == WEIGHT else tensor.dtype
+                assert taken == (kind == kinds[stored] and layout == "LINEAR")
 
 
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
