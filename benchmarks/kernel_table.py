@@ -12,8 +12,8 @@ from pathlib import Path
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, triton_version
-from foldkv.plugins.launch import Kernel
 from foldkv.plugins.model import model_kernels
+from foldkv.plugins.plans import Kernel
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"

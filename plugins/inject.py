@@ -30,7 +30,8 @@ from ..export.stitch import flat_model
 from ..manifests import GraphIdentity, GraphInputs, InjectionFacts, OperatorCoverage, StateRow, write
 from ..progress import Say, silent
 from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, WEIGHT_BODIES, PluginSpec
-from .launch import Kernel, kernels
+from .launch import kernels
+from .plans import Kernel
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 

@@ -9,7 +9,8 @@ from ..export.contract.layouts import LAYOUTS
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
 from ..export.contract.weights import PLAIN, WEIGHT_FORMAT
-from .launch import Kernel, kernels
+from .launch import kernels
+from .plans import Kernel
 
 
 class OperatorCall(NamedTuple):

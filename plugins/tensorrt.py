@@ -20,7 +20,8 @@ from ..export.contract.operators import TensorSpec
 from ..export.contract.rows import row_format_named
 from .cuda import KernelImage, Launcher
 from .declarations import FIELDS, NAMESPACE, PLUGINS, PluginSpec
-from .launch import Plan, largest_workspace, plan
+from .launch import largest_workspace, plan
+from .plans import Plan
 
 _LIBRARIES: dict[str, Launcher] = {}
 

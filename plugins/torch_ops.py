@@ -24,7 +24,8 @@ from ..export.contract.state import state_tensors
 from ..export.operators.registry import operators
 from .cuda import Launcher
 from .declarations import PLUGINS, PluginSpec
-from .launch import Plan, plan
+from .launch import plan
+from .plans import Plan
 
 #: Enqueues the launches of a plan: plan, inputs, outputs (those in place are inputs too), scratch memory or None.
 LaunchPlan = Callable[[Plan, Sequence[Tensor], Sequence[Tensor], Tensor | None], None]

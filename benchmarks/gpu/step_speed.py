@@ -28,8 +28,9 @@ from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.launch import plan
 from foldkv.plugins.model import operator_calls
+from foldkv.plugins.plans import Plan
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}

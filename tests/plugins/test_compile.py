@@ -18,8 +18,9 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.profiles import HF, PROFILES, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, ptx_parameters, triton_version
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Kernel, kernels
+from foldkv.plugins.launch import kernels
 from foldkv.plugins.model import model_kernels, operator_calls
+from foldkv.plugins.plans import Kernel
 
 pytestmark = pytest.mark.slow
 

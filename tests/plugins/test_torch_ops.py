@@ -27,7 +27,7 @@ from foldkv.export.operators import attention, index
 from foldkv.export.operators.registry import operators
 from foldkv.plugins.cuda import KernelImage, Launcher, device_capability
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Kernel, Plan
+from foldkv.plugins.plans import Kernel, Plan
 from foldkv.plugins.torch_ops import KernelOperators, LaunchPlan, new_state, use, use_kernels
 
 pytestmark = pytest.mark.slow
