@@ -14,8 +14,8 @@ from typing import Any
 from ..errors import InputError
 from ..export.contract.operators import TensorSpec, operator_spec
 from ..export.contract.rows import DENSE, RowFormat, row_format_named
-from ..export.contract.weights import PLAIN, WEIGHT_FORMAT
 from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
+from .launch_sublayers import SUBLAYER_PLANS, around_sublayer, sublayer_faults
 from .plans import Argument, Kernel, Launch, Plan
 
 #: Sizes that change from call to call: batch, chunk, capacity in entries, and tokens of a product (batch times chunk).
@@ -29,11 +29,6 @@ SCORE_SPANS, SCORE_PROGRAMS = (1024, 256), 192
 SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
-#: Channels that one program multiplies of a product in parts (kernels/products.py): fixed, so a result depends on nothing but
-#: its token. V4-Flash's hyper-connections have 64 parts, its routing 16 times 8.
-PRODUCT_SPAN = 256
-#: Channels that one program mixes of a token's streams; one token of V4-Flash has 16 programs.
-MIX_CHANNELS = 256
 #: Products with up to this many tokens only wait for their weights, so they read them with as many programs as a GPU runs.
 FEW_TOKENS = 16
 
@@ -228,8 +223,8 @@ def _check(call: _Call, layout_version: int) -> None:
             f"carries of {sizes['R']} rows by {sizes['C']} do not fit entries of {sizes['D']} channels and ratio "
             f"{attributes['ratio']}"
         )
-    wrong += _streams(sizes) if "J" in sizes else []
-    wrong += _gate(call) if "X" in sizes else []
+    if spec.operator in SUBLAYER_PLANS:
+        wrong += sublayer_faults(sizes, attributes)
     if wrong:
         raise ValueError(f"{spec.operator}: {'; '.join(wrong)}. Build with --plugins off.")
 
@@ -246,26 +241,6 @@ def _packed(call: _Call) -> list[str]:
     if call.sizes.get("ROW", size) != size:
         return [f"rows of {call['ROW']} bytes; {call['D']} channels in {call.row_format} take {size}"]
     return []
-
-
-def _streams(sizes: Mapping[str, int]) -> list[str]:
-    """What is wrong with the sizes of hyper-connections."""
-    count, width, wrong = sizes["N"], sizes["C"], []
-    if count & (count - 1):
-        wrong.append(f"{count} streams; expected a power of two")
-    if (given := (sizes["J"], sizes["NC"])) != (expected := ((2 + count) * count, count * width)):
-        wrong.append(f"weights {given} for {count} streams of {width} channels; expected {expected}")
-    return wrong
-
-
-def _gate(call: _Call) -> list[str]:
-    """What is wrong with the sizes and the weight of routing."""
-    wrong = []
-    if call.attributes[WEIGHT_FORMAT] not in PLAIN:
-        wrong.append(f"a gate in {call.attributes[WEIGHT_FORMAT]}; its kernels read {', '.join(PLAIN)}")
-    if (places := call.sizes.get("K", call.attributes.get("topk", 0))) > call["X"]:
-        wrong.append(f"{places} chosen of {call['X']} experts")
-    return wrong
 
 
 def _rounds(call: _Call) -> list[str]:
@@ -494,73 +469,8 @@ def _dense_attention(call: _Call) -> Plan:
     return _attention(call, "dense_attention", call["E"], ("S", "E"), constants, DENSE_SPAN)
 
 
-def _partial_products(call: _Call, tokens: int, rows: int, width: int, *, squares: bool) -> tuple[Launch, int]:
-    """The launch of products.py on the first two inputs, and the bytes of its result at the workspace's start."""
-    x, weight = call.spec.inputs[:2]
-    types: tuple[tuple[str, str | None], ...] = (
-        ("x", call.pointer(x)), ("weight", call.pointer(weight)), ("tokens", "i32"), ("partial", "*fp32")
-    )  # fmt: skip
-    constants: dict[str, int | float | str] = {
-        "M": rows, "K": width, "SQUARES": int(squares), "SPAN": PRODUCT_SPAN, "BT": 16, "BM": 32, "BK": 64
-    }  # fmt: skip
-    parts = _cdiv(width, PRODUCT_SPAN)
-    grid = (parts, _cdiv(rows, 32), _cdiv(tokens, 16))
-    arguments = (Argument("input", 0), Argument("input", 1), Argument("int32", tokens), Argument("workspace", 0))
-    kernel = Kernel("products.partial_products", types, tuple(constants.items()))
-    return Launch(kernel, grid, arguments), parts * tokens * (rows + squares) * _ITEM
-
-
-def _hc_pre(call: _Call) -> Plan:
-    """The product with its sum of squares by many programs, then the mix: one launch would leave most of a GPU idle."""
-    tokens, width = call["B"] * call["S"], call["C"]
-    first, workspace = _partial_products(call, tokens, call["J"], call["NC"], squares=True)
-    parts = _cdiv(call["NC"], PRODUCT_SPAN)
-    constants: dict[str, int | float | str] = {
-        "N": call["N"], "D": width, "PARTS": parts, "BP": _power(parts), "BC": MIX_CHANNELS,
-        "NORM_EPS": call.attributes["norm_eps"], "EPS": call.attributes["eps"],
-        "ITERATIONS": call.attributes["iterations"],
-    }  # fmt: skip
-    names = ("streams", "partial", "base", "scale", "tokens", "x", "post", "comb")
-    types = tuple((name, "i32" if name == "tokens" else "*fp32") for name in names)
-    arguments = (
-        Argument("input", 0), Argument("workspace", 0), Argument("input", 2), Argument("input", 3),
-        Argument("int32", tokens), *(Argument("output", i) for i in range(3)),
-    )  # fmt: skip
-    kernel = Kernel("hyper_connections.hc_pre", types, tuple(constants.items()))
-    return Plan((first, Launch(kernel, (tokens, _cdiv(width, MIX_CHANNELS), 1), arguments)), workspace)
-
-
-def _hc_post(call: _Call) -> Plan:
-    constants = {"N": call["N"], "D": call["C"], "BC": MIX_CHANNELS}
-    grid = (call["B"] * call["S"], _cdiv(call["C"], MIX_CHANNELS), 1)
-    return Plan((call.launch("hyper_connections.hc_post", grid, constants, extras=()),))
-
-
-def _route(call: _Call) -> Plan:
-    """The product by many programs, then the choice: one program would read the whole matrix for each token."""
-    tokens, experts, places = call["M"], call["X"], call.attributes["topk"]
-    first, workspace = _partial_products(call, tokens, experts, call["C"], squares=False)
-    constants: dict[str, int | float | str] = {
-        "X": experts, "K": places, "PARTS": _cdiv(call["C"], PRODUCT_SPAN), "BX": _power(experts), "BK": _power(places),
-        "SCALING": call.attributes["scaling"],
-    }  # fmt: skip
-    types: tuple[tuple[str, str | None], ...] = (
-        ("partial", "*fp32"), ("bias", "*fp32"), ("tokens", "i32"), ("chosen", "*i64"), ("weights", "*fp32")
-    )  # fmt: skip
-    arguments = (
-        Argument("workspace", 0), Argument("input", 2), Argument("int32", tokens), Argument("output", 0),
-        Argument("output", 1),
-    )  # fmt: skip
-    kernel = Kernel("route.route", types, tuple(constants.items()))
-    return Plan((first, Launch(kernel, (tokens, 1, 1), arguments)), workspace)
-
-
-def _route_hashed(call: _Call) -> Plan:
-    constants: dict[str, int | float | str] = {
-        "K": call["K"], "D": call["C"], "BK": _power(call["K"]), "BC": min(512, _power(call["C"])),
-        "SCALING": call.attributes["scaling"],
-    }  # fmt: skip
-    return Plan((call.launch("route.route_hashed", (call["M"], 1, 1), constants, extras=(), warps=8),))
+def _around_sublayer(call: _Call) -> Plan:
+    return around_sublayer(call.spec.operator, call.sizes, call.attributes)
 
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
@@ -572,8 +482,5 @@ _PLANS: dict[str, Callable[[_Call], Plan]] = {
     "FoldkvWindowAttention": _window_attention,
     "FoldkvSparseAttention": _sparse_attention,
     "FoldkvDenseAttention": _dense_attention,
-    "FoldkvHcPre": _hc_pre,
-    "FoldkvHcPost": _hc_post,
-    "FoldkvRoute": _route,
-    "FoldkvRouteHashed": _route_hashed,
+    **dict.fromkeys(SUBLAYER_PLANS, _around_sublayer),
 }

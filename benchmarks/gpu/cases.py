@@ -46,8 +46,6 @@ from foldkv.plugins.launch import plan
 from foldkv.plugins.launch_sublayers import PRODUCT_SPAN
 from foldkv.plugins.model import operator_calls
 from foldkv.plugins.plans import Plan
-from foldkv.plugins.model import operator_calls
-from foldkv.plugins.plans import Plan
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
 _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
