@@ -63,6 +63,7 @@ def label(kernel: Kernel) -> str:
     """What tells a kernel from the others of its section, apart from its tiles."""
     constants = dict(kernel.constants)
     shown = [f"{name}={constants[name]}" for name in ("D", "H", "K", "RATIO", "SPAN", "STEP") if name in constants]
+    shown += [f"weight={type_.removeprefix('*')}" for name, type_ in kernel.arguments if name == "weight" and type_]
     return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
 
 

@@ -41,7 +41,7 @@ def sublayer_faults(sizes: Mapping[str, int], attributes: Mapping[str, Any]) -> 
         given, expected = (sizes["J"], sizes["NC"]), ((2 + count) * count, count * sizes["C"])
         if given != expected:
             wrong.append(f"weights {given} for {count} streams of {sizes['C']} channels; expected {expected}")
-    if "X" in sizes:
+    if WEIGHT_FORMAT in attributes:
         if (stored := attributes[WEIGHT_FORMAT]) not in PLAIN:
             wrong.append(f"a gate in {stored}; its kernels read {', '.join(PLAIN)}")
         if (places := attributes["topk"] if "topk" in attributes else sizes["K"]) > sizes["X"]:

@@ -26,9 +26,11 @@ from torch import Tensor
 from foldkv.export.contract.operators import STATE
 from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
+from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import plan
+from foldkv.plugins.launch_sublayers import SUBLAYER_PLANS
 from foldkv.plugins.model import operator_calls
 from foldkv.plugins.plans import Plan
 
@@ -44,7 +46,7 @@ CASES = (
     ("FoldkvCompressOnline", DENSE), ("FoldkvWindowUpdate", DENSE), ("FoldkvWindowAttention", DENSE),
     ("FoldkvCompress", FP8_DS_MLA), ("FoldkvCompressOnline", FP8_DS_MLA), ("FoldkvWindowUpdate", FP8_DS_MLA),
     ("FoldkvWindowAttention", FP8_DS_MLA), ("FoldkvCompressFp8", DENSE), ("FoldkvCompressOnlineFp8", DENSE),
-    ("FoldkvCompressFp4", INDEX_FP4),
+    ("FoldkvCompressFp4", INDEX_FP4), *((operator, DENSE) for operator in SUBLAYER_PLANS),
 )  # fmt: skip
 #: What is measured where: the corners first, so a time limit cuts what is between.
 CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
@@ -90,6 +92,8 @@ def measure(
             for geometry, spec in chosen:
                 if operator not in {one.operator for profile in PROFILES for one in operator_calls(spec, profile)}:
                     continue  # V4-Pro has no layer with a window alone
+                if operator in SUBLAYER_PLANS and context != contexts[0]:
+                    continue  # it reads nothing of the context
                 case = {"model": geometry.name, "context": context, "batch": batch, "chunk": chunk, "operator": operator,
                         "rows": rows}  # fmt: skip
                 if time.monotonic() > end:
@@ -156,6 +160,8 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         size = row_format_named(rows).row_bytes(width, 0 if mixed else of.rope_dim)
         moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
         return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
+    if operator in SUBLAYER_PLANS:
+        return _around_sublayer(operator, of, batch, chunk, call, normal)
     q, sinks = normal(batch, chunk, of.heads, of.width), normal(of.heads)
     ring = state(device, batch, of.window + chunk, of.width, of.rope_dim, rows)
     tail = [sinks, inv_freq, positions, ones]
@@ -175,6 +181,32 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     read = of.window + chunk - 1 + (chunk * of.topk if operator == "FoldkvSparseAttention" else keys - of.window)
     moved = batch * (read * size + 2 * q[0].numel() * 4)
     return call(inputs, attributes, moved, 4.0 * batch * chunk * of.heads * of.width * keys)
+
+
+def _around_sublayer(
+    operator: str, of: Geometry, batch: int, chunk: int, call: Callable[..., Call], normal: Callable[..., Tensor]
+) -> Call:
+    """Hyper-connections and routing: streams and matrices are read once, the gate as stored in bfloat16."""
+    count, width, tokens = of.streams, of.channels, batch * chunk
+    streams = normal(batch, chunk, count, width)
+    if operator == "FoldkvHcPre":
+        rows, channels = (2 + count) * count, count * width
+        fn = normal(rows, channels) * channels**-0.5
+        attributes = {"norm_eps": 1e-6, "iterations": 20, "eps": 1e-6}
+        moved = 4.0 * (streams.numel() + fn.numel() + tokens * width)
+        return call([streams, fn, normal(rows), normal(3)], attributes, moved)
+    if operator == "FoldkvHcPost":
+        inputs = [streams, normal(batch, chunk, width), normal(batch, chunk, count), normal(batch, chunk, count, count)]
+        return call(inputs, {}, 4.0 * (2 * streams.numel() + tokens * width))
+    x, weight = normal(tokens, width), normal(of.experts, width).bfloat16()
+    attributes = {"scaling": 1.5, WEIGHT_FORMAT: BFLOAT16}
+    if operator == "FoldkvRoute":
+        moved = 4.0 * x.numel() + 2.0 * weight.numel()
+        return call([x, weight, normal(of.experts)], {"topk": of.places, **attributes}, moved)
+    table = torch.stack([torch.randperm(of.experts)[: of.places] for _ in range(1024)]).to(x.device)
+    ids = torch.randint(0, 1024, (tokens,), device=x.device)
+    moved = 4.0 * x.numel() + 2.0 * width * min(tokens * of.places, of.experts)
+    return call([x, weight, table, ids], attributes, moved)
 
 
 def state(device: Device, batch: int, count: int, width: int, rope_dim: int, rows: str) -> Tensor:

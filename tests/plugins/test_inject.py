@@ -70,16 +70,12 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
 ) -> None:
     injection = inject(tiny_graph, tmp_path / "out", **A100, layout=layout)
     refused = {row.operator for row in injection.rows if row.injected < row.nodes}
-    assert (
-        refused
-        == {row.operator for row in injection.rows} & set(BODIES)
-        == {"FoldkvRope", "FoldkvSinkhorn", "FoldkvRoutedExperts"}
-    )
+    assert refused == {row.operator for row in injection.rows} & set(BODIES) == {"FoldkvRope", "FoldkvRoutedExperts"}
     served = {"FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
     assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - served
     main = "dense" if layout == "dense" else "fp8_ds_mla"
-    expected = {name: {main} for name in set(PLUGINS) - served} | {
-        "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows}, "FoldkvIndexSelect": {"dense"},
+    expected = {name: {main if PLUGINS[name].row_formats else "dense"} for name in set(PLUGINS) - served} | {
+        "FoldkvCompress": {main, index_rows}, "FoldkvIndexScores": {index_rows},
     }  # fmt: skip
     assert {given.plugin.operator: set(given.row_formats) for given in injection.given} == expected
     for node in marked(tmp_path / "out"):
@@ -242,7 +238,7 @@ def test_the_command_prints_counts_and_reasons(tiny_graph: Path, tmp_path: Path)
     arguments = ["inject", str(tiny_graph), "--target", "l40s", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "FoldkvSparseAttention" in result.output and BODIES["FoldkvSinkhorn"] in result.output
+    assert "FoldkvSparseAttention" in result.output and BODIES["FoldkvRope"] in result.output
     result = CliRunner().invoke(main, [*arguments, "--json"])
     facts = json.loads(result.stdout)
     assert facts["layout"] == "dense" and facts["injected"] == sum(row["injected"] for row in facts["operators"])

@@ -8,19 +8,28 @@ from hypothesis import strategies as st
 
 from foldkv.plugins.launch import kernels, largest_workspace, plan
 
-STATIC = {"W": 128, "H": 64, "D": 512, "P": 32, "K": 512, "topk": 512}
+STATIC = {"W": 128, "H": 64, "D": 512, "P": 32, "K": 512, "topk": 512} | {
+    "N": 4,
+    "C": 4096,
+    "J": 24,
+    "NC": 16384,
+    "X": 256,
+}
 CALLS = {
     "FoldkvIndexSelect": {"ratio": 4, "topk": 512},
     "FoldkvWindowAttention": {},
     "FoldkvSparseAttention": {},
     "FoldkvDenseAttention": {"ratio": 128},
+    "FoldkvHcPre": {"norm_eps": 1e-6, "iterations": 20, "eps": 1e-6},
+    "FoldkvRoute": {"topk": 6, "scaling": 1.5, "weight_format": "bfloat16"},
 }
 OPTIONS = {"sm": 90, "dtype": "bfloat16"}
-SIZES = st.fixed_dictionaries({"B": st.integers(1, 64), "S": st.integers(1, 300), "E": st.integers(1, 300_000)})
+LARGEST = {"B": 64, "S": 300, "E": 300_000, "M": 64 * 300}
+SIZES = st.fixed_dictionaries({name: st.integers(1, largest) for name, largest in LARGEST.items()})
 
 
 @pytest.mark.parametrize("operator", CALLS)
-@given(largest=SIZES, share=st.tuples(*[st.floats(0, 1)] * 3))
+@given(largest=SIZES, share=st.tuples(*[st.floats(0, 1)] * 4))
 def test_no_call_takes_more_scratch_memory_than_the_largest_sizes_say(
     operator: str, largest: dict[str, int], share: tuple[float, ...]
 ) -> None:
