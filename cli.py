@@ -59,7 +59,7 @@ _weights_from = click.option(
 _plugins = click.option(
     "--plugins",
     type=click.Choice(["on", "off"]),
-    help="On GPU targets, run the compressed-KV operators in plugins (the default) or as function bodies.",
+    help="On GPU targets, run operators in plugins (the default) or as function bodies.",
 )
 
 
@@ -161,7 +161,7 @@ def _expect_export(report: Progress, checkpoint: Path, allow_unknown_keys: tuple
 )
 @_json
 def inject_command(graph: Path, output: Path, target: str, layout: str, as_json: bool) -> None:
-    """Assign nodes of GRAPH to the compressed-KV attention plugins of a target."""
+    """Assign nodes of GRAPH to the plugins of a target."""
     from .optimize.targets import resolve_targets
     from .plugins.inject import inject
     from .records import to_json

@@ -29,7 +29,7 @@ from foldkv.plugins.cuda import Launcher, cuda_driver, device_capability
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.torch_ops import KernelOperators, LaunchPlan, launched_by, new_state, use_kernels
 
-WHAT = "tiny-v4 whole in torch, its compressed-KV operators through our kernels, against the CPU in float32"
+WHAT = "tiny-v4 whole in torch, its operators through our kernels, against the CPU in float32"
 WARM = 10  # decode steps before time is taken
 
 
