@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from foldkv.artifact import read_manifest
 from foldkv.config import load_config
+from foldkv.plugins.declarations import PLUGINS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "tiny-v4" / "README.md"]
@@ -72,6 +73,15 @@ def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
     table = tables.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
     assert table == tables.executed([]) and table.count("**no GPU yet**") == 2 and "| **never yet** |" in table
     assert tables.times([]) == ""
+
+
+def test_plugins_that_no_gpu_has_run_are_named(generate: Any) -> None:
+    rows = [{"operator": name} for name in PLUGINS if name != "FoldkvHcPost"]
+    step = {"status": "passed", "date": "2026-01-01", "reasons": [], "rows": rows}
+    executed = generate.result_tables.executed
+    assert "newer plugins `HcPost` | **no GPU yet**" in executed([{"device": "H9", "steps": {"kernels": step}}])
+    step["rows"] = [*rows, {"operator": "FoldkvHcPost"}]
+    assert "newer" not in executed([{"device": "H9", "steps": {"kernels": step}}])
 
 
 @pytest.mark.parametrize(
