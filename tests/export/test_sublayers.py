@@ -18,6 +18,7 @@ from foldkv.export.contract.weights import BFLOAT16, FLOAT32
 from foldkv.export.operators.hyper_connections import hc_post, hc_pre
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
 from foldkv.export.operators.route import route, route_hashed
+from foldkv.export.package import read_package
 from foldkv.export.trace import add_functions
 from foldkv.optimize.passes.cpu import optimize_for_cpu
 
@@ -111,3 +112,17 @@ def test_a_gate_in_bfloat16_is_computed_with_in_float32() -> None:
     stored = route(x, weight, torch.zeros(12), 2, 1.0, BFLOAT16)
     for one, other in zip(stored, route(x, weight.float(), torch.zeros(12), 2, 1.0, FLOAT32), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_gate_is_read_as_stored(tiny_graph: Path) -> None:
+    """No layer converts it on each call; the trained model has it in bfloat16."""
+    package = read_package(tiny_graph)
+    gates = [
+        node for name in set(package.layers) for node in package.segment(name).model.graph if "Route" in node.op_type
+    ]
+    gates = [node for node in gates if node.op_type != "FoldkvRoutedExperts"]
+    assert len(gates) == len(set(package.layers))
+    for node in gates:
+        weight = node.inputs[1]
+        assert weight is not None and weight.is_graph_input() and weight.name == "ffn.gate.weight"
+        assert weight.dtype == ir.DataType.BFLOAT16 and node.attributes["weight_format"].as_string() == BFLOAT16
