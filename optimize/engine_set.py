@@ -240,16 +240,16 @@ def _plan(
     report: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Build one plan, or take it from the cache; returns what is known of it."""
-    backend, assert_sm = target.backend, target.sm
-    assert assert_sm is not None
-    named = named_capability(assert_sm) if backend.builds_without_gpu else assert_sm
+    backend, sm = target.backend, target.sm
+    assert sm is not None
+    named = named_capability(sm) if backend.builds_without_gpu else sm
     ranges = profiles(ir.load(segment.folder / MODEL), segment.lowered.state, shapes)
     digests = [
         hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
         for path in (segment.folder / MODEL, segment.folder / CONSTANTS)
     ]
     key = sha256_json(
-        [digests, assert_sm, ranges, list(shapes.context), backend.name, backend_version, segment.captures, _RECIPE]
+        [digests, sm, ranges, list(shapes.context), backend.name, backend_version, segment.captures, _RECIPE]
     )
     with cache.alone(key), report.part(name) as progress:
         facts = cache.take(key, plan)

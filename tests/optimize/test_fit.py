@@ -118,7 +118,7 @@ def test_the_bundle_is_counted_in_the_format_that_build_writes(stored: str) -> N
         found = plan_target(FLASH, TARGETS[name], context=4096, stored=stored)
         assert found.built_in == (stored if stored in ("fp8", "fp4") else wide)
         if name != "cpu":
-            assert found.bundle >= found.weights[found.built_in] > 0.9 * found.bundle
+            assert 10_000_000 < found.bundle < 100_000_000  # plans hold no weights
     assert 0 < graph_bytes(FLASH, stored) < 10_000_000
 
 
