@@ -32,7 +32,7 @@ class PluginSpec:
         version: of the plugin in the registry.
         inputs: in the operator's order.
         outputs: in the operator's order.
-        attributes: name to type (int or float), in the operator's order.
+        attributes: name to type (int, float or str), in the operator's order.
         aliases: output index to the index of the input whose buffer it updates in place.
         sms: compute capabilities that it has kernels for.
         dtypes: types of dense rows of the state ("bfloat16").

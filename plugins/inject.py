@@ -286,7 +286,7 @@ def _kernels(
     spec = PLUGINS.get(plugin.operator)
     if spec is None:
         return [], [f"this version has no kernels for {plugin.operator}"]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in spec.attributes}
+    attributes = {a.name: _attribute(a) for a in node.attribute if a.name in spec.attributes}
     sizes: dict[str, int] = {}
     for tensor, name in zip(spec.inputs, node.input, strict=True):
         for symbol, size in zip(tensor.dims, shapes.get(name, []), strict=False):
@@ -304,6 +304,11 @@ def _kernels(
         return [], [str(error)]
     except KeyError as error:
         return [], [f"the graph does not say how large {error} is"]
+
+
+def _attribute(attribute: onnx.AttributeProto) -> Any:
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:

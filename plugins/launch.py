@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.contract.operators import STATE, operator_spec
+from ..export.contract.operators import TensorSpec, operator_spec
 from ..export.contract.rows import DENSE, RowFormat, row_format_named
 from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
 
-#: Dynamic sizes; every other symbol of a spec is compiled into the kernel.
-DYNAMIC = ("B", "S", "E")
+#: Sizes that change from call to call: batch, chunk, capacity in entries, and tokens of a product (batch times chunk).
+#: Kernels are compiled for any of them.
+DYNAMIC = ("B", "S", "E", "M")
 #: Keys per split. Fixed, so a result depends neither on the batch nor on the capacity.
 SPARSE_SPAN, DENSE_SPAN = 128, 256
 #: Entries that one program scores: many, if enough programs remain to fill a GPU, because each program loads its query.
@@ -28,9 +29,10 @@ SCORE_SPANS, SCORE_PROGRAMS = (1024, 256), 192
 SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
+#: Products with up to this many tokens only wait for their weights, so they read them with as many programs as a GPU runs.
+FEW_TOKENS = 16
 
-_POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16"}
-_BYTES = "*i8"  # a packed row
+_POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "int8": "*i8"}
 _ITEM = 4  # bytes of a float32 in the workspace
 
 
@@ -134,8 +136,8 @@ def kernels(
 ) -> list[Kernel]:
     """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
-    for chunk in (1, SPLIT_CHUNK + 1):
-        dynamic = {"B": 1, "S": chunk, "E": 1 << 20}
+    for chunk, tokens in ((1, 1), (SPLIT_CHUNK + 1, FEW_TOKENS + 1)):
+        dynamic = {"B": 1, "S": chunk, "E": 1 << 20, "M": tokens}
         steps = plan(
             operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
         )
@@ -157,9 +159,10 @@ def largest_workspace(
 ) -> int:
     """Bytes of scratch memory that are enough for all calls up to these sizes; see :func:`plan`.
 
-    Short chunks split their keys and need scratch memory; long chunks do not. So the largest chunk may not need the most.
+    Short chunks split their work and need scratch memory; long chunks do not. So the largest chunk may not need the most.
     """
-    chunks = {sizes["S"], min(sizes["S"], SPLIT_CHUNK)} if "S" in sizes else {0}
+    limits = {symbol: limit for symbol, limit in (("S", SPLIT_CHUNK), ("M", FEW_TOKENS)) if symbol in sizes}
+    short = {symbol: min(sizes[symbol], limit) for symbol, limit in limits.items()}
     options: dict[str, Any] = {
         "sm": sm,
         "dtype": dtype,
@@ -167,7 +170,7 @@ def largest_workspace(
         "rope_dim": rope_dim,
         "layout_version": layout_version,
     }
-    return max(plan(operator, {**sizes, "S": chunk}, attributes, **options).workspace for chunk in chunks)
+    return max(plan(operator, {**sizes, **chunk}, attributes, **options).workspace for chunk in ({}, short))
 
 
 @dataclass(frozen=True)
@@ -183,10 +186,8 @@ class _Call:
     def __getitem__(self, symbol: str) -> int:
         return self.sizes[symbol]
 
-    def pointer(self, tensor_dtype: str) -> str:
-        if tensor_dtype != STATE:
-            return _POINTER[tensor_dtype]
-        return _BYTES if self.format.packed else _POINTER[self.dtype]
+    def pointer(self, tensor: TensorSpec) -> str:
+        return _POINTER[tensor.stored_type(self.attributes, rows="int8" if self.format.packed else self.dtype)]
 
     @property
     def format(self) -> RowFormat:
@@ -227,9 +228,9 @@ class _Call:
         names = {"S": "chunk", "E": "capacity", "SPAN": "span"}
         spec = self.spec
         aliased = {spec.outputs[out].name for out in spec.aliases}
-        types: list[tuple[str, str | None]] = [(t.name, self.pointer(t.dtype)) for t in spec.inputs]
+        types: list[tuple[str, str | None]] = [(t.name, self.pointer(t)) for t in spec.inputs]
         types += [(names[symbol], "i32") for symbol in extras]
-        types += [(f"{t.name}_out" if t.name in aliased else t.name, self.pointer(t.dtype)) for t in spec.outputs]
+        types += [(f"{t.name}_out" if t.name in aliased else t.name, self.pointer(t)) for t in spec.outputs]
         arguments = [Argument("input", i) for i in range(len(spec.inputs))]
         arguments += [Argument("int32", self[symbol]) for symbol in extras]
         arguments += [Argument("output", i) for i in range(len(spec.outputs))]
@@ -270,9 +271,9 @@ def _check(call: _Call, layout_version: int) -> None:
             f"it keeps {attributes['rope_dim']} channels in bfloat16, but rows have {call.rope_dim} rotated channels"
         )
     wrong += _rounds(call)
-    if "T" in sizes and sizes["T"] != attributes["ratio"]:
+    if "T" in sizes and "ratio" in attributes and sizes["T"] != attributes["ratio"]:
         wrong.append(f"a bias of {sizes['T']} rows does not fit ratio {attributes['ratio']}")
-    if "C" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
+    if "R" in sizes and (sizes["R"], sizes["C"]) != (2 * attributes["ratio"], 2 * sizes["D"]):
         wrong.append(
             f"carries of {sizes['R']} rows by {sizes['C']} do not fit entries of {sizes['D']} channels and ratio "
             f"{attributes['ratio']}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..export.contract.operators import STATE, TensorSpec
+from ..export.contract.operators import TensorSpec
 from ..export.contract.rows import row_format_named
 from .cuda import KernelImage, Launcher
 from .declarations import FIELDS, NAMESPACE, PLUGINS, PluginSpec
@@ -237,9 +237,7 @@ def _plugin_class(trt: Any) -> type:
         # --- shared
 
         def _stored(self, tensor: TensorSpec) -> str:
-            if tensor.dtype != STATE:
-                return tensor.dtype
-            return "int8" if self.packed else str(self.values["dtype"])
+            return tensor.stored_type(self.values, rows="int8" if self.packed else str(self.values["dtype"]))
 
         def _plan(self, shapes: Sequence[Sequence[int]], of: Callable[..., Any] = plan) -> Any:
             values, spec = self.values, self.spec

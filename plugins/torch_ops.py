@@ -127,8 +127,10 @@ class KernelOperators:
         if len(state) > 1 or state - {*_DENSE_TYPES, torch.int8}:
             raise ValueError(f"{spec.operator}: rows of the state are {listed(state)}; expected one type of rows")
         for tensor, declared in zip(inputs, spec.inputs, strict=True):
-            if declared.dtype != STATE and tensor.dtype != _TYPES[declared.dtype]:
-                raise ValueError(f"{spec.operator}.{declared.name} is {tensor.dtype}; expected {declared.dtype}")
+            if declared.dtype != STATE:
+                expected = declared.stored_type(attributes, rows="")
+                if tensor.dtype != _TYPES[expected]:
+                    raise ValueError(f"{spec.operator}.{declared.name} is {tensor.dtype}; expected {expected}")
         stored = next(iter(state), torch.bfloat16)  # an operator without state has the same kernel for every type
         row_format = self._packed_format(spec, shapes) if stored == torch.int8 else DENSE
         sizes = spec.dimensions(shapes, row_format=row_format) | dict(attributes)

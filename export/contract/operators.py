@@ -11,15 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...errors import InputError
 from .geometry import CSA, HCA, SLIDING, ModelSpec
 from .profiles import HF, PROFILES, SERVED
 from .rows import FP8_DS_MLA, INDEX_FP4
 from .state import ONLINE_ROWS
+from .weights import SCALE_FORMAT, SCALE_TYPES, WEIGHT_FORMAT, WEIGHT_TYPES
 
 #: The type of tensors whose last axis is a row of the state.
 STATE = "state"
+#: The types of weights as stored and of their scales. Attributes of the operator say in which format they are (weights.py).
+WEIGHT, SCALE = "weight", "scale"
+_FORMATS = {WEIGHT: (WEIGHT_FORMAT, WEIGHT_TYPES), SCALE: (SCALE_FORMAT, SCALE_TYPES)}
 #: How an operator reads rows of the state: all of a window and a chunk, a whole cache block by block, or chosen entries.
 WINDOW, BLOCKS, CHOSEN = "window", "blocks", "chosen"
 
@@ -32,7 +37,8 @@ class TensorSpec:
         name: as the operator declares it.
         dims: one per axis: a number, a symbol, or a sum of symbols ("W + S"); "..." stands for any number of axes.
         dtype: "float32", "int32", "int64", or "state" for rows of the state. These have the engine's type and D channels, or
-            they are packed bytes (int8), and the last axis is the bytes of a row.
+            they are packed bytes (int8), and the last axis is the bytes of a row. Or "weight" and "scale", see
+            :meth:`stored_type`.
         groups: the state groups that it can belong to.
         read: of rows that are only read: WINDOW, BLOCKS or CHOSEN; "" for others.
         may_end: whether a backend can omit columns at the end that no query can choose.
@@ -54,6 +60,25 @@ class TensorSpec:
         """The axes as stored: packed rows of the state end in ``ROW`` bytes."""
         return (*self.dims[:-1], "ROW") if self.dtype == STATE and packed else self.dims
 
+    def stored_type(self, attributes: Mapping[str, Any], *, rows: str) -> str:
+        """The type of the elements in memory.
+
+        Args:
+            attributes: values of the operator's attributes.
+            rows: type of rows of the state; "int8" if they are packed.
+
+        Raises:
+            InputError: weights or scales in a format that no plugin reads.
+        """
+        if self.dtype == STATE:
+            return rows
+        if self.dtype not in _FORMATS:
+            return self.dtype
+        attribute, types = _FORMATS[self.dtype]
+        if attributes[attribute] not in types:
+            raise InputError(f"{attribute} is {attributes[attribute]!r}; expected one of {', '.join(types)}.")
+        return types[attributes[attribute]]
+
 
 @dataclass(frozen=True)
 class OperatorSpec:
@@ -63,7 +88,7 @@ class OperatorSpec:
         name: in ONNX.
         inputs: tensors, in order.
         outputs: tensors, in order.
-        attributes: name to type (int or float), in order; in torch they follow the inputs.
+        attributes: name to type (int, float or str), in order; in torch they follow the inputs.
         updates: output index to the index of the state input whose next value it is.
         rounds: the row format to whose values it rounds what it returns or writes; None if it does not round.
         layers: how many nodes a layer of each kind has.
