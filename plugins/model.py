@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..export.checkpoint.formats import FP8_BLOCK
 from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
+from ..export.contract.products import Product, layer_products
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
+from ..export.contract.weights import BFLOAT16, EXPONENT, FLOAT32, SCALE_FORMAT, WEIGHT_FORMAT
 from .launch import Kernel, kernels
 
 
 class OperatorCall(NamedTuple):
-    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches."""
+    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches.
+
+    The group of a product is the role of its weight within a layer.
+    """
 
     operator: str
     group: str
@@ -21,7 +27,7 @@ class OperatorCall(NamedTuple):
 
 
 def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
-    """The different calls of compressed-KV operators in the model's layers, for a profile."""
+    """The different calls of operators in the model's layers, for a profile; weights are in the released formats."""
     width, half = spec.head_dim, spec.rope_dim // 2
     attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
     calls = [OperatorCall("FoldkvWindowUpdate", "window", {"W": spec.sliding_window, "D": width}, {})]
@@ -44,7 +50,25 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
             ]
-    return calls
+    products = dict.fromkeys(one for kind in dict.fromkeys(spec.layer_types) for one in layer_products(spec, kind))
+    return calls + [product_call(product) for product in products]
+
+
+def product_call(product: Product, block: tuple[int, int] = FP8_BLOCK) -> OperatorCall:
+    """The call of a product with its weight in the released format; ``block`` is that of e4m3 weights."""
+    plain = product.released == BFLOAT16
+    height, width = (product.rows, product.columns) if plain else block
+    sizes = {
+        "GN": product.rows,
+        "K": product.columns,
+        "SN": -(-product.rows // height),
+        "SK": -(-product.columns // width),
+    }
+    attributes = {
+        "groups": product.groups, "block_rows": height, "block_columns": width, "terms": product.terms,
+        WEIGHT_FORMAT: product.released, SCALE_FORMAT: FLOAT32 if plain else EXPONENT,
+    }  # fmt: skip
+    return OperatorCall("FoldkvBlockLinear", product.role, sizes, attributes)
 
 
 def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, *, online: bool = False) -> OperatorCall:

@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,22 @@ from torch import Tensor
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
 from foldkv.export.contract.layouts import LAYOUTS
-from foldkv.export.contract.operators import STATE, operator_spec
+from foldkv.export.contract.operators import STATE, TensorSpec, operator_spec
+from foldkv.export.contract.products import EXACT, Product, layer_products
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
+from foldkv.export.contract.weights import BFLOAT16
 from foldkv.export.model.hadamard import hadamard_matrix
 from foldkv.export.operators.attention import dense_attention, sparse_attention, window_attention
 from foldkv.export.operators.compress import compress
 from foldkv.export.operators.compress_online import compress_online
 from foldkv.export.operators.index import index_scores, index_select
+from foldkv.export.operators.linear import block_linear
 from foldkv.export.operators.row_formats import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.model import operator_calls
+from foldkv.plugins.model import operator_calls, product_call
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
 _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
@@ -60,6 +63,7 @@ class Geometry:
     topk: int
     ratio: int  # of CSA
     online_ratio: int  # of HCA
+    products: tuple[Product, ...] = ()
 
     @classmethod
     def of_model(cls, name: str, spec: ModelSpec) -> Geometry:
@@ -68,11 +72,21 @@ class Geometry:
         return cls(
             name, spec.sliding_window, spec.num_heads, spec.head_dim, spec.rope_dim, spec.index_heads,
             spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA],
+            tuple({p.role: p for kind in (HCA, CSA) for p in layer_products(spec, kind)}.values()),
         )  # fmt: skip
 
+    def product(self, group: str) -> Product:
+        """The product of a weight's role, or else the first."""
+        return next((product for product in self.products if product.role == group), self.products[0])
 
+
+#: Of the small geometry: blocks that are cut off, channels that spans share, groups, and plain values.
+_PRODUCTS = (
+    Product("attn.wq_a.weight", 200, 600), Product("attn.wo_a.weight", 192, 160, groups=2),
+    Product("attn.compressor.wkv.weight", 40, 320, EXACT, BFLOAT16),
+)  # fmt: skip
 SMALL = Geometry("small", window=16, heads=4, width=64, rope_dim=16, index_heads=8, index_width=32, topk=8, ratio=4,
-                 online_ratio=8)  # fmt: skip
+                 online_ratio=8, products=_PRODUCTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class Case:
     attributes: dict[str, Any] = field(default_factory=dict)
     geometry: Geometry = SMALL
     width: int = 0
+    batch: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -140,12 +155,15 @@ class Case:
 
     def alone(self, sequence: int) -> Case:
         """The same call with one of its sequences only."""
-        spec, one = PLUGINS[self.operator], slice(sequence, sequence + 1)
-        inputs = [
-            value[one] if tensor.dims[0] == "B" else value
-            for tensor, value in zip(spec.inputs, self.inputs, strict=True)
-        ]
+        spec = PLUGINS[self.operator]
+        inputs = [self.part(tensor, value, sequence) for tensor, value in zip(spec.inputs, self.inputs, strict=True)]
         return Case(self.operator, self.row_format, inputs, list, self.attributes, self.geometry, self.width)
+
+    def part(self, declared: TensorSpec, value: Tensor, sequence: int) -> Tensor:
+        """What one sequence has of a tensor: its row, its tokens, or all of a tensor that sequences share."""
+        if declared.dims[0] == "M":
+            return value.unflatten(0, (self.batch, -1))[sequence]
+        return value[sequence : sequence + 1] if declared.dims[0] == "B" else value
 
     def digest(self) -> str:
         """sha256 of the inputs."""
@@ -251,6 +269,12 @@ class Draw:
     def uniform(self, *shape: int) -> Tensor:
         """float32 from 0 to 1."""
         return torch.from_numpy(((self._raw(math.prod(shape)) >> 40) / 2.0**24).astype(np.float32).reshape(shape))
+
+    def codes(self, *shape: int) -> Tensor:
+        """e4m3 codes as int8, any but NaN."""
+        count = math.prod(shape)
+        drawn = torch.from_numpy(self._raw(-(-count // 8)).view(np.int8)[:count].reshape(shape))
+        return torch.where(drawn & 0x7F == 0x7F, 0, drawn)
 
     def permutation(self, count: int) -> Tensor:
         """The numbers below ``count`` in random order."""
@@ -495,7 +519,33 @@ def _attention_case(
     return Case(operator, call.row_format, inputs, expect, attributes)
 
 
+def _linear_case(call: _Call, **_: Any) -> Case:
+    """Within the rounding of float32 sums; tokens of no sequence are NaN."""
+    product, draw = call.of.product(call.group), call.draw
+    _, _, sizes, attributes = product_call(product)
+    x = draw.normal(call.batch, call.chunk, product.groups * product.columns)
+    valid = torch.arange(call.chunk)[None, :] < call.tail[1][:, None]
+    x[~valid] = torch.nan
+    tokens, shape, grid = x.flatten(0, 1), (product.rows, product.columns), (sizes["SN"], sizes["SK"])
+    if product.released == BFLOAT16:
+        weight, scale = draw.normal(*shape).bfloat16(), torch.ones(grid)
+    else:
+        weight, scale = draw.codes(*shape), (121 + 6 * draw.uniform(*grid)).to(torch.int8)
+
+    def expect() -> list[Expectation]:
+        values = tokens.nan_to_num().double()
+        expected = block_linear(values, weight, scale, **attributes)
+        plain = weight.abs() if product.released == BFLOAT16 else weight & 0x7F  # without its signs
+        reach = block_linear(values.abs(), plain, scale, **attributes).amax(1, keepdim=True)
+        where = valid.flatten()
+        bound = reach[where] * (product.columns * _HALF_SINGLE)
+        return [Expectation(0, "near", where=where, values=expected[where], bound=bound, relative=2.0**-17)]
+
+    return Case("FoldkvBlockLinear", call.row_format, [tokens, weight, scale], expect, attributes)
+
+
 MAKERS: dict[str, Callable[..., Case]] = {
+    "FoldkvBlockLinear": _linear_case,
     "FoldkvWindowUpdate": _window_update_case,
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
@@ -516,9 +566,10 @@ def make_case(
     ``group`` is the state that it touches; the default is what its rows can only be, or the entries.
     """
     group = group or ("index_entries" if rows in (INDEX_FP8, INDEX_FP4) or operator.endswith("Fp4") else "entries")
-    draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, asdict(geometry), group, more]))
+    sizes = {name: value for name, value in asdict(geometry).items() if name != "products"}
+    draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, sizes, group, more]))
     case = MAKERS[operator](_Call(draw, geometry, rows, start, real, chunk, group), **more)
-    return Case(case.operator, case.row_format, case.inputs, case.expect, case.attributes, geometry, case.width)
+    return replace(case, geometry=geometry, batch=len(start))
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def _of_batch(case: Case, outputs: list[torch.Tensor], sequence: int | None = No
     if sequence is None:
         return outputs
     declared = PLUGINS[case.operator].outputs
-    assert all(tensor.dims[0] == "B" for tensor in declared)
-    return [value[sequence : sequence + 1] for value in outputs]
+    assert all(tensor.dims[0] in ("B", "M") for tensor in declared)
+    return [case.part(tensor, value, sequence) for tensor, value in zip(declared, outputs, strict=True)]
 
 
 if __name__ == "__main__":

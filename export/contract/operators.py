@@ -299,6 +299,17 @@ for _spec in (
         attributes={"limit": float}, layers=_EACH, no_plugin=_NO_STATE,
     ),
     OperatorSpec(
+        "FoldkvBlockLinear",
+        inputs=(
+            TensorSpec("x", ("M", "GK")), TensorSpec("weight", ("GN", "K"), WEIGHT), TensorSpec("scale", ("SN", "SK"), SCALE),
+        ),
+        outputs=(TensorSpec("y", ("M", "GN")),),
+        attributes={
+            "groups": int, "block_rows": int, "block_columns": int, "terms": int, WEIGHT_FORMAT: str, SCALE_FORMAT: str
+        },
+        plugin="1",
+    ),
+    OperatorSpec(
         "FoldkvQuantizeFp8",
         inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
         attributes={"rope_dim": int}, rounds=FP8_DS_MLA, layers=_EACH, profiles=(SERVED,),

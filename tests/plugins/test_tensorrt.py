@@ -17,7 +17,6 @@ import torch
 from cases import FORMS, ROTARY, Case, make_case
 from driver import FakeDriver
 
-from foldkv.export.contract.operators import STATE
 from foldkv.export.contract.rows import DENSE
 from foldkv.plugins import tensorrt
 from foldkv.plugins.cuda import KernelImage
@@ -142,16 +141,17 @@ def test_types_shapes_and_aliases_are_those_of_the_definition(
 def test_only_linear_tensors_of_the_declared_types_are_taken(operator: str, rows: str) -> None:
     case = make_case(operator, rows, start=[43], real=[1], chunk=1)
     plugin, spec = plugin_of(case), PLUGINS[operator]
-    kinds = {"float32": "FLOAT", "int32": "INT32", "int64": "INT64", STATE: "BF16" if rows == DENSE else "INT8"}
+    kinds = {"float32": "FLOAT", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32", "int64": "INT64"}
     tensors = (*spec.inputs, *spec.outputs)
     for position, tensor in enumerate(tensors):
+        stored = kinds[tensor.stored_type(case.attributes, rows="bfloat16" if rows == DENSE else "int8")]
         for kind in ("FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64"):
             for layout in ("LINEAR", "CHW4"):
                 desc = types.SimpleNamespace(type=getattr(trt.DataType, kind), format=getattr(trt.TensorFormat, layout))
                 taken = plugin.supports_format_combination(
                     position, [types.SimpleNamespace(desc=desc)] * len(tensors), len(spec.inputs)
                 )
-                assert taken == (kind == kinds[tensor.dtype] and layout == "LINEAR")
+                assert taken == (kind == stored and layout == "LINEAR")
 
 
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
