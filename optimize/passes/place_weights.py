@@ -2,7 +2,8 @@
 
 A segment takes weights as they are stored, as bytes. Here each becomes what an engine takes:
 
-- e4m3 matrices: their values, in the precision of the product;
+- weights that plugins read (linears.py): unchanged, on every GPU;
+- other e4m3 matrices: their values, in the precision of the product;
 - routed experts: int32 words that are gathered and then decoded (export/operators/packed_words.py), on every GPU;
 - bfloat16 and float16: unchanged.
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from ...errors import BuildError, FoldkvError
 from ...export.checkpoint.formats import FP8
 from ...export.contract.engine_set import DEQUANTISED, WORDS, Taken
+from ...export.contract.operators import WEIGHT
 from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL, PARTS
 from ...export.operators.packed_words import (
     WORD,
@@ -30,6 +32,7 @@ from ...export.operators.packed_words import (
     scale_bytes,
 )
 from ...export.operators.registry import DOMAIN
+from ...plugins.declarations import PLUGINS
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
@@ -39,10 +42,12 @@ class Stored:
     """How the weights were changed.
 
     Attributes:
+        plugins: names of the weights that plugins read as they are stored.
         loads: how the changed ones are to be loaded, by name.
         widened: weights by (stored format, reason why it is not kept).
     """
 
+    plugins: frozenset[str] = frozenset()
     loads: dict[str, Taken] = field(default_factory=dict)
     widened: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -68,7 +73,7 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
     Raises:
         BuildError: an older package that does not say where the matrices of its experts are.
     """
-    stored = Stored()
+    stored = Stored(_left_to_plugins(model))
     _place_experts(model, dtype, stored)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type in (BLOCK, PARTIAL):
@@ -80,6 +85,17 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
                     ir.convenience.replace_all_uses_with(user.outputs[0], value)
                     model.graph.remove(user, safe=True)
     return stored
+
+
+def _left_to_plugins(model: ir.Model) -> frozenset[str]:
+    """Names of the weights that plugins read."""
+    found = set()
+    for node in model.graph:
+        spec = PLUGINS.get(node.op_type) if node.domain == DOMAIN else None
+        for tensor, value in zip(spec.inputs if spec else (), node.inputs, strict=False):
+            if tensor.dtype == WEIGHT and value is not None:
+                found.add(value.name or "")
+    return frozenset(found)
 
 
 def _codes(node: ir.Node) -> ir.Value:
