@@ -69,9 +69,11 @@ Compiled = dict[tuple[Kernel, int], CompiledKernel]
 
 
 def is_hot(kernel: Kernel) -> bool:
-    """Scores, and the attentions of a decoding step: those with a span."""
+    """Scores, products, and the attentions of a decoding step: those with a span."""
     name = kernel.function.split(".")[0]
-    return name == "index_scores" or (name == "attention" and dict(kernel.constants).get("SPAN", 0) > 0)
+    return name in ("index_scores", "block_linear") or (
+        name == "attention" and dict(kernel.constants).get("SPAN", 0) > 0
+    )
 
 
 def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> None:
