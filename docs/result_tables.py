@@ -105,7 +105,7 @@ def times(results: Sequence[Mapping[str, Any]], model: str = "v4-flash") -> str:
             f"{context >> 10}k x {batch}" + (f", chunk {chunk}" if chunk > 1 else "")
             for context, batch, chunk in PLACES
         ]
-        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row}
+        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row and "rows" in row}
         lines = [
             [f"`{name.removeprefix('Foldkv')}` {rows_of}", *(_time(rows.get((name, rows_of, *at))) for at in PLACES)]
             for name, rows_of in dict.fromkeys((row["operator"], row["rows"]) for row in rows.values())

@@ -4,7 +4,8 @@
 The floor of a call is the larger of the bytes that it must move over the measured copy bandwidth and the operations that it
 must do over the measured bfloat16 matrix rate; the share is floor over time. A time is the median over replays of a CUDA
 graph of 20 calls. The calls read several copies of their inputs in turn, as layers do, so small ones do not come from
-the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike.
+the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike; of a product, with the weight
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from device import Device, gpu
 from torch import Tensor
 
 from foldkv.export.contract.operators import STATE
+from foldkv.export.contract.products import Product
 from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
+from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.model import operator_calls
+from foldkv.plugins.model import operator_calls, product_call
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
@@ -77,12 +80,30 @@ def measure(
     contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES,
     chunks: Sequence[int] = CHUNKS, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
 ) -> None:  # fmt: skip
-    """One row per operator, row format, model, context and batch."""
+    """One row per operator, row format, model, context and batch, and one per product, model and batch."""
     end = time.monotonic() + seconds
     chosen = [pair for pair in models(kit.ROOT) if pair[0].name in names]
     device = open_device()
     bandwidth, rate = copy_bandwidth(device), matmul_rate(device)
     recorder.fact(copy_gb_s=bandwidth / 1e9, bf16_tflop_s=rate / 1e12, not_measured=[])
+
+    def add(case: dict[str, Any], make_call: Callable[[], Call]) -> None:
+        if time.monotonic() > end:
+            recorder.content["not_measured"].append(case | {"why": "out of time"})
+            return
+        try:
+            found = one(device, make_call(), bandwidth, rate)
+        except torch.OutOfMemoryError:
+            recorder.content["not_measured"].append(case | {"why": "out of memory"})
+            torch.cuda.empty_cache()
+            return
+        except RuntimeError as error:
+            recorder.add(case, failure=f"{case}: {str(error)[:300]}")
+            if "illegal" in str(error).lower():
+                raise
+            return
+        recorder.add(case | found)
+
     places = [(context, batch, 1) for context in contexts for batch in batches]
     for context, batch, chunk in [*places, *((context, 1, chunk) for context in contexts for chunk in chunks)]:
         for operator, rows in CASES:
@@ -91,22 +112,13 @@ def measure(
                     continue  # V4-Pro has no layer with a window alone
                 case = {"model": geometry.name, "context": context, "batch": batch, "chunk": chunk, "operator": operator,
                         "rows": rows}  # fmt: skip
-                if time.monotonic() > end:
-                    recorder.content["not_measured"].append(case | {"why": "out of time"})
-                    continue
-                try:
-                    call = make(device, operator, rows, geometry, context, batch, chunk)
-                    found = one(device, call, bandwidth, rate)
-                except torch.OutOfMemoryError:
-                    recorder.content["not_measured"].append(case | {"why": "out of memory"})
-                    torch.cuda.empty_cache()
-                    continue
-                except RuntimeError as error:
-                    recorder.add(case, failure=f"{case}: {str(error)[:300]}")
-                    if "illegal" in str(error).lower():
-                        raise
-                    continue
-                recorder.add(case | found)
+                add(case, lambda: make(device, operator, rows, geometry, context, batch, chunk))  # noqa: B023 - called at once
+    for batch, chunk in [*((batch, 1) for batch in batches), *((1, chunk) for chunk in chunks)]:
+        for geometry, _ in chosen:
+            for product in geometry.products:
+                case = {"model": geometry.name, "batch": batch, "chunk": chunk, "operator": "FoldkvBlockLinear",
+                        "weight": product.role}  # fmt: skip
+                add(case, lambda: make_product(device, product, batch * chunk))  # noqa: B023 - called at once
 
 
 def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int, chunk: int = 1) -> Call:
@@ -176,6 +188,22 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
     return call(inputs, attributes, moved, 4.0 * batch * chunk * of.heads * of.width * keys)
 
 
+def make_product(device: Device, product: Product, tokens: int) -> Call:
+    """A product with random codes, which are not NaN, and scales of one."""
+    torch.manual_seed(0)
+    where, (operator, _, sizes, attributes) = device.torch_device, product_call(product)
+    shape = (product.rows, product.columns)
+    if attributes[WEIGHT_FORMAT] == BFLOAT16:
+        weight, scale = torch.randn(shape, device=where, dtype=torch.bfloat16), torch.ones(1, 1, device=where)
+    else:
+        weight = torch.randint(-128, 127, shape, device=where, dtype=torch.int8).bitwise_and(-2)
+        scale = torch.full((sizes["SN"], sizes["SK"]), 127, device=where, dtype=torch.int8)
+    x = torch.randn(tokens, product.groups * product.columns, device=where)
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in (x, weight, scale)) + 4.0 * tokens * product.rows
+    done = 2.0 * tokens * product.rows * product.columns * product.terms
+    return Call(operator, [x, weight, scale], attributes, DENSE, 0, moved, done)
+
+
 def state(device: Device, batch: int, count: int, width: int, rope_dim: int, rows: str) -> Tensor:
     """Rows of the state with random values; packed ones repeat a block."""
     if rows == DENSE:
@@ -199,7 +227,8 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
         "us": taken * 1e6, "floor_us": floor * 1e6, "share_of_floor": floor / taken, "launches": len(launches[0][1].launches),
         "bound": "memory" if call.bytes / bandwidth > call.operations / rate else "compute",
     }  # fmt: skip
-    if call.row_format == DENSE and call.inputs[0].shape[1] == 1 and (peer := torch_step(call)) is not None:
+    single = call.operator == "FoldkvBlockLinear" or call.inputs[0].shape[1] == 1
+    if call.row_format == DENSE and single and (peer := torch_step(call)) is not None:
         try:
             row["torch_us"] = replay(device, [torch_step(each) for each in calls]) * 1e6  # type: ignore[misc]
         except torch.OutOfMemoryError:
@@ -254,6 +283,11 @@ def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
 def torch_step(call: Call) -> Callable[[], Tensor] | None:
     """The operator's step in torch, in bfloat16, as one would write it without a kernel; None if it is not a product."""
     values = call.inputs
+    if call.operator == "FoldkvBlockLinear":
+        groups = call.attributes["groups"]
+        weight = (values[1].view(torch.float8_e4m3fn) if values[1].dtype == torch.int8 else values[1]).bfloat16()
+        wide = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return lambda: torch.matmul(values[0].bfloat16().unflatten(1, (groups, -1)).transpose(0, 1), wide)
     if call.operator == "FoldkvIndexScores":
         q, weights, entries = values[:3]
         return lambda: torch.matmul(
