@@ -174,7 +174,7 @@ def plan_target(
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
     written, placed = built_in(stored, target.backend), 0
     if target.backend.engine:
-        sizes = {name: weight_bytes_in(spec, name, widened=True) for name in target.backend.weights}
+        sizes = {name: weight_bytes_in(spec, name, widened=not choice.plugins) for name in target.backend.weights}
     else:
         sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
         placed = cpu_weight_bytes(spec, stored)[1]

@@ -19,7 +19,6 @@ from ...errors import BuildError
 from ...export.contract.geometry import ModelSpec
 from ...export.contract.products import Product, layer_products
 from ...export.contract.weights import BFLOAT16, E4M3, EXPONENT, FLOAT32, SCALE_FORMAT, WEIGHT_FORMAT
-from ...export.external import read_values
 from ...export.operators.linear import FoldkvBlockLinear
 from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL
 from ...export.operators.registry import DOMAIN
@@ -216,6 +215,6 @@ def _take_bytes(weight: ir.Value) -> None:
         )  # fmt: skip
     elif tensor is not None:
         weight.const_value = ir.LazyTensor(
-            lambda: ir.Tensor(read_values(tensor).view(np.int8), name=weight.name), ir.DataType.INT8,
+            lambda: ir.Tensor(tensor.numpy().view(np.int8), name=weight.name), ir.DataType.INT8,
             ir.Shape(tensor.shape), name=weight.name,
         )  # fmt: skip

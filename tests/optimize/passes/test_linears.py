@@ -13,13 +13,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from safetensors.torch import load_file, save_file
-from whole import first_chunk, opened
+from whole import first_chunk, opened, read_external
 
 from foldkv.artifact import read_manifest
 from foldkv.errors import BuildError
 from foldkv.export.contract.engine_set import ENGINES, STORED, EngineTable
 from foldkv.export.contract.products import EXACT, ROUNDED, layer_products
-from foldkv.export.external import read_values
 from foldkv.export.package import Package, export_checkpoint, read_package
 from foldkv.export.stitch import bind_weights, flat_model
 from foldkv.optimize.build import build_bundles
@@ -83,7 +82,7 @@ def bound(package: Package, change: Callable[[ir.Model], object]) -> ir.Model:
     change(model)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(read_values(value.const_value), dtype=value.dtype, name=value.name)
+            value.const_value = ir.Tensor(read_external(value.const_value), dtype=value.dtype, name=value.name)
     return model
 
 
