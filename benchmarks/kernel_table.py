@@ -12,7 +12,7 @@ from pathlib import Path
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, triton_version
-from foldkv.plugins.launch import FEW_TOKENS, Kernel
+from foldkv.plugins.launch import LINEAR_TOKENS, Kernel
 from foldkv.plugins.model import model_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def label(kernel: Kernel) -> str:
         names = ("FORMAT", "TERMS", "SPLIT", "ALIGN")
     shown = [f"{name}={constants[name]}" for name in names if name in constants]
     if "BM" in constants and kernel.module == "block_linear":
-        shown.append("few tokens" if constants["BM"] == FEW_TOKENS else "many tokens")
+        shown.append("few tokens" if constants["BM"] == LINEAR_TOKENS else "many tokens")
     return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
 
 

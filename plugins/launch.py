@@ -32,10 +32,10 @@ SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
 #: Products with up to this many tokens only wait for their weights, so they read them with as many programs as a GPU runs.
-FEW_TOKENS = 16
-#: For a product with few tokens: rows of a tile, channels of a tile at most, the fewest channels of a program, and the
-#: number of programs that fill a GPU.
-LINEAR_ROWS, LINEAR_CHANNELS, LINEAR_SPAN, LINEAR_PROGRAMS = 64, 64, 256, 512
+FEW_TOKENS = 64
+#: For a product with few tokens: rows and tokens of a tile, channels of a tile at most, the fewest channels of a program,
+#: and the number of programs that fill a GPU.
+LINEAR_ROWS, LINEAR_TOKENS, LINEAR_CHANNELS, LINEAR_SPAN, LINEAR_PROGRAMS = 64, 16, 64, 256, 512
 
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "int8": "*i8"}
 _ITEM = 4  # bytes of a float32 in the workspace
@@ -548,7 +548,7 @@ def _linear_tile(call: _Call, *, few: bool) -> _LinearTile:
     while block < call["K"] and block % channels:
         channels //= 2
     if few:
-        return _LinearTile(LINEAR_ROWS, FEW_TOKENS, channels, 4, 4)
+        return _LinearTile(LINEAR_ROWS, LINEAR_TOKENS, channels, 4, 4)
     # Before Hopper, and on consumer GPUs, operands are in registers: those of more tokens would spill.
     narrow = call.sm not in (90, 100, 103) and call.attributes["terms"] == EXACT
     return _LinearTile(128, 32 if narrow else 64, channels, 8, 3)

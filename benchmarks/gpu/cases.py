@@ -615,6 +615,8 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
         far = _longest(operator, geometry)
         forms.append(Form(operator, group, rows, "token", (far, 7, far // 3), (1, 1, 1), 1))
         forms.append(Form(operator, group, rows, "chunk", (far, 6), (4, 2), 9))
+        if operator == "FoldkvBlockLinear":  # more tokens than those that share a row's channels
+            forms.append(Form(operator, group, rows, "long", (far, 6), (40, 2), 40))
         if operator == "FoldkvWindowUpdate":  # a chunk that fills the ring more than once
             forms.append(
                 Form(operator, group, rows, "long", (far, 6), (2 * geometry.window + 9, 2), 2 * geometry.window + 9)

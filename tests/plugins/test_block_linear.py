@@ -92,7 +92,7 @@ def bound(x: Tensor, values: Tensor, weight: Weight) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 2, 7, 17, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 17, 64, 70])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_the_kernels_compute_the_product(weight: Weight, tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
@@ -108,7 +108,7 @@ def test_the_kernels_of_other_gpus_compute_the_same(sm: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for weight in (WEIGHTS[0], WEIGHTS[10]):
         stored, scale, values = weight.drawn(generator)
-        x = torch.randn(33, weight.columns, generator=generator)
+        x = torch.randn(70, weight.columns, generator=generator)
         [found] = run(OPERATOR, [x, stored, scale], sm=sm, **weight.attributes)
         assert ((found - exact(x, values, weight)).abs() <= bound(x, values, weight)).all()
 
@@ -158,6 +158,7 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", exact_dot)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [WEIGHTS[0], WEIGHTS[3], WEIGHTS[6], WEIGHTS[10]], ids=str)
 def test_a_token_does_not_depend_on_the_others_nor_on_their_number(weight: Weight, ordered: None) -> None:
     generator = torch.Generator().manual_seed(2)
