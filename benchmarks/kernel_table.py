@@ -12,8 +12,9 @@ from pathlib import Path
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.plugins.compile import SHARED_LIMITS, CompiledKernel, compile_kernels, triton_version
-from foldkv.plugins.launch import LINEAR_TOKENS, Kernel
+from foldkv.plugins.launch import LINEAR_TOKENS
 from foldkv.plugins.model import model_kernels
+from foldkv.plugins.plans import Kernel
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -33,9 +34,9 @@ memory, bytes of the cubin; then, in brackets, heads by keys of the tile (of a p
 use 512 columns of tensor memory, and shared memory of {limits} bytes.
 
 Rows are in bfloat16 unless they are packed; weights are in the released formats. Chunks of up to 8 tokens use the kernels with a span; longer chunks use the kernels without one.
-A kernel that several models or layouts share is listed once, where it first occurs.
+Pairs are those of a token and one of its experts: up to 64 are few. A kernel that several models or layouts share is listed once, where it first occurs.
 
-{spilling} of {total} kernels spill, at most {most} bytes. No index score kernel and no product spills. Among the attention kernels with a span, only those that read
+{spilling} of {total} kernels spill, at most {most} bytes. No index score kernel and no product of a weight spills. Among the attention kernels with a span, only those that read
 packed rows on sm90 spill: measurements showed that they are faster that way. (Stacks without spills are not shown: the range reduction of
 sine and cosine keeps an array of 32 bytes.)
 """
@@ -68,6 +69,9 @@ def label(kernel: Kernel) -> str:
     shown = [f"{name}={constants[name]}" for name in names if name in constants]
     if "BM" in constants and kernel.module == "block_linear":
         shown.append("few tokens" if constants["BM"] == LINEAR_TOKENS else "many tokens")
+    if kernel.module == "experts" and "WEIGHT" in constants:
+        shown = [f"{constants['ROWS']}x{constants['COLUMNS']} {constants['WEIGHT']}"]
+        shown.append("few pairs" if dict(kernel.arguments)["order"] is None else "many pairs")
     return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
 
 
@@ -79,7 +83,7 @@ def cell(row: CompiledKernel) -> str:
 def tile(kernel: Kernel) -> str:
     """Heads by keys of the tile, or rows by tokens by channels, where it has one, and warps."""
     constants = dict(kernel.constants)
-    names = ("BN", "BM", "BK") if kernel.module == "block_linear" else ("BH", "BN")
+    names = ("BN", "BM", "BK") if kernel.module in ("block_linear", "experts") else ("BH", "BN")
     sizes = "x".join(str(constants[name]) for name in names if name in constants)
     return f"{sizes} w{kernel.num_warps}".strip()
 

@@ -31,7 +31,7 @@ from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.names import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
-from .contract.operators import expected_operators
+from .contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, expected_operators
 from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
 from .layer_traces import joined, trace_attention, trace_experts, trace_head
@@ -363,7 +363,7 @@ def _dequantise(model: ir.Model, role: str, stored: ir.Value, source: Quantised)
 def _take_packed(model: ir.Model, role: str, source: Packed) -> None:
     """Give the routed experts their packed weights instead of float32 ones."""
     graph = model.graph
-    node = next(node for node in graph if node.op_type == "FoldkvRoutedExperts")
+    node = next(node for node in graph if node.op_type == ROUTED_EXPERTS)
     given = [
         _input(model, f"{role}.codes", ir.DataType.INT8, source.codes.shape),
         _input(model, f"{role}.scales", onnx_dtype(source.scales), source.scales.shape),
@@ -395,10 +395,10 @@ def _check(chain: Chain, spec: ModelSpec, profile: str) -> None:
     for name in (packed.EXPONENTS, packed.BLOCK, packed.PARTIAL):
         found.pop(name, None)
     expected = expected_operators(spec, profile)
-    if found | {"FoldkvRoutedExperts": experts} != expected:
+    if found | {ROUTED_EXPERTS: experts} != expected:
         raise FoldkvError(
             f"the segments have operators {found}; expected {expected}. Report this as a fault of foldkv."
         )
 
 
-_EXPERTS = ("FoldkvRoutedExperts", *packed.EXPERTS.values(), *packed.SCALED_EXPERTS.values())
+_EXPERTS = (ROUTED_EXPERTS, *PACKED_EXPERTS.values())

@@ -24,7 +24,7 @@ from typing import Any
 from ..errors import BuildError
 from ..packages import lacks
 from ..progress import Progress, Say, silent
-from .launch import Kernel
+from .plans import Kernel
 
 #: Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per capability).
 SHARED_LIMITS = {

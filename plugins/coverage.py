@@ -14,7 +14,7 @@ from ..export.contract.profiles import PROFILES
 from ..export.contract.rows import DENSE, row_format_named
 from .declarations import PLUGINS
 from .launch import kernels
-from .model import OperatorCall, operator_calls
+from .model import EXPERT_FORMS, OperatorCall, operator_calls
 
 #: Types of dense rows that engines keep.
 DTYPES = ("bfloat16",)
@@ -22,7 +22,7 @@ DTYPES = ("bfloat16",)
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One operator on one kind of rows: the state group, or "weights" for products, the format, the type of dense rows
+    """One operator on one kind of rows: the state group, "weights" for products, or "experts"; the format, the type of dense rows
     ("" if packed), and per compute capability why there is no plugin ("" if there is one)."""
 
     operator: str
@@ -47,7 +47,7 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
     rows: dict[tuple[str, str, str, str], CoverageRow] = {}
     calls: list[OperatorCall] = []
     for profile in profiles:
-        calls += [call for call in operator_calls(spec, profile) if call not in calls]
+        calls += [call for call in operator_calls(spec, profile, EXPERT_FORMS) if call not in calls]
     for call in calls:
         formats = dict.fromkeys(layout.format_of(call.group) or DENSE for layout in LAYOUTS.values())
         if not PLUGINS[call.operator].row_formats:

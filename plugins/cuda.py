@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import FoldkvError, MissingDependencyError
 from ..packages import installed, lacks
-from .launch import Launch, Plan
+from .plans import Launch, Plan
 
 # Triton adds two pointers to scratch memory to every kernel's arguments; plugins/compile.py refuses kernels that use them.
 _HIDDEN_POINTERS = 2

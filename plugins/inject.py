@@ -30,7 +30,8 @@ from ..export.stitch import flat_model
 from ..manifests import GraphIdentity, GraphInputs, InjectionFacts, OperatorCoverage, StateRow, write
 from ..progress import Say, silent
 from .declarations import BODIES, FIELDS, NAMESPACE, PLUGINS, WEIGHT_BODIES, PluginSpec
-from .launch import Kernel, kernels
+from .launch import kernels
+from .plans import Kernel
 
 NAMESPACE_ATTRIBUTE, VERSION_ATTRIBUTE, LIBRARY_ATTRIBUTE = "plugin_namespace", "plugin_version", "library"
 
@@ -308,7 +309,9 @@ def _kernels(
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
-    return value.decode() if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return value.decode()
+    return tuple(value) if attribute.type == onnx.AttributeProto.INTS else value
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:

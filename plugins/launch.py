@@ -1,24 +1,24 @@
 """What an operator launches: kernels with their constants, grids and arguments. No Triton, no TensorRT.
 
-Only this module knows it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
+Only this module and what it asks (launch_experts.py) know it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
 all ask here, so the tests run what is launched.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.contract.operators import TensorSpec, operator_spec
+from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, TensorSpec, operator_spec
 from ..export.contract.products import EXACT, ROUNDED
 from ..export.contract.rows import DENSE, RowFormat, row_format_named
 from ..export.contract.weights import BFLOAT16, E4M3, SCALE_FORMAT, WEIGHT_FORMAT
 from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
+from .launch_experts import FEW_PAIRS, plan_experts
+from .plans import Argument, Kernel, Launch, Plan
 
 #: Sizes that change from call to call: batch, chunk, capacity in entries, and tokens of a product (batch times chunk).
 #: Kernels are compiled for any of them.
@@ -40,61 +40,6 @@ LINEAR_ROWS, LINEAR_TOKENS, LINEAR_CHANNELS, LINEAR_SPAN, LINEAR_PROGRAMS = 64, 
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "int8": "*i8"}
 _ITEM = 4  # bytes of a float32 in the workspace
 _INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel to compile: a function of plugins/kernels, its argument types and its constants.
-
-    Attributes:
-        function: "module.function" below ``foldkv.plugins.kernels``.
-        arguments: (name, Triton type) in order; None for an argument that this form does not use.
-        constants: (name, value) in order.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline.
-    """
-
-    function: str
-    arguments: tuple[tuple[str, str | None], ...]
-    constants: tuple[tuple[str, int | float | str], ...]
-    num_warps: int = 4
-    num_stages: int = 2
-
-    @property
-    def module(self) -> str:
-        """The module of plugins/kernels with the function."""
-        return self.function.split(".")[0]
-
-    @property
-    def name(self) -> str:
-        """A name that changes with every field."""
-        fields = [self.function, self.arguments, self.constants, self.num_warps, self.num_stages]
-        return f"{self.function.split('.')[1]}-{hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]}"
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A kernel's argument: "input" or "output" and its index, "workspace" and its byte offset, or "int32"."""
-
-    kind: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. ``grid`` has x, y and z."""
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    arguments: tuple[Argument, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The launches of one call, in order, and the bytes of scratch memory that they share."""
-
-    launches: tuple[Launch, ...]
-    workspace: int = 0
 
 
 def plan(
@@ -142,7 +87,7 @@ def kernels(
 ) -> list[Kernel]:
     """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
-    for chunk, tokens in ((1, 1), (SPLIT_CHUNK + 1, FEW_TOKENS + 1)):
+    for chunk, tokens in ((1, 1), (SPLIT_CHUNK + 1, max(FEW_TOKENS, FEW_PAIRS) + 1)):
         dynamic = {"B": 1, "S": chunk, "E": 1 << 20, "M": tokens}
         steps = plan(
             operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
@@ -528,6 +473,10 @@ def _dense_attention(call: _Call) -> Plan:
     return _attention(call, "dense_attention", call["E"], ("S", "E"), constants, DENSE_SPAN)
 
 
+def _routed_experts(call: _Call) -> Plan:
+    return plan_experts(call.spec.operator, call.sizes, call.attributes, sm=call.sm)
+
+
 @dataclass(frozen=True)
 class _LinearTile:
     """Rows of the weight, tokens and channels of a product's tile, warps, stages."""
@@ -627,6 +576,7 @@ def _linear_gaps(call: _Call) -> list[str]:
 
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
+    **dict.fromkeys((ROUTED_EXPERTS, *PACKED_EXPERTS.values()), _routed_experts),
     "FoldkvBlockLinear": _block_linear,
     "FoldkvWindowUpdate": _window_update,
     **dict.fromkeys(("FoldkvCompress", "FoldkvCompressFp8", "FoldkvCompressFp4"), _compress),

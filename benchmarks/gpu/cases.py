@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from expert_cases import ExpertSizes, expert_call
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,8 +43,9 @@ from foldkv.export.operators.linear import block_linear
 from foldkv.export.operators.row_formats import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.model import operator_calls, product_call
+from foldkv.plugins.launch import plan
+from foldkv.plugins.model import EXPERT_FORMS, operator_calls, product_call
+from foldkv.plugins.plans import Plan
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
 _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
@@ -51,7 +53,10 @@ _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns."""
+    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns.
+
+    ``experts`` has fewer experts than the model: their number only changes where an expert lies.
+    """
 
     name: str
     window: int
@@ -63,6 +68,7 @@ class Geometry:
     topk: int
     ratio: int  # of CSA
     online_ratio: int  # of HCA
+    experts: ExpertSizes
     products: tuple[Product, ...] = ()
 
     @classmethod
@@ -72,6 +78,7 @@ class Geometry:
         return cls(
             name, spec.sliding_window, spec.num_heads, spec.head_dim, spec.rope_dim, spec.index_heads,
             spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA],
+            ExpertSizes(spec.hidden_size, spec.moe_intermediate_size, spec.experts_per_token + 2, spec.experts_per_token),
             tuple({p.role: p for kind in (HCA, CSA) for p in layer_products(spec, kind)}.values()),
         )  # fmt: skip
 
@@ -86,7 +93,7 @@ _PRODUCTS = (
     Product("attn.compressor.wkv.weight", 40, 320, EXACT, BFLOAT16),
 )  # fmt: skip
 SMALL = Geometry("small", window=16, heads=4, width=64, rope_dim=16, index_heads=8, index_width=32, topk=8, ratio=4,
-                 online_ratio=8, products=_PRODUCTS)  # fmt: skip
+                 online_ratio=8, experts=ExpertSizes(hidden=64, inner=32, count=5, chosen=2), products=_PRODUCTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ class Expectation:
 class Case:
     """A call, and how to find out what is expected of it.
 
-    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell.
+    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell. ``batch`` is
+    the number of sequences.
     """
 
     operator: str
@@ -157,7 +165,7 @@ class Case:
         """The same call with one of its sequences only."""
         spec = PLUGINS[self.operator]
         inputs = [self.part(tensor, value, sequence) for tensor, value in zip(spec.inputs, self.inputs, strict=True)]
-        return Case(self.operator, self.row_format, inputs, list, self.attributes, self.geometry, self.width)
+        return replace(self, inputs=inputs, expect=list, batch=1)
 
     def part(self, declared: TensorSpec, value: Tensor, sequence: int) -> Tensor:
         """What one sequence has of a tensor: its row, its tokens, or all of a tensor that sequences share."""
@@ -270,10 +278,14 @@ class Draw:
         """float32 from 0 to 1."""
         return torch.from_numpy(((self._raw(math.prod(shape)) >> 40) / 2.0**24).astype(np.float32).reshape(shape))
 
+    def bytes(self, *shape: int) -> Tensor:
+        """uint8 of any value."""
+        count = math.prod(shape)
+        return torch.from_numpy(self._raw(-(-count // 8)).view(np.uint8)[:count].reshape(shape))
+
     def codes(self, *shape: int) -> Tensor:
         """e4m3 codes as int8, any but NaN."""
-        count = math.prod(shape)
-        drawn = torch.from_numpy(self._raw(-(-count // 8)).view(np.int8)[:count].reshape(shape))
+        drawn = self.bytes(*shape).view(torch.int8)
         return torch.where(drawn & 0x7F == 0x7F, 0, drawn)
 
     def permutation(self, count: int) -> Tensor:
@@ -519,6 +531,19 @@ def _attention_case(
     return Case(operator, call.row_format, inputs, expect, attributes)
 
 
+def _experts_case(operator: str, call: _Call, **more: Any) -> Case:
+    """Every token of the chunk is computed, also those that are no sequence's."""
+    of = call.of.experts
+    made = expert_call(operator, call.draw, of, call.batch * call.chunk, **more)
+
+    def expect() -> list[Expectation]:
+        values, bound = made.expected()
+        # Roundings of many values are independent, so the whole is nearer than the worst case of one.
+        return [Expectation(0, "near", values=values, bound=bound, relative=4 * _HALF_STATE)]
+
+    return Case(operator, DENSE, made.inputs, expect, made.attributes)
+
+
 def _linear_case(call: _Call, **_: Any) -> Case:
     """Within the rounding of float32 sums; tokens of no sequence are NaN."""
     product, draw = call.of.product(call.group), call.draw
@@ -546,6 +571,7 @@ def _linear_case(call: _Call, **_: Any) -> Case:
 
 MAKERS: dict[str, Callable[..., Case]] = {
     "FoldkvBlockLinear": _linear_case,
+    **{name: functools.partial(_experts_case, name) for name in EXPERT_FORMS},
     "FoldkvWindowUpdate": _window_update_case,
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
@@ -605,7 +631,7 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
     found: dict[tuple[str, str, str], None] = {}
     for profile in (HF, SERVED):
         for name in ("dense", "fp8", "fp8+fp4"):
-            for call in operator_calls(spec, profile):
+            for call in operator_calls(spec, profile, EXPERT_FORMS):
                 rows = LAYOUTS[name].format_of(call.group) or DENSE
                 known = PLUGINS[call.operator].row_formats
                 if not known or rows in known:

@@ -11,7 +11,7 @@ from cases import Case
 from torch import Tensor
 
 from foldkv.plugins.cuda import Launcher, cuda_driver, device_capability
-from foldkv.plugins.launch import Plan
+from foldkv.plugins.plans import Plan
 
 
 class Device:

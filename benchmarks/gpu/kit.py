@@ -25,7 +25,7 @@ import foldkv
 from foldkv.errors import MissingDependencyError
 from foldkv.plugins.compile import CompiledKernel, compile_kernels
 from foldkv.plugins.cuda import KernelImage
-from foldkv.plugins.launch import Plan
+from foldkv.plugins.plans import Plan
 
 ROOT = Path(__file__).parents[2]
 #: Where ``prepare.py`` puts the parcel and steps look for it, if FOLDKV_GPU_KIT names no other folder.

@@ -19,7 +19,7 @@ import prepare_kernels
 import prepare_model
 
 from foldkv.plugins.compile import compile_kernels, store_kernels
-from foldkv.plugins.launch import Kernel
+from foldkv.plugins.plans import Kernel
 
 PARTS = ("kernels", "model", "engine")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cases import model_forms, models, save_expectations
 
-from foldkv.plugins.launch import Kernel
+from foldkv.plugins.plans import Kernel
 
 ROOT = Path(__file__).parents[2]
 

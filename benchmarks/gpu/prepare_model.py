@@ -42,8 +42,8 @@ from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.loading import decoder_from_checkpoint
 from foldkv.export.model.decoder import Decoder
 from foldkv.export.operators import attention
-from foldkv.plugins.launch import Kernel
 from foldkv.plugins.model import model_kernels
+from foldkv.plugins.plans import Kernel
 from foldkv.plugins.torch_ops import new_state
 
 ROOT = Path(__file__).parents[2]

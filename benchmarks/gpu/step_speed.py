@@ -24,15 +24,17 @@ from cases import Geometry, models
 from device import Device, gpu
 from torch import Tensor
 
-from foldkv.export.contract.operators import STATE
+from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.contract.operators import PACKED_EXPERTS, STATE
 from foldkv.export.contract.products import Product
-from foldkv.export.contract.profiles import PROFILES
+from foldkv.export.contract.profiles import HF, PROFILES
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
-from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
+from foldkv.export.contract.weights import BFLOAT16, E4M3, EXPONENT, WEIGHT_FORMAT
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Plan, plan
-from foldkv.plugins.model import operator_calls, product_call
+from foldkv.plugins.launch import plan
+from foldkv.plugins.model import RELEASED_EXPERTS, operator_calls, product_call
+from foldkv.plugins.plans import Plan
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
 _TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
@@ -48,6 +50,8 @@ CASES = (
     ("FoldkvWindowAttention", FP8_DS_MLA), ("FoldkvCompressFp8", DENSE), ("FoldkvCompressOnlineFp8", DENSE),
     ("FoldkvCompressFp4", INDEX_FP4),
 )  # fmt: skip
+#: Forms of the routed experts: as released, and in e4m3.
+EXPERTS = (RELEASED_EXPERTS, PACKED_EXPERTS[E4M3, EXPONENT])
 #: What is measured where: the corners first, so a time limit cuts what is between.
 CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
 
@@ -80,7 +84,7 @@ def measure(
     contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES,
     chunks: Sequence[int] = CHUNKS, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
 ) -> None:  # fmt: skip
-    """One row per operator, row format, model, context and batch, and one per product, model and batch."""
+    """One row per operator, row format, model, context and batch, and one per product or form of experts, model and batch."""
     end = time.monotonic() + seconds
     chosen = [pair for pair in models(kit.ROOT) if pair[0].name in names]
     device = open_device()
@@ -119,6 +123,10 @@ def measure(
                 case = {"model": geometry.name, "batch": batch, "chunk": chunk, "operator": "FoldkvBlockLinear",
                         "weight": product.role}  # fmt: skip
                 add(case, lambda: make_product(device, product, batch * chunk))  # noqa: B023 - called at once
+        for geometry, spec in chosen:
+            for form in EXPERTS:
+                case = {"model": geometry.name, "batch": batch, "chunk": chunk, "operator": form, "weight": "experts"}
+                add(case, lambda: make_experts(device, spec, form, batch * chunk))  # noqa: B023 - called at once
 
 
 def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int, chunk: int = 1) -> Call:
@@ -202,6 +210,21 @@ def make_product(device: Device, product: Product, tokens: int) -> Call:
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (x, weight, scale)) + 4.0 * tokens * product.rows
     done = 2.0 * tokens * product.rows * product.columns * product.terms
     return Call(operator, [x, weight, scale], attributes, DENSE, 0, moved, done)
+
+
+def make_experts(device: Device, spec: ModelSpec, form: str, tokens: int) -> Call:
+    """All experts of a layer, of which every token chooses at random; codes are not NaN, and scales are small."""
+    torch.manual_seed(0)
+    where, [found] = device.torch_device, [one for one in operator_calls(spec, HF, (form,)) if one.operator == form]
+    sizes, operator = found.sizes, found.operator
+    chosen = torch.stack([torch.randperm(sizes["X"], device=where)[: sizes["K"]] for _ in range(tokens)])
+    codes = torch.randint(-128, 127, (sizes["X"], sizes["CODES"]), device=where, dtype=torch.int8).bitwise_and_(-2)
+    scales = torch.full((sizes["X"], sizes["SCALES"]), 117, device=where, dtype=torch.int8)
+    x, weights = torch.randn(tokens, sizes["C"], device=where), torch.rand(tokens, sizes["K"], device=where)
+    inputs = [x, chosen, weights, codes, scales, torch.arange(sizes["X"], device=where)]
+    read = int(chosen.unique().numel()) * (sizes["CODES"] + sizes["SCALES"])
+    done = 6.0 * chosen.numel() * spec.moe_intermediate_size * sizes["C"]  # three products
+    return Call(operator, inputs, found.attributes, DENSE, 0, read + 8.0 * x.numel(), done)
 
 
 def state(device: Device, batch: int, count: int, width: int, rope_dim: int, rows: str) -> Tensor:

@@ -25,7 +25,8 @@ from foldkv.errors import BuildError
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.plugins import launch
 from foldkv.plugins.compile import CompiledKernel, compile_kernels, store_kernels
-from foldkv.plugins.launch import Kernel, _ScoreTile, _SelectTile, _Tile
+from foldkv.plugins.launch import _ScoreTile, _SelectTile, _Tile
+from foldkv.plugins.plans import Kernel
 
 #: Values of names in plugins/launch.py; a value of a function's name is what the function gives.
 Candidate = dict[str, Any]

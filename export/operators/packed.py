@@ -19,15 +19,18 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..checkpoint.formats import FP4
+from ..checkpoint.formats import FP4, FP8
 from ..checkpoint.values import byte_pairs, byte_values, scale_values
+from ..contract.operators import PACKED_EXPERTS
+from ..contract.weights import E2M1, E4M3, EXPONENT, FLOAT32
 from .grouped import CONSTANTS, grouped_experts
 from .registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
-EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}
+_CODES = {FP4: E2M1, FP8: E4M3}
+EXPERTS = {format_: PACKED_EXPERTS[codes, EXPONENT] for format_, codes in _CODES.items()}
 #: The same with float32 scales instead of exponents.
-SCALED_EXPERTS = {"fp4": "FoldkvScaledExpertsFp4", "fp8": "FoldkvScaledExpertsFp8"}
+SCALED_EXPERTS = {format_: PACKED_EXPERTS[codes, FLOAT32] for format_, codes in _CODES.items()}
 PARTS = ("w1", "w2", "w3")
 # Bytes of codes that are decoded at once. Their indices and values take 12 and 17 times as much; all stay in the cache.
 _BAND = 1 << 18

@@ -14,7 +14,8 @@ from driver import CUresult, FakeDriver
 from foldkv.errors import FoldkvError, MissingDependencyError
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA
 from foldkv.plugins.cuda import KernelImage, Launcher, cuda_driver, device_capability
-from foldkv.plugins.launch import Argument, Plan, plan
+from foldkv.plugins.launch import plan
+from foldkv.plugins.plans import Argument, Plan
 
 DECODE: dict[str, Any] = {"start": [43, 7], "real": [1, 1], "chunk": 1}
 PREFILL: dict[str, Any] = {"start": [35, 6], "real": [11, 2], "chunk": 11}

@@ -16,7 +16,7 @@ import interpreter  # noqa: F401  (mends Triton's interpreter)
 import torch
 from torch import Tensor
 
-from foldkv.plugins.launch import Kernel
+from foldkv.plugins.plans import Kernel
 
 SHARED_WITHOUT_ASKING = 48 << 10
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)

@@ -16,13 +16,15 @@ from triton.runtime import interpreter
 from foldkv.export.contract.operators import STATE
 from foldkv.export.contract.rows import DENSE
 from foldkv.plugins.declarations import PLUGINS
-from foldkv.plugins.launch import Plan, plan
+from foldkv.plugins.launch import plan
+from foldkv.plugins.plans import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "int32": torch.int32, "int64": torch.int64, "int8": torch.int8}  # fmt: skip
 
 
 _NUMPY = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float16: np.dtype(np.float16), tl.float32: np.dtype(np.float32)}
+_VIEWS = {"*i32": torch.int32, "*bf16": torch.bfloat16}
 _BITS = {2: np.uint16, 4: np.uint32}
 _convert = interpreter._convert_float
 
@@ -63,8 +65,8 @@ def launch(steps: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
         given = iter(one.arguments)
         for argument, type_ in one.kernel.arguments:
             value = None if type_ is None else values[(given_one := next(given)).kind](given_one.value)
-            if type_ == "*i32" and value.dtype == torch.float32:  # the workspace holds numbers of either type
-                value = value.view(torch.int32)
+            if type_ in _VIEWS and value.dtype == torch.float32:  # the workspace holds numbers of any type
+                value = value.view(_VIEWS[type_])
             arguments[argument] = value
         assert next(given, None) is None
         function[one.grid](**arguments, **dict(one.kernel.constants))

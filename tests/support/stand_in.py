@@ -7,7 +7,7 @@ from driver import FakeDriver
 from torch import Tensor
 
 from foldkv.plugins.cuda import KernelImage, Launcher
-from foldkv.plugins.launch import Plan
+from foldkv.plugins.plans import Plan
 
 
 class StandIn(Device):
