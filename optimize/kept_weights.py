@@ -41,8 +41,9 @@ def _bits(experts: float, projections: float, ends: float) -> dict[str, float]:
 
 
 _WORDS = (
-    "carried in int32 words, gathered and decoded (optimize/passes/place_weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
-    "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
+    "read as stored by a plugin (plugins/kernels/experts.py), or without plugins carried in int32 words, gathered and decoded "
+    "(optimize/passes/place_weights.py): TensorRT-RTX 1.7 built the plugins for 80, 89 and 120, and the words for 86 and 121 too; nothing "
+    "in either is specific to a GPU"
 )
 #: From wide to narrow. fp8 and fp4 are as released: e4m3 with a scale per 128 x 128 block (below a thousandth, so not
 #: counted); experts in e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.

@@ -264,6 +264,8 @@ def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: di
                 node.replace_input_with(position, _cast(node, operand, dtype, before=True))
         _back_to_float(node, output, dtype)
         counts["products"] += 1
+    elif NAMESPACE_ATTRIBUTE in node.attributes:
+        counts["products"] += 1  # the plugin rounds what it multiplies with the weight
     elif node.op_type == "CastLike":
         return  # an activation that takes the weight's type, as intended
     elif node.op_type == "Gather" and name == "embed.weight":
