@@ -42,6 +42,11 @@ def executed(results: Sequence[Mapping[str, Any]]) -> str:
             f"{_listed(kernels, _kernels)}; in Triton's interpreter in every `make test`",
             "the operators' definitions in float64",
         ),
+        (
+            "Triton kernels of the routed experts, compiled for sm80 to sm121",
+            "**no GPU yet**; in Triton's interpreter in every `make test`",
+            "the operator's definition in float64",
+        ),
         ("The small model in PyTorch with these kernels", _listed(model, _model), "the same modules on the CPU"),
         ("TensorRT-RTX engines for sm80, 86, 89, 120, 121 (built without a GPU)", *_engines(engine)),
         ("TensorRT 11 engines for h100, h200, b200, b300", "**never built, never run**", "**nothing**"),

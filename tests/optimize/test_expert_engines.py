@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from foldkv.artifact import read_manifest
-from foldkv.export.contract.engine_set import CONVERTED, ENGINES, STORED, EngineTable
+from foldkv.export.contract.engine_set import ENGINES, STORED, EngineTable
 from foldkv.export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS
 from foldkv.export.contract.weights import E2M1, E4M3, EXPONENT
 from foldkv.export.package import read_package
@@ -47,10 +47,8 @@ def test_experts_are_plugin_layers_that_alone_read_their_weights(
         plan = (result.folder / table.plans[name]).read_bytes().decode("latin-1")
         for role in roles:
             taken, weight = table.weights[name][role], package.lock.weights[f"layers.{layer}"][role]
-            if form == "plain":  # a float32 checkpoint, whose products engines compute in bfloat16
-                assert (taken.form, taken.dtype) == (CONVERTED, "bfloat16")
-            else:
-                assert (taken.form, taken.dtype, taken.bytes) == (STORED, "int8", weight.bytes)
+            dtype = "bfloat16" if form == "plain" else "int8"
+            assert (taken.form, taken.dtype, taken.bytes) == (STORED, dtype, weight.bytes)
             # In the plan's text, the input itself is what one custom layer reads, and nothing else does.
             readers = [line for line in plan.splitlines() if f'"{role}.1"' in line and " input={" in line]
             assert readers and all(re.match(r"\s*custom_layer=\{ name=", line) for line in readers)
