@@ -127,6 +127,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
             {bands["w3"].loop("up", "x")}
         """,
         bands["w2"].parted("hidden", "h") + bands["w2"].loop("down", "h"),
+        table="slots",
     )
     inputs = ["x", "chosen", "weights", "codes", "scales", "slots"]
     name = (SCALED_EXPERTS if scaled else EXPERTS)[format_]
