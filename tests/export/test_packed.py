@@ -68,7 +68,7 @@ class _Layer:
 def case(request: pytest.FixtureRequest) -> tuple[_Layer, onnxruntime.InferenceSession]:
     layer = _Layer(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "_BAND", 1 << 12)
+        patch.setattr(packed, "BAND", 1 << 12)
         model = layer.model(request.param)
     onnx.checker.check_model(model)
     return layer, onnxruntime.InferenceSession(model.SerializeToString())
@@ -128,7 +128,7 @@ def test_a_step_reads_bands_of_a_row_and_of_all_experts_nothing_but_a_mark() -> 
     stacks = ("codes", "scales", "slots")
     readers = {stack: sorted(node.op_type for node in nodes if stack in node.input) for stack in stacks}
     assert readers == {"codes": ["Slice"] * 3, "scales": ["Slice"] * 3, "slots": ["Gather", "Shape"]}
-    assert np.all([size <= packed._BAND for size in _band_sizes(body)])
+    assert np.all([size <= packed.BAND for size in _band_sizes(body)])
 
 
 def _band_sizes(body: onnx.FunctionProto) -> list[int]:
