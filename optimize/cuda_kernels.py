@@ -1,7 +1,7 @@
 """Which nodes of a graph have a kernel in ONNX Runtime's CUDA provider.
 
 A node without one runs on the processor, in every step: its inputs are copied from the GPU, and its outputs back. The provider's
-own list of kernels is in cuda_kernels.json, with the version of ONNX Runtime that it is of; benchmarks/cuda/kernels.py writes it.
+own list of kernels is in cuda_kernels.json, with the version of ONNX Runtime that it is of; benchmarks/cuda/provider_kernels.py writes it.
 
 A node *with* a kernel may run on the processor too: ONNX Runtime puts small integer computations there that follow from the
 sizes of tensors, because their results are needed there. This costs no copy of data, and the runtime looks at what it did

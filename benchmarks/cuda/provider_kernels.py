@@ -3,7 +3,7 @@
 Run it with a Python that has onnxruntime-gpu and no onnxruntime, in an environment of its own. It needs no GPU (stand_ins.py):
 
     python -m venv build/onnxruntime-gpu && build/onnxruntime-gpu/bin/pip install onnxruntime-gpu==1.31.1
-    build/onnxruntime-gpu/bin/python benchmarks/cuda/kernels.py
+    build/onnxruntime-gpu/bin/python benchmarks/cuda/provider_kernels.py
 
 A kernel is kept if ONNX Runtime would take it for a node of the graphs' opset: the kernel is registered for the version in which
 the operator was last changed, or for a range that ends and has this version in it (KernelRegistry::VerifyKernelDef).
