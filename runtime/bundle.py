@@ -18,7 +18,7 @@ from ..export.contract.engine_set import ENGINES
 from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
 from ..onnx_files import check_external_files
-from ..packages import has_package, installed, pip_line, version_of
+from ..packages import has_package, installed, package_of, pip_line, version_of
 from ..plugins.cuda import device_capability
 from .buffers import StateSpec
 from .plugin_check import plugin_findings
@@ -100,8 +100,11 @@ def require_backend(bundle: Bundle) -> None:
     """
     backend, missing = bundle.backend, list[str]()
     if backend.package and not has_package(backend.package):
-        found = f"; {version} of another package is" if (version := version_of(backend.module)) else ""
-        missing.append(f"the package {backend.package}, which is not installed{found}: {pip_line([backend.package])}")
+        line = pip_line([backend.package])
+        if version := version_of(backend.module):  # of the other package; they overwrite each other's files
+            other = package_of(backend.module)
+            line = f"{other} {version} is here instead: pip uninstall -y {other} && {line}"
+        missing.append(f"the package {backend.package}: {line}")
     elif not installed(backend.module):
         # An engine is only read by the version that built it.
         exact = f"{backend.module}=={bundle.manifest.tool_versions.get(backend.name)}"

@@ -89,20 +89,30 @@ class ChainModel:
         # A decode step of a small model starts thousands of tiny nodes: more threads only wait for each other.
         self._threads = {False: threads or usual, True: min(threads or usual, usual)}
         self._lock = threading.Lock()
-        self.sessions = self._load(decode=False)
+        self.sessions: dict[str, Any] = {}
         self._decode_sessions: dict[str, Any] = {}
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        self._closed = False
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Load the segments, compare them with the table, and put the weights where they are read."""
+        self.sessions = self._load(decode=False)
         self.inputs = {name: {v.name: v for v in session.get_inputs()} for name, session in self.sessions.items()}
         self.outputs = {name: {v.name: v for v in session.get_outputs()} for name, session in self.sessions.items()}
         self.on_host = {
-            name: wanted_on_host(session) if backend.gpu else frozenset() for name, session in self.sessions.items()
+            name: wanted_on_host(session) if self.bundle.backend.gpu else frozenset()
+            for name, session in self.sessions.items()
         }
         self._check()
-        self.weights: dict[str, dict[str, Tensor]] = {
-            call.owner: {
-                role: self._value(call.owner, role, bound) for role, bound in self.table.weights[call.owner].items()
-            }
-            for call in self.table.calls
-        }
+        for call in self.table.calls:
+            weights = self.weights[call.owner] = {}
+            for role, bound in self.table.weights[call.owner].items():
+                weights[role] = self._value(call.owner, role, bound)
 
     @property
     def decode_sessions(self) -> dict[str, Any]:
@@ -140,9 +150,10 @@ class ChainModel:
         for weights in self.weights.values():
             for tensor in weights.values():
                 tensor.close()
-        if self.sessions:
-            self.memory.close()
         self.sessions, self._decode_sessions, self.weights = {}, {}, {}
+        if not self._closed:
+            self._closed = True
+            self.memory.close()
 
     def _value(self, owner: str, role: str, bound: Bound) -> Tensor:
         array = self.files.view(bound)

@@ -17,6 +17,9 @@ SIZES = frozenset({
     "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze", "Where",
 })  # fmt: skip
 
+# ONNX Runtime's names for the processor's memory.
+_HOST = ("Cpu", "CudaPinned")
+
 
 def on_processor(session: Any) -> list[str]:
     """The nodes of a session that run on the processor and are no arithmetic on sizes; it must have recorded where its nodes are."""
@@ -33,4 +36,4 @@ def on_processor(session: Any) -> list[str]:
 def wanted_on_host(session: Any) -> frozenset[str]:
     """The inputs that a session reads in the processor's memory."""
     pairs = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
-    return frozenset(value.name for value, memory in pairs if memory.name.lower() == "cpu")
+    return frozenset(value.name for value, memory in pairs if memory.name in _HOST)
