@@ -109,8 +109,6 @@ class Backend:
             return []
         if self.takes_plugins:
             return [f"layout {layout} needs plugins: only they read packed rows on a GPU"]
-        if not self.packs_bodies:
-            return [f"layout {layout} is not supported: {self.library} has no kernels for rows of bytes"]
         reason = (
             f"layout {layout} is not supported: without plugins only a graph of the profile {SERVED} can have packed rows "
             f"({', '.join(PACKED)}), because it computes their values. Export with --profile served, or choose the layout dense"
@@ -167,7 +165,7 @@ ONNX_RUNTIME_CUDA = Backend(
     capabilities=None,
     engine=False,
     takes_plugins=False,
-    packs_bodies=False,
+    packs_bodies=True,
     weights=(FLOAT32, FP8, FP4),
     builds_without_gpu=True,
     validates=False,

@@ -199,7 +199,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @_plugins
 @click.option(
     "--layout",
-    help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; on the cpu also fp8+fp4 for the profile served.",
+    help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; with ONNX Runtime also fp8+fp4 for the profile served.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Targets at once; default: the processors of this process.")
 @_weights_from

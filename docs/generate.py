@@ -34,7 +34,7 @@ allow_unknown_keys = []            # keys of config.json to ignore, although fol
 targets = ["cpu", "a100"]
 backend = "tensorrt-rtx"           # for the GPUs, instead of the first that `foldkv targets` lists; the cpu keeps its own
 plugins = "on"                     # "off": function bodies in engines of GPU targets, dense rows only
-layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph on the cpu
+layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph in ONNX Runtime
 jobs = 2                           # targets at once; default: the processors
 cache = "plans"                    # plans of engines, which machines can share; default: FOLDKV_CACHE
 

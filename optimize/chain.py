@@ -2,7 +2,7 @@
 
 A weight that the graph takes as it is stored stays in the checkpoint's files. What is needed in another form is
 *placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why). Segments for a GPU
-are those for the cpu, except that a GPU decodes a whole matrix of an expert at once; every node must have a kernel there.
+are those for the cpu, except that a GPU decodes a whole matrix of an expert at once, and that every node must have a kernel there.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..export.segments import STEP, STEP_INPUTS, Segment
 from ..export.stitch import read_parts
 from ..progress import BYTES, Progress, Say, silent
 from .cuda_kernels import check_kernels
+from .passes.byte_kernels import use_byte_kernels
 from .passes.cpu import optimize_for_cpu
 from .passes.hoist import hoist
 from .passes.pack import pack_state
@@ -121,6 +122,8 @@ def write_chain(
         models[name] = segment.model
     _share_step(models)
     if gpu:
+        for model in models.values():
+            use_byte_kernels(model)
         check_kernels(models)
     (out / FOLDER).mkdir()
     for name, model in models.items():

@@ -97,15 +97,12 @@ def refusals(backend: Backend, layout: str, profile: str = HF, plugins: bool = F
 @pytest.mark.parametrize("profile", [HF, SERVED])
 def test_function_bodies_read_dense_rows_and_what_their_profile_packs(backend: Backend, profile: str) -> None:
     kept = [layout for layout in BUILT if not refusals(backend, layout, profile)]
-    assert kept == [DENSE, *(PACKED if backend is ONNX_RUNTIME and profile == SERVED else ())]
+    assert kept == [DENSE, *(PACKED if not backend.engine and profile == SERVED else ())]
 
 
 def test_plugins_are_asked_only_where_there_are_some() -> None:
     assert refusals(TENSORRT_RTX, DENSE, plugins=True) == ["layout dense is not supported: the plugins' own reason"]
     assert refusals(ONNX_RUNTIME, DENSE, plugins=True) == []
-    assert refusals(ONNX_RUNTIME_CUDA, "fp8+fp4", SERVED) == [
-        "layout fp8+fp4 is not supported: ONNX Runtime CUDA has no kernels for rows of bytes"
-    ]
     assert "needs plugins" in refusals(TENSORRT, "fp8")[0] and "--profile served" in refusals(ONNX_RUNTIME, "fp8")[0]
 
 

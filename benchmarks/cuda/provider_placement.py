@@ -25,8 +25,11 @@ def placement(bundle: Path) -> bool:
     from foldkv.runtime.chain import session_options
     from foldkv.runtime.placement import on_processor, wanted_on_host
 
+    paths = sorted((bundle / "segments").glob("*.onnx"))
+    if not paths:
+        sys.exit(f"{bundle} has no segments/*.onnx. Give a bundle for ONNX Runtime.")
     right = True
-    for path in sorted((bundle / "segments").glob("*.onnx")):
+    for path in paths:
         options = session_options(onnxruntime, 1, decode=False)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = onnxruntime.InferenceSession(str(path), options, providers=[ONNX_RUNTIME_CUDA.provider])

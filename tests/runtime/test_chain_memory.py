@@ -7,6 +7,7 @@ addresses, filled, copied and freed as a GPU needs it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ from foldkv.runtime.session import Session
 CONTEXT, PROMPT = 128, [[84, 104, 101, *range(40, 73)], [65, 66, 67, *range(50, 83)]]
 
 
+def build(graph: Path, folder: Path, **options: Any) -> tuple[Path, Path]:
+    """The bundles of a graph for ONNX Runtime CUDA and for the cpu."""
+    report = build_bundles(graph, folder, resolve_targets(["h100", "cpu"], ONNX_RUNTIME_CUDA.name), **options)
+    assert report.exit_code == 0, report.results
+    return report.results[0].folder, report.results[1].folder
+
+
 @pytest.fixture(scope="module")
 def cuda_bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    targets = resolve_targets(["h100"], ONNX_RUNTIME_CUDA.name)
-    report = build_bundles(tiny_graph, tmp_path_factory.mktemp("cuda"), targets)
-    assert report.exit_code == 0, report.results
-    return report.results[0].folder
+    return build(tiny_graph, tmp_path_factory.mktemp("cuda"))[0]
 
 
 @pytest.fixture
@@ -85,6 +90,25 @@ def test_a_bundle_for_a_gpu_computes_what_the_cpu_bundle_computes(
     model.close()
     model.close()
     assert not driver.blocks and driver.opened["context"] == 0
+
+
+@pytest.mark.parametrize("stored", ["float32, packed rows", "e4m3 and e2m1", "e4m3 and e2m1, not placed"])
+def test_packed_rows_and_weights_as_stored_give_what_they_give_on_the_cpu(
+    stored: str, served_graph: Path, released_graph: Callable[[str], Path], tmp_path: Path, driver: HostDriver
+) -> None:
+    rows = "packed rows" in stored
+    options = {"layout": "fp8+fp4"} if rows else {"place": "not placed" not in stored}
+    ours, theirs = build(served_graph if rows else released_graph("instruct"), tmp_path, **options)
+    types = {tensor.dtype for tensor in load_bundle(ours).state.tensors}
+    assert ("int8" in types) == rows
+    model = opened(ours, driver)
+    executor = ChainExecutor(model, CONTEXT, 2)
+    with Session(theirs, context=CONTEXT, batch=2, chunk=36) as session:
+        np.testing.assert_allclose(run(executor, PROMPT, 0), session.prefill(PROMPT), rtol=0, atol=1e-4)
+        step = run(executor, [[7], [9]], len(PROMPT[0]))
+        np.testing.assert_allclose(step, session.decode([7, 9]), rtol=0, atol=1e-4)
+    executor.close()
+    model.close()
 
 
 def test_what_a_segment_reads_on_the_host_is_copied_there_after_the_step(
