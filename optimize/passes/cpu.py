@@ -8,6 +8,7 @@ one node per half step, RoPE swaps the channels of a pair in a product, and cach
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,17 @@ _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 _SUM = re.compile(r"(\w+) \+ (\d+)")
 
 
+# onnxscript's rules for norms are objects of its module that keep the match they are at: two threads would mix theirs.
+_REWRITING = threading.Lock()
+
+
 def optimize_for_cpu(model: ir.Model) -> int:
     """Bring a graph into the form that ONNX Runtime runs fastest, in place; returns its nodes after inlining."""
+    with _REWRITING:
+        return _optimize(model)
+
+
+def _optimize(model: ir.Model) -> int:
     read_in_blocks(model)
     rewrite(model, pattern_rewrite_rules=[_UnrolledSinkhorn.rule()])
     _group_experts(model)
