@@ -168,7 +168,7 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
     }.values():
         lines.append(
             f"{plan.target.backend.library} on {plan.target.name}: the GPU holds all of {size_text(plan.weights[plan.built_in])} of weights, "
-            f"and caches and activations in {plan.target.precision}. It has never been run."
+            f"and caches and activations in {plan.target.precision}. It has never been run, and will be far slower than memory allows."
         )
     if any(plan.target.backend.gpu for plan in plans):
         lines.append(
