@@ -50,6 +50,11 @@ def executed(results: Sequence[Mapping[str, Any]]) -> str:
         ("The small model in PyTorch with these kernels", _listed(model, _model), "the same modules on the CPU"),
         ("TensorRT-RTX engines for sm80, 86, 89, 120, 121 (built without a GPU)", *_engines(engine)),
         ("TensorRT 11 engines for h100, h200, b200, b300", "**never built, never run**", "**nothing**"),
+        (
+            "ONNX Runtime CUDA bundles for any NVIDIA GPU (built without a GPU)",
+            "**never yet**; their graphs on the CPU, in every `make test`",
+            "the `cpu` bundle",
+        ),
     ]
     return _table(("part", "executed on", "compared with"), rows)
 

@@ -125,7 +125,7 @@ class TargetPlan:
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
         return {
-            "target": self.target.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
+            "target": self.target.name, "backend": self.target.backend.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
             "caches": {"groups": self.memory.groups, "copies": self.copies, "total": self.caches},
             "activations": {**asdict(self.activations), "total": self.activation_bytes, "estimate": True},
             "plugins": self.plugins, "weights": self.weights, "built_in": self.built_in,

@@ -187,6 +187,14 @@ def refused(pipeline: Path, text: str, error: type[FoldkvError], finding: str) -
     assert not (pipeline.parent / "out").exists()
 
 
+def test_a_backend_for_the_gpus_of_a_pipeline(pipeline: Path) -> None:
+    pipeline.write_text(PIPELINE.replace('["cpu"]', '["cpu", "h100"]\nbackend = "onnxruntime-cuda"'))
+    steps = [step for step in preview(load_config(pipeline)) if step.stage == "build"]
+    assert [step.target for step in steps] == ["cpu", "h100"] and all(step.reason for step in steps)
+    text = pipeline.read_text().replace("[validate]", '[validate]\ntarget = "h100"')
+    refused(pipeline, text, InputError, "validate.target is 'h100', a GPU")
+
+
 def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline: Path) -> None:
     refused(pipeline, PIPELINE.replace('["cpu"]', '["h100", "cpu"]'), MissingDependencyError, "h100.*TensorRT 11")
     three = PIPELINE.replace('["cpu"]', '["h100", "cpu", "b300"]')
@@ -197,6 +205,8 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
     ("old", "new", "finding"),
     [
         ('["cpu"]', '["a1000"]', "unknown target 'a1000'"),
+        ('["cpu"]', '["cpu"]\nbackend = "cuda"', "build.backend: backend 'cuda' is not known"),
+        ('["cpu"]', '["cpu"]\nbackend = "onnxruntime-cuda"', "cpu is built by onnxruntime"),
         ('["cpu"]', '["rtx4090"]', "validate.target is 'cpu', which build.targets does not list"),
         ("[validate]", '[validate]\ntarget = "h100"', "'h100', which build.targets does not list"),
         ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes at most 1048576"),

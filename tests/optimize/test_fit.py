@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foldkv.backends import ONNX_RUNTIME_CUDA
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.memory import parameter_count, parameter_groups, plan_memory
 from foldkv.optimize.fit import TargetPlan, graph_bytes, plan_target, plan_targets, within_model
 from foldkv.optimize.kept_weights import FORMATS, stored_format, weight_bytes_in
-from foldkv.optimize.targets import Target, load_targets
+from foldkv.optimize.targets import Target, load_targets, resolve_targets
 
 DATA = Path(__file__).parents[1] / "data"
 FLASH, PRO = (spec_from_file(DATA / f"deepseek-v4-{name}.json") for name in ("flash", "pro"))
@@ -194,3 +195,14 @@ def test_a_wrong_question_is_refused_once(arguments: dict[str, object], finding:
 def test_the_same_fault_of_several_targets_is_listed_by_target() -> None:
     with pytest.raises(InputError, match=r"2 found(.|\n)*a100: layout fp8 needs(.|\n)*h200: layout fp8 needs"):
         plan_targets(FLASH, [TARGETS["a100"], TARGETS["h200"]], layout="fp8", plugins=False, context=4096)
+
+
+def test_a_gpu_for_onnx_runtime_holds_the_weights_of_the_cpu_bundle_and_caches_once_in_float32() -> None:
+    [target] = resolve_targets(["b200"], ONNX_RUNTIME_CUDA.name)
+    found = plan_target(FLASH, target, context=1 << 16, stored="fp4")
+    cpu = plan_target(FLASH, TARGETS["cpu"], context=1 << 16, stored="fp4")
+    assert found.weights == cpu.weights and found.placed == cpu.placed and found.built_in == "fp4"
+    assert found.capacity == 180 << 30 and found.copies == 1 and not found.plugins
+    assert found.memory == plan_memory(FLASH, context=1 << 16, layout="float32")
+    assert found.devices("fp4") == 1 and (found.devices("fp8") or 0) > 1
+    assert found.to_dict()["backend"] == "onnxruntime-cuda" and found.bundle < 0.2 * found.weights["fp4"]
