@@ -38,7 +38,7 @@ class Backend:
         library: its name for people.
         module: the Python module; packages.py knows its package, extra and version.
         gpu: whether it runs on a GPU.
-        capabilities: of the GPUs that it builds for.
+        capabilities: of the GPUs that it builds for; None is every one.
         engine: whether a bundle holds an engine, built for a range of sizes by one version of the library; else it holds an
             ONNX graph, which takes any sizes.
         takes_plugins: whether plugins can compute what touches compressed KV.
@@ -47,13 +47,16 @@ class Backend:
         builds_without_gpu: whether it builds for a compute capability that it is told; if not, it builds for the GPU it finds.
         validates: whether `foldkv validate` can measure its bundles.
         major: the oldest major version that is used; 0 if packages.py says enough.
+        package: that runs its bundles, where another one has the same module and can only build them; "" if the module's does both.
+        provider: of a graph: what ONNX Runtime calls the device that computes it.
+        precision: of its matrices; "" where the target says it.
     """
 
     name: str
     library: str
     module: str
     gpu: bool
-    capabilities: tuple[int, ...]
+    capabilities: tuple[int, ...] | None
     engine: bool
     takes_plugins: bool
     packs_bodies: bool
@@ -61,19 +64,33 @@ class Backend:
     builds_without_gpu: bool
     validates: bool
     major: int = 0
+    package: str = ""
+    provider: str = ""
+    precision: str = ""
 
     def builds_for(self, sm: int | None) -> bool:
         """Whether it builds for GPUs of a compute capability; None is a machine without a GPU."""
-        return sm in self.capabilities if self.gpu else sm is None
+        if not self.gpu or sm is None:
+            return not self.gpu and sm is None
+        return self.capabilities is None or sm in self.capabilities
+
+    @property
+    def one_gpu(self) -> bool:
+        """Whether a bundle runs only on GPUs of the compute capability that it was built for."""
+        return self.gpu and self.engine
 
     def build_feature(self, plugins: bool = False) -> str:
         """What a build is called in the table of packages."""
-        return f"build {self.library} engines{' with plugins' if plugins else ''}" if self.gpu else "build cpu"
+        if self.engine:
+            return f"build {self.library} engines{' with plugins' if plugins else ''}"
+        return f"build {self.library} bundles" if self.gpu else "build cpu"
 
     @property
     def run_feature(self) -> str:
         """What running a bundle is called in the table of packages."""
-        return f"generate with {self.library} engines" if self.gpu else "generate"
+        if self.engine:
+            return f"generate with {self.library} engines"
+        return f"generate with {self.library}" if self.gpu else "generate"
 
     def refusals(
         self, layout: str, *, profile: str, plugins: bool, plugin_gaps: Callable[[], Sequence[str]]
@@ -111,6 +128,7 @@ ONNX_RUNTIME = Backend(
     weights=(FLOAT32, FP8, FP4),
     builds_without_gpu=True,
     validates=True,
+    provider="CPUExecutionProvider",
 )
 TENSORRT_RTX = Backend(
     name="tensorrt-rtx",
@@ -139,8 +157,24 @@ TENSORRT = Backend(
     validates=False,
     major=11,
 )
+ONNX_RUNTIME_CUDA = Backend(
+    name="onnxruntime-cuda",
+    library="ONNX Runtime CUDA",
+    module="onnxruntime",
+    gpu=True,
+    capabilities=None,
+    engine=False,
+    takes_plugins=False,
+    packs_bodies=True,
+    weights=(FLOAT32, FP8, FP4),
+    builds_without_gpu=True,
+    validates=False,
+    package="onnxruntime-gpu",
+    provider="CUDAExecutionProvider",
+    precision=FLOAT32,
+)
 #: All backends by name. Of several that build for a target, the first one is preferred.
-BACKENDS = {backend.name: backend for backend in (ONNX_RUNTIME, TENSORRT_RTX, TENSORRT)}
+BACKENDS = {backend.name: backend for backend in (ONNX_RUNTIME, TENSORRT_RTX, TENSORRT, ONNX_RUNTIME_CUDA)}
 
 
 def backend_named(name: str) -> Backend:

@@ -61,6 +61,11 @@ _plugins = click.option(
     type=click.Choice(["on", "off"]),
     help="On GPU targets, run operators in plugins (the default) or as function bodies.",
 )
+_backend = click.option(
+    "--backend",
+    metavar="NAME",
+    help="Build for the GPU targets with this backend, for example onnxruntime-cuda, instead of the first that `foldkv targets` lists.",
+)
 
 
 def _on(switch: str | None) -> bool | None:
@@ -190,10 +195,11 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     required=True,
     help="Target to build for; can be repeated. See `foldkv targets`.",
 )
+@_backend
 @_plugins
 @click.option(
     "--layout",
-    help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; on the cpu also fp8+fp4 for the profile served.",
+    help="Format of cache rows: dense (the default); with plugins also fp8 or fp8+fp4; with ONNX Runtime also fp8+fp4 for the profile served.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Targets at once; default: the processors of this process.")
 @_weights_from
@@ -203,14 +209,14 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @click.option(
     "--no-place",
     is_flag=True,
-    help="Leave the cpu bundle's weights as they are stored; every step then converts them. Slow, but writes none.",
+    help="Leave the weights of bundles for ONNX Runtime as they are stored; every step then converts them. Slow, but writes none.",
 )
 @_json
 def build_command(
-    graph: Path, output: Path, targets: tuple[str, ...], plugins: str | None, layout: str | None, jobs: int | None,
-    weights_from: Path | None, cache: Path | None, no_place: bool, as_json: bool,
+    graph: Path, output: Path, targets: tuple[str, ...], backend: str | None, plugins: str | None, layout: str | None,
+    jobs: int | None, weights_from: Path | None, cache: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Build one bundle per target from the graph package GRAPH. TensorRT-RTX builds without a GPU.
+    """Build one bundle per target from the graph package GRAPH. TensorRT-RTX and ONNX Runtime build without a GPU.
 
     Targets that this machine cannot build are refused before the first build. A bundle is left unchanged if its graph, settings
     and tools are unchanged. Engines of GPU targets hold no weights: they are built without them, and taken from the cache if an
@@ -218,10 +224,11 @@ def build_command(
     """
     from .optimize.build import build_bundles
     from .optimize.history import record_builds
+    from .optimize.targets import resolve_targets
 
     report = build_bundles(
-        graph, output, targets, plugins=_on(plugins), layout=layout, jobs=jobs, weights_from=weights_from,
-        place=not no_place, cache=cache, progress=progress(),
+        graph, output, resolve_targets(targets, backend), plugins=_on(plugins), layout=layout, jobs=jobs,
+        weights_from=weights_from, place=not no_place, cache=cache, progress=progress(),
     )  # fmt: skip
     record_builds(graph, report.results)
     if as_json:
@@ -523,6 +530,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     type=_Tokens(),
     help="With --target: tokens of a sequence that go through the model at once; default: 256, at most the context.",
 )
+@_backend
 @_plugins
 @click.option("--profile", help="With --target: profile of the graph, as for `export`; default: hf.")
 @click.option("--max-context", is_flag=True, help="With --target: show the largest context that fits on one device.")
@@ -533,7 +541,7 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
 @_json
 def plan_command(
     checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int | None,
-    plugins: str | None, profile: str | None, max_context: bool, plot: Path | None,
+    backend: str | None, plugins: str | None, profile: str | None, max_context: bool, plot: Path | None,
     allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show how much memory CHECKPOINT, a folder or a bare config.json, needs for caches and weights.
@@ -551,7 +559,7 @@ def plan_command(
     from .plan_text import Sizes, plan_layouts, plan_on_targets
 
     only_targets = {
-        "--chunk": chunk, "--plugins": plugins, "--profile": profile,
+        "--chunk": chunk, "--backend": backend, "--plugins": plugins, "--profile": profile,
         "--max-context": max_context or None,
     }  # fmt: skip
     given = [name for name, value in only_targets.items() if value is not None]
@@ -570,7 +578,7 @@ def plan_command(
         stored = stored_in(checkpoint, allow_unknown_keys=allow_unknown_keys)
         said = plan_on_targets(
             spec, stored, targets, sizes, layout, chunk=chunk or min(256, planned), profile=profile or "hf",
-            plugins=_on(plugins), max_context=max_context,
+            backend=backend, plugins=_on(plugins), max_context=max_context,
         )  # fmt: skip
     else:
         said = plan_layouts(spec, sizes, layout)

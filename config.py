@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from .backends import backend_named
 from .errors import InputError, listing, nearest
 from .export.contract.layouts import DENSE, cache_layout
 from .optimize.choices import PLUGINS
@@ -21,6 +22,13 @@ Tokens = Annotated[int, BeforeValidator(read_tokens)]
 def _known_layout(name: str) -> str:
     try:
         return cache_layout(name).name
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+def _known_backend(name: str) -> str:
+    try:
+        return backend_named(name).name
     except InputError as error:
         raise ValueError(str(error)) from None
 
@@ -48,6 +56,7 @@ class BuildConfig(_Strict):
     """The build stage."""
 
     targets: list[str] = Field(default=["cpu"], min_length=1)
+    backend: Annotated[str, AfterValidator(_known_backend)] | None = None
     plugins: Literal["on", "off"] = "on" if PLUGINS else "off"
     layout: Annotated[str, AfterValidator(_known_layout)] = DENSE
     jobs: int | None = Field(default=None, ge=1)

@@ -10,7 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
-from .packages import FEATURES, missing, modules, package_of, pip_line, purpose, requirement, version_of
+from .packages import (
+    FEATURES,
+    VARIANTS,
+    has_package,
+    missing,
+    modules,
+    overwritten,
+    package_of,
+    pip_line,
+    purpose,
+    requirement,
+    version_of,
+)
 from .tables import table
 from .units import size_text
 
@@ -38,7 +50,8 @@ def examine() -> dict[str, Any]:
     devices = device_count()
     lacks = {}
     for name, feature in FEATURES.items():
-        without = [module for module in feature.modules if module in absent]
+        without = [m for m in feature.modules if m in absent and VARIANTS.get(m) != feature.package]
+        without += [feature.package] if feature.package and not has_package(feature.package) else []
         broken = [module for module in feature.modules if module in problems]
         what = [package_of(module) for module in without]
         what += [f"{package_of(module)}, which cannot be imported" for module in broken]
@@ -60,6 +73,7 @@ def examine() -> dict[str, Any]:
             }
             for module in modules()
         ],
+        "overwritten": overwritten(),
         "can": {name: not row["what"] for name, row in lacks.items()},
         "lacks": lacks,
     }
@@ -81,6 +95,7 @@ def doctor_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: {'yes' if works else 'no, needs ' + ', '.join(lacks['what'])}")
         if lacks["install"]:
             lines.append(f"  {lacks['install']}")
+    lines += facts["overwritten"].values()
     return lines + [
         f"{row['package']} is installed, but cannot be imported: {row['problem']}"
         for row in facts["packages"]

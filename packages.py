@@ -24,11 +24,15 @@ _EXPORT = ("numpy", "torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 
 @dataclass(frozen=True)
 class Feature:
-    """Something that foldkv does: the modules that it imports, the command that does it, and whether it needs a GPU."""
+    """Something that foldkv does: the modules that it imports, the command that does it, and whether it needs a GPU.
+
+    ``package`` must be installed where another package has one of the modules too.
+    """
 
     modules: tuple[str, ...]
     command: str = ""
     gpu: bool = False
+    package: str = ""
 
 
 def _to_run(backend: Backend) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ FEATURES = {
     "export": Feature((*_EXPORT, "transformers", "tokenizers", "safetensors"), "export"),
     "inject": Feature(_EXPORT, "inject"),
     **_builds(),
-    **{one.run_feature: Feature(_to_run(one), "generate", gpu=one.gpu) for one in BACKENDS.values()},
+    **{one.run_feature: Feature(_to_run(one), "generate", one.gpu, one.package) for one in BACKENDS.values()},
     "validate": Feature(_VALIDATE, "validate"),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
@@ -62,6 +66,8 @@ FEATURES = {
 _ALSO = {"accelerate": "validate, with quantised checkpoints", "rich": "bars on a terminal"}
 #: Modules whose package has another name.
 _PACKAGES = {"cuda": "cuda-bindings"}
+#: Modules that a second package has too. The files of such packages overwrite each other, so one of them can be installed.
+VARIANTS = {one.module: one.package for one in BACKENDS.values() if one.package}
 _DEVELOPMENT = "dev"
 
 
@@ -122,11 +128,32 @@ def requirement(module: str) -> str:
 
 
 def version_of(module: str) -> str | None:
-    """The installed version, or None: not installed, or without metadata."""
+    """The installed version, of whichever package has the module; None: not installed, or without metadata."""
+    return _version(package_of(module)) or _version(VARIANTS.get(module, ""))
+
+
+def has_package(package: str) -> bool:
+    """Whether a package is installed, by its own name. It says nothing of the modules that it has."""
+    return _version(package) is not None
+
+
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package_of(module))
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: an empty name
         return None
+
+
+def overwritten() -> dict[str, str]:
+    """Modules whose files two installed packages have written over each other, with what to do."""
+    return {
+        module: (
+            f"{package_of(module)} and {package} are both installed, and have overwritten each other's files. Run `pip uninstall "
+            f"-y {package_of(module)} {package}`, then `{pip_line([module])}` for the cpu or `{pip_line([package])}` for GPUs."
+        )
+        for module, package in VARIANTS.items()
+        if has_package(package_of(module)) and has_package(package)
+    }
 
 
 def installed(module: str) -> bool:

@@ -166,6 +166,7 @@ class _Pipeline:
                 "validate.enabled is false in this pipeline. Set it to true, or leave out --only validate."
             )
         self.only = only
+        self.targets = resolve_targets(config.build.targets, config.build.backend)
         wanted = STAGES if config.validation.enabled else (EXPORT, BUILD)
         self.stages = wanted if only is None else (only,)
 
@@ -200,7 +201,7 @@ class _Pipeline:
         from .export.tensor_table import check_tensors
 
         config = self.config
-        targets = resolve_targets(config.build.targets)
+        targets = self.targets
         check_tensors(self.checkpoint)
         spec = self.checkpoint.spec
         check_profile(config.export.profile, spec)
@@ -222,7 +223,6 @@ class _Pipeline:
 
     def _check_validation(self) -> None:
         from .export.checkpoint.texts import TOKENIZER
-        from .optimize.targets import load_targets
         from .validation.baseline import read_report
         from .validation.cases import load_text
         from .validation.gates import resolve_gates
@@ -242,7 +242,8 @@ class _Pipeline:
             raise InputError(
                 f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
             )
-        if not load_targets()[wanted.target].backend.validates:
+        [target] = [target for target in self.targets if target.name == wanted.target]
+        if not target.backend.validates:
             raise InputError(
                 f"validate.target is {wanted.target!r}, a GPU. Only the bundle of the cpu target can be validated now: "
                 "set validate.target to 'cpu' and list it in build.targets, or set validate.enabled to false."
@@ -280,7 +281,7 @@ class _Pipeline:
 
     def build_reasons(self, only: str | None = None) -> dict[str, str]:
         """Per target, or for one, why its bundle is not what would be built. The graph package must exist."""
-        return reasons_to_build(self.graph, self.bundles, self.config.build.targets, only=only, **self.build_options())
+        return reasons_to_build(self.graph, self.bundles, self.targets, only=only, **self.build_options())
 
     def plan(self) -> Plan:
         """What `validate` measures."""
@@ -406,7 +407,7 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
     report = build_bundles(
         work.graph,
         work.bundles,
-        work.config.build.targets,
+        work.targets,
         **work.build_options(),
         jobs=work.config.build.jobs,
         cache=Path(work.config.build.cache) if work.config.build.cache else None,
@@ -458,12 +459,12 @@ def _export_step(work: _Pipeline, force: bool) -> Step:
 
 
 def _build_steps(work: _Pipeline, force: bool, earlier: str) -> list[Step]:
-    names = list(dict.fromkeys(work.config.build.targets))
+    names = [target.name for target in work.targets]
     reasons = dict.fromkeys(names, earlier or _FORCED) if earlier or force else work.build_reasons()
     runs, steps = read_runs(), []
     spec, shapes, config = work.checkpoint.spec, work.shapes, work.config
     choices = choose(
-        spec, config.export.profile, resolve_targets(names), plugins=config.build.plugins == "on",
+        spec, config.export.profile, work.targets, plugins=config.build.plugins == "on",
         layout=config.build.layout,
     )  # fmt: skip
     for choice in choices:

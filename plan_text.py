@@ -77,10 +77,10 @@ def _layout_row(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
 
 def plan_on_targets(
     spec: ModelSpec, stored: str, names: Sequence[str], sizes: Sizes, layout: str | None, *, chunk: int, profile: str,
-    plugins: bool | None, max_context: bool,
+    plugins: bool | None, max_context: bool, backend: str | None = None,
 ) -> Said:  # fmt: skip
-    """Whether a model fits on targets; arguments and errors as of ``optimize.fit.plan_targets``."""
-    targets, runs = resolve_targets(names), read_runs()
+    """Whether a model fits on targets; arguments and errors as of ``resolve_targets`` and ``optimize.fit.plan_targets``."""
+    targets, runs = resolve_targets(names, backend), read_runs()
     plans = plan_targets(
         spec, targets, layout=layout, runs=runs, stored=stored, context=sizes.context, batch=sizes.batch, chunk=chunk,
         plugins=plugins, profile=profile, max_context=max_context,
@@ -162,6 +162,13 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
         lines.append(
             f"The bundle for {plan.target.name} holds {size_text(plan.placed)} of weights converted to float32, which it computes in; the rest stays "
             "in the checkpoint. `foldkv build --no-place` converts them in every step instead."
+        )
+    for plan in {
+        plan.target.name: plan for plan in plans if plan.target.backend.gpu and not plan.target.backend.engine
+    }.values():
+        lines.append(
+            f"{plan.target.backend.library} on {plan.target.name}: the GPU holds all of {size_text(plan.weights[plan.built_in])} of weights, "
+            f"and caches and activations in {plan.target.precision}. It has never been run, and will be far slower than memory allows."
         )
     if any(plan.target.backend.gpu for plan in plans):
         lines.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .optimize.targets import load_targets
 from .pipeline import VALIDATE, PipelineResult, Step
 from .plan_text import time_text
 from .report_text import report_lines
@@ -21,9 +20,8 @@ def result_lines(result: PipelineResult) -> list[str]:
     ]
     lines = ["", *table([["stage", "", "seconds"], *stages], numbers=(2,)), ""]
     for bundle in result.bundles:
-        kind = "engine" if load_targets()[bundle.target].backend.engine else "bundle"
         place = bundle.folder if bundle.status != "failed" else "FAILED: " + bundle.reason
-        lines.append(f"{kind} {bundle.target}: {place}")
+        lines.append(f"bundle {bundle.target}: {place}")
     if result.report:
         lines += [f"report: {result.report / 'report.html'}", "", *report_lines(result.judged)]
     elif result.not_validated:

@@ -32,8 +32,9 @@ allow_unknown_keys = []            # keys of config.json to ignore, although fol
 
 [build]
 targets = ["cpu", "a100"]
+backend = "tensorrt-rtx"           # for the GPUs, instead of the first that `foldkv targets` lists; the cpu keeps its own
 plugins = "on"                     # "off": function bodies in engines of GPU targets, dense rows only
-layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph on the cpu
+layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph in ONNX Runtime
 jobs = 2                           # targets at once; default: the processors
 cache = "plans"                    # plans of engines, which machines can share; default: FOLDKV_CACHE
 
@@ -44,7 +45,7 @@ context = [256, 4096, "64k"]       # numbers of tokens as on the command line: 6
 
 [validate]
 enabled = true
-target = "cpu"                     # the bundle to measure; engines cannot be validated yet
+target = "cpu"                     # the bundle to measure; those for GPUs cannot be validated yet
 seed = 0
 text = "manual.txt"                # UTF-8 text to measure on; default: sources of Python's standard library
 texts = 6
@@ -57,7 +58,7 @@ baseline = "release-1/report"      # an older report: the new one shows what has
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
 ```
 
-Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `targets`, `jobs`, `cache`, `context`, `text`, `contexts`, `gates`, `baseline`
+Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `targets`, `backend`, `jobs`, `cache`, `context`, `text`, `contexts`, `gates`, `baseline`
 and `threads` are examples; all others are the defaults.
 
 A run that cannot succeed is refused before the first stage. Reasons are targets that this machine cannot build for, layouts that a

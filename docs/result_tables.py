@@ -44,10 +44,20 @@ def executed(results: Sequence[Mapping[str, Any]]) -> str:
             f"{_listed(kernels, _kernels)}; in Triton's interpreter in every `make test`",
             "the operators' definitions in float64",
         ),
+        (
+            "Triton kernels of the routed experts, compiled for sm80 to sm121",
+            "**no GPU yet**; in Triton's interpreter in every `make test`",
+            "the operator's definition in float64",
+        ),
         ("The small model in PyTorch with these kernels", _listed(model, _model), "the same modules on the CPU"),
         *_untried(kernels),
         ("TensorRT-RTX engines for sm80, 86, 89, 120, 121 (built without a GPU)", *_engines(engine)),
         ("TensorRT 11 engines for h100, h200, b200, b300", "**never built, never run**", "**nothing**"),
+        (
+            "ONNX Runtime CUDA bundles for any NVIDIA GPU (built without a GPU)",
+            "**never yet**; their graphs on the CPU, in every `make test`",
+            "the `cpu` bundle",
+        ),
     ]
     return _table(("part", "executed on", "compared with"), rows)
 
@@ -117,7 +127,7 @@ def times(results: Sequence[Mapping[str, Any]], model: str = "v4-flash") -> str:
             f"{context >> 10}k x {batch}" + (f", chunk {chunk}" if chunk > 1 else "")
             for context, batch, chunk in PLACES
         ]
-        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row}
+        rows = {_place(row): row for row in content["rows"] if row["model"] == model and "us" in row and "rows" in row}
         lines = [
             [f"`{name.removeprefix('Foldkv')}` {rows_of}", *(_time(rows.get((name, rows_of, *at))) for at in PLACES)]
             for name, rows_of in dict.fromkeys((row["operator"], row["rows"]) for row in rows.values())

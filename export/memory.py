@@ -180,7 +180,7 @@ def activations(
 
     * experts: the weights of k experts for each of up to :func:`gathered_tokens` tokens, k 3 I C values of ``weight_item``
       bytes, because both matrices are gathered before the first product. Packed experts are decoded for one token at a
-      time, which is less;
+      time, which is less, and so is what the plugin of the routed experts takes, T k (4 C + 2 I): both are counted alike;
     * attention, the largest of
       CSA's indexer: a product and its ReLU, T Hi A each, the scores T A and the entries B A Di; the entries twice while
       they are turned;

@@ -53,7 +53,7 @@ INJECTED = "injected.onnx"
 
 def graph_spec(profile: str) -> dict[str, Any]:
     """Everything that changes a package, apart from the checkpoint and the tool versions."""
-    return {"profile": profile, "opset": ONNX_OPSET, "recipe": 6}
+    return {"profile": profile, "opset": ONNX_OPSET, "recipe": 7}
 
 
 def tool_versions() -> dict[str, str]:

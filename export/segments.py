@@ -31,10 +31,10 @@ from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.names import scale_name
 from .contract.geometry import CSA, HCA, ModelSpec
-from .contract.operators import WEIGHT, expected_operators, operator_specs
+from .contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, WEIGHT, expected_operators, operator_specs
 from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
-from .contract.weights import PLAIN, WEIGHT_FORMAT
+from .contract.weights import PLAIN_FORMATS, WEIGHT_FORMAT
 from .layer_traces import joined, trace_attention, trace_experts, trace_head
 from .operators import packed, packed_words
 from .operators.experts import grouped_body
@@ -325,7 +325,7 @@ def _read_as_stored(value: ir.Value, dtype: ir.DataType) -> bool:
     """Whether operators read a plain weight themselves in the type in which it is stored; if so, they are told the type."""
     name, uses = dtype.name.lower(), list(value.uses())
     declared = [spec.inputs[use.idx].dtype for use in uses if (spec := operator_specs().get(use.node.op_type))]
-    if name not in PLAIN or len(declared) < len(uses) or set(declared) != {WEIGHT}:
+    if name not in PLAIN_FORMATS or len(declared) < len(uses) or set(declared) != {WEIGHT}:
         return False
     for use in uses:
         use.node.attributes[WEIGHT_FORMAT] = ir.AttrString(WEIGHT_FORMAT, name)
@@ -378,7 +378,7 @@ def _dequantise(model: ir.Model, role: str, stored: ir.Value, source: Quantised)
 def _take_packed(model: ir.Model, role: str, source: Packed) -> None:
     """Give the routed experts their packed weights instead of float32 ones."""
     graph = model.graph
-    node = next(node for node in graph if node.op_type == "FoldkvRoutedExperts")
+    node = next(node for node in graph if node.op_type == ROUTED_EXPERTS)
     given = [
         _input(model, f"{role}.codes", ir.DataType.INT8, source.codes.shape),
         _input(model, f"{role}.scales", onnx_dtype(source.scales), source.scales.shape),
@@ -410,10 +410,10 @@ def _check(chain: Chain, spec: ModelSpec, profile: str) -> None:
     for name in (packed.EXPONENTS, packed.BLOCK, packed.PARTIAL):
         found.pop(name, None)
     expected = expected_operators(spec, profile)
-    if found | {"FoldkvRoutedExperts": experts} != expected:
+    if found | {ROUTED_EXPERTS: experts} != expected:
         raise FoldkvError(
             f"the segments have operators {found}; expected {expected}. Report this as a fault of foldkv."
         )
 
 
-_EXPERTS = ("FoldkvRoutedExperts", *packed.EXPERTS.values(), *packed.SCALED_EXPERTS.values())
+_EXPERTS = (ROUTED_EXPERTS, *PACKED_EXPERTS.values())

@@ -71,7 +71,7 @@ def build_bundles(
     Args:
         graph: a graph package; its hashes are verified before use.
         out: folder that gets one bundle per target.
-        targets: names from the table, or your own targets.
+        targets: names from the table, or your own targets; ``resolve_targets`` gives them with another backend than their first.
         plugins: give the foldkv operators of GPU targets to plugins; their kernels are compiled into the bundle. None is the
             default (optimize/choices.py). An injected graph is built with plugins, for its target and for the cpu.
         layout: name of the cache layout. Layouts other than "dense" need plugins on GPU targets, and a graph of the profile
@@ -80,11 +80,11 @@ def build_bundles(
         shapes: sizes that engines are built for.
         jobs: parallel builds; the default is what memory and processors allow.
         force: also build bundles that are unchanged.
-        weights_from: folder with the checkpoint's weight files, for cpu bundles; engines are built without them. Without it
-            they are looked for where ``FOLDKV_WEIGHTS`` says, in ``weights/`` of the package, and where they were exported
-            from.
-        place: let cpu bundles have weights in float32 that the checkpoint stores in another type; else every step converts
-            them.
+        weights_from: folder with the checkpoint's weight files, for bundles of ONNX Runtime; engines are built without them.
+            Without it they are looked for where ``FOLDKV_WEIGHTS`` says, in ``weights/`` of the package, and where they were
+            exported from.
+        place: let bundles for ONNX Runtime have weights in float32 that the checkpoint stores in another type; else every step
+            converts them.
         cache: folder with the plans of engines; machines can share it. The default is FOLDKV_CACHE or ~/.cache/foldkv.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -372,7 +372,8 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
 
     package = job.package
     state, nodes, known = write_chain(
-        package, files, work, layout=job.layout, rope_dim=package.spec.rope_dim, place=job.place, progress=progress
+        package, files, work, layout=job.layout, rope_dim=package.spec.rope_dim, place=job.place,
+        gpu=job.target.backend.gpu, progress=progress,
     )  # fmt: skip
     _copy(package.folder, work, (TOKENIZER, LOCK))
     progress("loading it in ONNX Runtime")

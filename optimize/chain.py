@@ -1,7 +1,8 @@
-"""The cpu bundle of a package: its segments in the form that ONNX Runtime runs fastest, and every weight where it is read.
+"""The bundle of a package for ONNX Runtime: its segments in the form that runs fastest, and every weight where it is read.
 
-A weight that the graph takes as it is stored stays in the checkpoint's files. What the CPU needs in another form is
-*placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why).
+A weight that the graph takes as it is stored stays in the checkpoint's files. What is needed in another form is
+*placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why). Segments for a GPU
+are those for the cpu, except that a GPU decodes a whole matrix of an expert at once, and that every node must have a kernel there.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from ..export.roles import DTYPE_NAMES, EXPERTS, onnx_dtype
 from ..export.segments import STEP, STEP_INPUTS, Segment
 from ..export.stitch import read_parts
 from ..progress import BYTES, Progress, Say, silent
+from .cuda_kernels import check_kernels
+from .passes.byte_kernels import use_byte_kernels
 from .passes.cpu import optimize_for_cpu
 from .passes.hoist import hoist
 from .passes.pack import pack_state
 from .passes.place import take_float32
+from .passes.whole_experts import decode_whole_experts
 
 _ALIGNMENT = 64
 _NARROW = ("BF16", "F16")
@@ -48,7 +52,7 @@ class Placement:
 
 
 def placement(package: Package, name: str, *, place: bool = True) -> Placement:
-    """How the CPU takes the weights of one segment, for all of its calls.
+    """How ONNX Runtime takes the weights of one segment, for all of its calls.
 
     Args:
         package: the package.
@@ -75,9 +79,10 @@ def write_chain(
     layout: str = DENSE,
     rope_dim: int = 0,
     place: bool = True,
+    gpu: bool = False,
     progress: Say = silent,
 ) -> tuple[list[StateTensor], dict[str, dict[str, int]], dict[str, str]]:
-    """Write the segments, the table of the chain and the placed weights of a cpu bundle.
+    """Write the segments, the table of the chain and the placed weights of a bundle.
 
     Args:
         package: the graph package.
@@ -86,6 +91,7 @@ def write_chain(
         layout: name of the cache layout.
         rope_dim: rotated channels of a row, for packed layouts.
         place: convert weights once, into the bundle; else the segments convert them in every step.
+        gpu: whether a GPU computes the segments.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Returns:
@@ -93,7 +99,7 @@ def write_chain(
         that were hashed as they were written.
 
     Raises:
-        BuildError: a step tensor has no fixed shape, which would be an internal fault.
+        BuildError: a step tensor has no fixed shape, or a node no kernel for the GPU, which would be an internal fault.
         SystemFailure: the disk is full or cannot be written.
     """
     report = Progress.of(progress)
@@ -110,9 +116,15 @@ def write_chain(
         for layer, kind in enumerate(package.layers):
             if kind == name:
                 states[layer] = packed
+        if gpu:
+            decode_whole_experts(segment.model)
         nodes[name] = {"inlined": optimize_for_cpu(segment.model)}
         models[name] = segment.model
     _share_step(models)
+    if gpu:
+        for model in models.values():
+            use_byte_kernels(model)
+        check_kernels(models)
     (out / FOLDER).mkdir()
     for name, model in models.items():
         nodes[name]["optimized"] = len(model.graph)
@@ -183,7 +195,7 @@ class _Placed:
         """Write the file, unless nothing is placed; returns where every weight of every call lies."""
         total = sum(self._size(owner, name, role) for owner, name, role in self._roles())
         if total:
-            self._progress(f"placing {total / 2**20:.0f} MiB of weights in the form that the CPU reads")
+            self._progress(f"placing {total / 2**20:.0f} MiB of weights in float32 or in another order")
         weights: dict[str, dict[str, Bound]] = {owner: {} for owner, _ in self._package.calls()}
         digest = hashlib.sha256()
         with path.open("wb") as out:

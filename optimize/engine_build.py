@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..backends import BACKENDS, TENSORRT_RTX, Backend
+from ..backends import BACKENDS, TENSORRT_RTX, Backend, backend_named
 from ..errors import BuildError, MissingDependencyError, listing
 from ..export.contract.state import StateTensor
 from ..packages import pip_line, version_of
@@ -61,6 +61,8 @@ def version_beside_gpu(target: Target) -> str:
             f"({' and '.join(other.library for other in without)} has no engines for {name})"
         )
         step = f"Run `foldkv build GRAPH --target {name} -o OUT` on a machine that has these. You can copy the graph package there."
+        if other := next((b.name for b in map(backend_named, target.backends[1:]) if b.builds_without_gpu), ""):
+            step += f" Or build here with `--backend {other}`."
         package = [] if version else [backend.module]
         raise MissingDependencyError(
             listing(title, missing, step), packages=package, install=pip_line(package) if package else ""

@@ -29,6 +29,7 @@ from ..plugins.inject import Given, Injection, inject_nodes, set_library, update
 from ..progress import Progress, Say, silent
 from .bundled_kernels import Bundled, bundle_kernels
 from .engine_build import build_plan, profiles
+from .passes.linears import read_stored
 from .passes.lower import CONSTANTS, MODEL, Lowered, lowered_segment
 from .plan_cache import PlanCache
 from .plan_file import named_capability
@@ -114,7 +115,12 @@ def write_engines(
     """
     report, cache = Progress.of(progress), cache or PlanCache()
     names, layers = list(package.manifest.segments), Counter(package.layers)
-    graphs = {name: ir.to_proto(package.segment(name).model) for name in names}
+    models = {name: package.segment(name).model for name in names}
+    if plugins:
+        assert target.sm is not None
+        for name in layers:
+            read_stored(models[name], package.spec, sm=target.sm)
+    graphs = {name: ir.to_proto(model) for name, model in models.items()}
     bundled = Bundled()
     if plugins:
         injections = {name: _inject(graphs[name], package, name, target, layout) for name in layers}
@@ -161,7 +167,7 @@ def write_engines(
         in_place=_in_place(package, segments),
         counts={
             key: sum(segments[name].lowered.counts[key] for _, name in package.calls())
-            for key in ("weights", "products", "state")
+            for key in ("stored", "weights", "products", "state")
         },
         weights=_weights(package, table, segments),
         segments={name: _facts(built[name], segments[name]) for name in names},
@@ -240,16 +246,16 @@ def _plan(
     report: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Build one plan, or take it from the cache; returns what is known of it."""
-    backend, assert_sm = target.backend, target.sm
-    assert assert_sm is not None
-    named = named_capability(assert_sm) if backend.builds_without_gpu else assert_sm
+    backend, sm = target.backend, target.sm
+    assert sm is not None
+    named = named_capability(sm) if backend.builds_without_gpu else sm
     ranges = profiles(ir.load(segment.folder / MODEL), segment.lowered.state, shapes)
     digests = [
         hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
         for path in (segment.folder / MODEL, segment.folder / CONSTANTS)
     ]
     key = sha256_json(
-        [digests, assert_sm, ranges, list(shapes.context), backend.name, backend_version, segment.captures, _RECIPE]
+        [digests, sm, ranges, list(shapes.context), backend.name, backend_version, segment.captures, _RECIPE]
     )
     with cache.alone(key), report.part(name) as progress:
         facts = cache.take(key, plan)

@@ -125,7 +125,7 @@ class TargetPlan:
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
         return {
-            "target": self.target.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
+            "target": self.target.name, "backend": self.target.backend.name, "sm": self.target.sm, "capacity": self.capacity, "layout": self.layout,
             "caches": {"groups": self.memory.groups, "copies": self.copies, "total": self.caches},
             "activations": {**asdict(self.activations), "total": self.activation_bytes, "estimate": True},
             "plugins": self.plugins, "weights": self.weights, "built_in": self.built_in,
@@ -174,7 +174,7 @@ def plan_target(
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
     written, placed = built_in(stored, target.backend), 0
     if target.backend.engine:
-        sizes = {name: weight_bytes_in(spec, name, widened=True) for name in target.backend.weights}
+        sizes = {name: weight_bytes_in(spec, name, widened=not choice.plugins) for name in target.backend.weights}
     else:
         sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
         placed = cpu_weight_bytes(spec, stored)[1]

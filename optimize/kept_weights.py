@@ -6,12 +6,15 @@ This is the only table of them, with its sources. Cache rows are different: plug
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..backends import BF16, FLOAT32, FP4, FP8, Backend
 from ..export.contract.geometry import ModelSpec
+from ..export.contract.products import EXACT, layer_products
+from ..export.contract.weights import BFLOAT16, E4M3
 from ..export.memory import parameter_groups, table_bytes
 
 
@@ -38,8 +41,9 @@ def _bits(experts: float, projections: float, ends: float) -> dict[str, float]:
 
 
 _WORDS = (
-    "carried in int32 words, gathered and decoded (optimize/passes/place_weights.py): TensorRT-RTX 1.7 built it for 80, 86, 89, 120, 121 "
-    "with as many bytes in the plan as in the file; nothing in it is specific to a GPU"
+    "read as stored by a plugin (plugins/kernels/experts.py), or without plugins carried in int32 words, gathered and decoded "
+    "(optimize/passes/place_weights.py): TensorRT-RTX 1.7 built the plugins for 80, 89 and 120, and the words for 86 and 121 too; nothing "
+    "in either is specific to a GPU"
 )
 #: From wide to narrow. fp8 and fp4 are as released: e4m3 with a scale per 128 x 128 block (below a thousandth, so not
 #: counted); experts in e2m1 with an e8m0 scale per 32; embedding and head in bfloat16.
@@ -97,16 +101,16 @@ def weight_bytes_in(spec: ModelSpec, format_: str, *, widened: bool = False) -> 
     Args:
         spec: the model.
         format_: a name in :data:`FORMATS`.
-        widened: take e4m3 matrices in the precision of their products, bfloat16, or float32 in the indexer: where no plugin
-            reads them. Else they are counted as stored.
+        widened: take weights of products in the precision of the product, bfloat16 or float32: where no plugin reads them.
+            Else they are counted as stored.
     """
     bits, counts = dict(FORMATS[format_].bits), parameter_groups(spec)
     total = table_bytes(spec)
-    if bits["projections"] == 8:
-        if widened:
-            bits["projections"] = FORMATS[BF16].bits["projections"]
-        else:  # the indexer's query projection is stored in that way too, though its product is float32
-            total -= index_queries(spec) * 24 // 8
+    if widened and bits["projections"] == 8:
+        bits["projections"] = FORMATS[BF16].bits["projections"]
+    elif format_ != FLOAT32 and not widened:  # products in float32 have their weights in narrower formats too
+        stored = {BFLOAT16: 16, E4M3: int(bits["projections"])}
+        total -= sum(count * (32 - stored[released]) for released, count in _exact(spec).items()) // 8
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
 
 
@@ -133,3 +137,13 @@ def cpu_weight_bytes(spec: ModelSpec, stored: str) -> tuple[int, int]:
 def index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
     return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim
+
+
+def _exact(spec: ModelSpec) -> Counter[str]:
+    """Parameters of the products that are computed with float32's accuracy, by the format of their weights."""
+    found: Counter[str] = Counter()
+    for kind, layers in Counter(spec.layer_types).items():
+        for product in layer_products(spec, kind):
+            if product.terms == EXACT:
+                found[product.released] += layers * product.rows * product.columns
+    return found

@@ -9,11 +9,12 @@ from typing import Any
 from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import LAYOUTS
+from ..export.contract.operators import WEIGHT
 from ..export.contract.profiles import PROFILES
 from ..export.contract.rows import DENSE, row_format_named
 from .declarations import PLUGINS
 from .launch import kernels
-from .model import OperatorCall, operator_calls
+from .model import EXPERT_FORMS, OperatorCall, operator_calls
 
 #: Types of dense rows that engines keep.
 DTYPES = ("bfloat16",)
@@ -21,7 +22,7 @@ DTYPES = ("bfloat16",)
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One operator on one kind of rows: the state group, the format, the type of dense rows
+    """One operator on one kind of rows: the state group, "weights" for products, or "experts"; the format, the type of dense rows
     ("" if packed), and per compute capability why there is no plugin ("" if there is one)."""
 
     operator: str
@@ -46,7 +47,7 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
     rows: dict[tuple[str, str, str, str], CoverageRow] = {}
     calls: list[OperatorCall] = []
     for profile in profiles:
-        calls += [call for call in operator_calls(spec, profile) if call not in calls]
+        calls += [call for call in operator_calls(spec, profile, EXPERT_FORMS) if call not in calls]
     for call in calls:
         formats = dict.fromkeys(layout.format_of(call.group) or DENSE for layout in LAYOUTS.values())
         if not PLUGINS[call.operator].row_formats:
@@ -55,11 +56,15 @@ def coverage(spec: ModelSpec, sms: Sequence[int], profiles: Sequence[str] = PROF
             dense = not row_format_named(format_).packed
             for dtype in DTYPES if dense and PLUGINS[call.operator].row_formats else ("",):
                 gaps = {sm: _gap(call, spec, sm, dtype or DTYPES[0], format_) for sm in sms}
-                key = (call.operator, call.group, format_, dtype)
+                key = (call.operator, "weights" if _is_product(call) else call.group, format_, dtype)
                 if key in rows:  # another kind of layer has the same
                     gaps = {sm: rows[key].gaps[sm] or gap for sm, gap in gaps.items()}
                 rows[key] = CoverageRow(*key, gaps)
     return list(rows.values())
+
+
+def _is_product(call: OperatorCall) -> bool:
+    return any(tensor.dtype == WEIGHT for tensor in PLUGINS[call.operator].inputs)
 
 
 def _gap(call: OperatorCall, spec: ModelSpec, sm: int, dtype: str, format_: str) -> str:

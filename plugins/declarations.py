@@ -32,7 +32,7 @@ class PluginSpec:
         version: of the plugin in the registry.
         inputs: in the operator's order.
         outputs: in the operator's order.
-        attributes: name to type (int, float or str), in the operator's order.
+        attributes: name to type (int, float, str or tuple), in the operator's order.
         aliases: output index to the index of the input whose buffer it updates in place.
         sms: compute capabilities that it has kernels for.
         dtypes: types of dense rows of the state ("bfloat16").
@@ -137,8 +137,6 @@ BODIES: dict[str, str] = {
 }
 #: Operators of graphs with stored weights (export/operators/packed.py), and why each stays a function body.
 WEIGHT_BODIES: dict[str, str] = {
-    "FoldkvRoutedExpertsFp4": "stays a function body: it reads no compressed KV",
-    "FoldkvRoutedExpertsFp8": "stays a function body: it reads no compressed KV",
     "FoldkvExponents": "stays a function body: it decodes weights",
     "FoldkvBlockScale": "stays a function body: it decodes weights",
     "FoldkvPartialBlockScale": "stays a function body: it decodes weights",

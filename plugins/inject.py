@@ -309,7 +309,9 @@ def _kernels(
 
 def _attribute(attribute: onnx.AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
-    return value.decode() if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return value.decode()
+    return tuple(value) if attribute.type == onnx.AttributeProto.INTS else value
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:

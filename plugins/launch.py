@@ -1,6 +1,6 @@
 """What an operator launches: kernels with their constants, grids and arguments. No Triton, no TensorRT.
 
-Only this module knows it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
+Only this module and what it asks (launch_experts.py) know it. TensorRT's plugins, the compiler, the interpreter's tests and the benchmarks
 all ask here, so the tests run what is launched.
 """
 
@@ -12,9 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.contract.operators import TensorSpec, operator_spec
+from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, TensorSpec, operator_spec
+from ..export.contract.products import EXACT, ROUNDED
 from ..export.contract.rows import DENSE, RowFormat, row_format_named
+from ..export.contract.weights import BFLOAT16, E4M3, SCALE_FORMAT, WEIGHT_FORMAT
 from .declarations import LAYOUT_VERSION, PLUGINS, PluginSpec
+from .launch_experts import FEW_PAIRS, plan_experts
 from .launch_sublayers import SUBLAYER_PLANS, around_sublayer, sublayer_faults
 from .plans import Argument, Kernel, Launch, Plan
 
@@ -30,10 +33,14 @@ SELECT_SPAN, SELECT_PARTS, SELECT_PROGRAMS = 2048, 64, 256
 #: Chunks up to this length split their keys; longer ones have enough programs.
 SPLIT_CHUNK = 8
 #: Products with up to this many tokens only wait for their weights, so they read them with as many programs as a GPU runs.
-FEW_TOKENS = 16
+FEW_TOKENS = 64
+#: For a product with few tokens: rows and tokens of a tile, channels of a tile at most, the fewest channels of a program,
+#: and the number of programs that fill a GPU.
+LINEAR_ROWS, LINEAR_TOKENS, LINEAR_CHANNELS, LINEAR_SPAN, LINEAR_PROGRAMS = 64, 16, 64, 256, 512
 
 _POINTER = {"float32": "*fp32", "int32": "*i32", "int64": "*i64", "bfloat16": "*bf16", "int8": "*i8"}
 _ITEM = 4  # bytes of a float32 in the workspace
+_INT32 = 2**31 - 1
 
 
 def plan(
@@ -81,7 +88,7 @@ def kernels(
 ) -> list[Kernel]:
     """Every kernel that calls with these static sizes can launch, for any dynamic sizes; see :func:`plan`."""
     found: dict[Kernel, None] = {}
-    for chunk, tokens in ((1, 1), (SPLIT_CHUNK + 1, FEW_TOKENS + 1)):
+    for chunk, tokens in ((1, 1), (SPLIT_CHUNK + 1, max(FEW_TOKENS, FEW_PAIRS) + 1)):
         dynamic = {"B": 1, "S": chunk, "E": 1 << 20, "M": tokens}
         steps = plan(
             operator, {**sizes, **dynamic}, attributes, sm=sm, dtype=dtype, row_format=row_format, rope_dim=rope_dim
@@ -469,11 +476,115 @@ def _dense_attention(call: _Call) -> Plan:
     return _attention(call, "dense_attention", call["E"], ("S", "E"), constants, DENSE_SPAN)
 
 
+def _routed_experts(call: _Call) -> Plan:
+    return plan_experts(call.spec.operator, call.sizes, call.attributes, sm=call.sm)
+
+
+@dataclass(frozen=True)
+class _LinearTile:
+    """Rows of the weight, tokens and channels of a product's tile, warps, stages."""
+
+    rows: int
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def _linear_tile(call: _Call, *, few: bool) -> _LinearTile:
+    """Tiles of products with few tokens, and with many; see docs/kernels.md.
+
+    Both have as many channels, within one block of the weight: sums are then rounded alike for any number of tokens.
+    """
+    block, channels = call.attributes["block_columns"], LINEAR_CHANNELS
+    while block < call["K"] and block % channels:
+        channels //= 2
+    if few:
+        return _LinearTile(LINEAR_ROWS, LINEAR_TOKENS, channels, 4, 4)
+    # Before Hopper, and on consumer GPUs, operands are in registers: those of more tokens would spill.
+    narrow = call.sm not in (90, 100, 103) and call.attributes["terms"] == EXACT
+    return _LinearTile(128, 32 if narrow else 64, channels, 8, 3)
+
+
+def _block_linear(call: _Call) -> Plan:
+    """One launch for many tokens. For few, several programs can share a row, and a second launch adds what they computed."""
+    wrong = _linear_gaps(call)
+    if wrong:
+        raise ValueError(f"{call.spec.operator}: {'; '.join(wrong)}. Build with --plugins off.")
+    attributes, (tokens, columns) = call.attributes, (call["M"], call["K"])
+    groups = attributes["groups"]
+    rows = call["GN"] // groups
+    few = tokens <= FEW_TOKENS
+    of = _linear_tile(call, few=few)
+    steps = _cdiv(columns, of.channels)
+    # The spans depend on the weight alone, so that a sum does not depend on the other tokens.
+    programs = groups * _cdiv(rows, LINEAR_ROWS)
+    wanted = max(1, min(LINEAR_PROGRAMS // programs, steps * of.channels // LINEAR_SPAN))
+    span = _cdiv(steps, wanted)
+    spans = _cdiv(steps, span)
+    split = few and spans > 1
+    align = next(size for size in (16, 8, 4, 2, 1) if columns % size == 0)
+    sizes = {
+        "tokens": tokens, "rows": rows, "units": columns // align, "steps": span, "block_rows": attributes["block_rows"],
+        "block_columns": attributes["block_columns"], "scale_columns": call["SK"], "groups": groups,
+    }  # fmt: skip
+    types: list[tuple[str, str | None]] = [(tensor.name, call.pointer(tensor)) for tensor in call.spec.inputs]
+    types += [*((name, "i32") for name in sizes), ("out", "*fp32")]
+    constants = {
+        "BM": of.tokens, "BN": of.rows, "BK": of.channels, "ALIGN": align, "TERMS": attributes["terms"],
+        "FORMAT": attributes[WEIGHT_FORMAT], "SCALES": attributes[SCALE_FORMAT], "SPLIT": int(split),
+    }  # fmt: skip
+    kernel = Kernel("block_linear.block_linear", tuple(types), tuple(constants.items()), of.warps, of.stages)
+    grid = (_cdiv(tokens, of.tokens), _cdiv(rows, of.rows), groups * (spans if split else 1))
+    partial, out = Argument("workspace", 0), Argument("output", 0)
+    given = (*(Argument("input", i) for i in range(3)), *(Argument("int32", size) for size in sizes.values()))
+    first = Launch(kernel, grid, (*given, partial if split else out))
+    if not split:
+        return Plan((first,))
+    size, block = tokens * call["GN"], 256
+    second = Launch(
+        Kernel(
+            "block_linear.add_spans",
+            (("partial", "*fp32"), ("size", "i32"), ("spans", "i32"), ("out", "*fp32")),
+            (("BLOCK", block),),
+        ),
+        (_cdiv(size, block), 1, 1),
+        (partial, Argument("int32", size), Argument("int32", spans), out),
+    )
+    return Plan((first, second), spans * size * _ITEM)
+
+
+def _linear_gaps(call: _Call) -> list[str]:
+    """What is wrong with a product's weight."""
+    attributes, rows, columns = call.attributes, call["GN"], call["K"]
+    block = attributes["block_rows"], attributes["block_columns"]
+    grid = call["SN"], call["SK"]
+    wrong = []
+    if attributes[WEIGHT_FORMAT] not in (E4M3, BFLOAT16):
+        wrong.append(f"weights are in {attributes[WEIGHT_FORMAT]}; its kernels read {E4M3} and {BFLOAT16}")
+    if attributes["terms"] not in (ROUNDED, EXACT):
+        wrong.append(f"activations have {attributes['terms']} terms; expected {ROUNDED} or {EXACT}")
+    if (
+        rows % attributes["groups"]
+        or call.sizes.get("GK", columns * attributes["groups"]) != columns * attributes["groups"]
+    ):
+        wrong.append(f"{call.sizes.get('GK')} channels and {rows} rows are not those of {attributes['groups']} groups")
+    if grid != (_cdiv(rows, block[0]), _cdiv(columns, block[1])):
+        wrong.append(f"{grid[0]} x {grid[1]} scales do not fit blocks of {block[0]} x {block[1]}")
+    if block[1] < columns and block[1] % 16:
+        wrong.append(f"blocks have {block[1]} channels; expected a multiple of 16, or one block")
+    if max(rows * columns, call["M"] * max(rows, columns * attributes["groups"])) > _INT32:
+        wrong.append("a tensor has more elements than an int32 counts")
+    return wrong
+
+
 def _around_sublayer(call: _Call) -> Plan:
     return around_sublayer(call.spec.operator, call.sizes, call.attributes)
 
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
+    **dict.fromkeys((ROUTED_EXPERTS, *PACKED_EXPERTS.values()), _routed_experts),
+    "FoldkvBlockLinear": _block_linear,
     "FoldkvWindowUpdate": _window_update,
     **dict.fromkeys(("FoldkvCompress", "FoldkvCompressFp8", "FoldkvCompressFp4"), _compress),
     **dict.fromkeys(("FoldkvCompressOnline", "FoldkvCompressOnlineFp8"), _compress_online),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..export.contract.weights import PLAIN, WEIGHT_FORMAT, WEIGHT_TYPES
+from ..export.contract.weights import PLAIN_FORMATS, WEIGHT_FORMAT, WEIGHT_TYPES
 from .plans import Argument, Kernel, Launch, Plan
 
 #: Channels that one program multiplies. V4-Flash's hyper-connections have 64 parts, its routing 16 in each of 8 blocks of experts.
@@ -42,8 +42,8 @@ def sublayer_faults(sizes: Mapping[str, int], attributes: Mapping[str, Any]) -> 
         if given != expected:
             wrong.append(f"weights {given} for {count} streams of {sizes['C']} channels; expected {expected}")
     if WEIGHT_FORMAT in attributes:
-        if (stored := attributes[WEIGHT_FORMAT]) not in PLAIN:
-            wrong.append(f"a gate in {stored}; its kernels read {', '.join(PLAIN)}")
+        if (stored := attributes[WEIGHT_FORMAT]) not in PLAIN_FORMATS:
+            wrong.append(f"a gate in {stored}; its kernels read {', '.join(PLAIN_FORMATS)}")
         if (places := attributes["topk"] if "topk" in attributes else sizes["K"]) > sizes["X"]:
             wrong.append(f"{places} chosen of {sizes['X']} experts")
     return wrong

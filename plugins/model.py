@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..export.checkpoint.formats import FP4_GROUP, FP8_BLOCK
 from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
+from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS
+from ..export.contract.products import Product, layer_products
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
-from ..export.contract.weights import PLAIN, WEIGHT_FORMAT
+from ..export.contract.weights import (
+    BFLOAT16,
+    E2M1,
+    EXPONENT,
+    FLOAT32,
+    PLAIN_FORMATS,
+    SCALE_FORMAT,
+    VALUES_PER_ELEMENT,
+    WEIGHT_FORMAT,
+)
 from .launch import kernels
 from .plans import Kernel
 
+#: The form of the routed experts in released checkpoints.
+RELEASED_EXPERTS = PACKED_EXPERTS[E2M1, EXPONENT]
+#: Every form of them.
+EXPERT_FORMS = (ROUTED_EXPERTS, *PACKED_EXPERTS.values())
+
 
 class OperatorCall(NamedTuple):
-    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches, or ""."""
+    """A model's call of an operator: its static sizes, its attributes and the state group whose rows it touches, or "".
+
+    The group of a product is the role of its weight within a layer; that of the routed experts is "experts".
+    """
 
     operator: str
     group: str
@@ -22,8 +43,13 @@ class OperatorCall(NamedTuple):
     attributes: dict[str, Any]
 
 
-def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
-    """The different calls of operators with a plugin in the model's layers, for a profile."""
+def operator_calls(
+    spec: ModelSpec, profile: str = HF, experts: Sequence[str] = (RELEASED_EXPERTS,)
+) -> list[OperatorCall]:
+    """The different calls of operators in the model's layers, for a profile; weights are in the released formats.
+
+    ``experts`` are the forms of the routed experts.
+    """
     width, half = spec.head_dim, spec.rope_dim // 2
     attended = {"W": spec.sliding_window, "H": spec.num_heads, "D": width, "P": half}
     calls = [*_mixing(spec), *_routing(spec)]
@@ -47,7 +73,48 @@ def operator_calls(spec: ModelSpec, profile: str = HF) -> list[OperatorCall]:
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
             ]
-    return calls
+    products = dict.fromkeys(one for kind in dict.fromkeys(spec.layer_types) for one in layer_products(spec, kind))
+    calls += [product_call(product) for product in products]
+    return [*calls, *(_experts(spec, form) for form in experts)]
+
+
+def product_call(product: Product, block: tuple[int, int] = FP8_BLOCK) -> OperatorCall:
+    """The call of a product with its weight in the released format; ``block`` is that of e4m3 weights."""
+    plain = product.released == BFLOAT16
+    height, width = (product.rows, product.columns) if plain else block
+    sizes = {
+        "GN": product.rows,
+        "K": product.columns,
+        "SN": -(-product.rows // height),
+        "SK": -(-product.columns // width),
+    }
+    attributes = {
+        "groups": product.groups, "block_rows": height, "block_columns": width, "terms": product.terms,
+        WEIGHT_FORMAT: product.released, SCALE_FORMAT: FLOAT32 if plain else EXPONENT,
+    }  # fmt: skip
+    return OperatorCall("FoldkvBlockLinear", product.role, sizes, attributes)
+
+
+def _experts(spec: ModelSpec, form: str) -> OperatorCall:
+    """The routed experts; packed ones lie in a row as an export puts them, w1, w2 and w3 one after the other."""
+    inner, hidden = spec.moe_intermediate_size, spec.hidden_size
+    sizes = {"X": spec.num_experts, "K": spec.experts_per_token, "C": hidden, "I": inner}
+    attributes: dict[str, Any] = {"limit": spec.swiglu_limit}
+    if form == ROUTED_EXPERTS:
+        return OperatorCall(form, "experts", sizes, attributes)
+    [weight] = [weight for (weight, _), name in PACKED_EXPERTS.items() if name == form]
+    block = (1, FP4_GROUP) if weight == E2M1 else FP8_BLOCK
+    codes, scales, shapes, grids = [0], [0], list[int](), list[int]()
+    for rows, columns in ((inner, hidden), (hidden, inner), (inner, hidden)):
+        grid = (-(-rows // block[0]), -(-columns // block[1]))
+        shapes += [rows, columns]
+        grids += grid
+        codes.append(codes[-1] + rows * columns // VALUES_PER_ELEMENT[weight])
+        scales.append(scales[-1] + grid[0] * grid[1])
+    del sizes["I"]
+    sizes |= {"CODES": codes.pop(), "SCALES": scales.pop()}
+    places = {"codes_at": codes, "scales_at": scales, "shapes": shapes, "grids": grids}
+    return OperatorCall(form, "experts", sizes, attributes | {name: tuple(values) for name, values in places.items()})
 
 
 def _mixing(spec: ModelSpec) -> list[OperatorCall]:
@@ -64,7 +131,7 @@ def _routing(spec: ModelSpec) -> list[OperatorCall]:
     """With the gate in either format: a checkpoint decides, a configuration does not."""
     sizes, places = {"X": spec.num_experts, "C": spec.hidden_size}, spec.experts_per_token
     calls = []
-    for weight_format in PLAIN:
+    for weight_format in PLAIN_FORMATS:
         attributes = {"scaling": spec.routed_scaling_factor, WEIGHT_FORMAT: weight_format}
         if not all(spec.hash_layers):
             calls.append(OperatorCall("FoldkvRoute", "", sizes, {"topk": places, **attributes}))
@@ -91,7 +158,7 @@ def _compress(spec: ModelSpec, profile: str, group: str, ratio: int, *, online: 
 def model_kernels(
     spec: ModelSpec, *, sm: int, dtype: str = "bfloat16", layout: str = "dense", profile: str = HF
 ) -> list[Kernel]:
-    """The different kernels of a model, in the order of its layers.
+    """The different kernels of a model, in the order of its layers; of the routed experts those in the released form.
 
     Args:
         spec: of the model.

@@ -73,7 +73,10 @@ def _creator_class(trt: Any) -> type:
             trt.IPluginCreatorV3One.__init__(self)
             self.spec, self.observe = spec, observe
             self.name, self.plugin_version, self.plugin_namespace = spec.operator, spec.version, NAMESPACE
-            kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32, str: trt.PluginFieldType.CHAR}
+            kinds = {
+                int: trt.PluginFieldType.INT32, tuple: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32,
+                str: trt.PluginFieldType.CHAR,
+            }  # fmt: skip
             fields = [trt.PluginField(name, np.array([]), kinds[type_]) for name, type_ in field_types(spec).items()]
             self.field_names = trt.PluginFieldCollection(fields)
 
@@ -114,12 +117,16 @@ def read_fields(spec: PluginSpec, fields: Iterable[Any]) -> dict[str, Any]:
 def _field_value(data: Any, type_: type) -> Any:
     if type_ is str:  # the ONNX parser ends a string with a NUL
         return bytes(np.asarray(data).tobytes()).rstrip(b"\0").decode()
+    if type_ is tuple:
+        return tuple(int(value) for value in np.asarray(data).reshape(-1))
     return type_(np.asarray(data).reshape(-1)[0])
 
 
 def _field_array(value: Any) -> Any:
     if isinstance(value, str):
         return np.frombuffer(value.encode() + b"\0", np.int8)  # as the ONNX parser gives it, and never empty
+    if isinstance(value, tuple):
+        return np.array(value, np.int32)
     return np.array([value], np.float32 if isinstance(value, float) else np.int32)
 
 

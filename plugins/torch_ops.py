@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import LAYOUTS
-from ..export.contract.operators import STATE
+from ..export.contract.operators import PLAIN, STATE
 from ..export.contract.rows import DENSE, row_format_named
 from ..export.contract.state import state_tensors
 from ..export.operators.registry import operators
@@ -82,12 +82,19 @@ class KernelOperators:
     _prepared: dict[tuple[Any, ...], _Prepared] = field(default_factory=dict, repr=False)
 
     def implementations(self) -> dict[str, Implementation]:
-        """The implementation of every operator that has a plugin, by ONNX name."""
+        """The implementation of every operator that has a plugin, by ONNX name.
+
+        Operators on plain weights keep their definition: a model in torch has its weights in float32, and kernels take bfloat16.
+        """
 
         def implementation(operator: str) -> Implementation:
             return lambda *arguments: self(operator, arguments)
 
-        return {operator: implementation(operator) for operator in PLUGINS}
+        return {
+            name: implementation(name)
+            for name, spec in PLUGINS.items()
+            if all(tensor.dtype != PLAIN for tensor in spec.inputs)
+        }
 
     def __call__(self, operator: str, arguments: Sequence[Any]) -> Any:
         """Launch an operator's kernels: its inputs, then its attributes -> a tensor, or a tuple of several.
@@ -129,7 +136,7 @@ class KernelOperators:
             raise ValueError(f"{spec.operator}: rows of the state are {listed(state)}; expected one type of rows")
         for tensor, declared in zip(inputs, spec.inputs, strict=True):
             if declared.dtype != STATE:
-                expected = declared.stored_type(attributes, rows="")
+                expected = declared.stored_type(attributes, rows="bfloat16")
                 if tensor.dtype != _TYPES[expected]:
                     raise ValueError(f"{spec.operator}.{declared.name} is {tensor.dtype}; expected {expected}")
         stored = next(iter(state), torch.bfloat16)  # an operator without state has the same kernel for every type

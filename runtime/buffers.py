@@ -117,6 +117,9 @@ class Buffers(Protocol):
     def put_used(self, copies: Copies) -> None:
         """Write what :meth:`copy_used` returned into the same slots."""
 
+    def close(self) -> None:
+        """Free the memory; closing twice is fine."""
+
 
 class StateBuffers:
     """The allocated state: one contiguous array per tensor, at the same address for its whole life."""
@@ -161,6 +164,9 @@ class StateBuffers:
         for slot, rows in enumerate(copies):
             for tensor, copy in zip(self.spec.tensors, rows, strict=True):
                 self.arrays[tensor.name][slot, : len(copy)] = copy
+
+    def close(self) -> None:
+        """Arrays are freed with whatever reads them last."""
 
 
 def _frozen(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

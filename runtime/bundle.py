@@ -18,7 +18,7 @@ from ..export.contract.engine_set import ENGINES
 from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
 from ..onnx_files import check_external_files
-from ..packages import installed, pip_line
+from ..packages import has_package, installed, package_of, pip_line, version_of
 from ..plugins.cuda import device_capability
 from .buffers import StateSpec
 from .plugin_check import plugin_findings
@@ -99,7 +99,13 @@ def require_backend(bundle: Bundle) -> None:
         MissingDependencyError: it cannot; the message lists everything that is missing.
     """
     backend, missing = bundle.backend, list[str]()
-    if not installed(backend.module):
+    if backend.package and not has_package(backend.package):
+        line = pip_line([backend.package])
+        if version := version_of(backend.module):  # of the other package; they overwrite each other's files
+            other = package_of(backend.module)
+            line = f"{other} {version} is here instead: pip uninstall -y {other} && {line}"
+        missing.append(f"the package {backend.package}: {line}")
+    elif not installed(backend.module):
         # An engine is only read by the version that built it.
         exact = f"{backend.module}=={bundle.manifest.tool_versions.get(backend.name)}"
         line = f"pip install {exact}" if backend.engine else pip_line([backend.module])
@@ -107,11 +113,11 @@ def require_backend(bundle: Bundle) -> None:
     if backend.gpu:
         if not installed("cuda.bindings"):
             missing.append(f"the package cuda-bindings: {pip_line(['cuda.bindings'])}")
-        wanted, found = bundle.manifest.target.sm or 0, device_capability()
-        if found is None:
+        wanted, capability = bundle.manifest.target.sm or 0, device_capability()
+        if capability is None:
             missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
-        elif found != wanted:
-            missing.append(f"a GPU of compute capability {wanted / 10:.1f}; the one here has {found / 10:.1f}")
+        elif backend.one_gpu and capability != wanted:
+            missing.append(f"a GPU of compute capability {wanted / 10:.1f}; the one here has {capability / 10:.1f}")
     if missing:
         title = (
             f"the bundle {bundle.folder} for {bundle.target} needs the backend {backend.name}, which is not usable here"

@@ -1,4 +1,4 @@
-"""The segments of a cpu bundle, loaded in ONNX Runtime, and its weights, mapped from their files.
+"""The segments of a bundle, loaded in ONNX Runtime, and its weights, mapped from their files or copied to a GPU.
 
 The graphs hold no weights, so a kind of layer is loaded once for all layers of that kind (runtime/chain_executor.py binds
 weights and state). It is loaded twice, though: for decode steps, whose tensors always have the same few sizes, ONNX Runtime
@@ -7,25 +7,32 @@ plans memory ahead, which makes a step an eighth faster; for chunks the plan of 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backends import ONNX_RUNTIME
-from ..errors import ArtifactError, listing
+from ..backends import Backend
+from ..errors import ArtifactError, MissingDependencyError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, ChainTable
 from ..export.contract.lock import LOCK, WeightsLock
 from ..export.contract.state import STATE_TYPES
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
-from ..packages import installed, lacks
+from ..packages import installed, lacks, overwritten, pip_line
 from .backend import default_threads
 from .bundle import Bundle
+from .chain_memory import ChainMemory, DeviceMemory, HostMemory, Tensor
+from .placement import on_processor, wanted_on_host
 from .weight_files import TYPES, WeightFiles, check_indices
 
 #: Models with smaller weights are computed with one thread, unless the caller says otherwise.
 SMALL_BYTES = 64 << 20
+# TF32, which ONNX Runtime uses by default, rounds factors of float32 products to 10 bits. The arena takes what a step needs, and not
+# twice as much.
+_GPU_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
 #: Names of a segment's inputs and outputs.
 STREAMS, AFTER, PAST, PRESENT = "streams", "after", "past.", "present."
 
@@ -40,6 +47,7 @@ class ChainModel:
         threads: int | None = None,
         weights_from: Path | None = None,
         instead: Mapping[str, bytes] | None = None,
+        memory: ChainMemory | None = None,
     ) -> None:
         """Find and map the weights, and load the segments.
 
@@ -48,14 +56,16 @@ class ChainModel:
             threads: the most threads per operator; see :func:`threads_for`.
             weights_from: where the checkpoint's weight files are.
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
+            memory: where tensors lie; the default is what the bundle's backend needs.
 
         Raises:
             ArtifactError: a segment cannot be loaded, or is not the one that the table describes.
-            InputError: weights are missing or are others.
-            MissingDependencyError: onnxruntime is not installed.
+            InputError: weights are missing or are others, or do not fit into the GPU's memory.
+            MissingDependencyError: onnxruntime is not installed, or cannot use the GPU.
         """
-        if not installed(ONNX_RUNTIME.module):
-            raise lacks("a bundle for the target 'cpu'", [ONNX_RUNTIME.module])
+        backend = bundle.backend
+        if not installed(backend.module):
+            raise lacks(f"a bundle for the target {bundle.target!r}", [backend.module])
         import onnxruntime
 
         self.ort: Any = onnxruntime
@@ -73,21 +83,39 @@ class ChainModel:
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
         self._instead = instead or {}
+        if backend.provider not in onnxruntime.get_available_providers():
+            raise _no_provider(bundle, f"this ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}")
+        if backend.gpu:
+            preload(onnxruntime)
+        self.memory: ChainMemory = memory or (DeviceMemory(onnxruntime) if backend.gpu else HostMemory(onnxruntime))
         usual = threads_for(self.table)
         # A decode step of a small model starts thousands of tiny nodes: more threads only wait for each other.
         self._threads = {False: threads or usual, True: min(threads or usual, usual)}
         self._lock = threading.Lock()
-        self.sessions = self._load(decode=False)
+        self.sessions: dict[str, Any] = {}
         self._decode_sessions: dict[str, Any] = {}
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        self._closed = False
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Load the segments, compare them with the table, and put the weights where they are read."""
+        self.sessions = self._load(decode=False)
         self.inputs = {name: {v.name: v for v in session.get_inputs()} for name, session in self.sessions.items()}
         self.outputs = {name: {v.name: v for v in session.get_outputs()} for name, session in self.sessions.items()}
-        self._check()
-        self.weights: dict[str, dict[str, Any]] = {
-            call.owner: {
-                role: self._value(call.owner, role, bound) for role, bound in self.table.weights[call.owner].items()
-            }
-            for call in self.table.calls
+        self.on_host = {
+            name: wanted_on_host(session) if self.bundle.backend.gpu else frozenset()
+            for name, session in self.sessions.items()
         }
+        self._check()
+        for call in self.table.calls:
+            weights = self.weights[call.owner] = {}
+            for role, bound in self.table.weights[call.owner].items():
+                weights[role] = self._value(call.owner, role, bound)
 
     @property
     def decode_sessions(self) -> dict[str, Any]:
@@ -99,22 +127,44 @@ class ChainModel:
 
     def _load(self, *, decode: bool) -> dict[str, Any]:
         options = session_options(self.ort, self._threads[decode], decode=decode)
+        if self.bundle.backend.gpu:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return {
-            name: _load(self.ort, self.bundle.folder / file, options, self._instead.get(name))
+            name: self._session(self.bundle.folder / file, options, self._instead.get(name))
             for name, file in self.table.segments.items()
         }
 
-    def close(self) -> None:
-        """Drop the segments and the mapped files; executors keep what they use."""
-        self.sessions, self._decode_sessions, self.weights = {}, {}, {}
+    def _session(self, model: Path, options: Any, instead: bytes | None) -> Any:
+        backend = self.bundle.backend
+        session = _load(self.ort, model, options, instead, backend)
+        if backend.provider not in session.get_providers():
+            raise _no_provider(
+                self.bundle, "it could not load the provider: its libraries of CUDA or cuDNN are missing"
+            )
+        if backend.gpu and (nodes := on_processor(session)):
+            title = f"{model} has nodes that ONNX Runtime {self.ort.__version__} runs on the processor in every step"
+            raise ArtifactError(
+                listing(title, nodes, "Use the version of ONNX Runtime that README names, or report this.")
+            )
+        return session
 
-    def _value(self, owner: str, role: str, bound: Bound) -> Any:
+    def close(self) -> None:
+        """Drop the segments and the mapped files; executors keep what they use. Weights on a GPU are freed."""
+        for weights in self.weights.values():
+            for tensor in weights.values():
+                tensor.close()
+        self.sessions, self._decode_sessions, self.weights = {}, {}, {}
+        if not self._closed:
+            self._closed = True
+            self.memory.close()
+
+    def _value(self, owner: str, role: str, bound: Bound) -> Tensor:
         array = self.files.view(bound)
         if role.endswith("tid2eid"):
             gate = self.table.weights[owner].get("ffn.gate.weight")
             if gate is not None:  # [E, C]: a row for each expert
                 check_indices(array, gate.shape[0], f"{owner}.{role}", bound.file)
-        return self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, TYPES[bound.dtype][1])
+        return self.memory.tensor(array, TYPES[bound.dtype][1])
 
     def _refuse_unlisted(self) -> None:
         """What the table names in the bundle must be files that the manifest lists, with their digests."""
@@ -198,9 +248,27 @@ def session_options(onnxruntime: Any, threads: int, *, decode: bool) -> Any:
     return options
 
 
-def _load(onnxruntime: Any, model: Path, options: Any, instead: bytes | None) -> Any:
+def preload(onnxruntime: Any) -> None:
+    """Load CUDA's and cuDNN's libraries from packages, if there are such; else the system's are found. It reports failures on stdout."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()
+
+
+def _no_provider(bundle: Bundle, found: str) -> MissingDependencyError:
+    backend = bundle.backend
+    package = backend.package or backend.module
+    broken = overwritten().get(backend.module)
+    return MissingDependencyError(
+        f"the bundle {bundle.folder} needs ONNX Runtime's {backend.provider}; {found}. "
+        + (broken or f"Run `{pip_line([package])}`, or use the bundle of the target 'cpu'."),
+        packages=[package], install=pip_line([package]),
+    )  # fmt: skip
+
+
+def _load(onnxruntime: Any, model: Path, options: Any, instead: bytes | None, backend: Backend) -> Any:
     try:
-        return onnxruntime.InferenceSession(instead or str(model), options, providers=["CPUExecutionProvider"])
+        provider = (backend.provider, _GPU_OPTIONS) if backend.gpu else backend.provider
+        return onnxruntime.InferenceSession(instead or str(model), options, providers=[provider])
     except Exception as error:
         raise ArtifactError(
             f"{model} cannot be loaded by ONNX Runtime {onnxruntime.__version__}: {first_line(error)}. "

@@ -1,8 +1,9 @@
 """Runs a chain over the state of one session: every call has its weights, its state and its buffers bound.
 
-Weights are ranges of mapped files. State buffers are bound as ``past.X`` and as ``present.X``, so caches are updated in place.
-The streams go back and forth between two buffers. What all layers share (positions, angles, masks) is made once per step by the
-segment ``step``, in buffers that every layer has bound.
+Weights are ranges of mapped files, or copies of them on a GPU (runtime/chain_memory.py). State buffers are bound as ``past.X`` and
+as ``present.X``, so caches are updated in place: a segment reads a part of its state before it writes it, or what it has written. The
+streams go back and forth between two buffers. What all layers share (positions, angles, masks) is made once per step by the segment
+``step``, in buffers that every layer has bound.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError
 from ..export.contract.chain import STEP, Call
-from ..export.contract.state import STATE_TYPES
 from .backend import FloatArray, IntArray
-from .buffers import StateBuffers
+from .buffers import Buffers
 from .chain import AFTER, PAST, PRESENT, STREAMS, ChainModel, first_line
+from .chain_memory import Tensor
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 _SIZE = re.compile(r"(batch|chunk|kept)(?: ([+*]) (\d+))?")
 #: Called with a layer or None, the streams [B, S, N, C] after it, and other outputs by name.
 Observer = Callable[[int | None, FloatArray, Mapping[str, npt.NDArray[Any]]], None]
-_Array = npt.NDArray[Any]
 
 
 class ChainExecutor:
@@ -39,9 +39,10 @@ class ChainExecutor:
             InputError: the state does not fit into memory.
         """
         self._model, self._batch = model, batch
-        self.buffers = StateBuffers(model.bundle.state, context, batch)
+        self.buffers: Buffers = model.memory.buffers(model.bundle.state, context, batch)
+        self._context = context
         self._trim = model.ort.RunOptions()
-        self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", model.memory.arena)
         self._lanes: dict[bool, _Lane] = {}
 
     def run(
@@ -67,7 +68,7 @@ class ChainExecutor:
         decode = input_ids.shape[1] == 1
         if decode not in self._lanes:
             sessions = self._model.decode_sessions if decode else self._model.sessions
-            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._batch)
+            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._context, self._batch)
         lane = self._lanes[decode]
         lane.fit(input_ids.shape[1], logit_indices.shape[1])
         lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
@@ -83,56 +84,78 @@ class ChainExecutor:
                 f"{self._model.bundle.folder}: {first_line(error)}. Reset the session or restore a snapshot; "
                 "if memory ran out, use a smaller chunk."
             ) from error
-        return lane.logits
+        return lane.logits()
 
     def forget(self) -> None:
         """See :meth:`foldkv.runtime.backend.Executor.forget`."""
         for lane in self._lanes.values():
-            for array in lane.arrays():
-                array.fill(0)
+            for tensor in lane.tensors():
+                tensor.host.fill(0)
+                tensor.push()
 
     def close(self) -> None:
-        """Drop the bindings."""
+        """Drop the bindings, and free what is on a GPU; closing twice is fine."""
+        for lane in self._lanes.values():
+            lane.close()
         self._lanes = {}
+        self.buffers.close()
 
 
 class _Lane:
     """The segments of a chain with everything bound, for chunks of one token or for longer ones."""
 
-    def __init__(self, model: ChainModel, sessions: Mapping[str, Any], buffers: StateBuffers, batch: int) -> None:
+    def __init__(
+        self, model: ChainModel, sessions: Mapping[str, Any], buffers: Buffers, context: int, batch: int
+    ) -> None:
         """Bind the weights and the state of every call."""
         self._model, self._sessions, self._batch = model, sessions, batch
-        names, ort = model.bundle.io, model.ort
-        self._given: dict[str, _Array] = {
-            names.input_ids: np.zeros((batch, 0), np.int64), names.positions: np.zeros(batch, np.int32),
-            names.num_tokens: np.zeros(batch, np.int32), names.active_context: np.zeros(1, np.int64),
-            names.logit_indices: np.zeros((batch, 0), np.int64),
+        names = model.bundle.io
+        self._given = {
+            name: model.memory.tensor(array)
+            for name, array in (
+                (names.input_ids, np.zeros((batch, 0), np.int64)), (names.positions, np.zeros(batch, np.int32)),
+                (names.num_tokens, np.zeros(batch, np.int32)), (names.active_context, np.zeros(1, np.int64)),
+                (names.logit_indices, np.zeros((batch, 0), np.int64)),
+            )
         }  # fmt: skip
-        self.logits: FloatArray = np.zeros((batch, 0, model.bundle.model.vocab_size), np.float32)
-        self._made: dict[str, _Array] = {}
+        self._logits = model.memory.tensor(np.zeros((batch, 0, model.bundle.model.vocab_size), np.float32))
+        self._made: dict[str, Tensor] = {}
         self._shape: tuple[int, int] | None = None
         self._step = sessions[STEP].io_binding()
         self._calls: list[tuple[Call, Any]] = []
         self._extra: dict[str, dict[str, int]] = {}
         for call in model.table.calls:
-            binding = sessions[call.segment].io_binding()
-            for role, value in model.weights[call.owner].items():
-                binding.bind_ortvalue_input(role, value)
+            binding, on_host = sessions[call.segment].io_binding(), model.on_host[call.segment]
+            for role, weight in model.weights[call.owner].items():
+                weight.bind_input(binding, role, on_host=role in on_host)
             for tensor in model.bundle.state.tensors:
                 if tensor.layer == call.layer:
-                    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                        buffers.arrays[tensor.name], STATE_TYPES[tensor.dtype].onnx_type
-                    )
-                    binding.bind_ortvalue_input(PAST + tensor.group, value)
-                    binding.bind_ortvalue_output(PRESENT + tensor.group, value)
+                    shape = (batch, tensor.capacity(context), tensor.width)
+                    rows = model.memory.state(buffers, tensor, shape)
+                    rows.bind_input(binding, PAST + tensor.group)
+                    rows.bind_output(binding, PRESENT + tensor.group)
             self._extra[call.owner] = self._bind_extra(binding, call)
             self._calls.append((call, binding))
+        read = {name for call in model.table.calls for name in model.on_host[call.segment]}
+        #: What the step makes on a GPU and a segment reads in the processor's memory.
+        self._read = sorted(read & set(model.outputs[STEP]))
 
     def runs(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         """What to call, in order, with options of a run; and the name of each call."""
-        yield STEP, partial(self._sessions[STEP].run_with_iobinding, self._step)
+        yield STEP, self._run_step
         for call, binding in self._calls:
             yield call.owner, partial(self._sessions[call.segment].run_with_iobinding, binding)
+
+    def _run_step(self, options: Any) -> None:
+        self._sessions[STEP].run_with_iobinding(self._step, options)
+        for name in self._read:
+            self._made[name].pull()
+
+    def logits(self) -> FloatArray:
+        """The logits [B, L, V] of the last run, in a buffer that the next run overwrites."""
+        self._logits.pull()
+        array: FloatArray = self._logits.host
+        return array
 
     def give(
         self,
@@ -148,18 +171,26 @@ class _Lane:
             (names.input_ids, input_ids), (names.positions, positions), (names.num_tokens, num_tokens),
             (names.active_context, active_context), (names.logit_indices, logit_indices),
         ):  # fmt: skip
-            self._given[name][...] = value
+            self._given[name].host[...] = value
+            self._given[name].push()
 
     def show(self, owner: str, observe: Observer) -> None:
         """Tell an observer what a call gave."""
         number, (call, binding) = next((n, row) for n, row in enumerate(self._calls) if row[0].owner == owner)
         values = binding.get_outputs()  # in the order in which they were first bound
         more = {name: values[at].numpy() for name, at in self._extra[owner].items()}
-        observe(call.layer, self._made[f"{STREAMS}.{number % 2}"], more)
+        streams = self._made[f"{STREAMS}.{number % 2}"]
+        streams.pull()
+        observe(call.layer, streams.host, more)
 
-    def arrays(self) -> Iterator[_Array]:
+    def tensors(self) -> Iterator[Tensor]:
         """All buffers but the state's."""
-        yield from (*self._given.values(), *self._made.values(), self.logits)
+        yield from (*self._given.values(), *self._made.values(), self._logits)
+
+    def close(self) -> None:
+        """Free them."""
+        for tensor in self.tensors():
+            tensor.close()
 
     def _bind_extra(self, binding: Any, call: Call) -> dict[str, int]:
         """Let ONNX Runtime allocate outputs that nothing takes; returns their numbers among the bound outputs."""
@@ -174,32 +205,33 @@ class _Lane:
         """Make and bind buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
         if self._shape == (chunk, kept):
             return
-        model, names, ort = self._model, self._model.bundle.io, self._model.ort
+        model, names, memory = self._model, self._model.bundle.io, self._model.memory
         sizes = {"batch": self._batch, "chunk": chunk, "kept": kept}
-        self._given[names.input_ids] = np.zeros((self._batch, chunk), np.int64)
-        self._given[names.logit_indices] = np.zeros((self._batch, kept), np.int64)
-        self.logits = np.empty((self._batch, kept, model.bundle.model.vocab_size), np.float32)
-        self._made = {name: _buffer(value, sizes) for name, value in model.outputs[STEP].items()}
         first = model.outputs[model.table.calls[0].segment][STREAMS]
-        self._made |= {f"{STREAMS}.{half}": _buffer(first, sizes) for half in (0, 1)}
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (self._given | self._made).items()}
-        logits = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        for old in (self._given[names.input_ids], self._given[names.logit_indices], self._logits, *self._made.values()):
+            old.close()
+        self._given[names.input_ids] = memory.tensor(np.zeros((self._batch, chunk), np.int64))
+        self._given[names.logit_indices] = memory.tensor(np.zeros((self._batch, kept), np.int64))
+        self._logits = memory.tensor(np.zeros((self._batch, kept, model.bundle.model.vocab_size), np.float32))
+        self._made = {name: memory.tensor(_buffer(value, sizes)) for name, value in model.outputs[STEP].items()}
+        self._made |= {f"{STREAMS}.{half}": memory.tensor(_buffer(first, sizes)) for half in (0, 1)}
+        values = self._given | self._made
         for name in model.inputs[STEP]:
-            self._step.bind_ortvalue_input(name, values[name])
+            values[name].bind_input(self._step, name, on_host=name in model.on_host[STEP])
         for name in model.outputs[STEP]:
-            self._step.bind_ortvalue_output(name, values[name])
+            values[name].bind_output(self._step, name)
         for number, (call, binding) in enumerate(self._calls):
             here, after = values[f"{STREAMS}.{(number + 1) % 2}"], values[f"{STREAMS}.{number % 2}"]
             for name in model.inputs[call.segment]:
                 if name == STREAMS:
-                    binding.bind_ortvalue_input(name, here)
+                    here.bind_input(binding, name)
                 elif name in values:
-                    binding.bind_ortvalue_input(name, values[name])
+                    values[name].bind_input(binding, name, on_host=name in model.on_host[call.segment])
             for name in model.outputs[call.segment]:
                 if name in (STREAMS, AFTER):
-                    binding.bind_ortvalue_output(name, after)
+                    after.bind_output(binding, name)
                 elif name == names.logits:
-                    binding.bind_ortvalue_output(name, logits)
+                    self._logits.bind_output(binding, name)
         self._shape = (chunk, kept)
 
 

@@ -129,7 +129,7 @@ def test_inspect_knows_every_kind_of_artifact(tiny_checkpoint: Path, tiny_graph:
 @pytest.mark.slow
 def test_targets_and_doctor_speak_json() -> None:
     targets = {row["name"]: row for row in json.loads(run("targets", "--json").output)}
-    assert targets["a100"]["sm"] == 80 and targets["h100"]["backends"] == ["tensorrt"]
+    assert targets["a100"]["sm"] == 80 and targets["h100"]["backends"] == ["tensorrt", "onnxruntime-cuda"]
     assert "rtx5090" in run("targets").output
     assert json.loads(run("doctor", "--json").output)["can"]
     assert "onnxruntime" in run("doctor").output

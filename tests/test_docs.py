@@ -52,7 +52,11 @@ def test_the_sample_pipeline_can_be_loaded_and_shows_every_key_with_its_default(
             elif key not in changed and not field.is_required():
                 assert getattr(model, name) == field.get_default(call_default_factory=True), key
 
-    check(config, tomllib.loads(sample[1]), {"jobs", "text", "contexts", "gates", "targets", "baseline", "threads"})
+    check(
+        config,
+        tomllib.loads(sample[1]),
+        {"jobs", "text", "contexts", "gates", "targets", "backend", "baseline", "threads"},
+    )
 
 
 def test_tables_are_what_the_results_say(generate: Any) -> None:

@@ -31,7 +31,7 @@ def test_a_bundle_says_what_a_session_takes(tiny_bundle: Path) -> None:
             with Session(tiny_bundle, context=int(context)) as session:
                 assert session.state_bytes == size
     text = plain(facts)
-    assert "layout: dense" in text and "batch: 1, 1, 4" in text and "file: chain.json" in text and "MiB" in text
+    assert "layout: dense" in text and "batch: 1, 1, 64" in text and "file: chain.json" in text and "MiB" in text
     assert facts["state"]["groups"]["entries"] == {"tensors": 3, "dtype": "float32", "width": 64}
 
 

@@ -73,7 +73,11 @@ ABSENT = {"linked", "injection", "precision_islands", "weights"}
         ("model/vocab_size", True, "model.vocab_size is True; expected an integer"),
         ("model/eos_token_ids/0", "x", "model.eos_token_ids[0] is 'x'; expected an integer of 0 or more"),
         ("shapes/batch", [1, 4], "shapes.batch is [1, 4]; expected a list of 3"),
-        ("backend", "abacus", "backend is 'abacus'; expected one of onnxruntime, tensorrt-rtx, tensorrt"),
+        (
+            "backend",
+            "abacus",
+            "backend is 'abacus'; expected one of onnxruntime, tensorrt-rtx, tensorrt, onnxruntime-cuda",
+        ),
         ("engine/file", "", "engine.file is ''; expected a text that is not empty"),
         ("build/seconds", float("nan"), "build.seconds is nan; expected a number"),
         ("plugins", "none", "plugins is 'none'; expected a list"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -86,10 +87,10 @@ BUILD = ("build", "GRAPH", "-o", "OUT", "--target")
 CASES = [
     ("export", ("export", "CHECKPOINT", "-o", "OUT"), ("torch", "onnxscript"), "foldkv[export]"),
     ("inject", ("inject", "GRAPH", "-o", "OUT", "--target", "a100"), ("onnx", "onnx_ir"), "foldkv[export]"),
-    ("build cpu", (*BUILD, "cpu"), ("onnxruntime",), "onnxruntime>="),
+    ("build cpu", (*BUILD, "cpu"), ("onnxruntime",), "foldkv[cpu]"),
     ("build cpu", (*BUILD, "cpu"), ("torch", "onnxscript"), "foldkv[export]"),
     ("build TensorRT-RTX engines with plugins", (*BUILD, "a100"), ("tensorrt_rtx", "triton"), "foldkv[rtx,plugins]"),
-    ("generate", ("generate", "BUNDLE", "x"), ("onnxruntime",), "onnxruntime>="),
+    ("generate", ("generate", "BUNDLE", "x"), ("onnxruntime",), "foldkv[cpu]"),
     ("generate", ("generate", "BUNDLE", "x"), ("tokenizers", "numpy"), "numpy>="),
     (
         "validate",
@@ -150,13 +151,54 @@ def test_doctor_says_of_missing_and_broken_packages_what_commands_say(tiny_bundl
     assert "export: no, needs torch" in text and "pip install 'foldkv[export]'" in text
 
 
+def add_package(folder: Path, name: str, version: str) -> None:
+    """Put the metadata of a package into a folder."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_doctor_tells_of_two_packages_that_overwrite_each_other(tmp_path: Path) -> None:
+    hide = ("torch", "transformers", "onnxscript", "tensorrt_rtx", "triton")
+    facts = json.loads(run("doctor", "--json", hide=hide)[1])
+    assert facts["overwritten"] == {}
+    # Here is onnxruntime: it builds these bundles, and another package runs them.
+    assert "onnxruntime-gpu" in facts["lacks"]["generate with ONNX Runtime CUDA"]["what"]
+    assert facts["lacks"]["generate with ONNX Runtime CUDA"]["install"] == "pip install 'foldkv[cuda]'"
+    add_package(tmp_path, "onnxruntime-gpu", "1.31.1")
+    facts = json.loads(run("doctor", "--json", hide=hide, front=tmp_path)[1])
+    said = facts["overwritten"]["onnxruntime"]
+    assert "`pip uninstall -y onnxruntime onnxruntime-gpu`" in said
+    assert "`pip install 'foldkv[cpu]'` for the cpu or `pip install 'foldkv[cuda]'` for GPUs" in said
+    assert "onnxruntime-gpu" not in facts["lacks"]["generate with ONNX Runtime CUDA"]["what"]
+    assert said in run("doctor", hide=hide, front=tmp_path)[1]
+
+
+def test_the_version_of_a_module_is_that_of_whichever_package_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    add_package(tmp_path, "onnxruntime-gpu", "1.31.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    here = packages.importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "onnxruntime":
+            raise packages.importlib.metadata.PackageNotFoundError
+        return here(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "version", without)
+    assert packages.version_of("onnxruntime") == "1.31.1" and packages.version_of("nothing_of_ours") is None
+    assert packages.has_package("onnxruntime-gpu") and not packages.has_package("onnxruntime")
+    assert packages.overwritten() == {}
+
+
 def test_extras_and_versions_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for module in packages.modules():
         package = packages.package_of(module)
         extras = {
             name for name, lines in project["optional-dependencies"].items() if name != "dev"
-            for line in lines if packages._normalised(line).startswith(package)
+            for line in lines if re.match(r"[\w-]+", packages._normalised(line))[0] == package  # type: ignore[index]
         }  # fmt: skip
         line = packages.pip_line([module])
         assert any(f"foldkv[{extra}]" in line for extra in extras) or (not extras and f"'{package}>=" in line), line

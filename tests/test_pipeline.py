@@ -152,25 +152,25 @@ def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
     pipeline = quick_pipeline
-    text = PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"')
+    text = PIPELINE.replace('["cpu"]', '["rtx4090", "cpu"]\nplugins = "off"\ncache = "plans"')
     pipeline.write_text(f"{text}enabled = false\n")
     out = pipeline.parent / "out"
     command = [sys.executable, "-m", "foldkv", "run", str(pipeline)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
         assert child.stderr is not None
         for line in child.stderr:
-            if "] build: rtx4090: building" in line:
-                (worker,) = (int(pid) for pid in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in
-                             pid.read_text().split())  # fmt: skip
+            if "] build: rtx4090: " in line and ": building" in line:
+                workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in
+                           pid.read_text().split()]  # fmt: skip
                 os.kill(child.pid, signal.SIGKILL)
                 break
         else:
             pytest.fail("the engine build never began")
     assert not (out / "bundles" / "rtx4090").exists()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not Path(f"/proc/{worker}").exists(), "the child went on building for nobody"
+    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers), "children went on building for nobody"
     result = run_pipeline(load_config(pipeline))
     assert result.exit_code == 0 and result.stages["export"]["skipped"]
     verify_files(out / "bundles" / "rtx4090", read_manifest(out / "bundles" / "rtx4090", kind="foldkv.bundle"))
@@ -187,6 +187,14 @@ def refused(pipeline: Path, text: str, error: type[FoldkvError], finding: str) -
     assert not (pipeline.parent / "out").exists()
 
 
+def test_a_backend_for_the_gpus_of_a_pipeline(pipeline: Path) -> None:
+    pipeline.write_text(PIPELINE.replace('["cpu"]', '["cpu", "h100"]\nbackend = "onnxruntime-cuda"'))
+    steps = [step for step in preview(load_config(pipeline)) if step.stage == "build"]
+    assert [step.target for step in steps] == ["cpu", "h100"] and all(step.reason for step in steps)
+    text = pipeline.read_text().replace("[validate]", '[validate]\ntarget = "h100"')
+    refused(pipeline, text, InputError, "validate.target is 'h100', a GPU")
+
+
 def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline: Path) -> None:
     refused(pipeline, PIPELINE.replace('["cpu"]', '["h100", "cpu"]'), MissingDependencyError, "h100.*TensorRT 11")
     three = PIPELINE.replace('["cpu"]', '["h100", "cpu", "b300"]')
@@ -197,6 +205,8 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
     ("old", "new", "finding"),
     [
         ('["cpu"]', '["a1000"]', "unknown target 'a1000'"),
+        ('["cpu"]', '["cpu"]\nbackend = "cuda"', "build.backend: backend 'cuda' is not known"),
+        ('["cpu"]', '["cpu"]\nbackend = "onnxruntime-cuda"', "cpu is built by onnxruntime"),
         ('["cpu"]', '["rtx4090"]', "validate.target is 'cpu', which build.targets does not list"),
         ("[validate]", '[validate]\ntarget = "h100"', "'h100', which build.targets does not list"),
         ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes at most 1048576"),
@@ -310,7 +320,7 @@ def test_a_changed_setting_of_export_is_the_reason(finished: Path) -> None:
 def test_changed_settings_of_build_and_validate_are_the_reasons(finished: Path) -> None:
     shapes = PIPELINE + "[build.shapes]\nbatch = [1, 2, 8]\n"
     found = reasons(finished, shapes)
-    assert found["export"] == "" and found["build"] == "shapes.batch was [1, 1, 4], is [1, 2, 8]"
+    assert found["export"] == "" and found["build"] == "shapes.batch was [1, 1, 64], is [1, 2, 8]"
     found = reasons(finished, PIPELINE + "gates = { kl-mean = 1e-5 }\nseed = 3\n")
     assert found["build"] == "" and "validate.seed was 0, is 3" in found["validate"]
     assert "validate.gates.kl-mean was the default, is 1e-05" in found["validate"]
@@ -398,7 +408,7 @@ def test_the_command_shows_what_would_be_done(finished: Path) -> None:
     result = CliRunner().invoke(main, ["run", str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
     rows = {line.split("  ")[0]: line for line in result.output.splitlines()}
-    assert "unchanged" in rows["export"] and "shapes.batch was [1, 1, 4], is [1, 2, 8]" in rows["build cpu"]
+    assert "unchanged" in rows["export"] and "shapes.batch was [1, 1, 64], is [1, 2, 8]" in rows["build cpu"]
     assert "the bundle is rebuilt" in rows["validate"] and "free there: " in result.output
     facts = json.loads(CliRunner().invoke(main, ["run", str(path), "--dry-run", "--json"]).stdout)
     assert [step["runs"] for step in facts["steps"]] == [False, True, True]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import shlex
@@ -20,7 +18,7 @@ from ..export.contract.chain import ChainTable
 from ..export.contract.profiles import PROFILES, SERVED
 from ..inputs import refuse_unreadable_name
 from ..manifests import BundleManifest, ReportManifest, read, write
-from ..packages import require
+from ..packages import require, version_of
 from ..progress import Progress, Say, silent
 from ..runtime.bundle import Bundle, load_bundle
 from ..runtime.chain import threads_for
@@ -132,7 +130,7 @@ def _checked_bundle(folder: Path) -> Bundle:
     bundle = load_bundle(folder)
     if not bundle.backend.validates:
         raise InputError(
-            f"{folder} is an engine for {bundle.target}; engines cannot be validated yet. "
+            f"{folder} is for {bundle.target}, a GPU; such bundles cannot be validated yet. "
             "Validate the bundle of the target cpu that was built from the same graph."
         )
     if bundle.profile not in PROFILES:
@@ -151,7 +149,7 @@ def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: BundleMani
 
 def _measured_key(bundle: Path, plan: Plan, text: Text) -> str:
     """A digest of everything that the figures depend on; thresholds are not part of it."""
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "onnxruntime")}
+    versions = {name: version_of(name) for name in ("transformers", "torch", "onnxruntime")}
     return sha256_json([__version__, versions, vars(plan), text.sha256, sha256_file(bundle / MANIFEST)])
 
 

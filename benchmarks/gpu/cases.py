@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from expert_cases import ExpertSizes, expert_call
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
 from foldkv.export.contract.layouts import LAYOUTS
 from foldkv.export.contract.operators import STATE, TensorSpec, operator_spec
+from foldkv.export.contract.products import EXACT, Product, layer_products
 from foldkv.export.contract.profiles import HF, SERVED
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8
 from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
@@ -38,13 +40,14 @@ from foldkv.export.operators.compress import compress
 from foldkv.export.operators.compress_online import compress_online
 from foldkv.export.operators.hyper_connections import hc_post, hc_pre
 from foldkv.export.operators.index import index_scores, index_select
+from foldkv.export.operators.linear import block_linear
 from foldkv.export.operators.route import route, route_hashed
 from foldkv.export.operators.row_formats import pack, unpack
 from foldkv.export.operators.window import window_update
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import plan
 from foldkv.plugins.launch_sublayers import PRODUCT_SPAN
-from foldkv.plugins.model import operator_calls
+from foldkv.plugins.model import EXPERT_FORMS, operator_calls, product_call
 from foldkv.plugins.plans import Plan
 
 _HALF_STATE, _HALF_SINGLE = 2.0**-8, 2.0**-24  # relative half unit in the last place of bfloat16 and of float32
@@ -53,8 +56,11 @@ _TORCH = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns,
-    ``places`` the experts of a token."""
+    """The sizes of a model that its operators see. ``index_*`` are the indexer's, ``rope_dim`` the channels that RoPE turns.
+
+    ``experts`` has fewer experts than the model: their number only changes where an expert lies. ``gates`` are
+    the experts that routing scores.
+    """
 
     name: str
     window: int
@@ -67,9 +73,9 @@ class Geometry:
     ratio: int  # of CSA
     online_ratio: int  # of HCA
     streams: int
-    channels: int  # of a stream
-    experts: int
-    places: int
+    gates: int
+    experts: ExpertSizes
+    products: tuple[Product, ...] = ()
 
     @classmethod
     def of_model(cls, name: str, spec: ModelSpec) -> Geometry:
@@ -77,13 +83,23 @@ class Geometry:
         ratios = dict(zip(spec.layer_types, spec.ratios, strict=True))
         return cls(
             name, spec.sliding_window, spec.num_heads, spec.head_dim, spec.rope_dim, spec.index_heads,
-            spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA], spec.hc_mult, spec.hidden_size,
-            spec.num_experts, spec.experts_per_token,
+            spec.index_head_dim, spec.index_topk, ratios[CSA], ratios[HCA], spec.hc_mult, spec.num_experts,
+            ExpertSizes(spec.hidden_size, spec.moe_intermediate_size, spec.experts_per_token + 2, spec.experts_per_token),
+            tuple({p.role: p for kind in (HCA, CSA) for p in layer_products(spec, kind)}.values()),
         )  # fmt: skip
 
+    def product(self, group: str) -> Product:
+        """The product of a weight's role, or else the first."""
+        return next((product for product in self.products if product.role == group), self.products[0])
 
+
+#: Of the small geometry: blocks that are cut off, channels that spans share, groups, and plain values.
+_PRODUCTS = (
+    Product("attn.wq_a.weight", 200, 600), Product("attn.wo_a.weight", 192, 160, groups=2),
+    Product("attn.compressor.wkv.weight", 40, 320, EXACT, BFLOAT16),
+)  # fmt: skip
 SMALL = Geometry("small", window=16, heads=4, width=64, rope_dim=16, index_heads=8, index_width=32, topk=8, ratio=4,
-                 online_ratio=8, streams=4, channels=80, experts=24, places=3)  # fmt: skip
+                 online_ratio=8, streams=4, gates=24, experts=ExpertSizes(hidden=64, inner=32, count=5, chosen=2), products=_PRODUCTS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +125,8 @@ class Expectation:
 class Case:
     """A call, and how to find out what is expected of it.
 
-    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell. ``chunk``
-    are the tokens of a sequence.
+    ``width`` are the channels of a row of the state that it writes, which the shapes of packed rows do not tell. ``batch`` is
+    the number of sequences.
     """
 
     operator: str
@@ -120,7 +136,7 @@ class Case:
     attributes: dict[str, Any] = field(default_factory=dict)
     geometry: Geometry = SMALL
     width: int = 0
-    chunk: int = 1
+    batch: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -153,15 +169,15 @@ class Case:
 
     def alone(self, sequence: int) -> Case:
         """The same call with one of its sequences only."""
-        inputs = self.part(PLUGINS[self.operator].inputs, self.inputs, sequence)
-        return replace(self, inputs=inputs, expect=list)
+        spec = PLUGINS[self.operator]
+        inputs = [self.part(tensor, value, sequence) for tensor, value in zip(spec.inputs, self.inputs, strict=True)]
+        return replace(self, inputs=inputs, expect=list, batch=1)
 
-    def part(self, declared: Sequence[TensorSpec], values: Sequence[Tensor], sequence: int) -> list[Tensor]:
-        """One sequence's part of tensors; what has neither sequences nor tokens is as it was."""
-        rows = {"B": slice(sequence, sequence + 1), "M": slice(sequence * self.chunk, (sequence + 1) * self.chunk)}
-        return [
-            value[rows.get(str(tensor.dims[0]), slice(None))] for tensor, value in zip(declared, values, strict=True)
-        ]
+    def part(self, declared: TensorSpec, value: Tensor, sequence: int) -> Tensor:
+        """What one sequence has of a tensor: its row, its tokens, or all of a tensor that sequences share."""
+        if declared.dims[0] == "M":
+            return value.unflatten(0, (self.batch, -1))[sequence]
+        return value[sequence : sequence + 1] if declared.dims[0] == "B" else value
 
     def digest(self) -> str:
         """sha256 of the inputs."""
@@ -267,6 +283,16 @@ class Draw:
     def uniform(self, *shape: int) -> Tensor:
         """float32 from 0 to 1."""
         return torch.from_numpy(((self._raw(math.prod(shape)) >> 40) / 2.0**24).astype(np.float32).reshape(shape))
+
+    def bytes(self, *shape: int) -> Tensor:
+        """uint8 of any value."""
+        count = math.prod(shape)
+        return torch.from_numpy(self._raw(-(-count // 8)).view(np.uint8)[:count].reshape(shape))
+
+    def codes(self, *shape: int) -> Tensor:
+        """e4m3 codes as int8, any but NaN."""
+        drawn = self.bytes(*shape).view(torch.int8)
+        return torch.where(drawn & 0x7F == 0x7F, 0, drawn)
 
     def permutation(self, count: int) -> Tensor:
         """The numbers below ``count`` in random order."""
@@ -523,9 +549,9 @@ def _product_unit(width: int) -> float:
 
 def _hc_pre_case(call: _Call, **_: Any) -> Case:
     """As accurate as float32 where a token's numbers are: those that follow from them differ by as much, and not more."""
-    of, width = call.of, call.of.streams * call.of.channels
+    of, width = call.of, call.of.streams * call.of.experts.hidden
     rows = (2 + of.streams) * of.streams
-    streams = call.draw.normal(call.batch, call.chunk, of.streams, of.channels) * 4
+    streams = call.draw.normal(call.batch, call.chunk, of.streams, of.experts.hidden) * 4
     fn = call.draw.normal(rows, width) * _narrow(width)
     inputs = [streams, fn, call.draw.normal(rows), 1 + call.draw.uniform(3)]
     attributes: dict[str, Any] = {"norm_eps": 1e-6, "iterations": 20, "eps": 1e-6}
@@ -546,7 +572,10 @@ def _hc_pre_case(call: _Call, **_: Any) -> Case:
 def _hc_post_case(call: _Call, **_: Any) -> Case:
     """A rounding per term."""
     of, shape = call.of, (call.batch, call.chunk, call.of.streams)
-    streams, out = call.draw.normal(*shape, of.channels), call.draw.normal(call.batch, call.chunk, of.channels)
+    streams, out = (
+        call.draw.normal(*shape, of.experts.hidden),
+        call.draw.normal(call.batch, call.chunk, of.experts.hidden),
+    )
     inputs = [streams, out, 2 * call.draw.uniform(*shape), call.draw.uniform(*shape, of.streams)]
 
     def expect() -> list[Expectation]:
@@ -560,21 +589,23 @@ def _hc_post_case(call: _Call, **_: Any) -> Case:
 def _route_case(operator: str, call: _Call, **_: Any) -> Case:
     """The same experts, those of equal scores in the order of their indices; weights as accurate as float32."""
     of, tokens, hashed = call.of, call.batch * call.chunk, operator == "FoldkvRouteHashed"
-    x = call.draw.normal(tokens, of.channels)
-    half = call.draw.normal(of.experts // 2, of.channels) * _narrow(of.channels)
+    x = call.draw.normal(tokens, of.experts.hidden)
+    half = call.draw.normal(of.gates // 2, of.experts.hidden) * _narrow(of.experts.hidden)
     weight = half.repeat_interleave(2, dim=0).bfloat16()  # of two neighbours both are equally good
     attributes: dict[str, Any] = {"scaling": 1.5, WEIGHT_FORMAT: BFLOAT16}
     if hashed:
-        table = torch.stack([call.draw.permutation(of.experts)[: of.places] for _ in range(40)])
+        table = torch.stack([call.draw.permutation(of.gates)[: of.experts.chosen] for _ in range(40)])
         inputs = [x, weight, table, call.draw.permutation(40).repeat(1 + tokens // 40)[:tokens]]
     else:
-        inputs = [x, weight, (call.draw.normal(of.experts // 2) / 8).repeat_interleave(2)]
-        attributes = {"topk": of.places, **attributes}
+        inputs = [x, weight, (call.draw.normal(of.gates // 2) / 8).repeat_interleave(2)]
+        attributes = {"topk": of.experts.chosen, **attributes}
 
     def expect() -> list[Expectation]:
         given = [*_wide(*inputs[:2]), *(inputs[2:] if hashed else _wide(inputs[2]))]
         chosen, weights = (route_hashed if hashed else route)(*given, *attributes.values())
-        logit = _product_unit(of.channels) * float(x.double().norm(dim=-1).max() * weight.double().norm(dim=-1).max())
+        logit = _product_unit(of.experts.hidden) * float(
+            x.double().norm(dim=-1).max() * weight.double().norm(dim=-1).max()
+        )
         bound = 4 * (logit + 16 * _HALF_SINGLE)
         return [
             Expectation(0, "bits", values=chosen),
@@ -584,7 +615,47 @@ def _route_case(operator: str, call: _Call, **_: Any) -> Case:
     return Case(operator, call.row_format, inputs, expect, attributes)
 
 
+def _experts_case(operator: str, call: _Call, **more: Any) -> Case:
+    """Every token of the chunk is computed, also those that are no sequence's."""
+    of = call.of.experts
+    made = expert_call(operator, call.draw, of, call.batch * call.chunk, **more)
+
+    def expect() -> list[Expectation]:
+        values, bound = made.expected()
+        # Roundings of many values are independent, so the whole is nearer than the worst case of one.
+        return [Expectation(0, "near", values=values, bound=bound, relative=4 * _HALF_STATE)]
+
+    return Case(operator, DENSE, made.inputs, expect, made.attributes)
+
+
+def _linear_case(call: _Call, **_: Any) -> Case:
+    """Within the rounding of float32 sums; tokens of no sequence are NaN."""
+    product, draw = call.of.product(call.group), call.draw
+    _, _, sizes, attributes = product_call(product)
+    x = draw.normal(call.batch, call.chunk, product.groups * product.columns)
+    valid = torch.arange(call.chunk)[None, :] < call.tail[1][:, None]
+    x[~valid] = torch.nan
+    tokens, shape, grid = x.flatten(0, 1), (product.rows, product.columns), (sizes["SN"], sizes["SK"])
+    if product.released == BFLOAT16:
+        weight, scale = draw.normal(*shape).bfloat16(), torch.ones(grid)
+    else:
+        weight, scale = draw.codes(*shape), (121 + 6 * draw.uniform(*grid)).to(torch.int8)
+
+    def expect() -> list[Expectation]:
+        values = tokens.nan_to_num().double()
+        expected = block_linear(values, weight, scale, **attributes)
+        plain = weight.abs() if product.released == BFLOAT16 else weight & 0x7F  # without its signs
+        reach = block_linear(values.abs(), plain, scale, **attributes).amax(1, keepdim=True)
+        where = valid.flatten()
+        bound = reach[where] * (product.columns * _HALF_SINGLE)
+        return [Expectation(0, "near", where=where, values=expected[where], bound=bound, relative=2.0**-17)]
+
+    return Case("FoldkvBlockLinear", call.row_format, [tokens, weight, scale], expect, attributes)
+
+
 MAKERS: dict[str, Callable[..., Case]] = {
+    "FoldkvBlockLinear": _linear_case,
+    **{name: functools.partial(_experts_case, name) for name in EXPERT_FORMS},
     "FoldkvWindowUpdate": _window_update_case,
     "FoldkvIndexScores": _index_scores_case,
     "FoldkvIndexSelect": _index_select_case,
@@ -608,9 +679,10 @@ def make_case(
     ``group`` is the state that it touches; the default is what its rows can only be, or the entries.
     """
     group = group or ("index_entries" if rows in (INDEX_FP8, INDEX_FP4) or operator.endswith("Fp4") else "entries")
-    draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, asdict(geometry), group, more]))
+    sizes = {name: value for name, value in asdict(geometry).items() if name != "products"}
+    draw = Draw(json.dumps([operator, rows, list(start), list(real), chunk, sizes, group, more]))
     case = MAKERS[operator](_Call(draw, geometry, rows, start, real, chunk, group), **more)
-    return replace(case, geometry=geometry, chunk=chunk)
+    return replace(case, geometry=geometry, batch=len(start))
 
 
 @dataclass(frozen=True)
@@ -646,7 +718,7 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
     found: dict[tuple[str, str, str], None] = {}
     for profile in (HF, SERVED):
         for name in ("dense", "fp8", "fp8+fp4"):
-            for call in operator_calls(spec, profile):
+            for call in operator_calls(spec, profile, EXPERT_FORMS):
                 rows = LAYOUTS[name].format_of(call.group) or DENSE
                 known = PLUGINS[call.operator].row_formats
                 if not known or rows in known:
@@ -656,6 +728,8 @@ def model_forms(spec: ModelSpec, geometry: Geometry, *, million: bool = False) -
         far = _longest(operator, geometry)
         forms.append(Form(operator, group, rows, "token", (far, 7, far // 3), (1, 1, 1), 1))
         forms.append(Form(operator, group, rows, "chunk", (far, 6), (4, 2), 9))
+        if operator == "FoldkvBlockLinear":  # more tokens than those that share a row's channels
+            forms.append(Form(operator, group, rows, "long", (far, 6), (40, 2), 40))
         if operator == "FoldkvWindowUpdate":  # a chunk that fills the ring more than once
             forms.append(
                 Form(operator, group, rows, "long", (far, 6), (2 * geometry.window + 9, 2), 2 * geometry.window + 9)

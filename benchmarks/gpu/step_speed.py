@@ -4,7 +4,8 @@
 The floor of a call is the larger of the bytes that it must move over the measured copy bandwidth and the operations that it
 must do over the measured bfloat16 matrix rate; the share is floor over time. A time is the median over replays of a CUDA
 graph of 20 calls. The calls read several copies of their inputs in turn, as layers do, so small ones do not come from
-the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike.
+the L2 cache. The peer is the same step in torch (gather, matmul, softmax, topk), in bfloat16, replayed alike; of a product, with the weight
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from cases import Geometry, models
 from device import Device, gpu
 from torch import Tensor
 
-from foldkv.export.contract.operators import STATE
-from foldkv.export.contract.profiles import PROFILES
+from foldkv.export.contract.geometry import ModelSpec
+from foldkv.export.contract.operators import PACKED_EXPERTS, STATE
+from foldkv.export.contract.products import Product
+from foldkv.export.contract.profiles import HF, PROFILES
 from foldkv.export.contract.rows import DENSE, FP8_DS_MLA, INDEX_FP4, INDEX_FP8, row_format_named
-from foldkv.export.contract.weights import BFLOAT16, WEIGHT_FORMAT
+from foldkv.export.contract.weights import BFLOAT16, E4M3, EXPONENT, WEIGHT_FORMAT
 from foldkv.export.operators.row_formats import pack
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import plan
 from foldkv.plugins.launch_sublayers import SUBLAYER_PLANS
-from foldkv.plugins.model import operator_calls
+from foldkv.plugins.model import RELEASED_EXPERTS, operator_calls, product_call
 from foldkv.plugins.plans import Plan
 
 WHAT = "one layer's operator in a decode step (chunk 1) or for the last chunk of a prompt; microseconds are medians"
@@ -48,6 +51,8 @@ CASES = (
     ("FoldkvWindowAttention", FP8_DS_MLA), ("FoldkvCompressFp8", DENSE), ("FoldkvCompressOnlineFp8", DENSE),
     ("FoldkvCompressFp4", INDEX_FP4), *((operator, DENSE) for operator in SUBLAYER_PLANS),
 )  # fmt: skip
+#: Forms of the routed experts: as released, and in e4m3.
+EXPERTS = (RELEASED_EXPERTS, PACKED_EXPERTS[E4M3, EXPONENT])
 #: What is measured where: the corners first, so a time limit cuts what is between.
 CONTEXTS, BATCHES, CHUNKS = (1 << 20, 1 << 16, 1 << 18), (1, 64, 16, 4), (256,)
 
@@ -80,12 +85,30 @@ def measure(
     contexts: Sequence[int] = CONTEXTS, batches: Sequence[int] = BATCHES,
     chunks: Sequence[int] = CHUNKS, names: tuple[str, ...] = ("v4-flash", "v4-pro"),
 ) -> None:  # fmt: skip
-    """One row per operator, row format, model, context and batch."""
+    """One row per operator, row format, model, context and batch, and one per product or form of experts, model and batch."""
     end = time.monotonic() + seconds
     chosen = [pair for pair in models(kit.ROOT) if pair[0].name in names]
     device = open_device()
     bandwidth, rate = copy_bandwidth(device), matmul_rate(device)
     recorder.fact(copy_gb_s=bandwidth / 1e9, bf16_tflop_s=rate / 1e12, not_measured=[])
+
+    def add(case: dict[str, Any], make_call: Callable[[], Call]) -> None:
+        if time.monotonic() > end:
+            recorder.content["not_measured"].append(case | {"why": "out of time"})
+            return
+        try:
+            found = one(device, make_call(), bandwidth, rate)
+        except torch.OutOfMemoryError:
+            recorder.content["not_measured"].append(case | {"why": "out of memory"})
+            torch.cuda.empty_cache()
+            return
+        except RuntimeError as error:
+            recorder.add(case, failure=f"{case}: {str(error)[:300]}")
+            if "illegal" in str(error).lower():
+                raise
+            return
+        recorder.add(case | found)
+
     places = [(context, batch, 1) for context in contexts for batch in batches]
     for context, batch, chunk in [*places, *((context, 1, chunk) for context in contexts for chunk in chunks)]:
         for operator, rows in CASES:
@@ -96,22 +119,17 @@ def measure(
                     continue  # it reads nothing of the context
                 case = {"model": geometry.name, "context": context, "batch": batch, "chunk": chunk, "operator": operator,
                         "rows": rows}  # fmt: skip
-                if time.monotonic() > end:
-                    recorder.content["not_measured"].append(case | {"why": "out of time"})
-                    continue
-                try:
-                    call = make(device, operator, rows, geometry, context, batch, chunk)
-                    found = one(device, call, bandwidth, rate)
-                except torch.OutOfMemoryError:
-                    recorder.content["not_measured"].append(case | {"why": "out of memory"})
-                    torch.cuda.empty_cache()
-                    continue
-                except RuntimeError as error:
-                    recorder.add(case, failure=f"{case}: {str(error)[:300]}")
-                    if "illegal" in str(error).lower():
-                        raise
-                    continue
-                recorder.add(case | found)
+                add(case, lambda: make(device, operator, rows, geometry, context, batch, chunk))  # noqa: B023 - called at once
+    for batch, chunk in [*((batch, 1) for batch in batches), *((1, chunk) for chunk in chunks)]:
+        for geometry, _ in chosen:
+            for product in geometry.products:
+                case = {"model": geometry.name, "batch": batch, "chunk": chunk, "operator": "FoldkvBlockLinear",
+                        "weight": product.role}  # fmt: skip
+                add(case, lambda: make_product(device, product, batch * chunk))  # noqa: B023 - called at once
+        for geometry, spec in chosen:
+            for form in EXPERTS:
+                case = {"model": geometry.name, "batch": batch, "chunk": chunk, "operator": form, "weight": "experts"}
+                add(case, lambda: make_experts(device, spec, form, batch * chunk))  # noqa: B023 - called at once
 
 
 def make(device: Device, operator: str, rows: str, of: Geometry, context: int, batch: int, chunk: int = 1) -> Call:
@@ -187,7 +205,7 @@ def _around_sublayer(
     operator: str, of: Geometry, batch: int, chunk: int, call: Callable[..., Call], normal: Callable[..., Tensor]
 ) -> Call:
     """Hyper-connections and routing: streams and matrices are read once, the gate as stored in bfloat16."""
-    count, width, tokens = of.streams, of.channels, batch * chunk
+    count, width, tokens = of.streams, of.experts.hidden, batch * chunk
     streams = normal(batch, chunk, count, width)
     if operator == "FoldkvHcPre":
         rows, channels = (2 + count) * count, count * width
@@ -198,15 +216,46 @@ def _around_sublayer(
     if operator == "FoldkvHcPost":
         inputs = [streams, normal(batch, chunk, width), normal(batch, chunk, count), normal(batch, chunk, count, count)]
         return call(inputs, {}, 4.0 * (2 * streams.numel() + tokens * width))
-    x, weight = normal(tokens, width), normal(of.experts, width).bfloat16()
+    x, weight = normal(tokens, width), normal(of.gates, width).bfloat16()
     attributes = {"scaling": 1.5, WEIGHT_FORMAT: BFLOAT16}
     if operator == "FoldkvRoute":
         moved = 4.0 * x.numel() + 2.0 * weight.numel()
-        return call([x, weight, normal(of.experts)], {"topk": of.places, **attributes}, moved)
-    table = torch.stack([torch.randperm(of.experts)[: of.places] for _ in range(1024)]).to(x.device)
+        return call([x, weight, normal(of.gates)], {"topk": of.experts.chosen, **attributes}, moved)
+    table = torch.stack([torch.randperm(of.gates)[: of.experts.chosen] for _ in range(1024)]).to(x.device)
     ids = torch.randint(0, 1024, (tokens,), device=x.device)
-    moved = 4.0 * x.numel() + 2.0 * width * min(tokens * of.places, of.experts)
+    moved = 4.0 * x.numel() + 2.0 * width * min(tokens * of.experts.chosen, of.gates)
     return call([x, weight, table, ids], attributes, moved)
+
+
+def make_product(device: Device, product: Product, tokens: int) -> Call:
+    """A product with random codes, which are not NaN, and scales of one."""
+    torch.manual_seed(0)
+    where, (operator, _, sizes, attributes) = device.torch_device, product_call(product)
+    shape = (product.rows, product.columns)
+    if attributes[WEIGHT_FORMAT] == BFLOAT16:
+        weight, scale = torch.randn(shape, device=where, dtype=torch.bfloat16), torch.ones(1, 1, device=where)
+    else:
+        weight = torch.randint(-128, 127, shape, device=where, dtype=torch.int8).bitwise_and(-2)
+        scale = torch.full((sizes["SN"], sizes["SK"]), 127, device=where, dtype=torch.int8)
+    x = torch.randn(tokens, product.groups * product.columns, device=where)
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in (x, weight, scale)) + 4.0 * tokens * product.rows
+    done = 2.0 * tokens * product.rows * product.columns * product.terms
+    return Call(operator, [x, weight, scale], attributes, DENSE, 0, moved, done)
+
+
+def make_experts(device: Device, spec: ModelSpec, form: str, tokens: int) -> Call:
+    """All experts of a layer, of which every token chooses at random; codes are not NaN, and scales are small."""
+    torch.manual_seed(0)
+    where, [found] = device.torch_device, [one for one in operator_calls(spec, HF, (form,)) if one.operator == form]
+    sizes, operator = found.sizes, found.operator
+    chosen = torch.stack([torch.randperm(sizes["X"], device=where)[: sizes["K"]] for _ in range(tokens)])
+    codes = torch.randint(-128, 127, (sizes["X"], sizes["CODES"]), device=where, dtype=torch.int8).bitwise_and_(-2)
+    scales = torch.full((sizes["X"], sizes["SCALES"]), 117, device=where, dtype=torch.int8)
+    x, weights = torch.randn(tokens, sizes["C"], device=where), torch.rand(tokens, sizes["K"], device=where)
+    inputs = [x, chosen, weights, codes, scales, torch.arange(sizes["X"], device=where)]
+    read = int(chosen.unique().numel()) * (sizes["CODES"] + sizes["SCALES"])
+    done = 6.0 * chosen.numel() * spec.moe_intermediate_size * sizes["C"]  # three products
+    return Call(operator, inputs, found.attributes, DENSE, 0, read + 8.0 * x.numel(), done)
 
 
 def state(device: Device, batch: int, count: int, width: int, rope_dim: int, rows: str) -> Tensor:
@@ -232,7 +281,8 @@ def one(device: Device, call: Call, bandwidth: float, rate: float) -> dict[str, 
         "us": taken * 1e6, "floor_us": floor * 1e6, "share_of_floor": floor / taken, "launches": len(launches[0][1].launches),
         "bound": "memory" if call.bytes / bandwidth > call.operations / rate else "compute",
     }  # fmt: skip
-    if call.row_format == DENSE and call.inputs[0].shape[1] == 1 and (peer := torch_step(call)) is not None:
+    single = call.operator == "FoldkvBlockLinear" or call.inputs[0].shape[1] == 1
+    if call.row_format == DENSE and single and (peer := torch_step(call)) is not None:
         try:
             row["torch_us"] = replay(device, [torch_step(each) for each in calls]) * 1e6  # type: ignore[misc]
         except torch.OutOfMemoryError:
@@ -287,6 +337,11 @@ def ours(device: Device, call: Call) -> tuple[Callable[[], None], Plan]:
 def torch_step(call: Call) -> Callable[[], Tensor] | None:
     """The operator's step in torch, in bfloat16, as one would write it without a kernel; None if it is not a product."""
     values = call.inputs
+    if call.operator == "FoldkvBlockLinear":
+        groups = call.attributes["groups"]
+        weight = (values[1].view(torch.float8_e4m3fn) if values[1].dtype == torch.int8 else values[1]).bfloat16()
+        wide = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+        return lambda: torch.matmul(values[0].bfloat16().unflatten(1, (groups, -1)).transpose(0, 1), wide)
     if call.operator == "FoldkvIndexScores":
         q, weights, entries = values[:3]
         return lambda: torch.matmul(

@@ -61,7 +61,7 @@ def _one(device: Device, form: Form, case: Case, runs: int) -> tuple[dict[str, o
     apart = [
         b for b, one in enumerate(alone)
         if not same_bits(
-            run(device, launcher, one, one.plan(sm=device.sm)), case.part(PLUGINS[case.operator].outputs, first, b)
+            _of_batch(case, run(device, launcher, one, one.plan(sm=device.sm))), _of_batch(case, first, b)
         )
     ]  # fmt: skip
     row = {"model": case.geometry.name, "operator": form.operator, "group": form.group, "rows": form.row_format, "shape": form.shape,
@@ -69,6 +69,15 @@ def _one(device: Device, form: Form, case: Case, runs: int) -> tuple[dict[str, o
     wrong = [f"{different} of {runs} runs gave other bits"] * bool(different)
     wrong += [f"sequences {apart} depend on their neighbours"] * bool(apart)
     return row, f"{case.geometry.name} {form.name}: {'; '.join(wrong)}" if wrong else ""
+
+
+def _of_batch(case: Case, outputs: list[torch.Tensor], sequence: int | None = None) -> list[torch.Tensor]:
+    """The outputs, or one sequence's part of them."""
+    if sequence is None:
+        return outputs
+    declared = PLUGINS[case.operator].outputs
+    assert all(tensor.dims[0] in ("B", "M") for tensor in declared)
+    return [case.part(tensor, value, sequence) for tensor, value in zip(declared, outputs, strict=True)]
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from .geometry import CSA, HCA, SLIDING, ModelSpec
 from .profiles import HF, PROFILES, SERVED
 from .rows import FP8_DS_MLA, INDEX_FP4
 from .state import ONLINE_ROWS
-from .weights import SCALE_FORMAT, SCALE_TYPES, WEIGHT_FORMAT, WEIGHT_TYPES
+from .weights import E2M1, E4M3, EXPONENT, FLOAT32, SCALE_FORMAT, SCALE_TYPES, WEIGHT_FORMAT, WEIGHT_TYPES
 
 #: The type of tensors whose last axis is a row of the state.
 STATE = "state"
 #: The types of weights as stored and of their scales. Attributes of the operator say in which format they are (weights.py).
 WEIGHT, SCALE = "weight", "scale"
+#: The type of plain weights: that of the engine's large products, which dense rows have too.
+PLAIN = "plain"
 _FORMATS = {WEIGHT: (WEIGHT_FORMAT, WEIGHT_TYPES), SCALE: (SCALE_FORMAT, SCALE_TYPES)}
 #: How an operator reads rows of the state: all of a window and a chunk, a whole cache block by block, or chosen entries.
 WINDOW, BLOCKS, CHOSEN = "window", "blocks", "chosen"
@@ -37,7 +39,7 @@ class TensorSpec:
         name: as the operator declares it.
         dims: one per axis: a number, a symbol, or a sum of symbols ("W + S"); "..." stands for any number of axes.
         dtype: "float32", "int32", "int64", or "state" for rows of the state. These have the engine's type and D channels, or
-            they are packed bytes (int8), and the last axis is the bytes of a row. Or "weight" and "scale", see
+            they are packed bytes (int8), and the last axis is the bytes of a row. Or "weight", "scale" and "plain", see
             :meth:`stored_type`.
         groups: the state groups that it can belong to.
         read: of rows that are only read: WINDOW, BLOCKS or CHOSEN; "" for others.
@@ -65,12 +67,13 @@ class TensorSpec:
 
         Args:
             attributes: values of the operator's attributes.
-            rows: type of rows of the state; "int8" if they are packed.
+            rows: type of rows of the state, which are "int8" if they are packed; of an operator without state, the type of
+                the engine's products.
 
         Raises:
             InputError: weights or scales in a format that no plugin reads.
         """
-        if self.dtype == STATE:
+        if self.dtype in (STATE, PLAIN):
             return rows
         if self.dtype not in _FORMATS:
             return self.dtype
@@ -88,7 +91,7 @@ class OperatorSpec:
         name: in ONNX.
         inputs: tensors, in order.
         outputs: tensors, in order.
-        attributes: name to type (int, float or str), in order; in torch they follow the inputs.
+        attributes: name to type (int, float, str, or tuple for several int), in order; in torch they follow the inputs.
         updates: output index to the index of the state input whose next value it is.
         rounds: the row format to whose values it rounds what it returns or writes; None if it does not round.
         layers: how many nodes a layer of each kind has.
@@ -96,6 +99,8 @@ class OperatorSpec:
         profiles: of the graphs that have it.
         plugin: version of its plugin; None if it is a function body in every engine.
         no_plugin: why it has none.
+        form_of: the operator that it stands for in graphs that take weights as stored. Such a form has no definition in torch,
+            and its body depends on how the weights are stored.
     """
 
     name: str
@@ -109,6 +114,7 @@ class OperatorSpec:
     profiles: tuple[str, ...] = PROFILES
     plugin: str | None = None
     no_plugin: str = ""
+    form_of: str = ""
 
     @property
     def state(self) -> tuple[TensorSpec, ...]:
@@ -238,6 +244,31 @@ def _compress_online(name: str, *, rope_dim: bool = False, rounds: str | None = 
     )  # fmt: skip
 
 
+ROUTED_EXPERTS = "FoldkvRoutedExperts"
+#: The forms of :data:`ROUTED_EXPERTS` on packed weights: format of the codes, format of the scales.
+PACKED_EXPERTS: Mapping[tuple[str, str], str] = {
+    (E2M1, EXPONENT): "FoldkvRoutedExpertsFp4", (E4M3, EXPONENT): "FoldkvRoutedExpertsFp8",
+    (E2M1, FLOAT32): "FoldkvScaledExpertsFp4", (E4M3, FLOAT32): "FoldkvScaledExpertsFp8",
+}  # fmt: skip
+_ROUTED = (
+    TensorSpec("x", ("M", "C")), TensorSpec("chosen", ("M", "K"), "int64"), TensorSpec("weights", ("M", "K")),
+)  # fmt: skip
+
+
+def _packed_experts(weight: str, scale: str) -> OperatorSpec:
+    """Rows of codes and scales hold w1, w2 and w3 of one expert; the attributes say where (export/operators/packed.py)."""
+    return OperatorSpec(
+        PACKED_EXPERTS[weight, scale],
+        inputs=(
+            *_ROUTED, TensorSpec("codes", ("rows", "CODES"), WEIGHT_TYPES[weight]),
+            TensorSpec("scales", ("rows", "SCALES"), SCALE_TYPES[scale]), TensorSpec("slots", ("X",), "int64"),
+        ),
+        outputs=(TensorSpec("y", ("M", "C")),),
+        attributes={"limit": float, "codes_at": tuple, "scales_at": tuple, "shapes": tuple, "grids": tuple},
+        plugin="1", form_of=ROUTED_EXPERTS,
+    )  # fmt: skip
+
+
 for _spec in (
     OperatorSpec(
         "FoldkvWindowUpdate",
@@ -316,13 +347,22 @@ for _spec in (
         attributes={"scaling": float, **_STORED}, layers=_EACH, hashed=True, plugin="1",
     ),
     OperatorSpec(
-        "FoldkvRoutedExperts",
+        ROUTED_EXPERTS,
+        inputs=(*_ROUTED, TensorSpec("w13", ("X", "2I", "C"), PLAIN), TensorSpec("w2", ("X", "C", "I"), PLAIN)),
+        outputs=(TensorSpec("y", ("M", "C")),),
+        attributes={"limit": float}, layers=_EACH, plugin="1",
+    ),
+    *(_packed_experts(*form) for form in PACKED_EXPERTS),
+    OperatorSpec(
+        "FoldkvBlockLinear",
         inputs=(
-            TensorSpec("x", ("T", "C")), TensorSpec("chosen", ("T", "K"), "int64"), TensorSpec("weights", ("T", "K")),
-            TensorSpec("w13", ("X", "2I", "C")), TensorSpec("w2", ("X", "C", "I")),
+            TensorSpec("x", ("M", "GK")), TensorSpec("weight", ("GN", "K"), WEIGHT), TensorSpec("scale", ("SN", "SK"), SCALE),
         ),
-        outputs=(TensorSpec("y", ("T", "C")),),
-        attributes={"limit": float}, layers=_EACH, no_plugin=_NO_STATE,
+        outputs=(TensorSpec("y", ("M", "GN")),),
+        attributes={
+            "groups": int, "block_rows": int, "block_columns": int, "terms": int, WEIGHT_FORMAT: str, SCALE_FORMAT: str
+        },
+        plugin="1",
     ),
     OperatorSpec(
         "FoldkvQuantizeFp8",

@@ -19,7 +19,7 @@ E4M3, E2M1, BFLOAT16, FLOAT32 = "e4m3", "e2m1", "bfloat16", "float32"
 #: Formats of scales: e8m0 bytes, which are exponents; or FLOAT32.
 EXPONENT = "exponent"
 #: Formats of weights whose elements are the values.
-PLAIN = (BFLOAT16, FLOAT32)
+PLAIN_FORMATS = (BFLOAT16, FLOAT32)
 #: The type of a tensor by its format, and how many values one element of a weight's last axis holds.
 WEIGHT_TYPES: Mapping[str, str] = {E4M3: "int8", E2M1: "int8", BFLOAT16: "bfloat16", FLOAT32: "float32"}
 SCALE_TYPES: Mapping[str, str] = {EXPONENT: "int8", FLOAT32: "float32"}

@@ -60,6 +60,7 @@ def grouped_body() -> onnx.FunctionProto:
             w2_one = Cast <to = 1> (w2_stored)
             down = MatMul (w2_one, hidden)
         """,
+        table="w13",
         name="y_grouped",
     )
     body = f"""

@@ -1,8 +1,9 @@
 """The chosen experts one after the other, each once with all of its tokens. Both forms of the weights share this.
 
 Work and memory depend on the experts that a chunk chooses and on their tokens: a long chunk reads no weight twice, and only
-one expert's weights are in memory at a time. This needs operators whose sizes depend on values (Unique, NonZero), which
-ONNX Runtime has. TensorRT also reads the body of FoldkvRoutedExperts, so that body does not use them (operators/experts.py).
+one expert's weights are in memory at a time. This needs an operator whose sizes depend on values (NonZero), which
+ONNX Runtime has. TensorRT also reads the body of FoldkvRoutedExperts, so that body does not use it (operators/experts.py).
+The experts that a chunk chose are marked in a table of all experts: Unique would find them too, but has no kernel for GPUs.
 """
 
 from __future__ import annotations
@@ -30,19 +31,26 @@ def clamped_swiglu(own: str = "") -> str:
     """
 
 
-def grouped_experts(gate_and_up: str, down: str, name: str = "y") -> str:
+def grouped_experts(gate_and_up: str, down: str, *, table: str, name: str = "y") -> str:
     """Statements from x [T, C], chosen [T, K], weights [T, K] and the scalars ``limit`` and ``low`` = -limit to y [T, C].
 
     Args:
         gate_and_up: statements from ``columns`` [C, n], an expert's tokens, to ``gate`` and ``up`` [I, n]. They can use
             ``expert``, its number as a scalar.
         down: statements from ``hidden`` [I, n] to ``down`` [C, n].
+        table: an input with a row for each expert.
         name: of the result.
     """
     return f"""
         always = Constant <value = bool {{1}}> ()
         listed = Reshape (chosen, flat)
-        wanted = Unique <sorted = 1> (listed)
+        number_listed = Shape (listed)
+        marks = ConstantOfShape <value = int64[1] {{1}}> (number_listed)
+        number_of_experts = Shape <start = 0, end = 1> ({table})
+        unmarked = ConstantOfShape <value = int64[1] {{0}}> (number_of_experts)
+        marked = ScatterElements <axis = 0> (unmarked, listed, marks)
+        found = NonZero (marked)
+        wanted = Reshape (found, flat)
         sizes = Shape (wanted)
         count = Squeeze (sizes, first)
         shape = Shape (x)

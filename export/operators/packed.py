@@ -19,18 +19,21 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from ..checkpoint.formats import FP4
+from ..checkpoint.formats import FP4, FP8
 from ..checkpoint.values import byte_pairs, byte_values, scale_values
+from ..contract.operators import PACKED_EXPERTS
+from ..contract.weights import E2M1, E4M3, EXPONENT, FLOAT32
 from .grouped import CONSTANTS, grouped_experts
 from .registry import DOMAIN, ONNX_OPSET
 
 EXPONENTS, BLOCK, PARTIAL = "FoldkvExponents", "FoldkvBlockScale", "FoldkvPartialBlockScale"
-EXPERTS = {"fp4": "FoldkvRoutedExpertsFp4", "fp8": "FoldkvRoutedExpertsFp8"}
+_CODES = {FP4: E2M1, FP8: E4M3}
+EXPERTS = {format_: PACKED_EXPERTS[codes, EXPONENT] for format_, codes in _CODES.items()}
 #: The same with float32 scales instead of exponents.
-SCALED_EXPERTS = {"fp4": "FoldkvScaledExpertsFp4", "fp8": "FoldkvScaledExpertsFp8"}
+SCALED_EXPERTS = {format_: PACKED_EXPERTS[codes, FLOAT32] for format_, codes in _CODES.items()}
 PARTS = ("w1", "w2", "w3")
-# Bytes of codes that are decoded at once. Their indices and values take 12 and 17 times as much; all stay in the cache.
-_BAND = 1 << 18
+#: Bytes of codes that are decoded at once on a processor. Their indices and values take 12 and 17 times as much; all stay in the cache.
+BAND = 1 << 18
 # Rows of the look-up tables: GatherElements gives each to a processor.
 _LANES = 16
 
@@ -95,7 +98,9 @@ def partial_block_scale() -> onnx.FunctionProto:
     )  # fmt: skip
 
 
-def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = False) -> onnx.FunctionProto:
+def routed_experts(
+    format_: str, matrices: dict[str, Matrix], *, scaled: bool = False, band: int | None = None
+) -> onnx.FunctionProto:
     """The chosen experts' clamped SwiGLU from packed weights, as defined in operators/experts.py.
 
     x [T, C], chosen [T, K] int64, weights [T, K], codes [E, bytes] int8, scales [E, bytes] int8, slots [E] int64
@@ -109,6 +114,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
         format_: "fp4" or "fp8".
         matrices: where w1, w2 and w3 are in a row.
         scaled: scales are float32, and not exponents.
+        band: the most bytes of codes that are decoded at once; None is what suits a processor.
     """
     halves = 2 if format_ == FP4 else 1
     elements = _elements(format_).reshape(256, halves)
@@ -116,7 +122,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
     constants |= CONSTANTS | {
         "powers": np.tile(_exponent_table(), (_LANES, 1)), "axes": np.array([0, 1]),
     } | {f"half_{half}": np.array(half) for half in range(halves)}  # fmt: skip
-    bands = {part: _Bands(part, matrices[part], halves, constants, scaled) for part in PARTS}
+    bands = {part: _Bands(part, matrices[part], halves, constants, scaled, band or BAND) for part in PARTS}
     head = "limit = Constant <value_float: float = @limit> () low = Neg (limit)"
     body = head + grouped_experts(
         f"""
@@ -127,6 +133,7 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
             {bands["w3"].loop("up", "x")}
         """,
         bands["w2"].parted("hidden", "h") + bands["w2"].loop("down", "h"),
+        table="slots",
     )
     inputs = ["x", "chosen", "weights", "codes", "scales", "slots"]
     name = (SCALED_EXPERTS if scaled else EXPERTS)[format_]
@@ -136,11 +143,13 @@ def routed_experts(format_: str, matrices: dict[str, Matrix], *, scaled: bool = 
 class _Bands:
     """Statements that multiply one weight with columns, a band of rows at a time; their constants are added to a table."""
 
-    def __init__(self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray], scaled: bool) -> None:
+    def __init__(
+        self, part: str, matrix: Matrix, halves: int, constants: dict[str, np.ndarray], scaled: bool, band: int
+    ) -> None:
         (rows, columns), (r, c) = matrix.shape, matrix.grid
         self.part, self.halves, self.scaled = part, halves, scaled
         width = columns // halves  # bytes of a row
-        blocks = max(n for n in range(1, r + 1) if r % n == 0 and (n == 1 or n * (rows // r) * width <= _BAND))
+        blocks = max(n for n in range(1, r + 1) if r % n == 0 and (n == 1 or n * (rows // r) * width <= band))
         code, scale = blocks * (rows // r) * width, blocks * c
         constants |= {
             f"{part}_count": np.array(r // blocks), f"{part}_pairs": np.array([width, halves, -1]),

@@ -19,11 +19,11 @@ import torch
 from ..checkpoint.formats import FP4
 from ..checkpoint.values import byte_pairs, byte_values, scale_values
 from .grouped import clamped_swiglu
-from .packed import EXPERTS, PARTS, Matrix, _function
+from .packed import EXPERTS, PARTS, SCALED_EXPERTS, Matrix, _function
 
 #: Bytes in a word.
 WORD = 4
-_FORMATS = {name: format_ for format_, name in EXPERTS.items()}
+_FORMATS = {name: format_ for table in (EXPERTS, SCALED_EXPERTS) for format_, name in table.items()}
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -27,7 +27,7 @@ ONNX_OPSET = 20
 OPSET = Opset(DOMAIN, 1)
 TORCH_NAMESPACE = "foldkv"
 _TORCH_TYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
-_SCALARS = {int: "SymInt", float: "float", str: "str"}  # in torch's schemas
+_SCALARS = {int: "SymInt", float: "float", str: "str", tuple: "int[]"}  # in torch's schemas
 _TENSOR_TYPES = [f"tensor({name})" for name in ("float", "bfloat16", "int32", "int64", "int8")]
 
 
@@ -151,7 +151,7 @@ def schema(spec: OperatorSpec) -> onnx.defs.OpSchema:
     """The ONNX schema of an operator. Tensors can have any type; the body determines which work."""
     formal = onnx.defs.OpSchema.FormalParameter
     types = onnx.defs.OpSchema.AttrType
-    kinds = {int: types.INT, float: types.FLOAT, str: types.STRING}
+    kinds = {int: types.INT, float: types.FLOAT, str: types.STRING, tuple: types.INTS}
     names = [*(f"T{i}" for i in range(len(spec.inputs))), *(f"U{i}" for i in range(len(spec.outputs)))]
     return onnx.defs.OpSchema(
         spec.name,

@@ -38,7 +38,7 @@ from .functions import attach, attach_reader
 def FoldkvBlockLength(q: FLOAT, room: int, least: int):  # type: ignore[no-untyped-def]
     # Rows of a block: as many as leave room for the scores of all queries and heads, and for the rows themselves.
     sizes = op.Shape(q)
-    scores = op.ReduceProd(sizes[0:3])
+    scores = sizes[0:1] * sizes[1:2] * sizes[2:3]
     width = sizes[3:4]
     length = op.Unsqueeze(op.Constant(value_int=1) * room, [0]) / op.Max(scores, width)
     return op.Max(length, op.Unsqueeze(op.Constant(value_int=1) * least, [0]))

@@ -8,6 +8,7 @@ one node per half step, RoPE swaps the channels of a pair in a product, and cach
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,17 @@ _TABLE = 1 << 16  # elements of the largest table that an operator's body holds
 _SUM = re.compile(r"(\w+) \+ (\d+)")
 
 
+# onnxscript's rules for norms are objects of its module that keep the match they are at: two threads would mix theirs.
+_REWRITING = threading.Lock()
+
+
 def optimize_for_cpu(model: ir.Model) -> int:
     """Bring a graph into the form that ONNX Runtime runs fastest, in place; returns its nodes after inlining."""
+    with _REWRITING:
+        return _optimize(model)
+
+
+def _optimize(model: ir.Model) -> int:
     read_in_blocks(model)
     _group_experts(model)
     InlinePass(criteria=lambda function: function.name not in (_ROPE, _SINKHORN))(model)
@@ -49,8 +59,34 @@ def optimize_for_cpu(model: ir.Model) -> int:
     fuse_rms_normalization(model)
     rewrite(model, pattern_rewrite_rules=[_PlainRmsNorm.rule(), _EntryRmsNorm.rule()])
     _simplify(model)
+    _name_casts(model)
     _share_constants(model)
     return inlined
+
+
+def _name_casts(model: ir.Model) -> None:
+    """Casts to the type of another value, which no library has a kernel for, as casts to that type."""
+    for node in model.graph.all_nodes():
+        dtype = _type_of(node.inputs[1]) if node.op_type == "CastLike" else None
+        if dtype is not None:
+            cast = ir.node("Cast", node.inputs[:1], attributes={"to": dtype}, name=node.name)
+            value = cast.outputs[0]
+            value.name, value.dtype, value.shape = node.outputs[0].name, dtype, node.outputs[0].shape
+            graph = node.graph
+            assert graph is not None
+            graph.insert_before(node, cast)
+            ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+
+
+def _type_of(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a value, also of a part of a shape inside a loop, where inference leaves it out; None if unknown."""
+    node = value.producer() if value is not None else None
+    if value is None or value.dtype is not None or node is None:
+        return value.dtype if value is not None else None
+    if node.op_type == "Shape":
+        return ir.DataType.INT64
+    return _type_of(node.inputs[0]) if node.op_type in ("Identity", "Slice", "Squeeze", "Unsqueeze") else None
 
 
 def _group_experts(model: ir.Model) -> None:

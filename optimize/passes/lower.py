@@ -9,6 +9,7 @@ these rows can be packed bytes (export/contract/layouts.py).
 Only ``LOW_PRECISION`` says what may be rounded: the large projections, the experts, the
 embedding and the head, and the rows of the caches. Everything else stays float32: norms, softmax and
 sinks, indexer scores, the compressor with its carries, routing, hyper-connections and Sinkhorn.
+Products that plugins compute (linears.py) follow the same rule, and their weights stay as stored.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Lowered:
 
     Attributes:
         state: its state tensors as the engine keeps them.
-        counts: weights and products in low precision, and changed state tensors.
+        counts: weights that plugins read as stored, other weights and products in low precision, and changed state tensors.
         weights: how it takes each weight, by role, in the order of its inputs.
         widened: weights that are taken wider than stored, by stored format and reason.
     """
@@ -115,14 +116,14 @@ def lowered_segment(
     for identifier in [key for key, function in model.functions.items() if function.name in kept]:
         del model.functions[identifier]
     RemoveUnusedFunctionsPass()(model)
-    counts: dict[str, int] = {"weights": 0, "products": 0, "state": 0}
+    counts: dict[str, int] = {"stored": len(stored_weights.plugins), "weights": 0, "products": 0, "state": 0}
     if precision != "float32" or layout != DENSE:
         stored = {tensor.input: LAYOUTS[layout].stored(tensor, rope_dim, precision) for tensor in state}
         counts["state"] = _lower_state(model, state, stored)
         state = [stored[tensor.input] for tensor in state]
     if precision != "float32":
         for name, value in list(model.graph.initializers.items()):
-            if name in roles and _is_low(name):
+            if name in roles and _is_low(name) and name not in stored_weights.plugins:
                 _lower_weight(value, dtype, counts)
     _widen_early(model, roles)
     RemoveUnusedNodesPass()(model)
@@ -138,7 +139,8 @@ def _bind(model: ir.Model, roles: Mapping[str, Weight]) -> None:
     """Let the passes see every weight as an initializer of its type and shape; its bytes are nowhere."""
     for value in [value for value in model.graph.inputs if value.name in roles]:
         model.graph.inputs.remove(value)
-        value.const_value = absent(value.name or "", onnx_dtype(roles[value.name or ""]), value.shape)
+        assert value.dtype is not None
+        value.const_value = absent(value.name or "", value.dtype, value.shape)
         model.graph.register_initializer(value)
 
 
@@ -170,7 +172,8 @@ def _release(model: ir.Model, roles: Mapping[str, Weight], stored: Stored) -> di
         if load is not None:
             found[name] = replace(load, dtype=dtype, shape=shape)
         else:
-            form = STORED if value.dtype == onnx_dtype(roles[name]) else CONVERTED
+            same = value.dtype == onnx_dtype(roles[name]) or name in stored.plugins
+            form = STORED if same else CONVERTED
             found[name] = Taken(form, dtype, shape)
     return found
 
@@ -261,6 +264,8 @@ def _follow(node: ir.Node, index: int, name: str, dtype: ir.DataType, counts: di
                 node.replace_input_with(position, _cast(node, operand, dtype, before=True))
         _back_to_float(node, output, dtype)
         counts["products"] += 1
+    elif NAMESPACE_ATTRIBUTE in node.attributes:
+        counts["products"] += 1  # the plugin rounds what it multiplies with the weight
     elif node.op_type == "CastLike":
         return  # an activation that takes the weight's type, as intended
     elif node.op_type == "Gather" and name == "embed.weight":

@@ -2,8 +2,9 @@
 
 A segment takes weights as they are stored, as bytes. Here each becomes what an engine takes:
 
-- e4m3 matrices: their values, in the precision of the product;
-- routed experts: int32 words that are gathered and then decoded (export/operators/packed_words.py), on every GPU;
+- weights that plugins read (linears.py, and routed experts): unchanged, on every GPU;
+- other e4m3 matrices: their values, in the precision of the product;
+- other routed experts: int32 words that are gathered and then decoded (export/operators/packed_words.py), on every GPU;
 - bfloat16 and float16: unchanged.
 
 No weight is read: what changes is what the graph takes, and :class:`Stored` says what a loader must do.
@@ -20,7 +21,8 @@ import onnx_ir as ir
 from ...errors import BuildError, FoldkvError
 from ...export.checkpoint.formats import FP8
 from ...export.contract.engine_set import DEQUANTISED, WORDS, Taken
-from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL, PARTS
+from ...export.contract.operators import PACKED_EXPERTS, WEIGHT
+from ...export.operators.packed import BLOCK, EXPERTS, EXPONENTS, PARTIAL, PARTS
 from ...export.operators.packed_words import (
     WORD,
     code_bytes,
@@ -30,6 +32,8 @@ from ...export.operators.packed_words import (
     scale_bytes,
 )
 from ...export.operators.registry import DOMAIN
+from ...plugins.declarations import PLUGINS
+from ...plugins.inject import NAMESPACE_ATTRIBUTE
 
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 
@@ -39,10 +43,12 @@ class Stored:
     """How the weights were changed.
 
     Attributes:
+        plugins: names of the weights that plugins read as they are stored.
         loads: how the changed ones are to be loaded, by name.
         widened: weights by (stored format, reason why it is not kept).
     """
 
+    plugins: frozenset[str] = frozenset()
     loads: dict[str, Taken] = field(default_factory=dict)
     widened: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -68,7 +74,7 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
     Raises:
         BuildError: an older package that does not say where the matrices of its experts are.
     """
-    stored = Stored()
+    stored = Stored(_left_to_plugins(model))
     _place_experts(model, dtype, stored)
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type in (BLOCK, PARTIAL):
@@ -80,6 +86,19 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
                     ir.convenience.replace_all_uses_with(user.outputs[0], value)
                     model.graph.remove(user, safe=True)
     return stored
+
+
+def _left_to_plugins(model: ir.Model) -> frozenset[str]:
+    """Names of the weights that plugins read."""
+    found = set()
+    for node in model.graph:
+        spec = PLUGINS.get(node.op_type) if node.domain == DOMAIN else None
+        for tensor, value in zip(spec.inputs if spec else (), node.inputs, strict=False):
+            if tensor.dtype == WEIGHT and value is not None:
+                found.add(value.name or "")
+        if node.op_type in PACKED_EXPERTS.values() and NAMESPACE_ATTRIBUTE in node.attributes:
+            found |= {value.name or "" for value in node.inputs[3:5] if value is not None}
+    return frozenset(found)
 
 
 def _codes(node: ir.Node) -> ir.Value:
@@ -112,11 +131,19 @@ def _place_matrix(model: ir.Model, node: ir.Node, dtype: ir.DataType, stored: St
 
 
 def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
-    """Routed experts: rows of words, and a body that reads them."""
+    """Routed experts without a plugin: rows of words, and a body that reads them."""
     for node in model.graph:
         format_ = format_of_node(node.op_type) if node.domain == DOMAIN else None
         if format_ is None:
             continue
+        codes, scales = node.inputs[3], node.inputs[4]
+        assert codes is not None and scales is not None
+        if codes.name in stored.plugins:
+            continue
+        if node.op_type not in EXPERTS.values():
+            raise BuildError(
+                f"{node.op_type} ({node.name}) has float32 scales, which no function body for engines reads. Build with plugins."
+            )
         try:
             matrices = matrices_of(
                 {key: attribute.as_ints() for key, attribute in node.attributes.items() if key != "limit"}
@@ -126,8 +153,6 @@ def _place_experts(model: ir.Model, dtype: ir.DataType, stored: Stored) -> None:
                 f"{node.op_type} ({node.name}) does not say where its matrices are: attribute {error} is missing. The graph "
                 "was exported by an older foldkv: export the checkpoint again."
             ) from None
-        codes, scales = node.inputs[3], node.inputs[4]
-        assert codes is not None and scales is not None
         code_spans = {part: (one.codes, code_bytes(one, format_)) for part, one in matrices.items()}
         scale_spans = {part: (one.scales, scale_bytes(one)) for part, one in matrices.items()}
         codes_at, scales_at = _to_words(codes, code_spans, stored), _to_words(scales, scale_spans, stored)

@@ -71,7 +71,10 @@ def test_speed(parcel: Path, tiny_only: None, tmp_path: Path, monkeypatch: pytes
     recorder = kit.Recorder(tmp_path / "speed.json", "speed", "")
     step_speed.measure(recorder, StandIn, contexts=(128,), batches=(2,), chunks=(3,), names=("tiny-v4",))
     assert recorder.content["reasons"] == [] and recorder.content["not_measured"] == []
-    assert {(row["operator"], row["rows"]) for row in recorder.content["rows"]} == set(step_speed.CASES)
+    rows = recorder.content["rows"]
+    assert {(row["operator"], row["rows"]) for row in rows if "rows" in row} == set(step_speed.CASES)
+    [(geometry, _)] = step_speed.models(kit.ROOT)
+    assert {row["weight"] for row in rows if "weight" in row} == {product.role for product in geometry.products}
 
 
 def test_what_is_expected_survives_its_file_and_catches_a_wrong_output(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class _Layer:
 def case(request: pytest.FixtureRequest) -> tuple[_Layer, onnxruntime.InferenceSession]:
     layer = _Layer(request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "_BAND", 1 << 12)
+        patch.setattr(packed, "BAND", 1 << 12)
         model = layer.model(request.param)
     onnx.checker.check_model(model)
     return layer, onnxruntime.InferenceSession(model.SerializeToString())
@@ -117,17 +117,18 @@ def test_experts_that_are_not_chosen_may_hold_anything(case: tuple) -> None:
     assert _run(case, x, chosen, weights, scales=scales).isnan().all()
 
 
-def test_a_step_reads_bands_of_a_row_and_does_not_see_how_many_experts_there_are() -> None:
+def test_a_step_reads_bands_of_a_row_and_of_all_experts_nothing_but_a_mark() -> None:
     layer = _Layer(FP4)
     body = routed_experts(FP4, layer.matrices)
     nodes, inner = [], list(body.node)
     while inner:
         nodes.append(inner.pop())
         inner += [node for attribute in nodes[-1].attribute for node in attribute.g.node]
-    # The stacks meet a Slice of a band each, by matrix, and the slots a Gather of one; nothing else has a size that grows.
-    readers = {stack: [node.op_type for node in nodes if stack in node.input] for stack in ("codes", "scales", "slots")}
-    assert readers == {"codes": ["Slice"] * 3, "scales": ["Slice"] * 3, "slots": ["Gather"]}
-    assert np.all([size <= packed._BAND for size in _band_sizes(body)])
+    # The stacks meet a Slice of a band each, by matrix, and the slots a Gather of one. Their number is the size of the marks.
+    stacks = ("codes", "scales", "slots")
+    readers = {stack: sorted(node.op_type for node in nodes if stack in node.input) for stack in stacks}
+    assert readers == {"codes": ["Slice"] * 3, "scales": ["Slice"] * 3, "slots": ["Gather", "Shape"]}
+    assert np.all([size <= packed.BAND for size in _band_sizes(body)])
 
 
 def _band_sizes(body: onnx.FunctionProto) -> list[int]:

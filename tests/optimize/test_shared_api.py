@@ -11,9 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 #: Variables that hold the module or one of its objects.
-HOLDERS = {"trt", "builder", "network", "parser", "config", "profile", "registry", "layer", "tensor", "runtime"}
-#: TensorRT-RTX alone can be told a GPU that is not there; used only where the module has it.
-RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
+HOLDERS = {
+    "trt",
+    "builder",
+    "network",
+    "parser",
+    "config",
+    "profile",
+    "registry",
+    "layer",
+    "tensor",
+    "runtime",
+    "context",
+    "engine",
+}
+#: TensorRT-RTX alone can be told a GPU that is not there, and that it is to allocate nothing; used only where the module has it.
+RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability", "REQUIRE_USER_ALLOCATION"}
 #: What foldkv's own tensors and registries answer to under the same variable names.
 OURS = {
     "stored_dims",

@@ -70,7 +70,7 @@ def test_every_operator_on_compressed_kv_is_given_the_rows_that_it_touches(
 ) -> None:
     injection = inject(tiny_graph, tmp_path / "out", **A100, layout=layout)
     refused = {row.operator for row in injection.rows if row.injected < row.nodes}
-    assert refused == {row.operator for row in injection.rows} & set(BODIES) == {"FoldkvRope", "FoldkvRoutedExperts"}
+    assert refused == {row.operator for row in injection.rows} & set(BODIES) == {"FoldkvRope"}
     served = {"FoldkvCompressFp8", "FoldkvCompressFp4", "FoldkvCompressOnlineFp8"}
     assert {row.operator for row in injection.rows} - refused == set(PLUGINS) - served
     main = "dense" if layout == "dense" else "fp8_ds_mla"

@@ -9,7 +9,7 @@ import torch
 from interpreter import run
 from torch import Tensor
 
-from foldkv.export.contract.weights import BFLOAT16, E4M3, FLOAT32, PLAIN
+from foldkv.export.contract.weights import BFLOAT16, E4M3, FLOAT32, PLAIN_FORMATS
 from foldkv.export.operators.hyper_connections import hc_post, hc_pre
 from foldkv.export.operators.route import route, route_hashed
 from foldkv.plugins.compile import compile_kernels
@@ -93,7 +93,7 @@ def routing_inputs(experts: int, width: int, tokens: int, weight_format: str) ->
     return [torch.randn(tokens, width), weight, torch.randn(experts) * 0.1]
 
 
-@pytest.mark.parametrize("weight_format", PLAIN)
+@pytest.mark.parametrize("weight_format", PLAIN_FORMATS)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("experts", "places", "width"), [(4, 1, 64), (256, 6, 100), (384, 8, 330)])
 def test_routing_by_score(experts: int, places: int, width: int, tokens: int, weight_format: str) -> None:
@@ -105,7 +105,7 @@ def test_routing_by_score(experts: int, places: int, width: int, tokens: int, we
     near(weights, shares, 64 * width**0.5 * UNIT)
 
 
-@pytest.mark.parametrize("weight_format", PLAIN)
+@pytest.mark.parametrize("weight_format", PLAIN_FORMATS)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("experts", "places", "width"), [(4, 1, 64), (256, 6, 100), (384, 8, 600)])
 def test_routing_by_token_id(experts: int, places: int, width: int, tokens: int, weight_format: str) -> None:

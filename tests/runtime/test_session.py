@@ -177,7 +177,7 @@ def test_a_reset_leaves_nothing_of_the_text_in_any_buffer(
             for name, array in arrays(one).items():
                 np.testing.assert_array_equal(array, new[name], err_msg=name)
             executor: Any = one._executor
-            assert not any(array.any() for lane in executor._lanes.values() for array in lane.arrays())
+            assert not any(tensor.host.any() for lane in executor._lanes.values() for tensor in lane.tensors())
             assert one.positions.tolist() == [0, 0, 0] and one.pending == (None, None, None)
         tokens = text()
         for ours, theirs in zip(session.forward(tokens), fresh.forward(tokens), strict=True):

@@ -224,6 +224,9 @@ class _Engine:
     def get_tensor_mode(self, name: str) -> Any:
         return self.trt.TensorIOMode.INPUT if name in self.inputs else self.trt.TensorIOMode.OUTPUT
 
+    def get_tensor_dtype(self, name: str) -> str:
+        return str(self._tensors[name].type)
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self._tensors[name].shape)
 

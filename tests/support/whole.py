@@ -20,13 +20,14 @@ def whole_model(graph: Path, out: Path) -> Path:
         model = bind_weights(ir.from_proto(flat_model(package)), package.lock, package.find_weights())
         for value in model.graph.initializers.values():  # onnx_ir itself reads no file that has a second name
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(_read(value.const_value), dtype=value.dtype, name=value.name)
+                value.const_value = ir.Tensor(read_external(value.const_value), dtype=value.dtype, name=value.name)
         with staged(out, kind="test") as folder:
             ir.save(model, folder / "model.onnx", external_data="weights.bin")
     return out / "model.onnx"
 
 
-def _read(tensor: ir.ExternalTensor) -> np.ndarray:
+def read_external(tensor: ir.ExternalTensor) -> np.ndarray:
+    """The values of a tensor in a file."""
     with (Path(tensor.base_dir) / str(tensor.location)).open("rb") as file:
         file.seek(tensor.offset or 0)
         return np.frombuffer(file.read(tensor.nbytes), tensor.dtype.numpy()).reshape([int(n) for n in tensor.shape])

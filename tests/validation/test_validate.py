@@ -257,7 +257,7 @@ def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_pat
     manifest["engine"] = {"file": "engines.json"}
     (bundle / "chain.json").rename(bundle / "model.plan")
     (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="engines cannot be validated yet"):
+    with pytest.raises(InputError, match="such bundles cannot be validated yet"):
         validate(bundle, world / "checkpoint", tmp_path / "report")
 
 
