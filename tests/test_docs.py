@@ -55,7 +55,20 @@ def test_the_sample_pipeline_can_be_loaded_and_shows_every_key_with_its_default(
     check(
         config,
         tomllib.loads(sample[1]),
-        {"jobs", "text", "contexts", "gates", "targets", "backend", "baseline", "threads"},
+        {
+            "jobs",
+            "text",
+            "contexts",
+            "gates",
+            "targets",
+            "backend",
+            "baseline",
+            "threads",
+            "cache",
+            "batch",
+            "chunk",
+            "context",
+        },
     )
 
 
@@ -75,7 +88,7 @@ def test_without_a_gpu_nothing_is_claimed(generate: Any) -> None:
     step = {"status": "no GPU", "date": "2026-01-01", "reasons": ["no driver"], "rows": []}
     tables = generate.result_tables
     table = tables.executed([{"device": "", "steps": {"kernels": step, "model": step, "engine": step}}])
-    assert table == tables.executed([]) and table.count("**no GPU yet**") == 2 and "| **never yet** |" in table
+    assert table == tables.executed([]) and table.count("**no GPU yet**") == 3 and "| **never yet** |" in table
     assert tables.times([]) == ""
 
 

@@ -63,7 +63,6 @@ def layer_products(spec: ModelSpec, kind: str) -> tuple[Product, ...]:
         *found,
         Product("attn.wo_a.weight", grouped, heads // spec.o_groups, groups=spec.o_groups),
         Product("attn.wo_b.weight", hidden, grouped),
-        Product("ffn.gate.weight", spec.num_experts, hidden, EXACT, BFLOAT16),
         Product("ffn.shared_experts.w1.weight", inner, hidden),
         Product("ffn.shared_experts.w2.weight", hidden, inner),
         Product("ffn.shared_experts.w3.weight", inner, hidden),

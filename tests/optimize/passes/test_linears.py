@@ -72,7 +72,7 @@ def test_only_large_projections_round_their_activations(package: Package) -> Non
     kinds = dict.fromkeys(package.spec.layer_types)
     terms = {product.role: product.terms for kind in kinds for product in layer_products(package.spec, kind)}
     exact = {role for role, count in terms.items() if count == EXACT}
-    assert exact == {role for role in terms if re.search(r"compressor|indexer|gate", role)} and len(exact) == 7
+    assert exact == {role for role in terms if re.search(r"compressor|indexer", role)} and len(exact) == 6
     assert {terms[role] for role in terms.keys() - exact} == {ROUNDED}
 
 
