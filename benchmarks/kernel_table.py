@@ -72,7 +72,7 @@ def label(kernel: Kernel) -> str:
     if kernel.module == "experts" and "WEIGHT" in constants:
         shown = [f"{constants['ROWS']}x{constants['COLUMNS']} {constants['WEIGHT']}"]
         shown.append("few pairs" if dict(kernel.arguments)["order"] is None else "many pairs")
-    return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
+    return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}".strip()
 
 
 def cell(row: CompiledKernel) -> str:
