@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 _ONE_LAYER = """
 import sys, time
 from pathlib import Path
-from foldkv.export.segments import _traced_layer
 from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.layer_traces import trace_attention, trace_experts
 spec = spec_from_file(Path(sys.argv[1]))
-_traced_layer(spec, spec.num_layers - 1, "hf")
+trace_attention(spec, spec.num_layers - 1, "hf")
 start, cpu = time.monotonic(), time.process_time()
-_traced_layer(spec, spec.num_layers - 2, "hf")
+trace_attention(spec, spec.num_layers - 2, "hf")
+trace_experts(spec, spec.num_layers - 2)
 print(time.monotonic() - start, time.process_time() - cpu)
 """
 

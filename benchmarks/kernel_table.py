@@ -74,7 +74,7 @@ def label(kernel: Kernel) -> str:
         shown.append("few pairs" if dict(kernel.arguments)["order"] is None else "many pairs")
     if kernel.module in ("products", "route"):
         shown += [f"weight={type_.removeprefix('*')}" for name, type_ in kernel.arguments if name == "weight" and type_]
-    return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}"
+    return f"`{kernel.function.split('.')[1]}` {' '.join(shown)}".strip()
 
 
 def cell(row: CompiledKernel) -> str:

@@ -140,8 +140,9 @@ def index_queries(spec: ModelSpec) -> int:
 
 
 def _exact(spec: ModelSpec) -> Counter[str]:
-    """Parameters of the products that are computed with float32's accuracy, by the format of their weights."""
-    found: Counter[str] = Counter()
+    """Parameters of the products that are computed with float32's accuracy, by the format of their weights: the gate's, which
+    routing multiplies itself, and those of :func:`layer_products`."""
+    found = Counter({BFLOAT16: spec.num_layers * spec.num_experts * spec.hidden_size})
     for kind, layers in Counter(spec.layer_types).items():
         for product in layer_products(spec, kind):
             if product.terms == EXACT:

@@ -40,7 +40,9 @@ def test_the_example_takes_v4_flash_to_bundles_for_four_gpus(tmp_path: Path) -> 
     bundles = tmp_path / "v4-flash" / "bundles"
     for name in TARGETS:
         bundle, table = load_bundle(bundles / name), EngineTable.read(bundles / name / ENGINES)
-        assert sum(file.bytes for file in bundle.manifest.files.values()) < 300 << 20
+        # TensorRT-RTX 1.7 adds to a plan scales and zero points for every channel of an int8 input: 102 MiB for the experts' bytes.
+        assert sum(file.bytes for file in bundle.manifest.files.values()) < 500 << 20
+        assert (bundle.manifest.weights or {})["widened"] == []
         assert len(table.calls) == 45 and len(table.plans) == 7  # 43 layers of 4 kinds
         assert table.weight_bytes > 145 << 30
         assert bundle.largest("context") == 1 << 20 and set(bundle.in_place) == {t.name for t in bundle.state.tensors}

@@ -30,6 +30,7 @@ RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capabi
 #: What foldkv's own tensors and registries answer to under the same variable names.
 OURS = {
     "stored_dims",
+    "stored_type",
     "used_rows",
     "dtype",
     "dims",

@@ -16,6 +16,7 @@ from whole import first_chunk, logits, whole_model
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.errors import ArtifactError, InputError
+from foldkv.export.contract.operators import PACKED_EXPERTS
 from foldkv.export.contract.profiles import PROFILES
 from foldkv.export.package import KIND, read_package
 from foldkv.export.stitch import flat_model
@@ -24,8 +25,8 @@ from foldkv.plugins.declarations import BODIES, FIELDS, PLUGINS, PluginSpec
 from foldkv.plugins.inject import inject, inject_nodes, strip_injection, updated_in_place
 from foldkv.runtime.session import Session
 
-#: Operators of exported graphs. Products become operators later, as an engine is built (optimize/passes/linears.py).
-EXPORTED = set(PLUGINS) - {"FoldkvBlockLinear"}
+#: Operators of graphs with plain weights. Products become operators later, as an engine is built (optimize/passes/linears.py).
+EXPORTED = set(PLUGINS) - {"FoldkvBlockLinear", *PACKED_EXPERTS.values()}
 SPARSE = PLUGINS["FoldkvSparseAttention"]
 UPDATE = replace(PLUGINS["FoldkvWindowUpdate"], version="2", sms=frozenset({80}))
 A100 = {"target": "a100", "sm": 80, "dtype": "bfloat16"}

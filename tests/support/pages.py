@@ -10,7 +10,7 @@ from pathlib import Path
 NOT_RUN = "<!-- not run by the tests: "
 _END = "END_OF_EXAMPLES"
 _BLOCK = re.compile(
-    r"^(?P<mark><!-- .*? -->\n+)?```(?P<language>sh|python)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(?P<mark><!-- [^\n]* -->\n+)?```(?P<language>sh|python)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 

@@ -253,9 +253,9 @@ def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_pat
     shutil.copytree(world / "bundles" / "cpu", bundle)
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["backend"], manifest["tool_versions"] = "tensorrt-rtx", {"tensorrt-rtx": "1.7.1"}
-    manifest["files"]["model.plan"] = manifest["files"].pop("chain.json")
+    manifest["files"]["engines.json"] = manifest["files"].pop("chain.json")
     manifest["engine"] = {"file": "engines.json"}
-    (bundle / "chain.json").rename(bundle / "model.plan")
+    (bundle / "chain.json").rename(bundle / "engines.json")
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="such bundles cannot be validated yet"):
         validate(bundle, world / "checkpoint", tmp_path / "report")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foldkv.errors import ArtifactError
@@ -32,6 +32,8 @@ TABLE = EngineTable(
 )  # fmt: skip
 
 
+# Each example is a file; the first one also waits for imports.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["attn.wq_a.weight", "ffn.experts.codes", "ö"]), ROWS))
 def test_a_table_comes_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, roles: dict[str, Taken]

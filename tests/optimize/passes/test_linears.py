@@ -150,7 +150,8 @@ def test_an_engine_reads_stored_weights_in_plugins_and_copies_none(package: Pack
     manifest = read_manifest(result.folder, kind="foldkv.bundle")
     count = sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types)
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]}["FoldkvBlockLinear"] == count
-    assert manifest["precision_islands"]["stored"] == count and manifest["weights"]["widened"] == []
+    stored = count + 2 * len(package.layers)  # and each layer's experts: codes and scales
+    assert manifest["precision_islands"]["stored"] == stored and manifest["weights"]["widened"] == []
     table = EngineTable.read(result.folder / ENGINES)
     for layer, name in enumerate(package.layers):
         plan = (result.folder / table.plans[name]).read_bytes().decode("latin-1")
