@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_REASONS = 5  # different ones of a refused graph
 _WARNINGS = 20  # different ones; no build has given that many yet
 
 
@@ -48,10 +49,7 @@ def build(request: dict[str, Any]) -> None:
     parser = trt.OnnxParser(network, logger)
     say(progress="parsing the graph")
     if not parser.parse_from_file(request["graph"]):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise RuntimeError(
-            "; ".join(f"node {e.node_name() or '?'} ({e.node_operator()}): {_first_line(e.desc())}" for e in errors)
-        )
+        raise RuntimeError(_refused([parser.get_error(i) for i in range(parser.num_errors)], messages))
     unused = [text for _, text in messages if "Unused Input" in text]
     if unused:  # the parser then computes something different from the graph
         raise RuntimeError(f"the parser ignores an input: {unused[0]}")
@@ -98,6 +96,23 @@ def build(request: dict[str, Any]) -> None:
 
 def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip()), text)[:400]
+
+
+def _refused(errors: list[Any], messages: list[tuple[str, str]]) -> str:
+    """What the parser refused, each reason once, and what else was logged.
+
+    Once one node is refused, the parser also names what it would have read in another way, such as every text attribute in a
+    function body. These are left out where there is another reason.
+    """
+    nodes: dict[str, list[str]] = {}
+    for error in errors:
+        nodes.setdefault(_first_line(error.desc()), []).append(f"{error.node_name() or '?'} ({error.node_operator()})")
+    reasons = {text: named for text, named in nodes.items() if "value_strings" not in text} or nodes
+    lines = [
+        f"node {named[0]}{f' and {len(named) - 1} more' * (len(named) > 1)}: {text}" for text, named in reasons.items()
+    ]
+    logged = _reasons(messages)
+    return "; ".join([*lines[:_REASONS], *([logged] if logged not in reasons else [])])
 
 
 def _reasons(messages: list[tuple[str, str]]) -> str:

@@ -35,7 +35,7 @@ _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); a plan per kind of
 # layer without and with plugins, and the plans of the other segments together (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
 _SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 65_000, 135_000, 3_500, 13
-_ENGINE, _ENGINE_WITH_PLUGINS, _ENDS = 14_000_000, 11_400_000, 2_300_000
+_ENGINE, _ENGINE_WITH_PLUGINS, _ENDS = 14_000_000, 3_100_000, 2_300_000
 
 
 def stored_in(checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> str:

@@ -89,9 +89,7 @@ class PluginSpec:
         packed, sizes = row_format_named(row_format).packed, dict[str, int]()
         sums: list[tuple[str, int]] = []
         for tensor, shape in zip(self.inputs, shapes, strict=True):
-            if len(shape) != tensor.rank:
-                raise ValueError(f"{self.operator}.{tensor.name} has shape {tuple(shape)}; expected {tensor.dims}")
-            for symbol, size in zip(tensor.stored_dims(packed=packed), shape, strict=True):
+            for symbol, size in tensor.sized(shape, packed=packed):
                 if "+" in str(symbol):
                     sums.append((str(symbol), size))
                 elif (symbol if isinstance(symbol, int) else sizes.setdefault(symbol, size)) != size:

@@ -289,13 +289,13 @@ def _kernels(
         return [], [f"this version has no kernels for {plugin.operator}"]
     attributes = {a.name: _attribute(a) for a in node.attribute if a.name in spec.attributes}
     sizes: dict[str, int] = {}
-    for tensor, name in zip(spec.inputs, node.input, strict=True):
-        for symbol, size in zip(tensor.dims, shapes.get(name, []), strict=False):
-            if isinstance(symbol, str) and isinstance(size, int):
-                sizes[symbol] = size
-            elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
-                sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
     try:
+        for tensor, name in zip(spec.inputs, node.input, strict=True):
+            for symbol, size in tensor.sized(shapes[name]) if name in shapes else ():
+                if isinstance(symbol, str) and isinstance(size, int):
+                    sizes[symbol] = size
+                elif isinstance(symbol, str) and "+" in symbol and (fixed := re.search(r"\b\d+\b", str(size))):
+                    sizes[symbol.split("+")[0].strip()] = int(fixed[0])  # "W + S" is written "chunk + 128"
         if row_format_named(row_format).packed:
             sizes["ROW"] = row_format_named(row_format).row_bytes(sizes["D"], rope_dim)
         return kernels(
@@ -319,7 +319,9 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
     graph = model.graph
     shapes: dict[str, list[int | str]] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
-        shapes[value.name] = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim
-        ]
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = [
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+                for dim in value.type.tensor_type.shape.dim
+            ]
     return shapes

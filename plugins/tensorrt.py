@@ -175,11 +175,11 @@ def _plugin_class(trt: Any) -> type:
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
             sizes: dict[str, Any] = {}
             for tensor, shape in zip(self.spec.inputs, inputs, strict=True):
-                for axis, symbol in enumerate(tensor.stored_dims(packed=self.packed)):
-                    sizes.setdefault(str(symbol), shape[axis])
+                for symbol, size in tensor.sized(shape, packed=self.packed):
+                    sizes.setdefault(str(symbol), size)
             add = trt.DimensionOperation.SUM
 
-            def size(symbol: str | int) -> Any:
+            def of(symbol: str | int) -> Any:
                 if symbol in self.values:
                     return builder.constant(self.values[str(symbol)])
                 if symbol not in sizes and "+" in str(symbol):
@@ -192,7 +192,7 @@ def _plugin_class(trt: Any) -> type:
                 dims = tensor.stored_dims(packed=self.packed)
                 shape = trt.DimsExprs(len(dims))
                 for axis, symbol in enumerate(dims):
-                    shape[axis] = size(symbol)
+                    shape[axis] = of(symbol)
                 shapes.append(shape)
             return shapes
 

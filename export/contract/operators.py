@@ -9,7 +9,7 @@ steps for a new operator.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ STATE = "state"
 WEIGHT, SCALE = "weight", "scale"
 #: The type of plain weights: that of the engine's large products, which dense rows have too.
 PLAIN = "plain"
+#: Any number of axes.
+ANY = "..."
 _FORMATS = {WEIGHT: (WEIGHT_FORMAT, WEIGHT_TYPES), SCALE: (SCALE_FORMAT, SCALE_TYPES)}
 #: How an operator reads rows of the state: all of a window and a chunk, a whole cache block by block, or chosen entries.
 WINDOW, BLOCKS, CHOSEN = "window", "blocks", "chosen"
@@ -53,14 +55,23 @@ class TensorSpec:
     read: str = ""
     may_end: bool = False
 
-    @property
-    def rank(self) -> int:
-        """Number of axes."""
-        return len(self.dims)
-
     def stored_dims(self, *, packed: bool) -> tuple[str | int, ...]:
         """The axes as stored: packed rows of the state end in ``ROW`` bytes."""
         return (*self.dims[:-1], "ROW") if self.dtype == STATE and packed else self.dims
+
+    def sized(self, shape: Sequence[Any], *, packed: bool = False) -> list[tuple[str | int, Any]]:
+        """Each axis that has a name or a fixed size, with its size in ``shape``.
+
+        Raises:
+            ValueError: a shape with another number of axes.
+        """
+        dims = self.stored_dims(packed=packed)
+        before = dims.index(ANY) if ANY in dims else len(dims)
+        after = dims[before + 1 :]
+        if len(shape) < before + len(after) or (ANY not in dims and len(shape) > before):
+            raise ValueError(f"{self.name} has shape {tuple(shape)}; expected {dims}")
+        ends = [(dim, shape[len(shape) - len(after) + axis]) for axis, dim in enumerate(after)]
+        return [(dim, shape[axis]) for axis, dim in enumerate(dims[:before])] + ends
 
     def stored_type(self, attributes: Mapping[str, Any], *, rows: str) -> str:
         """The type of the elements in memory.
@@ -185,7 +196,7 @@ def expected_operators(spec: ModelSpec, profile: str = HF) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-_ANY = ("...", "D")
+_OF_ANY_RANK = (ANY, "D")
 _EACH, _TWICE = {SLIDING: 1, CSA: 1, HCA: 1}, {SLIDING: 2, CSA: 2, HCA: 2}
 _NO_STATE = "it reads no compressed KV"
 
@@ -256,12 +267,14 @@ _ROUTED = (
 
 
 def _packed_experts(weight: str, scale: str) -> OperatorSpec:
-    """Rows of codes and scales hold w1, w2 and w3 of one expert; the attributes say where (export/operators/packed.py)."""
+    """Rows of codes and scales hold w1, w2 and w3 of one expert; the attributes say where (export/operators/packed.py).
+
+    Between rows and bytes engines have an axis of 1 (optimize/passes/place_weights.py)."""
     return OperatorSpec(
         PACKED_EXPERTS[weight, scale],
         inputs=(
-            *_ROUTED, TensorSpec("codes", ("rows", "CODES"), WEIGHT_TYPES[weight]),
-            TensorSpec("scales", ("rows", "SCALES"), SCALE_TYPES[scale]), TensorSpec("slots", ("X",), "int64"),
+            *_ROUTED, TensorSpec("codes", ("rows", ANY, "CODES"), WEIGHT_TYPES[weight]),
+            TensorSpec("scales", ("rows", ANY, "SCALES"), SCALE_TYPES[scale]), TensorSpec("slots", ("X",), "int64"),
         ),
         outputs=(TensorSpec("y", ("M", "C")),),
         attributes={"limit": float, "codes_at": tuple, "scales_at": tuple, "shapes": tuple, "grids": tuple},
@@ -366,13 +379,13 @@ for _spec in (
     ),
     OperatorSpec(
         "FoldkvQuantizeFp8",
-        inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
+        inputs=(TensorSpec("x", _OF_ANY_RANK),), outputs=(TensorSpec("quantized", _OF_ANY_RANK),),
         attributes={"rope_dim": int}, rounds=FP8_DS_MLA, layers=_EACH, profiles=(SERVED,),
         no_plugin="rounding before a row is written, in graphs of the profile served",
     ),
     OperatorSpec(
         "FoldkvQuantizeFp4",
-        inputs=(TensorSpec("x", _ANY),), outputs=(TensorSpec("quantized", _ANY),),
+        inputs=(TensorSpec("x", _OF_ANY_RANK),), outputs=(TensorSpec("quantized", _OF_ANY_RANK),),
         rounds=INDEX_FP4, layers={CSA: 1}, profiles=(SERVED,),
         no_plugin="rounding of the indexer's queries, in graphs of the profile served",
     ),

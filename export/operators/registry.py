@@ -19,7 +19,7 @@ from onnxscript.values import Opset
 from torch import Tensor
 
 from ...errors import InputError, listing
-from ..contract.operators import STATE, OperatorSpec, TensorSpec, operator_spec
+from ..contract.operators import ANY, STATE, OperatorSpec, TensorSpec, operator_spec
 
 DOMAIN = "foldkv"
 ONNX_OPSET = 20
@@ -102,7 +102,7 @@ def empty_outputs(spec: OperatorSpec, arguments: Sequence[Any]) -> Any:
     tensors = dict(zip(spec.inputs, arguments, strict=False))
     sizes: dict[str, Any] = dict(zip(spec.attributes, arguments[len(spec.inputs) :], strict=True))
     for declared, tensor in tensors.items():
-        if "..." not in declared.dims:
+        if ANY not in declared.dims:
             sizes |= {
                 str(dim): size for dim, size in zip(declared.dims, tensor.shape, strict=True) if str(dim) not in sizes
             }

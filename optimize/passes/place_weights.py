@@ -97,8 +97,23 @@ def _left_to_plugins(model: ir.Model) -> frozenset[str]:
             if tensor.dtype == WEIGHT and value is not None:
                 found.add(value.name or "")
         if node.op_type in PACKED_EXPERTS.values() and NAMESPACE_ATTRIBUTE in node.attributes:
-            found |= {value.name or "" for value in node.inputs[3:5] if value is not None}
+            for value in node.inputs[3:5]:
+                assert value is not None
+                found.add(value.name or "")
+                _without_channels(value)
     return frozenset(found)
+
+
+def _without_channels(value: ir.Value) -> None:
+    """Give rows of bytes an axis of 1 before the bytes, in place.
+
+    TensorRT takes the second axis of an int8 input for its channels, and writes a scale and a zero point of each into the plan:
+    102 MiB for the experts of V4-Flash.
+    """
+    assert value.shape is not None and value.dtype is not None
+    rows, length = value.shape
+    value.shape = ir.Shape([rows, 1, length])
+    value.const_value = absent(value.name or "", value.dtype, value.shape)
 
 
 def _codes(node: ir.Node) -> ir.Value:
