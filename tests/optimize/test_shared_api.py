@@ -29,6 +29,7 @@ HOLDERS = {
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability", "REQUIRE_USER_ALLOCATION"}
 #: What foldkv's own tensors and registries answer to under the same variable names.
 OURS = {
+    "sized",
     "stored_dims",
     "stored_type",
     "used_rows",
