@@ -55,7 +55,10 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
     if isinstance(manifest, GraphManifest | FlatManifest | BundleManifest):
         facts["state"] = _state_facts(manifest)
     if isinstance(manifest, BundleManifest) and ENGINES in manifest.files:
-        facts["taken"] = _taken_facts(path)
+        table = EngineTable.read(path / ENGINES)
+        facts["engine"] = {key: value for key, value in content["engine"].items() if key != "segments"}
+        facts["plans"] = _plan_facts(manifest, table)
+        facts["taken"] = _taken_facts(table)
     if isinstance(manifest, ReportManifest):
         facts |= _report_facts(path)
     if isinstance(manifest, GraphManifest):
@@ -64,11 +67,30 @@ def _artifact_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _taken_facts(path: Path) -> dict[str, dict[str, str]]:
+def _plan_facts(manifest: BundleManifest, table: EngineTable) -> dict[str, dict[str, Any]]:
+    """Every plan: how often a step calls it, its layers, those that plugins compute, and whether steps can be captured."""
+    calls = Counter(call.segment for call in table.calls)
+    return {
+        name: {
+            "calls": calls[name] or 1,  # the table lists those that take weights
+            "layers": plan.layers,
+            "bytes": plan.header["bytes"],
+            "capture": plan.capture,
+            "reused": plan.reused,
+            "plugins": {operator.removeprefix("Foldkv"): nodes for operator, nodes in plan.plugins.items()},
+        }
+        for name, plan in (manifest.engine.segments or {}).items()
+    }
+
+
+def _taken_facts(table: EngineTable) -> dict[str, dict[str, dict[str, Any]]]:
     """How the engines of each segment take their weights, by role."""
     return {
-        name: {role: f"{one.form}, {one.dtype} {list(one.shape)}" for role, one in roles.items()}
-        for name, roles in EngineTable.read(path / ENGINES).weights.items()
+        name: {
+            role: {"form": one.form, "dtype": one.dtype, "shape": list(one.shape), "bytes": one.bytes}
+            for role, one in roles.items()
+        }
+        for name, roles in table.weights.items()
     }
 
 

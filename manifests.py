@@ -318,14 +318,14 @@ class SegmentEngine:
 
     Attributes:
         layers: of its network.
-        plugin_layers: those that are plugins.
+        plugins: how many of them are plugins, by operator.
         header: of the plan.
         capture: whether steps can be captured in CUDA graphs: all state is in place, and there is no loop.
         reused: whether it was in the cache of plans.
     """
 
     layers: Natural
-    plugin_layers: Natural
+    plugins: dict[str, Natural]
     header: dict[str, Any]
     capture: bool
     reused: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ def table(rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> list[st
     return lines
 
 
-_LONG = 120  # a list with more characters is written one item per line
+_LONG = 120  # a list with more characters is written one item per line,
+_FEW = 4  # or counted if its items repeat that often
 
 
 def describe(facts: Mapping[str, Any]) -> str:
@@ -44,6 +46,11 @@ def _lines(facts: Mapping[str, Any], indent: str, parent: str) -> list[str]:
                 [columns, *([_text(key, row.get(key), "") for key in columns] for row in value)], f"{indent}  "
             )
         elif isinstance(value, Sequence) and not isinstance(value, str) and len(", ".join(map(str, value))) > _LONG:
+            counts = Counter(_text("", item, name) for item in value)
+            if len(value) > _FEW * len(counts):
+                found = ", ".join(f"{count} x {text}" for text, count in counts.items())
+                lines.append(f"{indent}{name}: {len(value)} ({found})")
+                continue
             lines.append(f"{indent}{name}:")
             lines += [f"{indent}  {_text('', item, name)}" for item in value]
         else:
@@ -58,7 +65,8 @@ def _rows(table: Mapping[str, Any]) -> list[list[str]]:
     columns = list(next(iter(table.values())))
     if len(table) < 2 or any(list(row) != columns for row in table.values()):
         return []
-    if any(isinstance(cell, Mapping) for row in table.values() for cell in row.values()):
+    cells = [cell for row in table.values() for cell in row.values() if isinstance(cell, Mapping)]
+    if any(not isinstance(value, int | str) for cell in cells for value in cell.values()):
         return []
     return [["", *columns], *([name, *(_text(key, row[key], "") for key in columns)] for name, row in table.items())]
 

@@ -26,6 +26,7 @@ import click
 import foldkv
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.engine_set import ENGINES, EngineTable
+from foldkv.export.package import Package
 from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.floor import weight_floor
 
@@ -33,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 TARGETS = ("a100", "l40s", "rtx4090", "rtx5090", "rtxpro6000", "dgx-spark")
 LAYOUTS = ("dense", "fp8+fp4")
+#: Tokens in the state of the step whose bytes are counted.
+CONTEXT = 1 << 16
 
 
 @click.command()
@@ -41,6 +44,8 @@ LAYOUTS = ("dense", "fp8+fp4")
 def main(configs: tuple[Path, ...], output: Path) -> None:
     """Measure and write the results as JSON."""
     from checkpoints import sparse_checkpoint
+
+    from foldkv.export.package import read_package
 
     rows = []
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -56,7 +61,8 @@ def main(configs: tuple[Path, ...], output: Path) -> None:
                 for run in ("cold", "warm"):
                     out = work / f"{run}-{layout}"
                     row[f"{run}, {layout}"] = _timed(work, "build", graph, "-o", out, *words, "--layout", layout)
-                row[layout] = {target: _facts(work / f"cold-{layout}" / target) for target in TARGETS}
+                package = read_package(graph)
+                row[layout] = {target: _facts(work / f"cold-{layout}" / target, package) for target in TARGETS}
                 row["weight_floor_bytes"] = weight_floor(spec_from_file(config), "fp4")
                 for run in ("cold", "warm"):
                     shutil.rmtree(work / f"{run}-{layout}")
@@ -86,8 +92,14 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _facts(bundle: Path) -> dict[str, Any]:
-    """Sizes of a bundle, the largest build of a plan, and what is done with its weights."""
+def _facts(bundle: Path, package: Package) -> dict[str, Any]:
+    """Sizes of a bundle, the largest build of a plan, what is done with its weights, and what a decode step moves."""
+    from step_traffic import traffic
+
+    steps = {
+        name: traffic(bundle, package, name, CONTEXT) for name in dict.fromkeys(name for _, name in package.calls())
+    }
+    calls = [steps[name] for _, name in package.calls()]
     manifest, table = read(BundleManifest, bundle), EngineTable.read(bundle / ENGINES)
     return {
         "bytes": _bytes(bundle),
@@ -95,9 +107,20 @@ def _facts(bundle: Path) -> dict[str, Any]:
         "weight_bytes": table.weight_bytes,
         "weights": manifest.weights,
         "plugin_layers": manifest.engine.plugin_layers,
+        "step": {
+            "launches": sum(sum(one.launches.values()) for one in calls),
+            "bytes": sum(one.bytes for one in calls),
+            "floor": sum(one.floor for one in calls),
+        },
         "segments": {
-            name: {"layers": one.layers, "plugin_layers": one.plugin_layers, "capture": one.capture}
+            name: {
+                "calls": calls.count(steps[name]), "layers": one.layers, "plugins": sum(one.plugins.values()),
+                "plan_bytes": one.header["bytes"], "capture": one.capture, "launches": dict(steps[name].launches),
+                "weights": steps[name].weights, "state": steps[name].state, "activations": steps[name].activations,
+                "floor": steps[name].floor, "rewritten": steps[name].widest[0],
+            }
             for name, one in (manifest.engine.segments or {}).items()
+            if name in steps
         },
     }
 

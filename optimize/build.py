@@ -404,7 +404,7 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     return _Made(
         made.state,
         EngineFacts(
-            ENGINES, segments=made.segments, plugin_layers=sum(made.segments[name].plugin_layers for name in layers)
+            ENGINES, segments=made.segments, plugin_layers=sum(sum(made.segments[name].plugins.values()) for name in layers)
         ),
         BuildCost(made.peak_rss_bytes, made.warnings),
         plugins=made.bundled.plugins,

@@ -23,6 +23,7 @@ from ..export.contract.engine_set import ENGINES, STORED, WORDS, EngineTable
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight
 from ..export.contract.state import StateTensor
+from ..export.operators.registry import DOMAIN
 from ..export.package import Package
 from ..manifests import OperatorCoverage, SegmentEngine
 from ..plugins.inject import Given, Injection, inject_nodes, set_library, updated_in_place
@@ -50,7 +51,7 @@ class EngineSet:
         in_place: names of the state tensors that plugins update in the buffer that they read.
         counts: what was lowered, in all layers.
         weights: bytes on a device by type, and which are taken wider than stored.
-        segments: of every plan: layers, plugin layers, header, whether steps can be captured, whether it was reused.
+        segments: of every plan: layers, plugins, header, whether steps can be captured, whether it was reused.
         peak_rss_bytes: the largest of the builds, those of reused plans too.
         warnings: of the builder.
     """
@@ -67,12 +68,12 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A lowered segment: its folder, its plugin layers, the state groups that they update in place, and whether a loop or a
-    branch is in it."""
+    """A lowered segment: its folder, its plugin layers by operator, the state groups that they update in place, and whether a loop
+    or a branch is in it."""
 
     folder: Path
     lowered: Lowered
-    plugins: int
+    plugins: dict[str, int]
     in_place: tuple[str, ...]
     control_flow: bool
 
@@ -114,24 +115,32 @@ def write_engines(
         InputError: no node can take a plugin, or a layout needs plugins that there are not.
     """
     report, cache = Progress.of(progress), cache or PlanCache()
-    names, layers = list(package.manifest.segments), Counter(package.layers)
+    names, calls = list(package.manifest.segments), Counter(name for _, name in package.calls())
     models = {name: package.segment(name).model for name in names}
     if plugins:
         assert target.sm is not None
-        for name in layers:
+        for name in names:
             read_stored(models[name], package.spec, sm=target.sm)
     graphs = {name: ir.to_proto(model) for name, model in models.items()}
     bundled = Bundled()
+    injections: dict[str, Injection] = {}
     if plugins:
-        injections = {name: _inject(graphs[name], package, name, target, layout) for name in layers}
-        whole = _together(injections, layers)
+        injections = {
+            name: _inject(graphs[name], package, name, target, layout)
+            for name in names
+            if any(node.domain == DOMAIN for node in graphs[name].graph.node)
+        }
+        whole = _together(injections, calls)
         report(f"{whole.injected} of {whole.nodes} foldkv nodes go to plugins")
         bundled = bundle_kernels(whole, work, progress=progress)
         assert bundled.kernels is not None
-        for name in layers:
+        for name in injections:
             set_library(graphs[name], bundled.kernels.library)
     report(f"lowering {len(names)} segments to {target.precision}")
-    counts = {name: injections[name].injected if plugins and name in layers else 0 for name in names}
+    counts = {
+        name: {row.operator: row.injected for row in injections[name].rows if row.injected} if name in injections else {}
+        for name in names
+    }
     segments = {
         name: _lower(graphs.pop(name), package, name, scratch / name, target, shapes, layout, counts[name])
         for name in names
@@ -184,18 +193,18 @@ def _inject(graph: onnx.ModelProto, package: Package, name: str, target: Target,
     )  # fmt: skip
 
 
-def _together(injections: dict[str, Injection], layers: Counter[str]) -> Injection:
-    """The injection of all layers, from that of each kind."""
+def _together(injections: dict[str, Injection], calls: Counter[str]) -> Injection:
+    """The injection of a whole model, from that of each segment and how often it is called."""
     rows: dict[str, OperatorCoverage] = {}
     given: dict[str, Given] = {}
     for name, one in injections.items():
         for row in one.rows:
             old = rows.get(row.operator, OperatorCoverage(row.operator, 0, 0, {}))
-            refusals = Counter(old.refusals) + Counter({r: n * layers[name] for r, n in row.refusals.items()})
+            refusals = Counter(old.refusals) + Counter({r: n * calls[name] for r, n in row.refusals.items()})
             rows[row.operator] = OperatorCoverage(
                 row.operator,
-                old.nodes + row.nodes * layers[name],
-                old.injected + row.injected * layers[name],
+                old.nodes + row.nodes * calls[name],
+                old.injected + row.injected * calls[name],
                 dict(refusals),
             )
         for entry in one.given:
@@ -218,7 +227,7 @@ def _lower(
     target: Target,
     shapes: Shapes,
     layout: str,
-    plugins: int,
+    plugins: dict[str, int],
 ) -> _Segment:
     folder.mkdir(parents=True)
     state = package.own_state(name)
@@ -264,7 +273,7 @@ def _plan(
         try:
             facts = build_plan(
                 segment.folder / MODEL, plan, sm=named, ranges=ranges, context=shapes.context, backend=backend,
-                plugins=segment.plugins, capture=segment.captures, progress=progress,
+                plugins=sum(segment.plugins.values()), capture=segment.captures, progress=progress,
             )  # fmt: skip
         except BuildError as error:
             raise BuildError(f"segment {name}: {error}") from None
@@ -277,7 +286,7 @@ _RECIPE = 1
 
 
 def _facts(built: dict[str, Any], segment: _Segment) -> SegmentEngine:
-    return SegmentEngine(built["layers"], built["plugin_layers"], built["header"], segment.captures, built["reused"])
+    return SegmentEngine(built["layers"], segment.plugins, built["header"], segment.captures, built["reused"])
 
 
 def _state(package: Package, segments: dict[str, _Segment]) -> list[StateTensor]:

@@ -38,7 +38,7 @@ def weight_floor(spec: ModelSpec, format_: str) -> int:
     return total - (index_queries(spec) if bits["projections"] == 8 else 0)
 
 
-def state_floor(spec: ModelSpec, layout: str, context: int, dtype: str) -> int:
+def state_floor(spec: ModelSpec, layout: str, context: int, dtype: str, *, layer: int | None = None) -> int:
     """Bytes of the state that a step reads after ``context`` tokens of one sequence.
 
     CSA layers read all rows of the index and the entries that the indexer chooses; HCA layers read all entries; all layers
@@ -49,9 +49,12 @@ def state_floor(spec: ModelSpec, layout: str, context: int, dtype: str) -> int:
         layout: of the cache rows.
         context: tokens in the state.
         dtype: of dense rows.
+        layer: only this one.
     """
     total = 0
     for tensor in state_tensors(spec):
+        if layer not in (None, tensor.layer):
+            continue
         kept = LAYOUTS[layout].stored(tensor, spec.rope_dim, dtype)
         kind = spec.layer_types[tensor.layer]
         assert kind in (CSA, HCA) or tensor.group == "window"

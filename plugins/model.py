@@ -9,7 +9,7 @@ from ..export.checkpoint.formats import FP4_GROUP, FP8_BLOCK
 from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS
-from ..export.contract.products import Product, layer_products
+from ..export.contract.products import Product, all_products
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
 from ..export.contract.weights import (
@@ -73,8 +73,7 @@ def operator_calls(
                 OperatorCall("FoldkvIndexSelect", "index_entries", {}, selected),
                 OperatorCall("FoldkvSparseAttention", "entries", attended | {"K": spec.index_topk}, {}),
             ]
-    products = dict.fromkeys(one for kind in dict.fromkeys(spec.layer_types) for one in layer_products(spec, kind))
-    calls += [product_call(product) for product in products]
+    calls += [product_call(product) for product in all_products(spec)]
     return [*calls, *(_experts(spec, form) for form in experts)]
 
 

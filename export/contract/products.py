@@ -1,7 +1,7 @@
-"""The products of a layer whose weights plugins read as stored: which weights, in how many groups, how exactly. Standard library only.
+"""The products whose weights plugins read as stored: which weights, in how many groups, how exactly. Standard library only.
 
-What is not here stays as it is: routed experts (their own operator), the streams' mixing, which is float32 in every checkpoint,
-and the ends of a model, which belong to no layer.
+What is not here stays as it is: routed experts, their router and the streams' mixing, which are operators of their own, and the
+embedding, of which a step reads single rows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Product:
     """A weight and what it is multiplied with.
 
     Attributes:
-        role: of the weight within a layer, as in released checkpoints.
+        role: of the weight, within its layer if it is in one, as in released checkpoints.
         rows: of the weight.
         columns: of the weight.
         terms: of the activations: ROUNDED for the large projections, EXACT for what engines otherwise compute in float32:
-            the compressor, the indexer and the router.
+            the compressor and the indexer.
         released: format of the weight in released checkpoints.
         groups: of rows that each meet their own part of the activations.
     """
@@ -67,6 +67,17 @@ def layer_products(spec: ModelSpec, kind: str) -> tuple[Product, ...]:
         Product("ffn.shared_experts.w2.weight", hidden, inner),
         Product("ffn.shared_experts.w3.weight", inner, hidden),
     )
+
+
+def head_product(spec: ModelSpec) -> Product:
+    """The product that gives the logits."""
+    return Product("head.weight", spec.vocab_size, spec.hidden_size, released=BFLOAT16)
+
+
+def all_products(spec: ModelSpec) -> tuple[Product, ...]:
+    """The different products of a model: those of every kind of layer, then the head's."""
+    kinds = dict.fromkeys(spec.layer_types)
+    return tuple(dict.fromkeys([*(one for kind in kinds for one in layer_products(spec, kind)), head_product(spec)]))
 
 
 def _compressor(owner: str, rows: int, hidden: int) -> list[Product]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ...errors import BuildError
 from ...export.contract.geometry import ModelSpec
-from ...export.contract.products import Product, layer_products
+from ...export.contract.products import Product, all_products
 from ...export.contract.weights import BFLOAT16, E4M3, EXPONENT, FLOAT32, SCALE_FORMAT, WEIGHT_FORMAT
 from ...export.operators.linear import FoldkvBlockLinear
 from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL
@@ -42,7 +42,7 @@ class _Stored:
 
 
 def read_stored(model: ir.Model, spec: ModelSpec, *, sm: int) -> int:
-    """Turn the products of layers into FoldkvBlockLinear nodes, in place; returns how many.
+    """Turn the products of layers and head into FoldkvBlockLinear nodes, in place; returns how many.
 
     Args:
         model: a flat graph or a segment, in which the operators on weights (export/operators/packed.py) are still nodes.
@@ -52,8 +52,7 @@ def read_stored(model: ir.Model, spec: ModelSpec, *, sm: int) -> int:
     Raises:
         BuildError: a weight is not used as in a product.
     """
-    kinds = dict.fromkeys(spec.layer_types)
-    products = {product.role: product for kind in kinds for product in layer_products(spec, kind)}
+    products = {product.role: product for product in all_products(spec)}
     made = 0
     for weight in [*model.graph.inputs, *model.graph.initializers.values()]:
         product = products.get(_role(weight.name or ""))
@@ -157,7 +156,9 @@ def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> No
     if out.shape is not None and groups == 1:
         result.shape = out.shape
     graph.insert_before(product, nodes)
-    ir.convenience.replace_all_uses_with(out, result)
+    if out.is_graph_output():
+        result.name, out.name = out.name, None
+    ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
     _remove(product)
     if stored.scale is not None:
         _take_bytes(stored.weight)

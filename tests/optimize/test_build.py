@@ -115,8 +115,8 @@ def test_the_experts_of_a_chunk_are_gathered_at_once_only_where_they_fit(
     assert sorted(filter(None, products)) == ([2] * 4 if rounds else [])
 
 
-#: Of tiny-v4: eight in a sliding layer, fourteen in each of two CSA layers, ten in an HCA layer.
-PRODUCTS = {"FoldkvBlockLinear": 8 + 2 * 14 + 10}
+#: Of tiny-v4: eight in a sliding layer, fourteen in each of two CSA layers, ten in an HCA layer, and the head's.
+PRODUCTS = {"FoldkvBlockLinear": 8 + 2 * 14 + 10 + 1}
 SMALL = Shapes(batch=(1, 1, 2), chunk=(1, 1, 16), context=(64, 256, 1024))
 
 
@@ -171,7 +171,7 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
     counts = read_manifest(tiny_graph, kind="foldkv.graph")["operators"]
     expected = {name: counts[name] for name in PLUGINS if name in counts} | PRODUCTS
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]} == expected
-    assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 41 + 46
+    assert manifest["engine"]["plugin_layers"] == sum(expected.values()) == 41 + 47
     assert all(one["capture"] for one in manifest["engine"]["segments"].values()), (
         "no loop is left, so graphs can capture"
     )
@@ -191,7 +191,7 @@ def test_a_real_engine_with_plugins_is_built_without_a_gpu(
         load_bundle(folder).manifest.kernels.library,
         *{"fp8+fp4": ("fp8_ds_mla", "index_fp4")}.get(layout, ()),
     ):
-        layers = manifest["engine"]["segments"]["csa-moe"]["plugin_layers"]
+        layers = sum(manifest["engine"]["segments"]["csa-moe"]["plugins"].values())
         assert plans["csa-moe"].count(text.encode()) >= (layers if text == manifest["kernels"]["library"] else 1)
 
 
@@ -226,7 +226,7 @@ def test_an_engine_of_a_served_graph_has_its_compression_in_plugins(served_graph
     found = {row["name"]: row for row in manifest["plugins"]}
     expected = {name: counts[name] for name in PLUGINS if name in counts} | PRODUCTS
     assert {name: row["nodes"] for name, row in found.items()} == expected
-    assert manifest["engine"]["plugin_layers"] == sum(row["nodes"] for row in found.values()) == 41 + 46
+    assert manifest["engine"]["plugin_layers"] == sum(row["nodes"] for row in found.values()) == 41 + 47
     assert found["FoldkvCompressFp8"]["row_formats"] == ["fp8_ds_mla"] and found["FoldkvCompressFp4"][
         "row_formats"
     ] == ["index_fp4"]

@@ -101,14 +101,12 @@ def test_a_flat_graph_with_weights_as_initializers_computes_the_same(
     made = []
     rounded = bound(package, lambda model: made.append(read_stored(model, package.spec, sm=80)))
     found = logits(rounded, tmp_path / "rounded", feeds)
-    assert made == [sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types)]
+    assert made == [sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types) + 1], "and the head"
     scale = float(np.abs(expected).max())
     assert 1e-5 * scale < np.abs(found - expected).max() < 0.05 * scale, "activations are rounded to bfloat16"
     # With every activation exact, nothing but the order of sums differs.
-    exact = linears.layer_products
-    monkeypatch.setattr(
-        linears, "layer_products", lambda *given: tuple(replace(one, terms=EXACT) for one in exact(*given))
-    )
+    exact = linears.all_products
+    monkeypatch.setattr(linears, "all_products", lambda spec: tuple(replace(one, terms=EXACT) for one in exact(spec)))
     same = logits(bound(package, lambda model: read_stored(model, package.spec, sm=80)), tmp_path / "exact", feeds)
     np.testing.assert_allclose(same, expected, rtol=0, atol=1e-4 * scale)
 
@@ -148,9 +146,9 @@ def test_an_engine_reads_stored_weights_in_plugins_and_copies_none(package: Pack
     ).results
     assert result.reason == ""
     manifest = read_manifest(result.folder, kind="foldkv.bundle")
-    count = sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types)
+    count = sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types) + 1  # and the head
     assert {row["name"]: row["nodes"] for row in manifest["plugins"]}["FoldkvBlockLinear"] == count
-    stored = count + 2 * len(package.layers)  # and each layer's experts: codes and scales
+    stored = count + 3 * len(package.layers)  # and each layer's gate, and its experts' codes and scales
     assert manifest["precision_islands"]["stored"] == stored and manifest["weights"]["widened"] == []
     table = EngineTable.read(result.folder / ENGINES)
     for layer, name in enumerate(package.layers):
