@@ -178,6 +178,10 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
         lines.append(
             "At best: the tokens a second of one sequence if memory is read at its full speed, each weight once per token, as stored."
         )
+    if any(plan.target.backend.engine and not plan.plugins for plan in plans):
+        lines.append(
+            "Without plugins, products take their weights in bfloat16 or float32, and every token copies and decodes its experts: that is counted."
+        )
     if any(plan.activations.largest == "experts" for plan in plans):
         lines.append(
             "Activations are estimates. In engines, at most 1 GiB of them are experts' weights, gathered for a few tokens at a time."

@@ -114,10 +114,17 @@ def _facts(bundle: Path, package: Package) -> dict[str, Any]:
         },
         "segments": {
             name: {
-                "calls": calls.count(steps[name]), "layers": one.layers, "plugins": sum(one.plugins.values()),
-                "plan_bytes": one.header["bytes"], "capture": one.capture, "launches": dict(steps[name].launches),
-                "weights": steps[name].weights, "state": steps[name].state, "activations": steps[name].activations,
-                "floor": steps[name].floor, "rewritten": steps[name].widest[0],
+                "calls": calls.count(steps[name]),
+                "layers": one.layers,
+                "plugins": sum(one.plugins.values()),
+                "plan_bytes": one.header["bytes"],
+                "capture": one.capture,
+                "launches": dict(steps[name].launches),
+                "weights": steps[name].weights,
+                "state": steps[name].state,
+                "activations": steps[name].activations,
+                "floor": steps[name].floor,
+                "rewritten": steps[name].widest[0],
             }
             for name, one in (manifest.engine.segments or {}).items()
             if name in steps

@@ -40,9 +40,12 @@ from ..manifests import (
 from ..packages import as_user_error
 from ..progress import Progress, Say, silent
 from ..records import to_json
+from ..units import size_text
 from .choices import Choice, backend_version, check_here, choose
 from .engine_build import end_children
+from .floor import weight_floor, weights_moved_without_plugins
 from .history import expected_build
+from .kept_weights import built_in, locked_format
 from .outcome import BuildReport, TargetResult
 from .plan_cache import PlanCache
 from .recipe import BuildSpec, Shapes, default_shapes
@@ -390,6 +393,13 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     from .engine_set import write_engines
 
     package = job.package
+    if not job.plugins:
+        stored = built_in(locked_format(package.lock.weights["layers.0"]), job.target.backend)
+        moved, needed = weights_moved_without_plugins(package.spec, stored), weight_floor(package.spec, stored)
+        progress(
+            f"without plugins, a step of one token moves at least {size_text(moved)} of weights, with them about "
+            f"{size_text(needed)}; and no step can be captured in a CUDA graph"
+        )
     # Lowered graphs are beside the bundle's staging folder, so they never become part of the bundle.
     scratch = work.with_name(f"{work.name}-graph")
     try:
@@ -404,7 +414,9 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     return _Made(
         made.state,
         EngineFacts(
-            ENGINES, segments=made.segments, plugin_layers=sum(sum(made.segments[name].plugins.values()) for name in layers)
+            ENGINES,
+            segments=made.segments,
+            plugin_layers=sum(sum(made.segments[name].plugins.values()) for name in layers),
         ),
         BuildCost(made.peak_rss_bytes, made.warnings),
         plugins=made.bundled.plugins,

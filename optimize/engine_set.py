@@ -138,7 +138,9 @@ def write_engines(
             set_library(graphs[name], bundled.kernels.library)
     report(f"lowering {len(names)} segments to {target.precision}")
     counts = {
-        name: {row.operator: row.injected for row in injections[name].rows if row.injected} if name in injections else {}
+        name: {row.operator: row.injected for row in injections[name].rows if row.injected}
+        if name in injections
+        else {}
         for name in names
     }
     segments = {

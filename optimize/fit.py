@@ -22,7 +22,7 @@ from ..export.contract.layouts import DENSE
 from ..export.contract.profiles import HF, check_profile
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
-from .floor import state_floor, weight_floor
+from .floor import state_floor, weight_floor, weights_moved_without_plugins
 from .history import BUILD, EXPORT, Estimate, Run, estimate
 from .kept_weights import built_in, cpu_weight_bytes, stored_format, weight_bytes_in
 from .targets import Target
@@ -66,7 +66,7 @@ class TargetPlan:
         weights: for each format that the target keeps, from wide to narrow.
         built_in: the format of these that ``foldkv build`` writes.
         bundle: size of the bundle on disk, in that format.
-        floor: bytes that a decode step of one sequence must read in that format: weights and rows (optimize/floor.py).
+        floor: bytes that a decode step of one sequence must move in that format: weights and rows (optimize/floor.py).
         placed: of the bundle, weights that are converted once, because the target does not compute with them as they are stored.
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
@@ -185,6 +185,7 @@ def plan_target(
         rest = kinds * (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) + _ENDS + graph_bytes(spec, stored)
     else:
         rest = graph_bytes(spec, stored)
+    moved = weights_moved_without_plugins if target.backend.engine and not choice.plugins else weight_floor
     return TargetPlan(
         target=target,
         capacity=capacity,
@@ -196,7 +197,7 @@ def plan_target(
         weights=sizes,
         built_in=written,
         bundle=placed + rest,
-        floor=weight_floor(spec, written) + state_floor(spec, layout, context, target.precision),
+        floor=moved(spec, written) + state_floor(spec, layout, context, target.precision),
         placed=placed,
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,

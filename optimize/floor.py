@@ -6,6 +6,7 @@ attention and indexer look at. No kernel can be faster than memory gives these b
 
 from __future__ import annotations
 
+from ..backends import BF16
 from ..export.contract.geometry import CSA, HCA, ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.state import state_tensors
@@ -36,6 +37,26 @@ def weight_floor(spec: ModelSpec, format_: str) -> int:
     total = int(sum(count * widths[group] for group, count in read.items())) // 8
     # The indexers' queries are stored in e4m3, like the projections.
     return total - (index_queries(spec) if bits["projections"] == 8 else 0)
+
+
+def weights_moved_without_plugins(spec: ModelSpec, format_: str) -> int:
+    """Bytes of weights that a step of one token moves at least in engines without plugins.
+
+    Function bodies take every matrix in the type of its product. Of the chosen experts they gather a copy, which is written and
+    read again; of packed ones also the decoded values are.
+
+    Args:
+        spec: the model.
+        format_: of the weights, a name in :data:`~foldkv.optimize.kept_weights.FORMATS`.
+    """
+    bits, counts = FORMATS[format_].bits, parameter_groups(spec)
+    chosen = counts["experts"] * spec.experts_per_token // spec.num_experts
+    product = FORMATS[BF16].bits
+    decoded = 2 * product["experts"] if bits["experts"] < product["experts"] else 0
+    total = chosen * (3 * min(bits["experts"], product["experts"]) + decoded)
+    total += counts["projections"] * product["projections"] + counts["precise"] * bits["precise"]
+    total += (spec.vocab_size + 1) * spec.hidden_size * product["ends"]
+    return int(total) // 8
 
 
 def state_floor(spec: ModelSpec, layout: str, context: int, dtype: str, *, layer: int | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..backends import BF16, FLOAT32, FP4, FP8, Backend
 from ..export.contract.geometry import ModelSpec
+from ..export.contract.lock import Weight
 from ..export.contract.products import EXACT, layer_products
 from ..export.contract.weights import BFLOAT16, E4M3
 from ..export.memory import parameter_groups, table_bytes
@@ -93,6 +94,16 @@ def stored_format(config: Mapping[str, Any], dtypes: Mapping[str, str] | None = 
         # The first release of V4-Flash names only fp8, but its experts are in fp4.
         names[1:1] = [quantised.get("expert_dtype"), FP4 if quantised.get("quant_method") == "fp8" else None]
     return next((_CONFIG_DTYPES[str(name)] for name in names if str(name) in _CONFIG_DTYPES), FLOAT32)
+
+
+def locked_format(weights: Mapping[str, Weight]) -> str:
+    """The format of a layer's experts, from what a package's lock says of its weights."""
+    [dtype] = {
+        weight.dtype
+        for role, weight in weights.items()
+        if role.startswith("ffn.experts.") and role != "ffn.experts.scales"
+    }
+    return _EXPERT_DTYPES.get(dtype, FLOAT32)
 
 
 def weight_bytes_in(spec: ModelSpec, format_: str, *, widened: bool = False) -> int:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
 from foldkv.optimize.fit import plan_target
-from foldkv.optimize.floor import state_floor, weight_floor
+from foldkv.optimize.floor import state_floor, weight_floor, weights_moved_without_plugins
 from foldkv.optimize.targets import load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -52,3 +52,12 @@ def test_the_plan_says_how_many_tokens_memory_allows() -> None:
     assert target.bandwidth_gb_s is not None and planned.best_tokens == target.bandwidth_gb_s * 1e9 / planned.floor
     assert planned.to_dict()["best_tokens_per_second"] == planned.best_tokens
     assert plan_target(FLASH, load_targets()["cpu"], context=4096, stored="fp4").best_tokens is None
+
+
+@pytest.mark.parametrize(("format_", "times"), [("fp4", (4, 5)), ("fp8", (4, 5)), ("bf16", (1.9, 2.1))])
+def test_without_plugins_a_step_moves_several_times_the_bytes(format_: str, times: tuple[float, float]) -> None:
+    low, high = times
+    assert low < weights_moved_without_plugins(FLASH, format_) / weight_floor(FLASH, format_) < high
+    target = load_targets()["rtx5090"]
+    on, off = (plan_target(FLASH, target, context=4096, stored=format_, plugins=plugins) for plugins in (True, False))
+    assert off.floor - on.floor == weights_moved_without_plugins(FLASH, format_) - weight_floor(FLASH, format_)

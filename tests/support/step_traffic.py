@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from foldkv.export.contract.engine_set import ENGINES, EngineTable
 from foldkv.export.contract.layouts import DENSE, LAYOUTS
 from foldkv.export.contract.operators import STATE
@@ -260,7 +258,13 @@ def _plugins(package: Package, segment: str, manifest: BundleManifest, context: 
         if row_format_named(format_).packed:
             sizes["ROW"] = row
         plan = launches_of(
-            node.op_type, sizes, attributes, sm=sm, dtype=manifest.target.precision, row_format=format_, rope_dim=spec.rope_dim
+            node.op_type,
+            sizes,
+            attributes,
+            sm=sm,
+            dtype=manifest.target.precision,
+            row_format=format_,
+            rope_dim=spec.rope_dim,
         )
         moved = 2 * plan.workspace
         for declared, value in values:

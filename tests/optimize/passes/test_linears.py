@@ -101,7 +101,9 @@ def test_a_flat_graph_with_weights_as_initializers_computes_the_same(
     made = []
     rounded = bound(package, lambda model: made.append(read_stored(model, package.spec, sm=80)))
     found = logits(rounded, tmp_path / "rounded", feeds)
-    assert made == [sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types) + 1], "and the head"
+    assert made == [sum(len(layer_products(package.spec, kind)) for kind in package.spec.layer_types) + 1], (
+        "and the head"
+    )
     scale = float(np.abs(expected).max())
     assert 1e-5 * scale < np.abs(found - expected).max() < 0.05 * scale, "activations are rounded to bfloat16"
     # With every activation exact, nothing but the order of sums differs.
