@@ -222,3 +222,54 @@ def exports() -> str:
     guess = peers["extrapolated"]["torch_export_all_layers_cpu_seconds"]
     beside.append(["torch.onnx.export without a cache (estimate from three layers)", f"{guess} s", "-", "-", "-"])
     return _table(("tool, model", "time", "peak memory", "written", "nodes"), own + beside)
+
+
+def real_size() -> str:
+    """Bundles for six GPUs from full-size checkpoints."""
+    rows = []
+    for row in result("real-size")["rows"]:
+        name = row["model"].removeprefix("deepseek-")
+        export = row["export"]
+        size = f"{row['graph_bytes'] / 2**20:.1f} MiB"
+        rows.append([f"{name}, export", f"{export['seconds']:.0f} s", "", _mib(export["largest_child_so_far"]), size])
+        for layout in ("dense", "fp8+fp4"):
+            bundles = row[layout].values()
+            rows.append([
+                f"{name}, {len(bundles)} GPUs, {layout}", f"{row[f'cold, {layout}']['seconds']:.0f} s",
+                f"{row[f'warm, {layout}']['seconds']:.0f} s", _mib(max(one["peak_rss_bytes"] for one in bundles)),
+                f"{max(one['bytes'] for one in bundles) / 2**20:.0f} MiB",
+            ])  # fmt: skip
+    before = ["V4-Flash cut to one layer, one GPU, before", "88 s", "", "14,210 MiB", "4,101 MiB"]
+    return _table(("", "cold", "warm", "largest process", "largest package or bundle"), [*rows, before])
+
+
+def real_steps() -> str:
+    """What a decode step of one sequence launches and moves in every segment, over all GPUs."""
+    rows = []
+    for row in result("real-size")["rows"]:
+        name = row["model"].removeprefix("deepseek-")
+        for layout in ("dense", "fp8+fp4"):
+            bundles = list(row[layout].values())
+            for kind in bundles[0]["segments"]:
+                found = [one["segments"][kind] for one in bundles]
+                moved = [one["weights"] + one["state"] + one["activations"] for one in found]
+                rows.append([
+                    f"{name}, {layout}, `{kind}`", str(found[0]["calls"]),
+                    _span([one["plan_bytes"] / 1e6 for one in found], ".1f"),
+                    _span([sum(one["launches"].values()) for one in found], ",.0f"),
+                    _span([count / 1e6 for count in moved], ",.1f"),
+                    _span([count / one["floor"] for count, one in zip(moved, found, strict=True)], ".2f"),
+                ])  # fmt: skip
+            steps = [one["step"] for one in bundles]
+            rows.append([
+                f"**{name}, {layout}, a step**", "", "", _span([one["launches"] for one in steps], ",.0f"),
+                _span([one["bytes"] / 1e6 for one in steps], ",.0f"),
+                _span([one["bytes"] / one["floor"] for one in steps], ".2f"),
+            ])  # fmt: skip
+    return _table(("model, rows, segment", "calls", "plan, MB", "launches", "MB a token", "over the floor"), rows)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """The smallest and the largest value, or one if they look the same."""
+    low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

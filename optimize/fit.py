@@ -34,7 +34,7 @@ _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes of artifacts besides weights, negligible beside released ones. Measured: a segment of plain and of quantised weights as ONNX,
 # what manifest and lock say of a layer and of a tensor (examples/tiny-v4, and headers of V4-Flash and V4-Pro); a plan per kind of
 # layer without and with plugins, and the plans of the other segments together (examples/tiny-v4, sm80, TensorRT-RTX 1.7).
-_SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 65_000, 135_000, 3_500, 13
+_SEGMENT, _QUANTISED_SEGMENT, _LAYER, _TENSOR = 56_000, 125_000, 2_500, 11.5
 _ENGINE, _ENGINE_WITH_PLUGINS, _ENDS = 14_000_000, 3_100_000, 2_300_000
 
 
@@ -256,7 +256,7 @@ def graph_bytes(spec: ModelSpec, stored: str = FLOAT32) -> int:
     kinds = len(set(zip(spec.layer_types, spec.hash_layers, strict=True)))
     quantised = stored in (FP8, FP4)
     tensors = spec.num_experts * (6 if quantised else 3)
-    return (_QUANTISED_SEGMENT if quantised else _SEGMENT) * kinds + (_LAYER + _TENSOR * tensors) * spec.num_layers
+    return (_QUANTISED_SEGMENT if quantised else _SEGMENT) * kinds + int(_LAYER + _TENSOR * tensors) * spec.num_layers
 
 
 def export_estimate(spec: ModelSpec, runs: Sequence[Run], stored: str = FLOAT32) -> Estimate | None:
