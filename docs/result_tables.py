@@ -44,11 +44,6 @@ def executed(results: Sequence[Mapping[str, Any]]) -> str:
             f"{_listed(kernels, _kernels)}; in Triton's interpreter in every `make test`",
             "the operators' definitions in float64",
         ),
-        (
-            "Triton kernels of the routed experts, compiled for sm80 to sm121",
-            "**no GPU yet**; in Triton's interpreter in every `make test`",
-            "the operator's definition in float64",
-        ),
         ("The small model in PyTorch with these kernels", _listed(model, _model), "the same modules on the CPU"),
         *_untried(kernels),
         ("TensorRT-RTX engines for sm80, 86, 89, 120, 121 (built without a GPU)", *_engines(engine)),
@@ -68,7 +63,7 @@ def _untried(kernels: list[Step]) -> Iterator[tuple[str, str, str]]:
     names = ", ".join(f"`{name.removeprefix('Foldkv')}`" for name in PLUGINS if name not in tried)
     if tried and names:
         where = "**no GPU yet**; in Triton's interpreter in every `make test`"
-        yield f"Triton kernels of the newer plugins {names}", where, "the operators' definitions in float64"
+        yield f"Triton kernels of the newer plugins {names}, compiled for sm80 to sm121", where, "the operators' definitions in float64"
 
 
 def _steps(results: Sequence[Mapping[str, Any]], step: str) -> list[Step]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .contract.geometry import CSA, ModelSpec
+from .contract.geometry import INDEXED, ModelSpec
 from .contract.profiles import HF, SERVED
 from .contract.state import state_tensors
 from .model.decoder import Layer
@@ -77,7 +77,7 @@ def trace_attention(spec: ModelSpec, layer: int, profile: str = HF) -> ir.Model:
         module = Layer(spec, layer, profile)
     kind = spec.layer_types[layer]
     module.attn.inv_freq = inverse_frequencies(spec, kind)
-    if kind == CSA and profile == SERVED:
+    if kind in INDEXED and profile == SERVED:
         module.attn.indexer.hadamard = hadamard_matrix(spec.index_head_dim)
     dim, rows = _dimensions(), [row for row in state_tensors(spec) if row.layer == layer]
     context = _CAPACITY * max(1, spec.ratios[layer]) + 1

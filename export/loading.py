@@ -10,7 +10,7 @@ from .checkpoint.formats import PLAIN
 from .checkpoint.names import scale_name
 from .checkpoint.reader import Checkpoint
 from .checkpoint.values import dequantised, read_tensor, scale_values
-from .contract.geometry import CSA
+from .contract.geometry import INDEXED
 from .contract.profiles import HF, SERVED
 from .model.decoder import Decoder, Layer, parameter_shapes
 from .model.hadamard import hadamard_matrix
@@ -58,7 +58,7 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decode
     for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
         assert isinstance(block, Layer)
         block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
-        if kind == CSA and profile == SERVED:
+        if kind in INDEXED and profile == SERVED:
             block.attn.indexer.hadamard = hadamard_matrix(checkpoint.spec.index_head_dim)
     return model.eval().requires_grad_(False)
 

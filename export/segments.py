@@ -30,7 +30,7 @@ import onnx_ir as ir
 from ..errors import FoldkvError
 from ..progress import Progress, Say, silent
 from .checkpoint.names import scale_name
-from .contract.geometry import CSA, HCA, ModelSpec
+from .contract.geometry import SHORT_NAMES, ModelSpec
 from .contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, WEIGHT, expected_operators, operator_specs
 from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
@@ -142,9 +142,8 @@ def trace_chain(spec: ModelSpec, sources: Sources, profile: str = HF, *, progres
 
 
 def _name(kind: Kind, known: Iterable[Kind]) -> str:
-    attention = {CSA: "csa", HCA: "hca"}.get(kind.attention, "sliding")
     like = sum((other.attention, other.hashed) == (kind.attention, kind.hashed) for other in known)
-    return f"{attention}-{'hash' if kind.hashed else 'moe'}{f'-{like + 1}' if like else ''}"
+    return f"{SHORT_NAMES[kind.attention]}-{'hash' if kind.hashed else 'moe'}{f'-{like + 1}' if like else ''}"
 
 
 def _step() -> Segment:

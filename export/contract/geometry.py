@@ -12,7 +12,11 @@ from typing import Any
 SLIDING = "sliding_attention"
 CSA = "compressed_sparse_attention"
 HCA = "heavily_compressed_attention"
-LAYER_TYPES = (SLIDING, CSA, HCA)
+#: The kinds of layers by the names of released checkpoints, with the names of their segments.
+SHORT_NAMES = {SLIDING: "sliding", CSA: "csa", HCA: "hca"}
+LAYER_TYPES = tuple(SHORT_NAMES)
+#: Those whose indexer chooses entries.
+INDEXED = (CSA,)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class ModelSpec:
     @property
     def indexed_ratios(self) -> dict[int, int]:
         """The layers whose indexer chooses entries, with the tokens per entry."""
-        return {layer: self.ratios[layer] for layer, kind in enumerate(self.layer_types) if kind == CSA}
+        return {layer: self.ratios[layer] for layer, kind in enumerate(self.layer_types) if kind in INDEXED}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
