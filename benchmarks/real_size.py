@@ -83,7 +83,10 @@ def _timed(work: Path, *words: object) -> dict[str, float]:
     """Seconds of a command, and peak memory in bytes of the largest of its processes."""
     environment = os.environ | {"FOLDKV_CACHE": str(work / "cache")}
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "foldkv", *map(str, words)], check=True, capture_output=True, env=environment)
+    command = [sys.executable, "-m", "foldkv", *map(str, words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise click.ClickException(done.stderr)
     seconds = time.monotonic() - start
     return {"seconds": seconds, "largest_child_so_far": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
 
