@@ -40,6 +40,20 @@ class _Tokens(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas: 0,1."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(number) for number in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0,1", param, ctx)
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 _folder = click.Path(path_type=Path)
 _allow_unknown_key = click.option(
@@ -325,10 +339,15 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     type=click.IntRange(min=1),
     help="The most threads per operator; default: 1 for a small model, else all processors.",
 )
+@click.option(
+    "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
+)
+@_weights_from
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
-    seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, as_json: bool,
+    seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, devices: tuple[int, ...] | None,
+    weights_from: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
     from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
@@ -340,7 +359,9 @@ def generate_command(
     if not prompt:
         raise InputError("the text is empty; give at least one character to continue.")
     room = context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
-    with Session(bundle, context=room, threads=threads) as session:
+    with Session(
+        bundle, context=room, threads=threads, devices=devices, weights_from=weights_from, progress=progress()
+    ) as session:
         pieces = []
         for piece in stream_text(
             session, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _UNWIND = 1.0  # seconds that the main thread has to clean up after a signal
+_AGAIN = 0.01  # seconds after which a signal arrives again that came in a destructor
 _THREADS = 0.5  # seconds that its threads have after their children have ended
 _EVERY = 30.0  # seconds between two lines of a log on how much is done
 _LABEL = 44  # characters of a bar's label
@@ -256,6 +257,7 @@ class _Signals:
         for signum in _SIGNALS:
             if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup, or a job in the background
                 self._old[signum] = signal.signal(signum, self._handle)
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._thread = threading.Thread(target=self._watch, name="foldkv-signals", daemon=True)
         self._thread.start()
         return self
@@ -265,6 +267,7 @@ class _Signals:
             return
         for signum, handler in self._old.items():
             signal.signal(signum, handler)
+        sys.unraisablehook = self._old_hook
         signal.set_wakeup_fd(self._old_fd)
         os.write(self._write, b"\0")
         self._thread.join()
@@ -275,6 +278,14 @@ class _Signals:
         if self.received is None:  # later signals must not disturb the cleanup
             self.received = signum
             raise KeyboardInterrupt
+
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        """A signal that arrived in a destructor would be printed and forgotten: let it arrive again."""
+        if self.received is None or not issubclass(lost.exc_type, KeyboardInterrupt):
+            self._old_hook(lost)
+            return
+        signum, self.received = self.received, None
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), signum)).start()
 
     def _watch(self) -> None:
         while signum := os.read(self._read, 1)[0]:

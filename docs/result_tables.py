@@ -63,7 +63,11 @@ def _untried(kernels: list[Step]) -> Iterator[tuple[str, str, str]]:
     names = ", ".join(f"`{name.removeprefix('Foldkv')}`" for name in PLUGINS if name not in tried)
     if tried and names:
         where = "**no GPU yet**; in Triton's interpreter in every `make test`"
-        yield f"Triton kernels of the newer plugins {names}, compiled for sm80 to sm121", where, "the operators' definitions in float64"
+        yield (
+            f"Triton kernels of the newer plugins {names}, compiled for sm80 to sm121",
+            where,
+            "the operators' definitions in float64",
+        )
 
 
 def _steps(results: Sequence[Mapping[str, Any]], step: str) -> list[Step]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FoldkvError, MissingDependencyError
+from ..errors import FoldkvError, InputError, MissingDependencyError
 from ..packages import installed, lacks
 from .plans import Launch, Plan
 
@@ -90,32 +90,54 @@ def check(driver: Any, result: tuple[Any, ...]) -> Any:
 
 
 class Device:
-    """The first GPU with its primary context, for any thread.
+    """A GPU with its primary context, for any thread.
 
     A context is current per thread: a thread that opens a session makes it current only for itself. So put calls of the
     driver, and of libraries on top of it, inside ``with device.current():``.
+
+    Attributes:
+        ordinal: its number on this machine, as CUDA counts.
+        context: the primary context.
     """
 
-    def __init__(self, driver: Any = None) -> None:
-        """Retain the primary context; ``driver`` is the driver API, :func:`cuda_driver` by default.
+    def __init__(self, driver: Any = None, *, ordinal: int = 0) -> None:
+        """Retain the primary context.
+
+        Args:
+            driver: the driver API; the default is :func:`cuda_driver`.
+            ordinal: number of the GPU.
 
         Raises:
+            InputError: there is no such GPU.
             FoldkvError: the driver refuses.
             MissingDependencyError: no driver.
         """
         self.driver = driver = driver or cuda_driver()
-        self._device = check(driver, driver.cuDeviceGet(0))
-        self._context = check(driver, driver.cuDevicePrimaryCtxRetain(self._device))
+        count = check(driver, driver.cuDeviceGetCount())
+        if not 0 <= ordinal < count:
+            known = ", ".join(map(str, range(count))) or "none"
+            raise InputError(f"GPU {ordinal} was asked for; this machine has {known}.")
+        self.ordinal = ordinal
+        self._device = check(driver, driver.cuDeviceGet(ordinal))
+        self.context = check(driver, driver.cuDevicePrimaryCtxRetain(self._device))
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make the context current in the calling thread; at the end, restore the thread's earlier context."""
-        check(self.driver, self.driver.cuCtxPushCurrent(self._context))
+        check(self.driver, self.driver.cuCtxPushCurrent(self.context))
         try:
             yield
         finally:
             # Unchecked: after a sticky error every call fails, and only the first error matters.
             self.driver.cuCtxPopCurrent()
+
+    def memory_bytes(self) -> int:
+        """Bytes of its memory, taken or not."""
+        return int(check(self.driver, self.driver.cuDeviceTotalMem(self._device)))
+
+    def reaches(self, other: Device) -> bool:
+        """Whether it can copy to another GPU without the host's memory."""
+        return bool(check(self.driver, self.driver.cuDeviceCanAccessPeer(self._device, other._device)))
 
     def close(self) -> None:
         """Release the context."""
@@ -123,13 +145,15 @@ class Device:
 
 
 class Launcher:
-    """Kernels loaded into the current context."""
+    """Loaded kernels. A library is loaded once and serves the contexts of all GPUs; the shared memory that a kernel may use is set
+    for each GPU.
+    """
 
     def __init__(self, images: Iterable[KernelImage], *, driver: Any = None) -> None:
-        """Load all images.
+        """Load all images, and prepare them for the current device.
 
         Args:
-            images: kernels for the current device.
+            images: kernels for the compute capability of the devices.
             driver: the driver API; the default is :func:`cuda_driver`.
 
         Raises:
@@ -139,15 +163,35 @@ class Launcher:
         self._driver = driver = driver or cuda_driver()
         self._libraries: list[Any] = []
         self._kernels: dict[str, tuple[Any, KernelImage]] = {}
+        self._asking: list[tuple[Any, int]] = []  # kernels that need more shared memory than every kernel can use
+        self._prepared: set[int] = set()
+        try:
+            for image in images:
+                library = check(driver, driver.cuLibraryLoadData(image.cubin, [], [], 0, [], [], 0))
+                self._libraries.append(library)
+                kernel = check(driver, driver.cuLibraryGetKernel(library, image.entry.encode()))
+                if image.shared > _SHARED_WITHOUT_ASKING:
+                    self._asking.append((kernel, image.shared))
+                self._kernels[image.name] = driver.CUfunction(int(kernel)), image
+            self.prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self) -> None:
+        """Let the kernels be launched on the current device; once per device.
+
+        Raises:
+            FoldkvError: the device does not have the shared memory that a kernel needs.
+        """
+        driver = self._driver
         device = check(driver, driver.cuCtxGetDevice())
-        for image in images:
-            library = check(driver, driver.cuLibraryLoadData(image.cubin, [], [], 0, [], [], 0))
-            self._libraries.append(library)
-            kernel = check(driver, driver.cuLibraryGetKernel(library, image.entry.encode()))
-            if image.shared > _SHARED_WITHOUT_ASKING:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                check(driver, driver.cuKernelSetAttribute(attribute, image.shared, kernel, device))
-            self._kernels[image.name] = driver.CUfunction(int(kernel)), image
+        if int(device) in self._prepared:
+            return
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for kernel, shared in self._asking:
+            check(driver, driver.cuKernelSetAttribute(attribute, shared, kernel, device))
+        self._prepared.add(int(device))
 
     def launch(
         self, steps: Plan, inputs: Sequence[int], outputs: Sequence[int], *, workspace: int = 0, stream: int = 0
@@ -197,4 +241,4 @@ class Launcher:
         """Unload the kernels. No launch may be running."""
         for library in self._libraries:
             check(self._driver, self._driver.cuLibraryUnload(library))
-        self._libraries, self._kernels = [], {}
+        self._libraries, self._kernels, self._asking, self._prepared = [], {}, [], set()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, TensorSpec, operator_spec
+from ..export.contract.operators import BLOCK_LINEAR, PACKED_EXPERTS, ROUTED_EXPERTS, TensorSpec, operator_spec
 from ..export.contract.products import EXACT, ROUNDED
 from ..export.contract.rows import DENSE, RowFormat, row_format_named
 from ..export.contract.weights import BFLOAT16, E4M3, SCALE_FORMAT, WEIGHT_FORMAT
@@ -584,7 +584,7 @@ def _around_sublayer(call: _Call) -> Plan:
 
 _PLANS: dict[str, Callable[[_Call], Plan]] = {
     **dict.fromkeys((ROUTED_EXPERTS, *PACKED_EXPERTS.values()), _routed_experts),
-    "FoldkvBlockLinear": _block_linear,
+    BLOCK_LINEAR: _block_linear,
     "FoldkvWindowUpdate": _window_update,
     **dict.fromkeys(("FoldkvCompress", "FoldkvCompressFp8", "FoldkvCompressFp4"), _compress),
     **dict.fromkeys(("FoldkvCompressOnline", "FoldkvCompressOnlineFp8"), _compress_online),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..export.checkpoint.formats import FP4_GROUP, FP8_BLOCK
 from ..export.contract.geometry import CSA, HCA, SLIDING, ModelSpec
 from ..export.contract.layouts import LAYOUTS
-from ..export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS
+from ..export.contract.operators import BLOCK_LINEAR, PACKED_EXPERTS, ROUTED_EXPERTS
 from ..export.contract.products import Product, all_products
 from ..export.contract.profiles import HF, SERVED
 from ..export.contract.rows import DENSE
@@ -91,7 +91,7 @@ def product_call(product: Product, block: tuple[int, int] = FP8_BLOCK) -> Operat
         "groups": product.groups, "block_rows": height, "block_columns": width, "terms": product.terms,
         WEIGHT_FORMAT: product.released, SCALE_FORMAT: FLOAT32 if plain else EXPONENT,
     }  # fmt: skip
-    return OperatorCall("FoldkvBlockLinear", product.role, sizes, attributes)
+    return OperatorCall(BLOCK_LINEAR, product.role, sizes, attributes)
 
 
 def _experts(spec: ModelSpec, form: str) -> OperatorCall:

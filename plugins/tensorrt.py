@@ -11,6 +11,8 @@ name in this process.
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,24 +26,36 @@ from .launch import largest_workspace, plan
 from .plans import Plan
 
 _LIBRARIES: dict[str, Launcher] = {}
+_USERS: Counter[str] = Counter()
+_LOCK = threading.Lock()
 
 
 def provide_kernels(library: str, images: Iterable[KernelImage], *, driver: Any = None) -> None:
-    """Load the kernels that plugins of ``library`` launch, into the current CUDA context; once per process.
+    """Load the kernels that plugins of ``library`` launch, once per process, and prepare them for the current device.
+
+    Every call needs one of :func:`release_kernels`.
 
     Raises:
         FoldkvError: the driver refuses a kernel.
         MissingDependencyError: no driver.
     """
-    if library not in _LIBRARIES:
-        _LIBRARIES[library] = Launcher(images, driver=driver)
+    with _LOCK:
+        if library in _LIBRARIES:
+            _LIBRARIES[library].prepare()
+        else:
+            _LIBRARIES[library] = Launcher(images, driver=driver)
+        _USERS[library] += 1
 
 
 def release_kernels(library: str) -> None:
-    """Unload the kernels of a library. No engine may still use them."""
-    launcher = _LIBRARIES.pop(library, None)
-    if launcher is not None:
-        launcher.close()
+    """Give back what a call of :func:`provide_kernels` took: the last one unloads the kernels. No engine of it may still run."""
+    with _LOCK:
+        _USERS[library] -= 1
+        if _USERS[library] <= 0:
+            del _USERS[library]
+            launcher = _LIBRARIES.pop(library, None)
+            if launcher is not None:
+                launcher.close()
 
 
 def register_plugins(trt: Any, *, observe: Callable[[str, Plan], None] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The state of a session in GPU memory."""
+"""The state of a session in GPU memory, on one or more GPUs."""
 
 from __future__ import annotations
 
@@ -120,3 +120,38 @@ class DeviceBuffers:
         fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
         if rows:
             check(self._driver, fill(address, int(pattern), rows * tensor.width))
+
+
+class DealtBuffers:
+    """The state of a session on several GPUs, each with the layers that it computes, in the order of the layers."""
+
+    def __init__(self, parts: Sequence[DeviceBuffers]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated, on all GPUs."""
+        return sum(part.bytes for part in self._parts)
+
+    def clear(self, slot: int, tokens: int) -> None:
+        """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written."""
+        for part in self._parts:
+            part.clear(slot, tokens)
+
+    def copy_used(self, tokens: Sequence[int]) -> Copies:
+        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+        copies = [part.copy_used(tokens) for part in self._parts]
+        return tuple(tuple(row for part in copies for row in part[slot]) for slot in range(len(tokens)))
+
+    def put_used(self, copies: Copies) -> None:
+        """Write what :meth:`copy_used` returned, here or on other GPUs, into the same slots."""
+        start = 0
+        for part in self._parts:
+            end = start + len(part.spec.tensors)
+            part.put_used(tuple(rows[start:end] for rows in copies))
+            start = end
+
+    def close(self) -> None:
+        """Free the memory; closing twice is fine."""
+        for part in self._parts:
+            part.close()

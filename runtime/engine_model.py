@@ -1,8 +1,4 @@
-"""The engines of a bundle, loaded on the first GPU, and its weights in that GPU's memory. Needs neither torch nor Triton.
-
-A plan holds no weight, so a kind of layer is loaded once for all layers of that kind (runtime/engine.py binds weights and
-state). The engines' plugins launch the bundle's kernels.
-"""
+"""The engines of a bundle, dealt out over GPUs with their weights. Needs neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -12,25 +8,23 @@ import importlib
 import importlib.metadata
 import logging
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..artifact import confined
 from ..errors import ArtifactError, InputError, MissingDependencyError, listing
-from ..export.contract.chain import STEP, Call
+from ..export.contract.chain import Call
 from ..export.contract.engine_set import ENGINES, EngineTable
-from ..export.contract.lock import LOCK, Weight, WeightsLock
+from ..export.contract.lock import LOCK, WeightsLock
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
-from ..plugins.cuda import Device, check
-from ..plugins.tensorrt import provide_kernels, register_plugins
+from ..plugins.cuda import Device
+from ..progress import BYTES, Progress, Say, silent
 from .bundle import Bundle
-from .chain import AFTER, PAST, PRESENT, STREAMS
+from .dealing import deal
+from .engine_part import EnginePart, part_bytes
 from .plugin_check import bundle_kernels
-from .weight_files import WeightFiles, check_indices
-from .weight_forms import load_weight
+from .weight_files import WeightFiles
 
 #: Gets every message of the library, at the same level.
 log = logging.getLogger("foldkv.engine")
@@ -64,31 +58,48 @@ def library_logger(trt: Any) -> Any:
     return Messages()
 
 
-#: TensorRT takes addresses that are multiples of this.
-ALIGNMENT = 256
-
-
 class EngineModel:
-    """Engines and weights on one GPU. Any number of executors share it."""
+    """Engines and weights on one or more GPUs. Any number of executors share it.
 
-    def __init__(self, bundle: Bundle, *, weights_from: Path | None = None) -> None:
-        """Find the weights, load kernels and engines, and copy the weights to the GPU.
+    Attributes:
+        parts: what each GPU has, in the order of the calls.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        weights_from: Path | None = None,
+        devices: Sequence[int] = (0,),
+        context: int | None = None,
+        batch: int = 1,
+        progress: Say = silent,
+    ) -> None:
+        """Find the weights, deal the segments out, load kernels and engines, and copy the weights to the GPUs.
 
         Args:
             bundle: the checked bundle.
             weights_from: where the checkpoint's weight files are.
+            devices: numbers of the GPUs, in the order in which they get the segments.
+            context: tokens of a sequence for which there must be room; the default is the engines' largest.
+            batch: sequences for which there must be room.
+            progress: called while weights are copied; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: an engine cannot be deserialised, or is not the one that the table describes.
-            InputError: weights are missing or are others, or the GPU cannot hold them.
+            InputError: weights are missing or are others, there is no such GPU, or the GPUs cannot hold the weights.
             MissingDependencyError: the library is of another version than the engines.
         """
         self.bundle = bundle
         self.table = EngineTable.read(bundle.folder / ENGINES)
         self._lock = WeightsLock.read(bundle.folder / LOCK)
         self._check_table()
+        _check_devices(devices)
         wanted = {
-            part.file for call in self.table.calls for weight in self._stored(call).values() for part in weight.parts
+            part.file
+            for call in self.table.calls
+            for weight in self._lock.weights[call.owner].values()
+            for part in weight.parts
         }
         paths = find_weights(bundle.folder, self._lock, bundle.manifest.inputs.checkpoint, weights_from, wanted=wanted)
         self.opened = OpenedFiles(paths.values())
@@ -96,30 +107,52 @@ class EngineModel:
         for name, path in paths.items():
             files.open(name, path, self._lock.files[name])
         self.trt = _library(bundle)
-        self.device = Device()
-        #: Where every weight is, by owner and role.
-        self.weights: dict[str, dict[str, int]] = {}
-        self._blocks: list[int] = []
+        self.logger = library_logger(self.trt)
+        #: Whether decode steps can be captured in CUDA graphs.
+        self.captures = all(one.capture for one in (bundle.manifest.engine.segments or {}).values()) and bool(
+            bundle.manifest.engine.segments
+        )
+        kernels = bundle.manifest.kernels
+        images = () if kernels is None else tuple(bundle_kernels(bundle.folder, kernels))
+        report, total, done = Progress.of(progress), self.table.weight_bytes, 0
         with contextlib.ExitStack() as opened:
-            opened.callback(self.device.close)
-            with self.device.current():
-                self._load_engines(opened)
-                opened.callback(self._free)
-                for call in self.table.calls:
-                    self.weights[call.owner] = self._load(call, files)
+            found = []
+            for ordinal in devices:
+                found.append(Device(ordinal=ordinal))
+                opened.callback(found[-1].close)
+            owners = deal(self.costs(context, batch), [device.memory_bytes() for device in found])
+            parts = []
+            for number, device in enumerate(found):
+                calls = [call for call, owner in zip(self.table.calls, owners, strict=True) if owner == number]
+                parts.append(EnginePart(bundle, self.table, self.trt, self.logger, device, calls, images))
+                opened.callback(parts[-1].close)
+            for part in parts:
+                report(f"weights of {len(part.calls)} segments to GPU {part.device.ordinal}")
+                part.load(self._lock, files, _following(report, done, total))
+                done += part.weight_bytes
+            self.parts = tuple(parts)
             self._opened = opened.pop_all()
 
+    def costs(self, context: int | None, batch: int) -> list[int]:
+        """Bytes of every call on its GPU: weights, and the state of ``batch`` sequences of ``context`` tokens."""
+        longest = self.bundle.model.max_position_embeddings
+        tokens = context or min(longest, self.bundle.largest("context") or longest)
+        return [part_bytes(self.table, call) + self._state_bytes(call, tokens, batch) for call in self.table.calls]
+
     def close(self) -> None:
-        """Free engines and weights; closing twice is fine. The kernels stay loaded for other models of the process."""
+        """Free engines and weights; closing twice is fine."""
         self._opened.close()
 
     def changes(self) -> tuple[str, ...]:
         """What happened to the weight files since they were opened; empty if nothing did."""
         return self.opened.changes()
 
-    def _stored(self, call: Call) -> dict[str, Weight]:
-        """The weights of a call, as stored, by role; with scales that the engine does not take."""
-        return self._lock.weights[call.owner]
+    def _state_bytes(self, call: Call, context: int, batch: int) -> int:
+        return sum(
+            tensor.bytes(context, batch) * (1 if tensor.name in self.bundle.in_place else 2)
+            for tensor in self.bundle.state.tensors
+            if tensor.layer == call.layer
+        )
 
     def _check_table(self) -> None:
         """The plans are files that the manifest lists, and the lock has every weight that a call takes."""
@@ -137,94 +170,15 @@ class EngineModel:
             title = f"{self.bundle.folder / ENGINES} does not fit the bundle"
             raise ArtifactError(listing(title, findings, "Make the bundle again."))
 
-    def _load_engines(self, opened: contextlib.ExitStack) -> None:
-        bundle, trt = self.bundle, self.trt
-        kernels = bundle.manifest.kernels
-        if kernels is not None:
-            provide_kernels(kernels.library, bundle_kernels(bundle.folder, kernels), driver=self.device.driver)
-            register_plugins(trt)
-        self.logger = library_logger(trt)
-        opened.callback(self._drop_engines)
-        self._runtime = trt.Runtime(self.logger)
-        self.logger.reasons()  # forget errors of earlier engines
-        #: By segment: the engine, and the names of its inputs and outputs.
-        self.engines: dict[str, Any] = {}
-        self.inputs: dict[str, tuple[str, ...]] = {}
-        self.outputs: dict[str, tuple[str, ...]] = {}
-        for name, file in self.table.plans.items():
-            path = confined(bundle.folder, file)
-            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None:
-                raise ArtifactError(
-                    f"{path} cannot be deserialised here: {self.logger.reasons()}. Make the bundle again."
-                )
-            names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-            given = [engine.get_tensor_mode(one) == trt.TensorIOMode.INPUT for one in names]
-            self.engines[name] = engine
-            self.inputs[name] = tuple(one for one, inside in zip(names, given, strict=True) if inside)
-            self.outputs[name] = tuple(one for one, inside in zip(names, given, strict=True) if not inside)
-        self._check_engines()
 
-    def _check_engines(self) -> None:
-        """Everything that an engine takes must be given, and what it gives must be what comes next."""
-        findings = []
-        shared = {*self.bundle.io.inputs, *self.outputs[STEP]}
-        for call in self.table.calls:
-            groups = {t.group for t in self.bundle.state.tensors if t.layer == call.layer}
-            weights = self.table.weights[call.segment]
-            known = {*shared, STREAMS, *weights, *(PAST + group for group in groups)}
-            found = set(self.inputs[call.segment])
-            findings += [
-                f"{call.owner}: the engine takes {name!r}, which nothing gives" for name in sorted(found - known)
-            ]
-            needed = {*weights, *(PAST + group for group in groups)}
-            findings += [f"{call.owner}: the engine has no input {name!r}" for name in sorted(needed - found)]
-            gives = {PRESENT + group for group in groups}
-            gives |= {self.bundle.io.logits} if call.owner == "head" else set()
-            outputs = set(self.outputs[call.segment])
-            findings += [f"{call.owner}: the engine has no output {name!r}" for name in sorted(gives - outputs)]
-            if call.owner != "head" and not outputs & {STREAMS, AFTER}:
-                findings.append(f"{call.owner}: the engine gives no streams")
-        if findings:
-            title = f"{self.bundle.folder} does not have the engines that its table describes"
-            raise ArtifactError(listing(title, findings, "Make the bundle again."))
+def _following(report: Progress, before: int, total: int) -> Callable[[int, int, float], None]:
+    """Reports the bytes of one GPU after those of the GPUs before it."""
+    return lambda copied, _, rate: report.steps(before + copied, total, BYTES)
 
-    def _load(self, call: Call, files: WeightFiles) -> dict[str, int]:
-        """Copy the weights of a call to the GPU, each to an aligned address; returns the addresses."""
-        taken, stored, driver = self.table.weights[call.segment], self._stored(call), self.device.driver
-        total = sum(-(-one.bytes // ALIGNMENT) * ALIGNMENT for one in taken.values())
-        if not total:
-            return {}
-        status, address = driver.cuMemAlloc(total)
-        if int(status) != 0:
-            need = self.table.weight_bytes
-            raise InputError(
-                f"the weights of {self.bundle.folder} need {need} bytes ({need / 2**30:.2f} GiB), which the GPU cannot "
-                "allocate. `foldkv plan` shows the GPUs that hold them."
-            )
-        self._blocks.append(int(address))
-        at, found = int(address), {}
-        for role, one in taken.items():
-            array = load_weight(one, stored[role], files, stored.get(one.scale))
-            if role.endswith("tid2eid"):
-                gate = stored["ffn.gate.weight"]  # [E, C]: a row for each expert
-                check_indices(array, gate.shape[0], f"{call.owner}.{role}", stored[role].parts[0].file)
-            if array.nbytes:
-                contiguous = np.ascontiguousarray(array)
-                check(driver, driver.cuMemcpyHtoD(at, contiguous.ctypes.data, contiguous.nbytes))
-            found[role] = at
-            at += -(-one.bytes // ALIGNMENT) * ALIGNMENT
-        return found
 
-    def _free(self) -> None:
-        with self.device.current():
-            for address in self._blocks:
-                check(self.device.driver, self.device.driver.cuMemFree(address))
-        self._blocks, self.weights = [], {}
-
-    def _drop_engines(self) -> None:
-        with self.device.current():
-            self.engines, self._runtime = {}, None
+def _check_devices(devices: Sequence[int]) -> None:
+    if not devices or any(type(one) is not int or one < 0 for one in devices) or len(set(devices)) < len(devices):
+        raise InputError(f"devices are {list(devices)!r}; expected different numbers of GPUs, such as 0 or 0,1.")
 
 
 def _library(bundle: Bundle) -> Any:

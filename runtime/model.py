@@ -6,11 +6,13 @@ run on several threads at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import InputError, short
+from ..progress import Say, silent
 from .backend import Executor
 from .buffers import Buffers
 from .bundle import Bundle, load_bundle, require_backend
@@ -29,8 +31,15 @@ class Model:
         *,
         threads: int | None = None,
         weights_from: Path | None = None,
+        devices: Sequence[int] | None = None,
+        context: int | None = None,
+        batch: int = 1,
+        progress: Say = silent,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
+
+        Layers are dealt out over several GPUs by the memory that their weights take and the state of ``batch`` sequences of
+        ``context`` tokens. Sessions of other sizes can be opened as long as there is room.
 
         Args:
             bundle: the folder of one target, as ``foldkv build`` wrote it.
@@ -38,6 +47,10 @@ class Model:
                 Decode steps of a small model always take one.
             weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS``
                 says, in ``weights/`` of the bundle, and where the checkpoint was exported from.
+            devices: for engines: numbers of the GPUs that share the layers; the default is the first GPU alone.
+            context: for engines: tokens of a sequence for which there must be room; the default is the engines' largest.
+            batch: for engines: sequences for which there must be room.
+            progress: called while weights are copied to GPUs; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
@@ -58,7 +71,14 @@ class Model:
         if self.bundle.backend.engine:
             from .engine_model import EngineModel
 
-            self._loaded = EngineModel(self.bundle, weights_from=source)
+            self._loaded = EngineModel(
+                self.bundle, weights_from=source, devices=(0,) if devices is None else devices, context=context,
+                batch=batch, progress=progress,
+            )  # fmt: skip
+        elif devices is not None:
+            raise InputError(
+                f"devices are for bundles with engines; {folder} is for {self.bundle.backend.library}. Leave them out."
+            )
         else:
             from .chain import ChainModel
 

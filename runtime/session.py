@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, CapacityError, FoldkvError, InputError, listing, short
+from ..progress import Say, silent
 from .backend import Executor, FloatArray, IntArray
 from .bundle import Bundle
 from .model import Model
@@ -83,6 +84,8 @@ class Session:
         threads: int | None = None,
         chunk: int = 256,
         weights_from: Path | None = None,
+        devices: Sequence[int] | None = None,
+        progress: Say = silent,
     ) -> None:
         """Open the model unless it is given open, and allocate the state.
 
@@ -94,6 +97,8 @@ class Session:
             threads: for a folder: the most threads per operator; see :class:`~foldkv.runtime.Model`.
             chunk: a larger one makes prefill faster and needs more memory while it runs.
             weights_from: for a folder: where the checkpoint's weight files are.
+            devices: for a folder of engines: numbers of the GPUs that share the layers.
+            progress: for a folder: called while weights are copied to GPUs.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
@@ -104,12 +109,14 @@ class Session:
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self._own = None if isinstance(model, Model) else Model(
-            model, threads=threads, weights_from=weights_from
+            model, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=batch, progress=progress
         )  # fmt: skip
         opened = model if isinstance(model, Model) else self._own
         assert opened is not None
-        if self._own is None and (threads is not None or weights_from is not None):
-            raise InputError("threads and weights_from belong to the model, which is open already. Give them to Model.")
+        if self._own is None and any(one is not None for one in (threads, weights_from, devices)):
+            raise InputError(
+                "threads, weights_from and devices belong to the model, which is open already. Give them to Model."
+            )
         self.model: Model = opened
         self.bundle: Bundle = opened.bundle
         self._executor: Executor | None = None

@@ -56,7 +56,7 @@ heavy = (
 )
 # The contract, where weights lie, plain declarations, and what launches kernels.
 own = ["foldkv.export", "foldkv.export.locate", "foldkv.plugins"] + [name for name in sys.modules if name.startswith("foldkv.export.contract")]
-own += [f"foldkv.plugins.{{name}}" for name in ("cuda", "declarations", "launch", "launch_experts", "plans", "tensorrt")]
+own += [f"foldkv.plugins.{{name}}" for name in ("cuda", "declarations", "launch", "launch_experts", "launch_sublayers", "plans", "tensorrt")]
 made = tuple(f"foldkv.{{name}}" for name in ("export", "plugins", "optimize", "validation", "cli"))
 print([name for name in sys.modules if name in heavy or name.startswith(made) and name not in own])
 """

@@ -461,3 +461,27 @@ def test_a_terminal_gets_bars_and_then_the_result(tiny_graph: Path, tmp_path: Pa
     assert shown.rstrip().endswith("\x1b[?25h" + shown.rstrip().rpartition("\x1b[?25h")[2])
     last = shown.rstrip().splitlines()[-1]
     assert re.search(rf"cpu: built \(.* s\): {re.escape(str(tmp_path))}/out/cpu", last)
+
+
+def test_a_signal_in_a_destructor_still_interrupts() -> None:
+    """Python prints an exception of a destructor and goes on."""
+    script = """
+import os, signal, time
+from foldkv.shell import _Signals
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+
+with _Signals(lambda signum: None) as signals:
+    try:
+        Held()
+        time.sleep(5)
+        print("lost")
+    except KeyboardInterrupt:
+        print("interrupted by", signals.received)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == (f"interrupted by {int(signal.SIGINT)}\n", "", 0)

@@ -255,7 +255,7 @@ def _compress_online(name: str, *, rope_dim: bool = False, rounds: str | None = 
     )  # fmt: skip
 
 
-ROUTED_EXPERTS = "FoldkvRoutedExperts"
+BLOCK_LINEAR, ROUTED_EXPERTS = "FoldkvBlockLinear", "FoldkvRoutedExperts"
 #: The forms of :data:`ROUTED_EXPERTS` on packed weights: format of the codes, format of the scales.
 PACKED_EXPERTS: Mapping[tuple[str, str], str] = {
     (E2M1, EXPONENT): "FoldkvRoutedExpertsFp4", (E4M3, EXPONENT): "FoldkvRoutedExpertsFp8",
@@ -367,7 +367,7 @@ for _spec in (
     ),
     *(_packed_experts(*form) for form in PACKED_EXPERTS),
     OperatorSpec(
-        "FoldkvBlockLinear",
+        BLOCK_LINEAR,
         inputs=(
             TensorSpec("x", ("M", "GK")), TensorSpec("weight", ("GN", "K"), WEIGHT), TensorSpec("scale", ("SN", "SK"), SCALE),
         ),

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from ...errors import BuildError
 from ...export.contract.geometry import ModelSpec
+from ...export.contract.operators import BLOCK_LINEAR
 from ...export.contract.products import Product, all_products
 from ...export.contract.weights import BFLOAT16, E4M3, EXPONENT, FLOAT32, SCALE_FORMAT, WEIGHT_FORMAT
 from ...export.operators.linear import FoldkvBlockLinear
@@ -61,7 +62,7 @@ def read_stored(model: ir.Model, spec: ModelSpec, *, sm: int) -> int:
             continue
         attributes = _attributes(stored, product)
         try:
-            kernels("FoldkvBlockLinear", _sizes(stored), attributes, sm=sm, dtype="bfloat16")
+            kernels(BLOCK_LINEAR, _sizes(stored), attributes, sm=sm, dtype="bfloat16")
         except ValueError:
             continue
         _replace(model, stored, attributes)
@@ -141,7 +142,7 @@ def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> No
     flat = node("Reshape", [x, constant([-1, groups * columns], "tokens_shape")], "tokens", wide)
     scale = _unit(model) if stored.scale is None else stored.scale
     linear = node(
-        "FoldkvBlockLinear", [flat, stored.weight, scale], "linear", wide, domain=DOMAIN, **attributes
+        BLOCK_LINEAR, [flat, stored.weight, scale], "linear", wide, domain=DOMAIN, **attributes
     )  # fmt: skip
     linear.shape = ir.Shape([None, rows])
     if groups > 1:

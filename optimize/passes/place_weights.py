@@ -21,7 +21,7 @@ import onnx_ir as ir
 from ...errors import BuildError, FoldkvError
 from ...export.checkpoint.formats import FP8
 from ...export.contract.engine_set import DEQUANTISED, WORDS, Taken
-from ...export.contract.operators import PACKED_EXPERTS, WEIGHT
+from ...export.contract.operators import BLOCK_LINEAR, PACKED_EXPERTS, WEIGHT
 from ...export.operators.packed import BLOCK, EXPERTS, EXPONENTS, PARTIAL, PARTS
 from ...export.operators.packed_words import (
     WORD,
@@ -89,14 +89,15 @@ def place_weights(model: ir.Model, dtype: ir.DataType, *, low: Callable[[str], b
 
 
 def _left_to_plugins(model: ir.Model) -> frozenset[str]:
-    """Names of the weights that plugins read."""
+    """Names of the weights that plugins read. Products that became nodes for the plugin keep theirs in any case."""
     found = set()
     for node in model.graph:
         spec = PLUGINS.get(node.op_type) if node.domain == DOMAIN else None
+        given = NAMESPACE_ATTRIBUTE in node.attributes
         for tensor, value in zip(spec.inputs if spec else (), node.inputs, strict=False):
-            if tensor.dtype == WEIGHT and value is not None:
+            if tensor.dtype == WEIGHT and value is not None and (given or node.op_type == BLOCK_LINEAR):
                 found.add(value.name or "")
-        if node.op_type in PACKED_EXPERTS.values() and NAMESPACE_ATTRIBUTE in node.attributes:
+        if node.op_type in PACKED_EXPERTS.values() and given:
             for value in node.inputs[3:5]:
                 assert value is not None
                 found.add(value.name or "")

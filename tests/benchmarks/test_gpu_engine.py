@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from engine import HostDriver, library
+from engine import library
+from gpus import HostDriver
 
 from foldkv.errors import BuildError
 from foldkv.optimize.plan_file import check_plan
@@ -79,24 +80,25 @@ def test_only_outputs_within_their_limits_pass() -> None:
 def test_a_probe_is_bound_run_and_compared(probes: Path, tmp_path: Path) -> None:
     """Over stand-ins: the plan is the path of the graph in float32."""
     model = prepare_engine.product_probe().build(onnx.TensorProto.FLOAT)
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, tmp_path / "probe.onnx")
     case = json.loads((probes / "product" / "case.json").read_text()) | {"low": []}
     data = dict(np.load(probes / "product" / "data.npz"))
     data["in:weight"] = step_engine.widened(data["in:weight"])
     np.savez(tmp_path / "data.npz", **data)
-    trt, notes = library(), step_engine.Notes(tmp_path)
+    driver = HostDriver()
+    trt, notes = library(driver), step_engine.Notes(tmp_path)
     runtime = trt.Runtime(library_logger(trt))
 
     def run(plan: str) -> str:
-        result: str = step_engine.run_probe(notes, trt, runtime, HostDriver(), plan.encode(), tmp_path, case)
+        result: str = step_engine.run_probe(notes, trt, runtime, driver, plan.encode(), tmp_path, case)
         return result
 
-    assert run(str(tmp_path / "model.onnx")) == ""
+    assert run(str(tmp_path / "probe.onnx")) == ""
     kept = json.loads((tmp_path / "notes.json").read_text())
     assert kept["stage"] == "comparing" and kept["outputs"].keys() == {"gated", "wide"}
     assert ["x", "tensor(float)", "(-1, 256)", "0"] in kept["tensors"]
     np.savez(tmp_path / "data.npz", **data | {"out:wide": data["out:wide"] + 0.1})
-    assert run(str(tmp_path / "model.onnx")).startswith("wide is off by")
+    assert run(str(tmp_path / "probe.onnx")).startswith("wide is off by")
     with pytest.raises(RuntimeError, match="the plan was refused: no plan of any version"):
         run("no plan")
 

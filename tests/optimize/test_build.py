@@ -18,7 +18,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from engine import HostDriver, library
+from engine import library
+from gpus import HostDriver
 from lowered import lowered
 from onnx_ir.passes.common import InlinePass
 from onnxscript import FLOAT, script

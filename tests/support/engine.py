@@ -1,20 +1,20 @@
-"""Stand-ins for a GPU and for TensorRT's runtime: device memory is the host's, an engine is a model in ONNX Runtime.
+"""Stand-ins for TensorRT's runtime, over the stand-in of the driver (gpus.py). A plan is the path of a model.
 
-The executor then runs whole, with the addresses and shapes that it would give to a GPU.
+A float32 segment runs in ONNX Runtime: that tests binding only. A lowered, injected graph is executed as a builder got it: plugin
+nodes by the real plugins, whose kernels run in Triton's interpreter, and the others by onnx's reference evaluator (executing.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
-import threading
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
-from driver import CUresult, FakeDriver
+from gpus import OK, HostDriver
 from whole import opened
 
 #: numpy's storage of a type, and ONNX's number for it.
@@ -22,144 +22,23 @@ _TYPES: dict[str, tuple[Any, int]] = {
     "tensor(float)": (np.float32, 1), "tensor(int32)": (np.int32, 6), "tensor(int64)": (np.int64, 7),
     "tensor(bfloat16)": (np.uint16, 16), "tensor(int8)": (np.int8, 3), "tensor(float8e4m3fn)": (np.uint8, 17),
 }  # fmt: skip
+#: Bytes of scratch memory that every context asks for, per element of its largest input.
+_SCRATCH = 16
 
 
-CONTEXT = 1
+class Execution:
+    """An execution context: shapes, addresses, and scratch memory if its user manages that."""
 
-
-class HostDriver(FakeDriver):
-    """The driver with memory of its own; ``limit`` is what it can give, in bytes.
-
-    Contexts are per thread, as CUDA's are: once the primary context is retained, a call from a thread in which none is current is
-    refused. ``opened`` counts what is to be given back: the primary context and streams.
-    """
-
-    def __init__(self, limit: int = 1 << 40) -> None:
-        super().__init__({})
-        self.blocks: dict[int, torch.Tensor] = {}
-        self.limit = limit
-        self.opened = {"context": 0, "stream": 0}
-        self._thread, self._retained = threading.local(), False
-
-    @property
-    def contexts(self) -> list[int]:
-        """The calling thread's contexts, the current one last."""
-        if not hasattr(self._thread, "contexts"):
-            self._thread.contexts = []
-        found: list[int] = self._thread.contexts
-        return found
-
-    def _status(self, status: CUresult = CUresult.CUDA_SUCCESS) -> CUresult:
-        """What a call gives that needs a context."""
-        return status if self.contexts or not self._retained else CUresult.CUDA_ERROR_INVALID_CONTEXT
-
-    def check_context(self) -> None:
-        """Fail as a library does that works in the current context."""
-        assert self._status() == CUresult.CUDA_SUCCESS, "no context is current in this thread"
-
-    def cuDeviceGet(self, ordinal: int) -> tuple[CUresult, int]:
-        return CUresult.CUDA_SUCCESS, ordinal
-
-    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[CUresult, int]:
-        self._retained = True
-        self.opened["context"] += 1
-        return CUresult.CUDA_SUCCESS, CONTEXT
-
-    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[CUresult]:
-        self.opened["context"] -= 1
-        return (CUresult.CUDA_SUCCESS,)
-
-    def cuCtxSetCurrent(self, context: int) -> tuple[CUresult]:
-        self.contexts[-1:] = [context]
-        return (CUresult.CUDA_SUCCESS,)
-
-    def cuCtxPushCurrent(self, context: int) -> tuple[CUresult]:
-        self.contexts.append(context)
-        return (CUresult.CUDA_SUCCESS,)
-
-    def cuCtxPopCurrent(self) -> tuple[CUresult, int]:
-        return (self._status(), self.contexts.pop())
-
-    def cuStreamCreate(self, flags: int) -> tuple[CUresult, int]:
-        self.opened["stream"] += 1
-        return self._status(), 77
-
-    def cuStreamSynchronize(self, stream: int) -> tuple[CUresult]:
-        return (self._status(),)
-
-    def cuStreamDestroy(self, stream: int) -> tuple[CUresult]:
-        self.opened["stream"] -= 1
-        return (self._status(),)
-
-    def cuMemAlloc(self, size: int) -> tuple[CUresult, int]:
-        if self._status() != CUresult.CUDA_SUCCESS:
-            return self._status(), 0
-        if sum(block.numel() for block in self.blocks.values()) + size > self.limit:
-            return CUresult.CUDA_ERROR_INVALID_VALUE, 0
-        block = torch.full((size,), 0xFF, dtype=torch.uint8)  # what was never written is not zero
-        self.blocks[block.data_ptr()] = block
-        return CUresult.CUDA_SUCCESS, block.data_ptr()
-
-    def cuMemFree(self, address: int) -> tuple[CUresult]:
-        del self.blocks[address]
-        return (self._status(),)
-
-    def _inside(self, address: int, size: int) -> bool:
-        """Whether a range lies in one block."""
-        return any(start <= address and address + size <= start + len(b) for start, b in self.blocks.items())
-
-    def _move(self, target: int, source: Any, size: int, device: int) -> tuple[CUresult]:
-        """Copy, if a context is current and the device's side lies inside a block."""
-        inside = self._inside(device, size)
-        status = self._status(CUresult.CUDA_SUCCESS if inside else CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
-        if status == CUresult.CUDA_SUCCESS:
-            ctypes.memmove(target, source, size)
-        return (status,)
-
-    def _set(self, address: int, value: int, count: int, item: int) -> tuple[CUresult]:
-        return self._move(address, np.full(count, value, f"uint{8 * item}").tobytes(), count * item, address)
-
-    def cuMemsetD8(self, address: int, value: int, count: int) -> tuple[CUresult]:
-        return self._set(address, value, count, 1)
-
-    def cuMemsetD16(self, address: int, value: int, count: int) -> tuple[CUresult]:
-        return self._set(address, value, count, 2)
-
-    def cuMemsetD32(self, address: int, value: int, count: int) -> tuple[CUresult]:
-        return self._set(address, value, count, 4)
-
-    def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[CUresult]:
-        return self._move(target, source, size, target)
-
-    def cuMemcpyDtoH(self, target: int, source: int, size: int) -> tuple[CUresult]:
-        return self._move(target, source, size, source)
-
-    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
-        assert stream == 77 and self._inside(target, size)
-        return self._move(target, source, size, source)
-
-    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
-        assert stream == 77
-        return self.cuMemcpyHtoD(target, source, size)
-
-    def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: int) -> tuple[CUresult]:
-        assert stream == 77
-        return self.cuMemcpyDtoH(target, source, size)
-
-
-class _Execution:
-    """Takes shapes and addresses, and scratch memory if its user manages that."""
-
-    def __init__(self, trt: Any, engine: Any, *, managed: bool) -> None:
-        self.managed = managed
-        self.trt, self.engine, self.session = trt, engine, engine.session
+    def __init__(self, engine: Any, *, managed: bool) -> None:
+        self.engine, self.driver, self.managed = engine, engine.driver, managed
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.profile: int | None = None
-        self.planned, self.scratch = False, 0
+        self.scratch, self.scratch_size = 0, 0
+        self._need: int | None = None
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.trt.check_context()
+        self.driver.check_context(self.engine.device)
         self.profile = index
         return index in (0, 1)
 
@@ -168,83 +47,135 @@ class _Execution:
         assert self.profile in (None, 0) or shape[0] == 1 or name not in ("input_ids", "positions"), (
             "a chunk has one sequence"
         )
-        self.shapes[name], self.planned = shape, False
+        assert self.profile in (None, 1) or name != "input_ids" or shape[1] == 1, "a decode step has one token"
+        self.shapes[name], self._need = shape, None
         return max(shape, default=0) < 5000
 
     def update_device_memory_size_for_shapes(self) -> int:
-        moving = [value.name for value in self.engine.dynamic if value.name != "active_context"]
-        assert set(moving) <= self.shapes.keys(), "an input has no shape"
-        self.planned = True
-        return 4096
+        moving = set(self.engine.dynamic) - {"active_context"}
+        assert moving <= self.shapes.keys(), f"no shape for {sorted(moving - self.shapes.keys())}"
+        self._need = _SCRATCH * max(int(np.prod(shape)) for shape in self.shapes.values()) if self.shapes else 0
+        return self._need
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert self.planned and size >= 4096 and address
-        self.scratch = address
+        assert self._need is not None and size >= self._need and address % 256 == 0
+        self.scratch, self.scratch_size = address, size
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        host = self.engine.get_tensor_location(name) == self.trt.TensorLocation.HOST
-        assert host or address % 16 == 0, f"{name} is at an address that is not aligned"  # torch's own blocks are at 64
+        assert name in self.engine.types, f"{name} is neither an input nor an output"
+        host = self.engine.get_tensor_location(name) == HOST
+        assert host or address % 256 == 0 or self.driver.host_addresses, f"{name} is at an address that is not aligned"
         self.addresses[name] = address
         return True
 
-    def execute_async_v3(self, stream: int) -> bool:
-        self.trt.check_context()
-        assert not self.managed or (self.planned and self.scratch), "a context runs without its scratch memory"
-        feeds = {}
-        for value in self.session.get_inputs():
-            kind, number = _TYPES[value.type]
-            fixed = tuple(size for size in value.shape)
-            shape = self.shapes.get(value.name, (1,) if value.name == "active_context" else fixed)
-            size = int(np.prod(shape)) * np.dtype(kind).itemsize
-            array = np.frombuffer(ctypes.string_at(self.addresses[value.name], size), kind).reshape(shape)
-            feeds[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
-        names = [value.name for value in self.session.get_outputs()]
-        for name, array in zip(names, self.session.run_with_ort_values(names, feeds), strict=True):
-            made = np.ascontiguousarray(array.numpy())
-            ctypes.memmove(self.addresses[name], made.ctypes.data, made.nbytes)
+    def is_stream_capturable(self, stream: int) -> bool:
         return True
 
+    def execute_async_v3(self, stream: int) -> bool:
+        """Check what can be checked at once, and enqueue the work."""
+        self.driver.check_context(self.engine.device)
+        assert not self.managed or (self._need is not None and self.scratch), (
+            "a context runs without its scratch memory"
+        )
+        assert self.engine.types.keys() <= self.addresses.keys(), (
+            f"no address for {sorted(self.engine.types.keys() - self.addresses.keys())}"
+        )
+        addresses, shapes = dict(self.addresses), dict(self.shapes)
+        hosted = {
+            name: ctypes.string_at(addresses[name], 8)
+            for name in self.engine.inputs
+            if self.engine.get_tensor_location(name) == HOST
+        }
+        scratch = (self.scratch, self._need or 0)
 
-class _Engine:
-    def __init__(self, trt: Any, path: str) -> None:
-        self.trt, self.session = trt, opened(path)
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.dynamic = [
-            value for value in self.inputs.values() if any(not isinstance(size, int) for size in value.shape)
-        ]
-        self._tensors = self.inputs | {value.name: value for value in self.session.get_outputs()}
+        def work() -> None:
+            if self.managed and scratch[1]:
+                self.driver.write(scratch[0], b"\xaa" * scratch[1])  # it must be there, and nobody else may count on it
+            self.engine.run(addresses, shapes, hosted)
+
+        return bool(self.driver._later(stream, work)[0] == OK)
+
+
+HOST, DEVICE = 1, 0
+
+
+class Engine:
+    """What TensorRT says of an engine on the GPU whose context was current when it was deserialised."""
+
+    inputs: tuple[str, ...]
+    types: dict[str, str]
+    dims: dict[str, tuple[int, ...]]
+
+    def __init__(self, driver: HostDriver) -> None:
+        self.driver, self.device = driver, driver.device
+
+    @property
+    def dynamic(self) -> list[str]:
+        return [name for name in self.inputs if -1 in self.dims[name]]
 
     @property
     def num_io_tensors(self) -> int:
-        return len(self._tensors)
+        return len(self.types)
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._tensors)[index]
+        return list(self.types)[index]
 
-    def get_tensor_mode(self, name: str) -> Any:
-        return self.trt.TensorIOMode.INPUT if name in self.inputs else self.trt.TensorIOMode.OUTPUT
+    def get_tensor_mode(self, name: str) -> int:
+        return 1 if name in self.inputs else 2
 
     def get_tensor_dtype(self, name: str) -> str:
-        return str(self._tensors[name].type)
+        return self.types[name]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else -1 for size in self._tensors[name].shape)
+        return self.dims[name]
 
-    def get_tensor_location(self, name: str) -> Any:
+    def get_tensor_location(self, name: str) -> int:
+        return DEVICE
+
+    def create_execution_context(self, strategy: int = 0) -> Execution:
+        self.driver.check_context(self.device)
+        return Execution(self, managed=strategy == 2)
+
+    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], hosted: dict[str, bytes]) -> None:
+        """Compute the outputs from what lies at the addresses."""
+        raise NotImplementedError
+
+
+class BoundEngine(Engine):
+    """A float32 segment in ONNX Runtime: shapes and addresses are what a GPU would get, the arithmetic is not."""
+
+    def __init__(self, driver: HostDriver, path: str) -> None:
+        super().__init__(driver)
+        self.session = opened(path)
+        tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
+        self.inputs = tuple(value.name for value in self.session.get_inputs())
+        self.types = {value.name: str(value.type) for value in tensors}
+        self.dims = {
+            value.name: tuple(size if isinstance(size, int) else -1 for size in value.shape) for value in tensors
+        }
+
+    def get_tensor_location(self, name: str) -> int:
         # A builder keeps a tensor on the host that only shapes depend on.
-        location = self.trt.TensorLocation
-        return location.HOST if name == "active_context" else location.DEVICE
+        return HOST if name == "active_context" else DEVICE
 
-    def create_execution_context(self, strategy: int = 0) -> _Execution:
-        self.trt.check_context()
-        return _Execution(self.trt, self, managed=strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], hosted: dict[str, bytes]) -> None:
+        feeds = {}
+        for name in self.inputs:
+            kind, number = _TYPES[self.types[name]]
+            shape = shapes.get(name, (1,) if name == "active_context" else self.dims[name])
+            size = int(np.prod(shape)) * np.dtype(kind).itemsize
+            content = hosted[name] if name in hosted else self.driver.read(addresses[name], size)
+            array = np.frombuffer(content, kind).reshape(shape)
+            feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+        names = [value.name for value in self.session.get_outputs()]
+        for name, value in zip(names, self.session.run_with_ort_values(names, feeds), strict=True):
+            self.driver.write(addresses[name], np.ascontiguousarray(value.numpy()).tobytes())
 
 
-def library(driver: HostDriver | None = None) -> Any:
-    """The module ``tensorrt`` as the executor uses it; a plan is the path of a model. It works in the driver's context."""
+def library(driver: HostDriver) -> Any:
+    """The module ``tensorrt`` as the executor uses it; a plan is the path of a model. It works in the current context."""
     trt: Any = types.ModuleType("tensorrt")
-    trt.check_context = driver.check_context if driver else lambda: None
-    trt.TensorLocation = types.SimpleNamespace(HOST=1, DEVICE=0)
+    trt.TensorLocation = types.SimpleNamespace(HOST=HOST, DEVICE=DEVICE)
     trt.TensorIOMode = types.SimpleNamespace(INPUT=1, OUTPUT=2)
     trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(STATIC=0, USER_MANAGED=2)
 
@@ -258,12 +189,22 @@ def library(driver: HostDriver | None = None) -> Any:
     class Runtime:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
+            driver.check_context()
 
         def deserialize_cuda_engine(self, plan: bytes) -> Any:
             if plan.startswith(b"/"):
-                return _Engine(trt, plan.decode())
+                path = Path(plan.decode())
+                if path.name == LOWERED:
+                    from executing import ExecutingEngine
+
+                    return ExecutingEngine(driver, path)
+                return BoundEngine(driver, str(path))
             self.logger.log(Severity.ERROR, "no plan\nof any version")
             return None
 
     trt.ILogger, trt.Runtime = ILogger, Runtime
     return trt
+
+
+#: Name of a lowered graph's file (optimize/passes/lower.py).
+LOWERED = "model.onnx"

@@ -1,0 +1,252 @@
+"""The GPU runtime, whole, over stand-ins that execute the lowered, injected graphs: on one GPU and on several."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from executable import STATELESS, executable_bundle, micro_package, use
+from gpus import HostDriver
+
+from foldkv.errors import FoldkvError, InputError
+from foldkv.optimize.build import build_bundles
+from foldkv.plugins import tensorrt
+from foldkv.plugins.cuda import Device, Launcher
+from foldkv.plugins.plans import Kernel
+from foldkv.runtime import Model, Session
+from foldkv.runtime.engine import _Link
+from foldkv.runtime.engine_stage import EngineStage, _Lane
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+PROMPTS = [[84, 104, 101, 40, 41, 42], [65, 66]]
+STEPS = [[70, 71], [72, 73], [74, 75], [76, 77]]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle for the cpu, and bundles of engines by layout, with the kernels that they launch."""
+
+    cpu: Path
+    engines: dict[str, Path]
+    kernels: Mapping[str | bytes, Kernel]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("executed")
+    package = micro_package(tiny_checkpoint, folder)
+    [cpu] = build_bundles(package, folder / "cpu", ["cpu"]).results
+    engines, kernels = {}, dict[str | bytes, Kernel]()
+    for layout in ("dense", "fp8+fp4"):
+        engines[layout], found = executable_bundle(package, folder / layout, layout=layout)
+        kernels |= found
+    return Made(cpu.folder, engines, kernels)
+
+
+@pytest.fixture
+def gpus(made: Made, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostDriver]:
+    """Three GPUs, which must have got everything back at the end."""
+    driver = HostDriver(devices=3, kernels=made.kernels)
+    driver.by_definition = STATELESS
+    use(monkeypatch, driver)
+    yield driver
+    assert driver.blocks == {} and set(driver.opened.values()) == {0}
+
+
+def decoded(session: Session) -> list[np.ndarray[Any, Any]]:
+    """Logits of the prompts and of four steps, with a chunk between them that needs more scratch memory than a step."""
+    found = [session.prefill(PROMPTS)]
+    found += [session.decode(step) for step in STEPS[:3]]
+    found.append(session.forward([list(range(14)), []])[0])
+    found.append(session.decode(STEPS[3]))
+    return [np.array(one) for one in found]
+
+
+def distance(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(found - expected)) / np.mean(np.square(expected))))
+
+
+@pytest.mark.parametrize(("layout", "bound"), [("dense", 0.03), ("fp8+fp4", 0.15)])
+def test_engines_decode_as_the_cpu_bundle_does_on_any_number_of_gpus(
+    layout: str, bound: float, made: Made, gpus: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 has 8 bits; fp8 rows have 3, and FP4 index rows may choose other entries."""
+    with Session(made.cpu, context=64, batch=2) as session:
+        expected = decoded(session)
+    with Session(made.engines[layout], context=64, batch=2) as session:
+        one = decoded(session)
+        snapshot, state = session.snapshot(), session.state_bytes
+        after = np.array(session.decode([1, 2]))
+    assert gpus.calls.count("cuGraphLaunch") >= 2, "steps are captured from the second one on"
+    errors = [distance(found, wanted) for found, wanted in zip(one, expected, strict=True)]
+    assert max(errors) < bound and min(errors) > 1e-4, errors
+    # Two GPUs that reach each other, three that do not, without capture: the same bits.
+    for devices, peers, captures in (([1, 0], True, True), ([0, 1, 2], False, False))[: 2 if layout == "dense" else 1]:
+        gpus.peers = peers
+        before = gpus.calls.count("cuGraphLaunch")
+        with Model(made.engines[layout], devices=devices) as model:
+            monkeypatch.setattr(model._loaded, "captures", captures)
+            with Session(model, context=64, batch=2) as session:
+                assert session.state_bytes == state
+                for found, wanted in zip(decoded(session), one, strict=True):
+                    np.testing.assert_array_equal(found, wanted)
+                session.reset()
+                session.restore(snapshot)
+                np.testing.assert_array_equal(session.decode([1, 2]), after)
+        assert (gpus.calls.count("cuGraphLaunch") > before) == captures
+
+
+def test_weights_and_state_lie_on_the_gpu_that_computes_with_them(made: Made, gpus: HostDriver) -> None:
+    with Model(made.engines["dense"], devices=[0, 1], context=64, batch=2) as model:
+        parts = model._loaded.parts
+        assert [part.device.ordinal for part in parts] == [0, 1]
+        assert [call.owner for part in parts for call in part.calls] == [
+            "embed",
+            "layers.0",
+            "layers.1",
+            "layers.2",
+            "head",
+        ]
+        held = [sum(b.numel() for a, b in gpus.blocks.items() if gpus._owners[a] == n) for n in (0, 1)]
+        assert held == [part.weight_bytes for part in parts]
+        with Session(model, context=64, batch=2) as session:
+            costs = model._loaded.costs(64, 2)
+            for number, part in enumerate(parts):
+                own = [cost for cost, call in zip(costs, model._loaded.table.calls, strict=True) if call in part.calls]
+                now = sum(b.numel() for a, b in gpus.blocks.items() if gpus._owners[a] == number)
+                assert now == sum(own), "to the byte, before scratch memory"
+            assert sum(costs) == sum(held) + session.state_bytes
+
+
+def test_wrong_gpus_are_refused(made: Made, gpus: HostDriver) -> None:
+    folder = made.engines["dense"]
+    for devices, message in (
+        ([], r"devices are \[\]; expected different numbers"),
+        ([0, 0], r"devices are \[0, 0\]"),
+        ([0, 7], r"GPU 7 was asked for; this machine has 0, 1, 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Session(folder, context=64, devices=devices)
+    with pytest.raises(InputError, match="devices are for bundles with engines"):
+        Session(made.cpu, context=64, devices=[0])
+    gpus.devices = 6
+    with pytest.raises(InputError, match="6 GPUs for a model of 5 segments"):
+        Session(folder, context=64, devices=range(6))
+    gpus.devices, gpus.limit = 3, 60_000
+    with pytest.raises(
+        InputError, match=r"the weights of .* on GPU 0, which it cannot allocate. Give the model more GPUs"
+    ):
+        Session(folder, context=64)
+
+
+@pytest.fixture(scope="module")
+def right(made: Made) -> np.ndarray[Any, Any]:
+    """Logits of a first step on two GPUs, with no fault."""
+    driver = HostDriver(devices=2, kernels=made.kernels)
+    driver.by_definition = STATELESS
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, driver)
+        with Session(made.engines["dense"], context=64, devices=[0, 1]) as session:
+            return np.array(session.decode([65]))
+
+
+def _without(method: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A driver whose call does nothing and says that it did."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(HostDriver, method, lambda self, *arguments: (0, 0) if "Create" in method else (0,))
+
+    return plant
+
+
+def _context_missing(patch: pytest.MonkeyPatch) -> None:
+    """In the thread that calls, once the model is open."""
+    opened = EngineStage.__init__
+
+    def init(self: EngineStage, *arguments: Any) -> None:
+        opened(self, *arguments)
+        patch.setattr(Device, "current", lambda self: contextlib.nullcontext())
+
+    patch.setattr(EngineStage, "__init__", init)
+
+
+def _alias_ignored(patch: pytest.MonkeyPatch) -> None:
+    bind = _Lane._bind
+    patch.setattr(
+        _Lane, "_bind", lambda self, owner, tensor, past, present: bind(self, owner, tensor, past, present + 256)
+    )
+
+
+def _streams_swapped(patch: pytest.MonkeyPatch) -> None:
+    found = _Lane._flow_addresses
+
+    def swapped(self: _Lane, given: Any) -> dict[str, int]:
+        addresses = found(self, given)
+        return addresses | {"streams.1": addresses["streams.0"]}
+
+    patch.setattr(_Lane, "_flow_addresses", swapped)
+
+
+def _attribute_on_one_device(patch: pytest.MonkeyPatch) -> None:
+    prepare = Launcher.prepare
+    patch.setattr(Launcher, "prepare", lambda self: None if self._prepared else prepare(self))
+
+
+def _weights_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    made = EngineStage.__init__
+
+    def init(self: EngineStage, model: Any, part: Any, *rest: Any) -> None:
+        for roles in part.weights.values():
+            names = [name for name in roles if name.endswith(("w1.weight", "w3.weight"))]
+            if len(names) == 2:
+                roles[names[0]], roles[names[1]] = roles[names[1]], roles[names[0]]
+        made(self, model, part, *rest)
+
+    patch.setattr(EngineStage, "__init__", init)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _context_missing, _alias_ignored, _streams_swapped, _attribute_on_one_device, _weights_off_by_one,
+        _without("cuStreamSynchronize"), _without("cuStreamWaitEvent"), _without("cuMemcpyPeerAsync"),
+    ],
+    ids=lambda plant: getattr(plant, "__name__", ""),
+)  # fmt: skip
+def test_a_planted_fault_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    made: Made,
+    right: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = HostDriver(devices=2, kernels=made.kernels)
+    driver.by_definition = STATELESS
+    use(monkeypatch, driver)
+    found = None
+    with monkeypatch.context() as patch, contextlib.suppress(AssertionError, LookupError, FoldkvError):
+        plant(patch)
+        session = Session(made.engines["dense"], context=64, devices=[0, 1])
+        found = np.array(session.decode([65]))
+    tensorrt._LIBRARIES.clear()  # the session cannot be closed: its state is broken
+    tensorrt._USERS.clear()
+    assert found is None or not np.array_equal(found, right)
+
+
+def test_links_are_copies_of_streams_only(made: Made, gpus: HostDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    hand_over = _Link.hand_over
+
+    def noted(self: _Link, given: Any, slot: int | None) -> None:
+        sizes.append(self._source.streams_out(given, slot)[1])
+        hand_over(self, given, slot)
+
+    monkeypatch.setattr(_Link, "hand_over", noted)
+    with Session(made.engines["dense"], context=64, batch=2, devices=[0, 1]) as session:
+        session.decode([65, 66])
+    assert sizes == [2 * 4 * 64 * 4]  # sequences, streams, channels, bytes
