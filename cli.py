@@ -556,22 +556,27 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
 @click.option("--profile", help="With --target: profile of the graph, as for `export`; default: hf.")
 @click.option("--max-context", is_flag=True, help="With --target: show the largest context that fits on one device.")
 @click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    help="With --target: show what each of this many GPUs of one machine holds.",
+)
+@click.option(
     "--plot", type=_folder, metavar="FILE", help="Draw the caches against the context, as FILE.html or FILE.svg."
 )
 @_allow_unknown_key
 @_json
 def plan_command(
     checkpoint: Path, context: int, batch: int, layout: str | None, targets: tuple[str, ...], chunk: int | None,
-    backend: str | None, plugins: str | None, profile: str | None, max_context: bool, plot: Path | None,
-    allow_unknown_keys: tuple[str, ...], as_json: bool,
+    backend: str | None, plugins: str | None, profile: str | None, max_context: bool, devices: int | None,
+    plot: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Show how much memory CHECKPOINT, a folder or a bare config.json, needs for caches and weights.
 
     The caches are shown beside those of V3.2 at the same context. Weights are counted as wide as the rows; with fp8 rows, as
     released (experts in fp4, the rest in fp8).
 
-    With --target: caches, activations and weights on each target, in the formats that it keeps; how many GPUs that takes if
-    they share the weights and each holds all caches; disk; and time. Times are estimated from earlier runs on this machine:
+    With --target: caches, activations and weights on each target, in the formats that it keeps; how many GPUs of one
+    machine hold the model if they share its layers; disk; and time. Times are estimated from earlier runs on this machine:
     export, build and run record them in history.jsonl in FOLDKV_CACHE (default: ~/.cache/foldkv). `build` writes the format
     that is marked with *.
     """
@@ -581,7 +586,7 @@ def plan_command(
 
     only_targets = {
         "--chunk": chunk, "--backend": backend, "--plugins": plugins, "--profile": profile,
-        "--max-context": max_context or None,
+        "--max-context": max_context or None, "--devices": devices,
     }  # fmt: skip
     given = [name for name, value in only_targets.items() if value is not None]
     if given and not targets:
@@ -599,7 +604,7 @@ def plan_command(
         stored = stored_in(checkpoint, allow_unknown_keys=allow_unknown_keys)
         said = plan_on_targets(
             spec, stored, targets, sizes, layout, chunk=chunk or min(256, planned), profile=profile or "hf",
-            backend=backend, plugins=_on(plugins), max_context=max_context,
+            backend=backend, plugins=_on(plugins), max_context=max_context, devices=devices,
         )  # fmt: skip
     else:
         said = plan_layouts(spec, sizes, layout)

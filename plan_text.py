@@ -77,9 +77,10 @@ def _layout_row(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
 
 def plan_on_targets(
     spec: ModelSpec, stored: str, names: Sequence[str], sizes: Sizes, layout: str | None, *, chunk: int, profile: str,
-    plugins: bool | None, max_context: bool, backend: str | None = None,
+    plugins: bool | None, max_context: bool, backend: str | None = None, devices: int | None = None,
 ) -> Said:  # fmt: skip
-    """Whether a model fits on targets; arguments and errors as of ``resolve_targets`` and ``optimize.fit.plan_targets``."""
+    """Whether a model fits on targets, and what each of ``devices`` GPUs holds; other arguments and errors as of
+    ``resolve_targets`` and ``optimize.fit.plan_targets``."""
     targets, runs = resolve_targets(names, backend), read_runs()
     plans = plan_targets(
         spec, targets, layout=layout, runs=runs, stored=stored, context=sizes.context, batch=sizes.batch, chunk=chunk,
@@ -89,7 +90,7 @@ def plan_on_targets(
     facts = {
         "parameters": parameter_count(spec), **sizes.facts(chunk=chunk), "profile": profile, "stored": stored,
         "graph": graph, "export_seconds": export.to_dict() if export else None,
-        "targets": [plan.to_dict() for plan in plans],
+        "targets": [plan.to_dict() | (_share_facts(plan, devices) if devices else {}) for plan in plans],
     }  # fmt: skip
     head = (
         f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}, chunks of {chunk}"
@@ -114,6 +115,7 @@ def plan_on_targets(
         head,
         *table(rows, numbers=(1, 3, 4, 5)),
         *(_largest_contexts(plans, list(held)) if max_context else ()),
+        *(line for plan in plans if devices for line in _shares(plan, devices)),
         *_disk_and_time(plans, graph, export),
         *_assumptions(plans),
     ]
@@ -132,9 +134,37 @@ def _verdict(plan: TargetPlan, format_: str) -> str:
         return f"fits{mark}"
     if not plan.target.backend.gpu:
         return f"{size_text(over)} over{mark}"
-    if devices is None:  # caches and activations alone are too large, even if many GPUs share the weights
-        return f"{size_text(plan.replicated - plan.capacity)} over on every GPU{mark}"
+    if devices is None:
+        return f"{size_text(over)} over{', on any number of GPUs' if plan.call_weights else ''}{mark}"
     return f"{size_text(over)} over, {devices} GPUs{mark}"
+
+
+def _share_facts(plan: TargetPlan, count: int) -> dict[str, Any]:
+    shares = plan.shares(plan.built_in, count)
+    return {"devices": [{"calls": list(one.calls), "weights": one.weights, "caches": one.state} for one in shares]}
+
+
+def _shares(plan: TargetPlan, count: int) -> list[str]:
+    """What each GPU holds, with weights as `build` writes them."""
+    rows = [["GPU", "has", "weights", "caches", "activations", "in all"]]
+    last = len(plan.call_state) - 1
+    for number, share in enumerate(plan.shares(plan.built_in, count)):
+        total = share.held + plan.activation_bytes
+        fits = "" if total <= plan.capacity else f", {size_text(total - plan.capacity)} over"
+        sizes = (share.weights, share.state, plan.activation_bytes)
+        rows.append([str(number), _span(*share.calls, last), *map(size_text, sizes), f"{size_text(total)}{fits}"])
+    title = (
+        f"{plan.target.name} x {count}, {plan.layout} rows, {plan.built_in} weights: {size_text(plan.capacity)} each"
+    )
+    return ["", title, *table(rows, numbers=(2, 3, 4))]
+
+
+def _span(first: int, last: int, head: int) -> str:
+    """Calls by name: the embedding, layers, the head."""
+    layers = [call - 1 for call in (max(first, 1), min(last, head - 1))]
+    inside = f"layers {layers[0]} to {layers[1]}" if layers[0] < layers[1] else f"layer {layers[0]}"
+    names = ["embedding"] * (first == 0) + [inside] * (layers[0] <= layers[1]) + ["head"] * (last == head)
+    return ", ".join(names)
 
 
 def _largest_contexts(plans: Sequence[TargetPlan], formats: Sequence[str]) -> list[str]:
@@ -172,7 +202,7 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
         )
     if any(plan.target.backend.gpu for plan in plans):
         lines.append(
-            "Over: what one device lacks. GPUs share the weights; each holds all caches and activations. The driver is not counted."
+            "Over: what one device lacks. GPUs of one machine share the layers, with their weights and caches; each has its own activations. The driver is not counted, and two machines are not supported."
         )
     if any(plan.best_tokens is not None for plan in plans):
         lines.append(

@@ -1,8 +1,7 @@
 """Whether a model fits a target, and how many GPUs it takes if not.
 
-Weights are divided among the GPUs. Caches and activations count in full on every GPU: one KV head serves all query heads,
-so splitting a layer over GPUs does not split its cache. Nothing is reserved for the driver. foldkv's runtime uses one GPU;
-the number of GPUs is for a runtime that shards.
+Engines share a model among the GPUs of one machine as the runtime does: layers in a row, each with its weights and its caches. Every
+GPU has its own activations. Nothing is reserved for the driver. Bundles for ONNX Runtime use one device.
 """
 
 from __future__ import annotations
@@ -17,9 +16,13 @@ from typing import Any
 from ..backends import FLOAT32, FP4, FP8
 from ..errors import InputError, listing
 from ..export.checkpoint.config_reader import read_config
+from ..export.contract.call_weights import call_weights
+from ..export.contract.dealing import deal
 from ..export.contract.geometry import ModelSpec
-from ..export.contract.layouts import DENSE
+from ..export.contract.layouts import DENSE, LAYOUTS
 from ..export.contract.profiles import HF, check_profile
+from ..export.contract.state import state_tensors
+from ..export.contract.weights import E2M1, E4M3
 from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, check_sizes, plan_memory
 from .choices import Choice, choose, kept_layouts, missing_for
 from .floor import state_floor, weight_floor, weights_moved_without_plugins
@@ -29,6 +32,8 @@ from .targets import Target
 
 _LOG = logging.getLogger(__name__)
 
+# The formats of experts in call_weights; the others are plain.
+_CODES = {FP4: E2M1, FP8: E4M3}
 # The planner's names for rows that `build` calls dense.
 _DENSE_ROWS = {"float32": "float32", "bfloat16": "bf16"}
 # Bytes of artifacts besides weights, negligible beside released ones. Measured: a segment of plain and of quantised weights as ONNX,
@@ -52,6 +57,26 @@ def stored_in(checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> st
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of several GPUs holds. Bytes.
+
+    Attributes:
+        calls: the first and the last of its calls: 0 is the embedding, then come the layers, then the head.
+        weights: of these calls, each at an aligned address.
+        state: caches of its layers, with all copies.
+    """
+
+    calls: tuple[int, int]
+    weights: int
+    state: int
+
+    @property
+    def held(self) -> int:
+        """Weights and state."""
+        return self.weights + self.state
+
+
+@dataclass(frozen=True)
 class TargetPlan:
     """One target with one row layout. All sizes in bytes.
 
@@ -71,6 +96,8 @@ class TargetPlan:
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
+        call_weights: of engines, for each format the bytes of the weights of every call.
+        call_state: of engines, the bytes of the state of every call, with all copies.
     """
 
     target: Target
@@ -88,6 +115,8 @@ class TargetPlan:
     build: Estimate | None
     missing: str = ""
     max_context: dict[str, int] = field(default_factory=dict)
+    call_weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    call_state: tuple[int, ...] = ()
 
     @property
     def activation_bytes(self) -> int:
@@ -108,19 +137,43 @@ class TargetPlan:
         bandwidth = self.target.bandwidth_gb_s
         return bandwidth * 1e9 / self.floor if bandwidth else None
 
-    @property
-    def replicated(self) -> int:
-        """What every GPU needs in full."""
-        return self.caches + self.activation_bytes
-
     def over(self, format_: str) -> int:
         """Bytes that one device lacks; 0 if the model fits on it."""
-        return max(0, self.replicated + self.weights[format_] - self.capacity)
+        return max(0, self.caches + self.activation_bytes + self.weights[format_] - self.capacity)
+
+    def shares(self, format_: str, count: int) -> tuple[Share, ...]:
+        """What each of ``count`` GPUs of one machine holds, dealt out as the runtime does it (export/contract/dealing.py).
+
+        Raises:
+            InputError: the target's backend uses one GPU, or there are more GPUs than calls.
+        """
+        if not self.call_weights:
+            raise InputError(f"{self.target.backend.library} uses one device; only engines share a model among GPUs.")
+        weights = self.call_weights[format_]
+        owners = deal(
+            [one + other for one, other in zip(weights, self.call_state, strict=True)], [self.capacity] * count
+        )
+        found = []
+        for number in range(count):
+            own = [call for call, owner in enumerate(owners) if owner == number]
+            part = slice(own[0], own[-1] + 1)
+            found.append(Share((own[0], own[-1]), sum(weights[part]), sum(self.call_state[part])))
+        return tuple(found)
 
     def devices(self, format_: str) -> int | None:
-        """Number of GPUs for weights, caches and activations; None if no number is enough."""
-        room = self.capacity - self.replicated
-        return -(-self.weights[format_] // room) if room > 0 else None
+        """Number of GPUs of one machine that hold the model; None if no number is enough, or the backend uses one only."""
+        if not self.over(format_):
+            return 1
+        room = self.capacity - self.activation_bytes
+        count, held = 1, 0
+        # As many calls as fit on each GPU: no way to cut the chain takes fewer.
+        for weights, state in zip(self.call_weights.get(format_, ()), self.call_state, strict=True):
+            if weights + state > room:
+                return None
+            held += weights + state
+            if held > room:
+                count, held = count + 1, weights + state
+        return count if self.call_state else None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -174,8 +227,13 @@ def plan_target(
     [choice] = choose(spec, profile, [target], plugins=plugins, layout=layout)
     written, placed = built_in(stored, target.backend), 0
     if target.backend.engine:
-        sizes = {name: weight_bytes_in(spec, name, widened=not choice.plugins) for name in target.backend.weights}
+        each = {
+            name: tuple(call_weights(spec, _CODES.get(name, name), plugins=choice.plugins))
+            for name in target.backend.weights
+        }
+        sizes = {name: sum(calls) for name, calls in each.items()}
     else:
+        each = {}
         sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
         placed = cpu_weight_bytes(spec, stored)[1]
     capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
@@ -185,6 +243,7 @@ def plan_target(
         rest = kinds * (_ENGINE_WITH_PLUGINS if choice.plugins else _ENGINE) + _ENDS + graph_bytes(spec, stored)
     else:
         rest = graph_bytes(spec, stored)
+    rows = [0, *_state_by_layer(spec, layout, context, batch, target.precision), 0]
     moved = weights_moved_without_plugins if target.backend.engine and not choice.plugins else weight_floor
     return TargetPlan(
         target=target,
@@ -204,6 +263,8 @@ def plan_target(
             backend=target.backend.name, plugins=choice.plugins,
         ),
         missing=missing_for(choice),
+        call_weights=each,
+        call_state=tuple(copies * size for size in rows) if each else (),
         max_context={
             name: _largest_context(spec, choice, capacity - size, batch, chunk) for name, size in sizes.items()
         } if max_context else {},
@@ -231,6 +292,14 @@ def _resident(
         2 if engine and not choice.plugins else 1,
         max(steps, key=lambda one: one.total(reuse=engine)),
     )
+
+
+def _state_by_layer(spec: ModelSpec, layout: str, context: int, batch: int, dtype: str) -> list[int]:
+    """Bytes of the caches of every layer."""
+    found = [0] * spec.num_layers
+    for tensor in state_tensors(spec):
+        found[tensor.layer] += LAYOUTS[layout].stored(tensor, spec.rope_dim, dtype).bytes(context, batch)
+    return found
 
 
 def _largest_context(spec: ModelSpec, choice: Choice, room: int, batch: int, chunk: int) -> int:

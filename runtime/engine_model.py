@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ArtifactError, InputError, MissingDependencyError, listing
 from ..export.contract.chain import Call
+from ..export.contract.dealing import deal
 from ..export.contract.engine_set import ENGINES, EngineTable
 from ..export.contract.lock import LOCK, WeightsLock
 from ..export.locate import find_weights
@@ -21,7 +22,6 @@ from ..inputs import OpenedFiles
 from ..plugins.cuda import Device
 from ..progress import BYTES, Progress, Say, silent
 from .bundle import Bundle
-from .dealing import deal
 from .engine_part import EnginePart, part_bytes
 from .plugin_check import bundle_kernels
 from .weight_files import WeightFiles

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..artifact import confined
 from ..errors import ArtifactError, InputError, listing
+from ..export.contract.call_weights import aligned
 from ..export.contract.chain import STEP, Call
 from ..export.contract.engine_set import EngineTable
 from ..export.contract.lock import WeightsLock
@@ -22,14 +23,6 @@ from .chain import AFTER, PAST, PRESENT, STREAMS
 from .weight_files import WeightFiles, check_indices
 from .weight_forms import load_weight
 from .weight_upload import WeightUpload
-
-#: TensorRT takes addresses that are multiples of this.
-ALIGNMENT = 256
-
-
-def aligned(size: int) -> int:
-    """Bytes up to the next address that TensorRT takes."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class EnginePart:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError, InputError
+from ..export.contract.call_weights import ALIGNMENT, aligned
 from ..export.contract.chain import STEP
 from ..export.contract.state import StateTensor
 from ..plugins.cuda import check
@@ -31,7 +32,7 @@ from .buffers import StateSpec
 from .chain import AFTER, PAST, PRESENT, STREAMS
 from .device_buffers import DeviceBuffers
 from .engine_model import EngineModel
-from .engine_part import ALIGNMENT, EnginePart, aligned
+from .engine_part import EnginePart
 
 #: Bytes of an element of what flows between segments.
 _FLOAT, _INDEX = 4, 8

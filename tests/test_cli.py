@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,8 +83,13 @@ def test_plan_with_targets_says_the_same_as_table_and_as_json() -> None:
     line = next(line for line in text.splitlines() if line.startswith("rtx4090"))
     over, gpus = ada["over"]["fp8"], ada["gpus"]["fp8"]
     assert f"{over / 2**30:.2f} GiB over, {gpus} GPUs" in line and "not kept" not in line
-    assert text.count("no comparable runs yet") == 2 and "estimates" in text and "share the weights" in text
+    assert text.count("no comparable runs yet") == 2 and "estimates" in text and "share the layers" in text
     assert "not on this machine" in next(line for line in text.splitlines() if line.startswith("build b200"))
+    dealt = run("plan", FLASH, "--target", "l40s", "--layout", "fp8+fp4", "--context", "64k", "--devices", 4).output
+    assert "l40s x 4, fp8+fp4 rows, fp4 weights: 48.00 GiB each" in dealt
+    assert re.search(r"^0 +embedding, layers 0 to 10 ", dealt, re.MULTILINE) and re.search(
+        r"^3 .*, head ", dealt, re.MULTILINE
+    )
 
 
 @pytest.mark.slow

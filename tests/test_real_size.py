@@ -16,7 +16,10 @@ from foldkv.export.contract.engine_set import ENGINES, EngineTable
 from foldkv.export.package import read_package
 from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.build import build_bundles
+from foldkv.optimize.fit import plan_target
+from foldkv.optimize.targets import load_targets
 from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.engine_part import part_bytes
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -41,16 +44,18 @@ def test_the_example_takes_v4_flash_to_bundles_for_four_gpus(tmp_path: Path) -> 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak < 2 << 30, "of a child, this one's children included"
     bundles = tmp_path / "v4-flash" / "bundles"
+    package = read_package(tmp_path / "v4-flash" / "graph")
     for name in TARGETS:
         bundle, table = load_bundle(bundles / name), EngineTable.read(bundles / name / ENGINES)
         assert sum(file.bytes for file in bundle.manifest.files.values()) < 30 << 20
         assert all(one.capture for one in (bundle.manifest.engine.segments or {}).values())
         assert (bundle.manifest.weights or {})["widened"] == []
         assert len(table.calls) == 45 and len(table.plans) == 7  # 43 layers of 4 kinds
-        assert table.weight_bytes > 145 << 30
+        planned = plan_target(package.spec, load_targets()[name], context=CONTEXT, layout=bundle.layout, stored="fp4")
+        assert [part_bytes(table, call) for call in table.calls] == list(planned.call_weights["fp4"])
+        assert sum(one.bytes(CONTEXT) for one in bundle.state.tensors) == sum(planned.call_state)
         assert bundle.largest("context") == 1 << 20 and set(bundle.in_place) == {t.name for t in bundle.state.tensors}
         assert bundle.manifest.build.peak_rss_bytes < 1 << 30
-        package = read_package(tmp_path / "v4-flash" / "graph")
         for segment in table.plans:
             # A step only gathers a row of the embedding; there is nothing to compare with.
             step = traffic(bundles / name, package, segment, CONTEXT) if segment not in ("step", "embed") else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from checkpoints import released_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +25,20 @@ FLASH, PRO = (spec_from_file(DATA / f"deepseek-v4-{name}.json") for name in ("fl
 FLASH_CONFIG = json.loads((DATA / "deepseek-v4-flash.json").read_text())
 TARGETS = load_targets()
 GPUS = [target for target in TARGETS.values() if target.sm]
+
+
+def released_bytes(model: ModelSpec) -> list[int]:
+    """Of the released tensors: every one at a multiple of 256 bytes, norms in float32, the experts of a layer together."""
+    found: dict[str, dict[str, int]] = {}
+    for name, size in released_tensors(model):
+        if name.startswith("mtp."):
+            continue
+        owner, role = re.match(r"(layers\.\d+|)\.?(.*)", name).groups()  # type: ignore[union-attr]
+        role = re.sub(r"experts\.\d+\..*\.(weight|scale)", r"experts.\1", role) if ".experts." in name else role
+        wide = 2 if re.search(r"norm\.weight$", role) else 1
+        roles = found.setdefault(owner, {})
+        roles[role] = roles.get(role, 0) + wide * size
+    return [sum(-(-size // 256) * 256 for size in roles.values()) for roles in found.values()]
 
 
 def plan(target: Target, **sizes: int) -> TargetPlan:
@@ -43,8 +59,9 @@ def test_each_target_keeps_the_formats_of_its_gpu(target: Target) -> None:
     index = 21 * 1024 * 64 * 128
     exact = 4096 * (43 * 256 + 21 * (2 * 1024 + 64 + 2 * 256) + 20 * 2 * 512)
     assert weight_bytes_in(FLASH, "fp4", widened=True) == matrices + wide["projections"] + 3 * index + 2 * exact
-    assert plan(target, context=4096, plugins=False).weights["fp4"] == weight_bytes_in(FLASH, "fp4", widened=True)
-    assert plan(target, context=4096).weights["fp4"] == matrices, "plugins read them as stored"
+    bare, given = plan(target, context=4096, plugins=False).weights["fp4"], plan(target, context=4096).weights["fp4"]
+    assert given == sum(released_bytes(FLASH)), "plugins read them as stored"
+    assert bare - given == pytest.approx(wide["projections"] + 3 * index + 2 * exact, rel=0.01)
 
 
 def test_weights_as_released_weigh_what_was_released() -> None:
@@ -57,6 +74,15 @@ def test_a_narrower_format_weighs_less(model: ModelSpec) -> None:
     sizes = [weight_bytes_in(model, name) for name in FORMATS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
     assert sizes[0] == pytest.approx(4 * parameter_count(model), rel=1e-4)  # and the hash tables
+
+
+def fullest(planned: TargetPlan, format_: str, count: int) -> int:
+    """Bytes on the fullest of ``count`` GPUs; together they hold everything once, but the activations."""
+    shares = planned.shares(format_, count)
+    assert sum(share.weights for share in shares) == planned.weights[format_]
+    assert sum(share.state for share in shares) == planned.caches
+    assert [share.calls[0] for share in shares] == [0, *(share.calls[1] + 1 for share in shares[:-1])]
+    return max(share.held for share in shares) + planned.activation_bytes
 
 
 @given(
@@ -75,9 +101,8 @@ def test_more_never_takes_fewer_gpus(target: Target, context: int, batch: int, c
             before = less.devices(name)
             assert before is not None and after >= before
             # That many hold it, and one fewer do not.
-            share = -(-greater.weights[name] // after)
-            assert greater.replicated + share <= greater.capacity
-            assert after == 1 or greater.replicated + greater.weights[name] / (after - 1) > greater.capacity
+            assert fullest(greater, name, after) <= greater.capacity
+            assert after == 1 or fullest(greater, name, after - 1) > greater.capacity
             assert (after == 1) == (greater.over(name) == 0)
 
 
@@ -89,7 +114,7 @@ def test_narrower_weights_never_take_more_gpus() -> None:
 
 def test_caches_alone_that_are_too_large_fit_no_number_of_gpus() -> None:
     full = plan(TARGETS["rtx4090"], batch=64)
-    assert full.replicated > full.capacity
+    assert fullest(full, "fp4", FLASH.num_layers + 2) > full.capacity
     assert {full.devices(name) for name in full.weights} == {None}
     assert all(full.over(name) > 0 for name in full.weights)
 
@@ -204,5 +229,7 @@ def test_a_gpu_for_onnx_runtime_holds_the_weights_of_the_cpu_bundle_and_caches_o
     assert found.weights == cpu.weights and found.placed == cpu.placed and found.built_in == "fp4"
     assert found.capacity == 180 << 30 and found.copies == 1 and not found.plugins
     assert found.memory == plan_memory(FLASH, context=1 << 16, layout="float32")
-    assert found.devices("fp4") == 1 and (found.devices("fp8") or 0) > 1
+    assert found.devices("fp4") == 1 and found.over("fp8") and found.devices("fp8") is None
+    with pytest.raises(InputError, match="ONNX Runtime CUDA uses one device; only engines share a model among GPUs"):
+        found.shares("fp4", 2)
     assert found.to_dict()["backend"] == "onnxruntime-cuda" and found.bundle < 0.2 * found.weights["fp4"]

@@ -14,7 +14,10 @@ from executable import STATELESS, executable_bundle, micro_package, use
 from gpus import HostDriver
 
 from foldkv.errors import FoldkvError, InputError
+from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.optimize.build import build_bundles
+from foldkv.optimize.fit import plan_target
+from foldkv.optimize.targets import load_targets
 from foldkv.plugins import tensorrt
 from foldkv.plugins.cuda import Device, Launcher
 from foldkv.plugins.plans import Kernel
@@ -32,6 +35,7 @@ STEPS = [[70, 71], [72, 73], [74, 75], [76, 77]]
 class Made:
     """A bundle for the cpu, and bundles of engines by layout, with the kernels that they launch."""
 
+    checkpoint: Path
     cpu: Path
     engines: dict[str, Path]
     kernels: Mapping[str | bytes, Kernel]
@@ -46,7 +50,7 @@ def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Mad
     for layout in ("dense", "fp8+fp4"):
         engines[layout], found = executable_bundle(package, folder / layout, layout=layout)
         kernels |= found
-    return Made(cpu.folder, engines, kernels)
+    return Made(folder / "checkpoint", cpu.folder, engines, kernels)
 
 
 @pytest.fixture
@@ -117,6 +121,15 @@ def test_weights_and_state_lie_on_the_gpu_that_computes_with_them(made: Made, gp
         assert held == [part.weight_bytes for part in parts]
         with Session(model, context=64, batch=2) as session:
             costs = model._loaded.costs(64, 2)
+            planned = plan_target(
+                spec_from_file(made.checkpoint), load_targets()["a100"], context=64, batch=2, stored="bf16", chunk=1
+            )
+            assert costs == [sum(one) for one in zip(planned.call_weights["bf16"], planned.call_state, strict=True)]
+            shares = planned.shares("bf16", 2)
+            assert [(one.weights, one.calls) for one in shares] == [
+                (part.weight_bytes, (start, start + len(part.calls) - 1))
+                for part, start in zip(parts, (0, len(parts[0].calls)), strict=True)
+            ]
             for number, part in enumerate(parts):
                 own = [cost for cost, call in zip(costs, model._loaded.table.calls, strict=True) if call in part.calls]
                 now = sum(b.numel() for a, b in gpus.blocks.items() if gpus._owners[a] == number)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldkv.errors import InputError
-from foldkv.runtime.dealing import deal
+from foldkv.export.contract.dealing import deal
 
 
 def fullest(costs: list[int], rooms: list[int], owners: tuple[int, ...]) -> float:
