@@ -31,18 +31,21 @@ class DeviceBuffers:
         self._second: dict[str, int] = {}
         places = [(tensor, self.addresses) for tensor in spec.tensors]
         places += [(tensor, self._second) for tensor in spec.tensors if tensor.name not in in_place]
-        with device.current():
-            for tensor, addresses in places:
-                status, address = self._driver.cuMemAlloc(tensor.bytes(context, batch))
-                if int(status) != 0:
-                    self.close()
-                    need = sum(one.bytes(context, batch) for one, _ in places)
-                    raise InputError(
-                        f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
-                        "which the GPU cannot allocate. Choose a smaller context or batch."
-                    )
-                addresses[tensor.name] = int(address)
-                self._fill(tensor, int(address), batch * tensor.capacity(context))
+        try:
+            with device.current():
+                for tensor, addresses in places:
+                    status, address = self._driver.cuMemAlloc(tensor.bytes(context, batch))
+                    if int(status) != 0:
+                        need = sum(one.bytes(context, batch) for one, _ in places)
+                        raise InputError(
+                            f"the state for context {context} and batch {batch} needs {need} bytes ({need / 2**30:.2f} GiB), "
+                            "which the GPU cannot allocate. Choose a smaller context or batch."
+                        )
+                    addresses[tensor.name] = int(address)
+                    self._fill(tensor, int(address), batch * tensor.capacity(context))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def bytes(self) -> int:

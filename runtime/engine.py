@@ -141,9 +141,12 @@ class _Link:
 
     def close(self) -> None:
         """Free the event and the host's copy when nothing uses them any more."""
-        self.forget()
-        with self._source.device.current():
-            check(self._driver, self._driver.cuEventDestroy(self._event))
+        try:
+            self.forget()
+        finally:
+            self._unpin()
+            with self._source.device.current():
+                check(self._driver, self._driver.cuEventDestroy(self._event))
 
     def _pin(self, size: int) -> None:
         if size > self._size:

@@ -138,7 +138,7 @@ class EngineStage:
     def _free(self) -> None:
         """Free graphs, contexts, state and the other buffers when the GPU is done with them."""
         with self.device.current():
-            check(self.driver, self.driver.cuStreamSynchronize(self.stream))
+            self.driver.cuStreamSynchronize(self.stream)  # unchecked: whatever it says, all of this must go
             for lane in self._lanes.values():
                 lane.forget_graph()
             self._lanes = {}

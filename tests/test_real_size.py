@@ -51,7 +51,9 @@ def test_the_example_takes_v4_flash_to_bundles_for_four_gpus(tmp_path: Path) -> 
         assert all(one.capture for one in (bundle.manifest.engine.segments or {}).values())
         assert (bundle.manifest.weights or {})["widened"] == []
         assert len(table.calls) == 45 and len(table.plans) == 7  # 43 layers of 4 kinds
-        planned = plan_target(package.spec, load_targets()[name], context=CONTEXT, layout=bundle.layout, stored="fp4")
+        planned = plan_target(
+            package.spec, load_targets()[name], context=CONTEXT, layout=bundle.manifest.layout, stored="fp4"
+        )
         assert [part_bytes(table, call) for call in table.calls] == list(planned.call_weights["fp4"])
         assert sum(one.bytes(CONTEXT) for one in bundle.state.tensors) == sum(planned.call_state)
         assert bundle.largest("context") == 1 << 20 and set(bundle.in_place) == {t.name for t in bundle.state.tensors}

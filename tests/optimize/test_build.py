@@ -45,6 +45,7 @@ from foldkv.plugins.inject import inject
 from foldkv.records import to_json
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime import engine_model as engine_module
+from foldkv.runtime import engine_part
 from foldkv.runtime.buffers import StateSpec, plan_bytes
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.session import Session
@@ -211,8 +212,9 @@ def test_a_session_over_an_engine_takes_what_build_wrote(
     monkeypatch.setattr(engine_module.importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(engine_module.importlib, "import_module", lambda name: library(driver))
     kernels: list[KernelImage] = []
-    monkeypatch.setattr(engine_module, "provide_kernels", lambda name, images, driver: kernels.extend(images))
-    monkeypatch.setattr(engine_module, "register_plugins", lambda trt: None)
+    monkeypatch.setattr(engine_part, "provide_kernels", lambda name, images, driver: kernels.extend(images))
+    monkeypatch.setattr(engine_part, "release_kernels", lambda name: None)
+    monkeypatch.setattr(engine_part, "register_plugins", lambda trt: None)
     with pytest.raises(ArtifactError, match="cannot be deserialised here"):
         Session(folder)
     assert manifest.kernels is not None and len(kernels) == len(manifest.kernels.files) > 0

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from driver import CUresult
 from engine import library
 from gpus import HostDriver
 
 from foldkv.artifact import write_manifest
-from foldkv.errors import ArtifactError, InputError, MissingDependencyError
+from foldkv.errors import ArtifactError, FoldkvError, InputError, MissingDependencyError
 from foldkv.export.contract.chain import Call
 from foldkv.export.contract.engine_set import ENGINES, STORED, EngineTable, Taken
 from foldkv.export.contract.lock import LOCK
@@ -270,3 +271,50 @@ def test_the_libraries_have_what_the_executor_uses(module: str) -> None:
     driver = importlib.import_module("cuda.bindings.driver")
     calls = [name for name in vars(HostDriver) if name.startswith("cu")]
     assert calls and all(hasattr(driver, name) for name in calls)
+
+
+class Failing:
+    """A driver of which one call fails: the ``number``th of those that can."""
+
+    _NEVER = ("cuGetErrorName", "cuCtxPopCurrent", "Free", "Destroy", "Release", "Unload")
+
+    def __init__(self, driver: HostDriver, number: int) -> None:
+        self.driver, self.number, self.names = driver, number, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.driver, name)
+        if not name.startswith("cu") or any(word in name for word in self._NEVER):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            self.names.append(name)
+            if len(self.names) - 1 == self.number:
+                return CUresult.CUDA_ERROR_INVALID_VALUE, 0
+            return found(*arguments)
+
+        return call
+
+
+def test_whatever_fails_half_way_is_an_error_and_everything_is_given_back(
+    tiny_bundle: Path, tmp_path: Path, gpu: HostDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening on two GPUs that do not reach each other, a chunk, a step, a snapshot."""
+    folder = make_bundle(tiny_bundle, tmp_path)
+    gpu.devices, gpu.peers = 2, False
+
+    def use(number: int) -> Failing:
+        failing = Failing(gpu, number)
+        monkeypatch.setattr(cuda_module, "cuda_driver", lambda: failing)
+        with Session(folder, context=64, devices=[0, 1]) as session:
+            session.prefill([[65, 66, 67]])
+            session.decode([68])
+            session.snapshot()
+        return failing
+
+    names = use(-1).names
+    assert_given_back(gpu)
+    chosen = {names.index(name) for name in names} | set(range(0, len(names), max(1, len(names) // 8)))
+    for number in sorted(chosen):
+        with pytest.raises(FoldkvError):
+            use(number)
+        assert_given_back(gpu)

@@ -91,7 +91,7 @@ def test_engines_decode_as_the_cpu_bundle_does_on_any_number_of_gpus(
     errors = [distance(found, wanted) for found, wanted in zip(one, expected, strict=True)]
     assert max(errors) < bound and min(errors) > 1e-4, errors
     # Two GPUs that reach each other, three that do not, without capture: the same bits.
-    for devices, peers, captures in (([1, 0], True, True), ([0, 1, 2], False, False))[: 2 if layout == "dense" else 1]:
+    for devices, peers, captures in (([1, 0], True, True), ([0, 1, 2], False, False)) if layout == "dense" else ():
         gpus.peers = peers
         before = gpus.calls.count("cuGraphLaunch")
         with Model(made.engines[layout], devices=devices) as model:

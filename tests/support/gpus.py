@@ -74,7 +74,7 @@ class HostDriver(FakeDriver):
         self.limit, self.devices, self.peers = limit, devices, peers
         self.blocks: dict[int, Tensor] = {}
         self.opened = dict.fromkeys(("context", "stream", "event", "pinned", "graph"), 0)
-        self._next = [_SPACE * (1 + ordinal) for ordinal in range(devices)]
+        self._next: dict[int, int] = {}
         self._handles: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._thread, self._retained = threading.local(), False
@@ -295,8 +295,10 @@ class HostDriver(FakeDriver):
         if self.host_addresses:
             address = block.data_ptr()
         else:
-            address = self._next[self.device]
-            self._next[self.device] += (-(-size // _ALIGNED) + 1) * _ALIGNED  # a gap behind each, and no address twice
+            address = self._next.get(self.device, _SPACE * (1 + self.device))
+            self._next[self.device] = (
+                address + (-(-size // _ALIGNED) + 1) * _ALIGNED
+            )  # a gap behind each, no address twice
         self.blocks[address], self._owners[address] = block, self.device
         return OK, address
 
