@@ -18,7 +18,12 @@ from .plans import Launch, Plan
 
 # Triton adds two pointers to scratch memory to every kernel's arguments; plugins/compile.py refuses kernels that use them.
 _HIDDEN_POINTERS = 2
+#: Flag of a stream that does not wait for the default stream, nor the default stream for it.
+NON_BLOCKING = 1
 _SHARED_WITHOUT_ASKING = 48 << 10  # bytes of shared memory that every kernel can use
+
+
+_PEER_ACCESS_ALREADY_ENABLED = 704
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,12 @@ class Device:
         return int(check(self.driver, self.driver.cuDeviceTotalMem(self._device)))
 
     def reaches(self, other: Device) -> bool:
-        """Whether it can copy to another GPU without the host's memory."""
-        return bool(check(self.driver, self.driver.cuDeviceCanAccessPeer(self._device, other._device)))
+        """Whether another GPU's memory can be read without the host's; if so, that is switched on."""
+        if not check(self.driver, self.driver.cuDeviceCanAccessPeer(self._device, other._device)):
+            return False
+        with self.current():
+            [status] = self.driver.cuCtxEnablePeerAccess(other.context, 0)
+        return int(status) in (0, _PEER_ACCESS_ALREADY_ENABLED)
 
     def close(self) -> None:
         """Release the context."""
@@ -240,5 +249,5 @@ class Launcher:
     def close(self) -> None:
         """Unload the kernels. No launch may be running."""
         for library in self._libraries:
-            check(self._driver, self._driver.cuLibraryUnload(library))
+            self._driver.cuLibraryUnload(library)  # unchecked: the others must go too
         self._libraries, self._kernels, self._asking, self._prepared = [], {}, [], set()

@@ -10,23 +10,32 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..export.contract.state import STATE_TYPES, StateTensor
-from ..plugins.cuda import Device, check
+from ..plugins.cuda import NON_BLOCKING, Device, check
 from .buffers import Copies, StateSpec, fill_value, storage
 
 
 class DeviceBuffers:
     """The state in GPU memory: one contiguous buffer per tensor, and a second one if it is not updated in place.
 
-    ``addresses`` is where the state is, ``targets`` where the next run writes it.
+    ``addresses`` is where the state is, ``targets`` where the next run writes it. Everything is done in a stream of its own, or the
+    one that was given, and is done when a method returns: copies in the default stream would end a capture of another session.
     """
 
-    def __init__(self, device: Device, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str]) -> None:
+    def __init__(
+        self, device: Device, spec: StateSpec, context: int, batch: int, *, in_place: Collection[str],
+        stream: int | None = None,
+    ) -> None:  # fmt: skip
         """Allocate and fill. ``in_place`` are the names of tensors that need no second buffer.
 
         Raises:
             InputError: the GPU cannot hold the state.
         """
         self._device, self._driver, self.spec, self._context, self._batch = device, device.driver, spec, context, batch
+        self._own: int | None = None
+        if stream is None:
+            with device.current():
+                self._own = stream = int(check(self._driver, self._driver.cuStreamCreate(NON_BLOCKING)))
+        self._stream: int = stream
         self.addresses: dict[str, int] = {}
         self._second: dict[str, int] = {}
         places = [(tensor, self.addresses) for tensor in spec.tensors]
@@ -43,6 +52,7 @@ class DeviceBuffers:
                         )
                     addresses[tensor.name] = int(address)
                     self._fill(tensor, int(address), batch * tensor.capacity(context))
+                self._wait()
         except BaseException:
             self.close()
             raise
@@ -70,6 +80,7 @@ class DeviceBuffers:
                 for tensor in self.spec.tensors:
                     if tensor.name in addresses:
                         self._fill(tensor, self._slot(tensor, addresses, slot), tensor.used_rows(tokens))
+            self._wait()
 
     def shape(self, tensor: StateTensor, batch: int) -> tuple[int, int, int]:
         """The shape of a tensor's rows for that many sequences."""
@@ -86,10 +97,14 @@ class DeviceBuffers:
     def copy_used(self, tokens: Sequence[int]) -> Copies:
         """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
         with self._device.current():
-            return tuple(
+            copies = tuple(
                 tuple(self._copy(tensor, slot, tensor.used_rows(held)) for tensor in self.spec.tensors)
                 for slot, held in enumerate(tokens)
             )
+            self._wait()
+        for copy in (copy for rows in copies for copy in rows):
+            copy.flags.writeable = False
+        return copies
 
     def put_used(self, copies: Copies) -> None:
         """Write what :meth:`copy_used` returned into the same slots."""
@@ -97,14 +112,23 @@ class DeviceBuffers:
             for slot, rows in enumerate(copies):
                 for tensor, copy in zip(self.spec.tensors, rows, strict=True):
                     address = self.slot(tensor, slot)
-                    check(self._driver, self._driver.cuMemcpyHtoD(address, copy.ctypes.data, copy.nbytes))
+                    sent = self._driver.cuMemcpyHtoDAsync(address, copy.ctypes.data, copy.nbytes, self._stream)
+                    check(self._driver, sent)
+            self._wait()
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the memory; closing twice is fine. Unchecked: after a sticky error every call fails, and all of it must go."""
         with self._device.current():
+            if self.addresses:
+                self._driver.cuStreamSynchronize(self._stream)
             for address in (*self.addresses.values(), *self._second.values()):
-                check(self._driver, self._driver.cuMemFree(address))
-        self.addresses, self._second = {}, {}
+                self._driver.cuMemFree(address)
+            if self._own is not None:
+                self._driver.cuStreamDestroy(self._own)
+        self.addresses, self._second, self._own = {}, {}, None
+
+    def _wait(self) -> None:
+        check(self._driver, self._driver.cuStreamSynchronize(self._stream))
 
     def _slot(self, tensor: StateTensor, addresses: dict[str, int], slot: int) -> int:
         """Where the rows of a slot begin."""
@@ -113,16 +137,16 @@ class DeviceBuffers:
     def _copy(self, tensor: StateTensor, slot: int, rows: int) -> npt.NDArray[Any]:
         copy = np.empty((rows, tensor.width), storage(tensor))
         address = self.slot(tensor, slot)
-        check(self._driver, self._driver.cuMemcpyDtoH(copy.ctypes.data, address, copy.nbytes))
-        copy.flags.writeable = False
+        check(self._driver, self._driver.cuMemcpyDtoHAsync(copy.ctypes.data, address, copy.nbytes, self._stream))
         return copy
 
     def _fill(self, tensor: StateTensor, address: int, rows: int) -> None:
         item = STATE_TYPES[tensor.dtype].item_bytes
         pattern = np.array(fill_value(tensor), storage(tensor)).view(f"uint{8 * item}")
-        fill = {1: self._driver.cuMemsetD8, 2: self._driver.cuMemsetD16, 4: self._driver.cuMemsetD32}[item]
+        driver = self._driver
+        fill = {1: driver.cuMemsetD8Async, 2: driver.cuMemsetD16Async, 4: driver.cuMemsetD32Async}[item]
         if rows:
-            check(self._driver, fill(address, int(pattern), rows * tensor.width))
+            check(driver, fill(address, int(pattern), rows * tensor.width, self._stream))
 
 
 class DealtBuffers:

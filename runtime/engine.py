@@ -95,15 +95,20 @@ class EngineExecutor:
 
     def _chunk(self, given: Given, slot: int | None) -> FloatArray:
         """Feed a chunk to all sequences, or to the one of ``slot``; returns logits [batch or 1, L, V]."""
-        for stage in self._stages:
-            stage.prepare(given, slot)
-        for number, stage in enumerate(self._stages):
-            if number:
-                self._links[number - 1].hand_over(given, slot)
-            stage.execute(slot)
-        logits = self._stages[-1].logits(given[self._model.bundle.io.logit_indices].shape[1], slot)
-        for stage in self._stages[:-1]:  # what they copy back may still be on its way
-            stage.wait()
+        try:
+            for stage in self._stages:
+                stage.prepare(given, slot)
+            for number, stage in enumerate(self._stages):
+                if number:
+                    self._links[number - 1].hand_over(given, slot)
+                stage.execute(slot)
+            logits = self._stages[-1].logits(given[self._model.bundle.io.logit_indices].shape[1], slot)
+            for stage in self._stages[:-1]:  # what they copy back may still be on its way
+                stage.wait()
+        except BaseException:
+            for stage in self._stages:  # what is still running reads memory that may be freed next
+                stage.settle()
+            raise
         return logits
 
 
@@ -136,22 +141,19 @@ class _Link:
 
     def forget(self) -> None:
         """Give the host's copy of the streams back, so that nothing of the text stays."""
-        self._target.wait()
+        self._source.settle()
+        self._target.settle()
         self._unpin()
 
     def close(self) -> None:
         """Free the event and the host's copy when nothing uses them any more."""
-        try:
-            self.forget()
-        finally:
-            self._unpin()
-            with self._source.device.current():
-                check(self._driver, self._driver.cuEventDestroy(self._event))
+        self.forget()
+        with self._source.device.current():
+            self._driver.cuEventDestroy(self._event)
 
     def _pin(self, size: int) -> None:
         if size > self._size:
-            self._target.wait()
-            self._unpin()
+            self.forget()
             status, address = self._driver.cuMemAllocHost(size)
             if int(status) != 0:
                 raise InputError(f"the machine cannot pin {size} bytes of memory. Choose a smaller chunk or batch.")
@@ -160,7 +162,7 @@ class _Link:
     def _unpin(self) -> None:
         if self._pinned:
             with self._source.device.current():
-                check(self._driver, self._driver.cuMemFreeHost(self._pinned))
+                self._driver.cuMemFreeHost(self._pinned)
         self._pinned, self._size = 0, 0
 
 

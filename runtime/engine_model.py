@@ -129,7 +129,7 @@ class EngineModel:
             for part in parts:
                 report(f"weights of {len(part.calls)} segments to GPU {part.device.ordinal}")
                 part.load(self._lock, files, _following(report, done, total))
-                done += part.weight_bytes
+                done += sum(self.table.bytes_of(call) for call in part.calls)
             self.parts = tuple(parts)
             self._opened = opened.pop_all()
 

@@ -25,7 +25,7 @@ from ..errors import ArtifactError, FoldkvError, InputError
 from ..export.contract.call_weights import ALIGNMENT, aligned
 from ..export.contract.chain import STEP
 from ..export.contract.state import StateTensor
-from ..plugins.cuda import check
+from ..plugins.cuda import NON_BLOCKING, Device, check
 from ..records import to_json
 from .backend import FloatArray
 from .buffers import StateSpec
@@ -49,18 +49,24 @@ class EngineStage:
             InputError: the GPU cannot hold it.
         """
         self.model, self.part, self.batch = model, part, batch
-        self.device, self.driver = part.device, part.device.driver
+        self.driver = part.device.driver
         #: Changes when a buffer moves: whatever is bound to addresses is bound anew then.
         self.version = 0
         self._small: dict[str, tuple[int, int]] = {}  # name to device address and bytes
         self._lanes: dict[bool, _Lane] = {}
         bundle, layers = model.bundle, {call.layer for call in part.calls}
         own = StateSpec(tuple(tensor for tensor in bundle.state.tensors if tensor.layer in layers))
-        with contextlib.ExitStack() as opened, self.device.current():
-            self.stream = int(check(self.driver, self.driver.cuStreamCreate(0)))
-            opened.callback(self._destroy_stream)
-            self.buffers = DeviceBuffers(self.device, own, context, batch, in_place=bundle.in_place)
-            opened.callback(self._free)
+        with contextlib.ExitStack() as opened:
+            # A reference of its own to the context: a model that is closed first does not take it away.
+            self.device = Device(self.driver, ordinal=part.device.ordinal)
+            opened.callback(self.device.close)
+            with self.device.current():
+                self.stream = int(check(self.driver, self.driver.cuStreamCreate(NON_BLOCKING)))
+                opened.callback(self._destroy_stream)
+                self.buffers = DeviceBuffers(
+                    self.device, own, context, batch, in_place=bundle.in_place, stream=self.stream
+                )
+                opened.callback(self._free)
             self._opened = opened.pop_all()
 
     def prepare(self, given: Given, slot: int | None) -> None:
@@ -101,11 +107,17 @@ class EngineStage:
         with self.device.current():
             check(self.driver, self.driver.cuStreamSynchronize(self.stream))
 
+    def settle(self) -> None:
+        """Wait as :meth:`wait` does, whatever the driver says: after an error the first one matters."""
+        with self.device.current():
+            self.driver.cuStreamSynchronize(self.stream)
+
     def forget(self) -> None:
         """Clear the last chunk from every buffer but the state."""
         with self.device.current():
             for address, size in self._small.values():
-                check(self.driver, self.driver.cuMemsetD8(address, 0, size))
+                check(self.driver, self.driver.cuMemsetD8Async(address, 0, size, self.stream))
+        self.wait()
 
     def close(self) -> None:
         """Free state, contexts and stream; closing twice is fine."""
@@ -136,20 +148,20 @@ class EngineStage:
         return self._lanes[decode]
 
     def _free(self) -> None:
-        """Free graphs, contexts, state and the other buffers when the GPU is done with them."""
+        """Free graphs, contexts, state and the other buffers when the GPU is done with them. Unchecked: all of it must go."""
         with self.device.current():
-            self.driver.cuStreamSynchronize(self.stream)  # unchecked: whatever it says, all of this must go
+            self.driver.cuStreamSynchronize(self.stream)
             for lane in self._lanes.values():
-                lane.forget_graph()
+                lane.close()
             self._lanes = {}
             self.buffers.close()
             for address, _ in self._small.values():
-                check(self.driver, self.driver.cuMemFree(address))
+                self.driver.cuMemFree(address)
         self._small = {}
 
     def _destroy_stream(self) -> None:
         with self.device.current():
-            check(self.driver, self.driver.cuStreamDestroy(self.stream))
+            self.driver.cuStreamDestroy(self.stream)
 
 
 class _Lane:
@@ -167,16 +179,18 @@ class _Lane:
             for role, address in weights.items():
                 self._contexts[owner].set_tensor_address(role, address)
         self._copies = _Copies(stage.buffers, stage.model.bundle.in_place)
-        self._sizes: tuple[int, int] | None = None
+        self._hosted: dict[str, npt.NDArray[Any]] = {}  # inputs that engines read in the host's memory
+        self._sizes: tuple[Any, ...] | None = None
         self._bound: tuple[object, ...] = ()  # what addresses and a captured step hold for
         self._moving = True  # state is at other addresses in the next step
         self._graph: Any = None
         self._steps = 0  # since something was bound anew
+        self._captures = True  # False once a capture has failed, until something is bound anew
 
     def prepare(self, given: Given, slot: int | None) -> None:
         stage = self._stage
-        chunk, kept = given[self._io.input_ids].shape[1], given[self._io.logit_indices].shape[1]
-        self._fit(chunk, kept)
+        hosted = self._take_hosted(given)
+        self._fit(*self._sizes_of(given), hosted)
         addresses = self._flow_addresses(given)
         moving = slot is not None or any(tensor.name not in stage.model.bundle.in_place for tensor in self._tensors())
         if moving or self._bound != (self._sizes, stage.version):
@@ -185,13 +199,10 @@ class _Lane:
             self._bind_flow(given, addresses)
             self._bind_state(slot)
             self._bound, self._steps, self._moving = (self._sizes, stage.version), 0, moving
+            self._captures = True
         for name, array in given.items():
             copied = self._driver.cuMemcpyHtoDAsync(addresses[name], array.ctypes.data, array.nbytes, stage.stream)
             check(self._driver, copied)
-        for owner, segment in self._calls:  # what only shapes depend on is read from the host's memory
-            for name in self._part.inputs[segment]:
-                if name in given and self._on_host(segment, name):
-                    self._contexts[owner].set_tensor_address(name, given[name].ctypes.data)
 
     def streams(self, given: Given, half: int) -> tuple[int, int]:
         size = _FLOAT * int(np.prod(self._flow_shapes(*self._sizes_of(given))[STREAMS]))
@@ -199,10 +210,7 @@ class _Lane:
 
     def execute(self, slot: int | None) -> None:
         stage = self._stage
-        if self._graph is not None:
-            check(self._driver, self._driver.cuGraphLaunch(self._graph, stage.stream))
-        elif self._steps == 1 and self._can_capture():
-            self._graph = self._captured()
+        if self._graph is not None or (self._steps >= 1 and self._can_capture() and self._capture()):
             check(self._driver, self._driver.cuGraphLaunch(self._graph, stage.stream))
         else:
             self._enqueue()
@@ -215,8 +223,13 @@ class _Lane:
     def forget_graph(self) -> None:
         """Free the captured step."""
         if self._graph is not None:
-            check(self._driver, self._driver.cuGraphExecDestroy(self._graph))
+            self._driver.cuGraphExecDestroy(self._graph)
         self._graph = None
+
+    def close(self) -> None:
+        """Free the captured step and the contexts, in the GPU's context."""
+        self.forget_graph()
+        self._contexts.clear()
 
     def _enqueue(self) -> None:
         stage, logger = self._stage, self._part.logger
@@ -230,32 +243,32 @@ class _Lane:
 
     def _can_capture(self) -> bool:
         """Whether steps are the same work on the same addresses, and every engine allows it."""
-        if not self._stage.model.captures or self._moving or self._profile != 0:
+        if not (self._stage.model.captures and self._captures) or self._moving or self._profile != 0:
             return False
-        if any(
-            self._on_host(segment, name)
-            for _, segment in self._calls
-            for name in self._part.inputs[segment]
-            if name in self._io.inputs
-        ):
+        if self._hosted:
             return False  # a graph would keep what such an input was when it was captured
         asks = [getattr(context, "is_stream_capturable", None) for context in self._contexts.values()]
         return all(ask is None or ask(self._stage.stream) for ask in asks)
 
-    def _captured(self) -> Any:
+    def _capture(self) -> bool:
+        """Capture the step, which runs nothing yet; False if the library or the driver cannot, so that it is enqueued instead."""
         driver, stream = self._driver, self._stage.stream
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check(driver, driver.cuStreamBeginCapture(stream, mode))
-        try:
-            self._enqueue()
-        except BaseException:
-            driver.cuStreamEndCapture(stream)  # unchecked: the first error matters
-            raise
-        graph = check(driver, driver.cuStreamEndCapture(stream))
-        try:
-            return check(driver, driver.cuGraphInstantiate(graph, 0))
-        finally:
-            check(driver, driver.cuGraphDestroy(graph))
+        status, *_ = driver.cuStreamBeginCapture(stream, mode)
+        if int(status) == 0:
+            try:
+                self._enqueue()
+                failed = False
+            except FoldkvError:
+                failed = True
+            status, graph = driver.cuStreamEndCapture(stream)
+            if int(status) == 0:
+                if not failed:
+                    status, made = driver.cuGraphInstantiate(graph, 0)
+                    self._graph = made if int(status) == 0 else None
+                driver.cuGraphDestroy(graph)
+        self._captures = self._graph is not None
+        return self._captures
 
     def _context(self, segment: str) -> Any:
         """An execution context that takes its scratch memory from the stage."""
@@ -286,10 +299,27 @@ class _Lane:
     def _sizes_of(self, given: Given) -> tuple[int, int]:
         return given[self._io.input_ids].shape[1], given[self._io.logit_indices].shape[1]
 
-    def _fit(self, chunk: int, kept: int) -> None:
-        """Give every context its shapes, and find the scratch memory that they need, unless the sizes are the last chunk's."""
-        if self._sizes == (chunk, kept):
+    def _take_hosted(self, given: Given) -> bytes:
+        """Copy the inputs that engines read in the host's memory to where they were bound; returns their bytes."""
+        for owner, segment in self._calls:
+            for name in self._part.inputs[segment]:
+                if name in given and self._on_host(segment, name):
+                    if name not in self._hosted or self._hosted[name].shape != given[name].shape:
+                        self._hosted[name] = given[name].copy()
+                    self._contexts[owner].set_tensor_address(name, self._hosted[name].ctypes.data)
+        for name, array in self._hosted.items():
+            np.copyto(array, given[name])
+        return b"".join(array.tobytes() for array in self._hosted.values())
+
+    def _fit(self, chunk: int, kept: int, hosted: bytes) -> None:
+        """Give every context its shapes, and find the scratch memory that they need, unless they are the last chunk's.
+
+        Sizes inside an engine can depend on the values of inputs in the host's memory.
+        """
+        if self._sizes == (chunk, kept, hosted):
             return
+        self.forget_graph()
+        self._sizes, self._bound = None, ()  # if this fails half way, some contexts have the new shapes
         flow = self._flow_shapes(chunk, kept)
         need = ALIGNMENT
         for owner, segment in self._calls:
@@ -299,8 +329,12 @@ class _Lane:
             for name in self._part.inputs[segment]:
                 if name in shapes and name != self._io.active_context:
                     self._set_shape(context, name, shapes[name])
+            if missing := context.infer_shapes():
+                raise FoldkvError(
+                    f"the engine of {owner} lacks the sizes of {', '.join(missing)}. Report this as a fault of foldkv."
+                )
             need = max(need, context.update_device_memory_size_for_shapes())
-        self._need, self._sizes = need, (chunk, kept)
+        self._need, self._sizes = need, (chunk, kept, hosted)
         self._stage.space("scratch", need)
 
     def _scratch(self) -> None:
@@ -332,7 +366,7 @@ class _Lane:
         """Buffers for what flows through the chain: inputs, what the step makes, streams and logits."""
         stage, part = self._stage, self._part
         assert self._sizes is not None
-        shapes = self._flow_shapes(*self._sizes)
+        shapes = self._flow_shapes(*self._sizes[:2])
         found = {name: stage.space(name, given[name].nbytes) for name in self._io.inputs}
         found |= {name: stage.space(name, _INDEX * int(np.prod(shapes[name]))) for name in part.outputs[STEP]}
         for half in (0, 1):

@@ -160,10 +160,12 @@ class Session:
     def close(self) -> None:
         """Free the model; the session cannot be used any more. Closing twice is fine."""
         executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.close()
-        if self._own is not None:
-            self._own.close()
+        try:
+            if executor is not None:
+                executor.close()
+        finally:
+            if self._own is not None:
+                self._own.close()
 
     def not_ready(self) -> tuple[str, ...]:
         """Why this session should get no more work; empty if it is ready. Takes microseconds, so that a probe can ask often.

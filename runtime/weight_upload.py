@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..plugins.cuda import Device, check
+from ..plugins.cuda import NON_BLOCKING, Device, check
 
 _HALF = 32 << 20  # bytes
 
@@ -33,27 +33,22 @@ class WeightUpload:
         """
         self._driver, self._total, self._say = device.driver, total, say
         self._half = max(1, min(_HALF, total))
-        self._opened: list[Callable[[], object]] = []
         self._copied, self._start, self._turn = 0, time.monotonic(), 0
-        try:
-            status, address = self._driver.cuMemAllocHost(2 * self._half)
+        driver = self._driver
+        with contextlib.ExitStack() as opened:
+            status, address = driver.cuMemAllocHost(2 * self._half)
             if int(status) != 0:
                 raise InputError(f"the machine cannot pin {2 * self._half} bytes of memory. Free some.")
             self._pinned = int(address)
-            self._opened.append(lambda: check(self._driver, self._driver.cuMemFreeHost(self._pinned)))
-            self._stream = check(self._driver, self._driver.cuStreamCreate(0))
-            self._opened.append(lambda: check(self._driver, self._driver.cuStreamDestroy(self._stream)))
+            opened.callback(driver.cuMemFreeHost, self._pinned)
+            self._stream = int(check(driver, driver.cuStreamCreate(NON_BLOCKING)))
+            opened.callback(driver.cuStreamDestroy, self._stream)
             self._events: list[Any] = []
             for _ in range(2):
-                event = check(self._driver, self._driver.cuEventCreate(0))
-                self._events.append(event)
-                self._opened.append(functools.partial(self._destroy, event))
-        except BaseException:
-            self.close()
-            raise
-
-    def _destroy(self, event: Any) -> None:
-        check(self._driver, self._driver.cuEventDestroy(event))
+                self._events.append(check(driver, driver.cuEventCreate(0)))
+                opened.callback(driver.cuEventDestroy, self._events[-1])
+            opened.callback(driver.cuStreamSynchronize, self._stream)  # nothing is on its way when the rest goes
+            self._opened = opened.pop_all()
 
     def copy(self, address: int, array: npt.NDArray[Any]) -> None:
         """Enqueue the copy of an array, whose bytes may be overwritten afterwards."""
@@ -74,8 +69,5 @@ class WeightUpload:
         check(self._driver, self._driver.cuStreamSynchronize(self._stream))
 
     def close(self) -> None:
-        """Give everything back when nothing is on its way any more; closing twice is fine."""
-        if len(self._opened) > 1:
-            self._driver.cuStreamSynchronize(self._stream)  # unchecked: after an error only the first one matters
-        while self._opened:
-            self._opened.pop()()
+        """Give everything back; closing twice is fine."""
+        self._opened.close()

@@ -116,6 +116,12 @@ class _RopeReader:
                 f"{label}.partial_rotary_factor is {factor!r}, which is not {dim} of {self.head_dim} channels as "
                 f"{self._top_level_dim_name()} says; transformers takes the latter. Remove the wrong one"
             )
+        empty = [key for key in (_MAIN, _COMPRESS) if key in table]
+        if empty and "original_max_position_embeddings" not in table and self._kind(label, table) == "yarn":
+            self.findings.append(
+                f"{label}.{empty[0]} is null, and transformers then refuses yarn without original_max_position_embeddings. "
+                f"Remove {empty[0]}, or add that key"
+            )
         return Rope(theta, compress, dim, self._yarn(label, table, forced=True))
 
     def _nested(self, label: str, table: dict[str, Any]) -> Rope:

@@ -25,8 +25,12 @@ HOLDERS = {
     "context",
     "engine",
 }
-#: TensorRT-RTX alone can be told a GPU that is not there, and that it is to allocate nothing; used only where the module has it.
-RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability", "REQUIRE_USER_ALLOCATION"}
+#: TensorRT-RTX alone can be told a GPU that is not there, that it is to allocate nothing, and when to compile kernels; used only
+#: where the module has it.
+RTX_ONLY = {
+    "ComputeCapability", "num_compute_capabilities", "set_compute_capability", "REQUIRE_USER_ALLOCATION",
+    "dynamic_shapes_kernel_specialization_strategy",
+}  # fmt: skip
 #: What foldkv's own tensors and registries answer to under the same variable names.
 OURS = {
     "sized",
@@ -60,7 +64,7 @@ def used(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "source", ["optimize/engine_worker.py", "plugins/tensorrt.py", "runtime/engine.py", "runtime/engine_model.py"]
+    "source", ["optimize/engine_worker.py", "plugins/tensorrt.py", "runtime/engine_part.py", "runtime/engine_stage.py"]
 )
 def test_tensorrt_11_has_the_names_that_are_used(source: str) -> None:
     found = importlib.util.find_spec("tensorrt_bindings")

@@ -51,6 +51,14 @@ class Execution:
         self.shapes[name], self._need = shape, None
         return max(shape, default=0) < 5000
 
+    def infer_shapes(self) -> list[str]:
+        return sorted(
+            name
+            for name in self.engine.inputs
+            if (name in self.engine.dynamic and name not in self.shapes and name != "active_context")
+            or (self.engine.get_tensor_location(name) == HOST and name not in self.addresses)
+        )
+
     def update_device_memory_size_for_shapes(self) -> int:
         moving = set(self.engine.dynamic) - {"active_context"}
         assert moving <= self.shapes.keys(), f"no shape for {sorted(moving - self.shapes.keys())}"

@@ -40,6 +40,8 @@ class CUstreamCaptureMode(enum.IntEnum):
 @dataclass
 class _Stream:
     device: int
+    blocking: bool
+    thread: int = 0  # that captures
     queue: list[Callable[[], None]] = field(default_factory=list)
     captured: list[Callable[[], None]] | None = None
 
@@ -115,7 +117,13 @@ class HostDriver(FakeDriver):
         return OK if self.device is not None else CUresult.CUDA_ERROR_INVALID_CONTEXT
 
     def _capturing(self) -> bool:
-        return any(isinstance(one, _Stream) and one.captured is not None for one in self._handles.values())
+        """Whether this thread captures, or a stream of this GPU that waits for the default stream is being captured."""
+        return any(
+            isinstance(one, _Stream)
+            and one.captured is not None
+            and (one.thread == threading.get_ident() or (one.blocking and one.device == self.device))
+            for one in list(self._handles.values())
+        )
 
     def _waits(self) -> CUresult:
         """The status of a call that waits or allocates."""
@@ -132,6 +140,9 @@ class HostDriver(FakeDriver):
 
     def cuDeviceCanAccessPeer(self, device: int, other: int) -> tuple[CUresult, int]:
         return OK, int(self.peers and device != other)
+
+    def cuCtxEnablePeerAccess(self, context: int, flags: int) -> tuple[CUresult]:
+        return (OK if self.peers else INVALID,)
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[CUresult, int]:
         self._retained = True
@@ -185,13 +196,13 @@ class HostDriver(FakeDriver):
                 stream.queue.pop(0)()
 
     def _drain_all(self) -> None:
-        """What a call that is not asynchronous does first: a stream does not run beside it."""
+        """What a call that is not asynchronous does first: streams that wait for the default stream do not run beside it."""
         for one in list(self._handles.values()):
-            if isinstance(one, _Stream) and one.device == self.device:
+            if isinstance(one, _Stream) and one.device == self.device and one.blocking:
                 self._drain(one)
 
     def cuStreamCreate(self, flags: int) -> tuple[CUresult, int]:
-        return self._status(), self._keep("stream", _Stream(self.device or 0))
+        return self._status(), self._keep("stream", _Stream(self.device or 0, flags == 0))
 
     def cuStreamSynchronize(self, stream: int) -> tuple[CUresult]:
         status = self._waits()
@@ -240,7 +251,7 @@ class HostDriver(FakeDriver):
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[CUresult]:
         assert mode == CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._handles[stream].captured = []
+        self._handles[stream].captured, self._handles[stream].thread = [], threading.get_ident()
         return (self._status(),)
 
     def cuStreamEndCapture(self, stream: int) -> tuple[CUresult, int]:
@@ -305,6 +316,7 @@ class HostDriver(FakeDriver):
     def cuMemFree(self, address: int) -> tuple[CUresult]:
         status = self._waits()
         if status == OK:
+            # Not every free waits for streams: what is still enqueued then finds no memory.
             self._drain_all()
             del self.blocks[address]
         return (status,)
@@ -384,6 +396,20 @@ class HostDriver(FakeDriver):
 
     def cuMemsetD32(self, address: int, value: int, count: int) -> tuple[CUresult]:
         return self._set(address, value, count, 4)
+
+    def _set_later(self, address: int, value: int, count: int, item: int, stream: int) -> tuple[CUresult]:
+        if (status := self._checked(address, count * item)) != OK:
+            return (status,)
+        return self._later(stream, lambda: self.write(address, np.full(count, value, f"uint{8 * item}").tobytes()))
+
+    def cuMemsetD8Async(self, address: int, value: int, count: int, stream: int) -> tuple[CUresult]:
+        return self._set_later(address, value, count, 1, stream)
+
+    def cuMemsetD16Async(self, address: int, value: int, count: int, stream: int) -> tuple[CUresult]:
+        return self._set_later(address, value, count, 2, stream)
+
+    def cuMemsetD32Async(self, address: int, value: int, count: int, stream: int) -> tuple[CUresult]:
+        return self._set_later(address, value, count, 4, stream)
 
     def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[CUresult]:
         return self._now(lambda: self.write(target, self._host(source, size)))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV4Config
 from transformers import logging as transformers_logging
@@ -198,9 +198,18 @@ def tampered(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
+#: With a branch that is null, transformers refuses yarn that does not say where it begins.
+NULL_BRANCH = FIXED | {
+    "num_hidden_layers": 1, "head_dim": 16, "rope_theta": 10000, "compress_rope_theta": 160000, "qk_rope_head_dim": 2,
+    "layer_types": ["sliding_attention"], "num_hash_layers": 0, "n_routed_experts": 2, "moe_intermediate_size": 16,
+    "rope_scaling": {"factor": 2, "rope_type": "yarn", "compress": None},
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @settings(SETTINGS, max_examples=120)
 @given(config=tampered())
+@example(config=NULL_BRANCH)
 def test_any_mixture_of_spellings_is_read_as_transformers_reads_it_or_refused(config: dict[str, Any]) -> None:
     text = json.dumps(config)
     try:
