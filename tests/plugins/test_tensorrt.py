@@ -73,7 +73,11 @@ def descriptions(tensors: list[torch.Tensor]) -> list[Any]:
 def loaded() -> Iterator[Any]:
     """Loads what a case can launch, into a driver that interprets it."""
 
+    count = 0
+
     def load(case: Case) -> FakeDriver:
+        nonlocal count
+        count += 1
         sizes = {name: size for name, size in case.sizes.items() if name not in DYNAMIC}
         found = kernels(
             case.operator, sizes, case.attributes, sm=80, dtype="bfloat16", row_format=case.row_format, rope_dim=ROTARY
@@ -84,7 +88,8 @@ def loaded() -> Iterator[Any]:
         return driver
 
     yield load
-    release_kernels(LIBRARY)
+    for _ in range(count):
+        release_kernels(LIBRARY)
 
 
 @pytest.mark.slow
@@ -199,5 +204,7 @@ def test_a_library_is_loaded_once_and_can_be_released(loaded: Any) -> None:
     driver = loaded(case)
     loaded(case)
     assert driver.calls.count("cuLibraryLoadData") == len(driver.kernels)
+    release_kernels(LIBRARY)
+    assert LIBRARY in tensorrt._LIBRARIES, "the other user still has it"
     release_kernels(LIBRARY)
     assert driver.calls[-1] == "cuLibraryUnload" and LIBRARY not in tensorrt._LIBRARIES

@@ -76,11 +76,11 @@ def distance(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> flo
     return float(np.sqrt(np.mean(np.square(found - expected)) / np.mean(np.square(expected))))
 
 
-@pytest.mark.parametrize(("layout", "bound"), [("dense", 0.03), ("fp8+fp4", 0.15)])
+@pytest.mark.parametrize(("layout", "bound"), [("dense", 0.03), ("fp8+fp4", 0.25)])
 def test_engines_decode_as_the_cpu_bundle_does_on_any_number_of_gpus(
     layout: str, bound: float, made: Made, gpus: HostDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """bfloat16 has 8 bits; fp8 rows have 3, and FP4 index rows may choose other entries."""
+    """bfloat16 has 8 bits. fp8 has 3 after the first: 6 % of a value, and FP4 index rows may choose other entries."""
     with Session(made.cpu, context=64, batch=2) as session:
         expected = decoded(session)
     with Session(made.engines[layout], context=64, batch=2) as session:
