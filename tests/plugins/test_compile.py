@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 #: What is compiled in every run, by layout, profile and model; the page of kernels has more, and all of it is checked but the figures.
 #: Flash's and Pro's kernels differ in heads and in places of the top-k.
 SAMPLE = [
-    ("dense", HF, "flash", (80, 90)), ("dense", HF, "pro", (100,)), ("fp8", HF, "flash", (89,)),
+    ("dense", HF, "flash", (80,)), ("dense", HF, "pro", (100,)), ("fp8", HF, "flash", (89,)),
     ("fp8+fp4", HF, "flash", (90,)), ("fp8+fp4", HF, "pro", (120,)), ("dense", SERVED, "flash", (80,)),
     ("fp8+fp4", SERVED, "pro", (120,)),
 ]  # fmt: skip
