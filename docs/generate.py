@@ -154,6 +154,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
             result_tables.experts,
             result_tables.million,
             result_tables.stages,
+            result_tables.real_size,
+            result_tables.real_steps,
             result_tables.exports,
         )
     },
