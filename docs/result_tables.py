@@ -230,16 +230,20 @@ def real_size() -> str:
         name = row["model"].removeprefix("deepseek-")
         export = row["export"]
         size = f"{row['graph_bytes'] / 2**20:.1f} MiB"
-        rows.append([f"{name}, export", f"{export['seconds']:.0f} s", "", _mib(export["largest_child_so_far"]), size])
+        rows.append(
+            [f"{name}, export", f"{export['seconds']:.0f} s", "", _mib(export["largest_child_so_far"]), size, ""]
+        )
         for layout in ("dense", "fp8+fp4"):
             bundles = row[layout].values()
             rows.append([
                 f"{name}, {len(bundles)} GPUs, {layout}", f"{row[f'cold, {layout}']['seconds']:.0f} s",
                 f"{row[f'warm, {layout}']['seconds']:.0f} s", _mib(max(one["peak_rss_bytes"] for one in bundles)),
                 f"{max(one['bytes'] for one in bundles) / 2**20:.0f} MiB",
+                f"{max(one['weight_bytes'] for one in bundles) / 2**30:,.1f} GiB",
             ])  # fmt: skip
-    before = ["V4-Flash cut to one layer, one GPU, before", "88 s", "", "14,210 MiB", "4,101 MiB"]
-    return _table(("", "cold", "warm", "largest process", "largest package or bundle"), [*rows, before])
+    before = ["V4-Flash cut to one layer, one GPU, before", "88 s", "", "14,210 MiB", "4,101 MiB", "4.0 GiB in it"]
+    head = ("", "cold", "warm", "largest process", "largest package or bundle", "weights on GPUs")
+    return _table(head, [*rows, before])
 
 
 def real_steps() -> str:
@@ -255,17 +259,19 @@ def real_steps() -> str:
                 rows.append([
                     f"{name}, {layout}, `{kind}`", str(found[0]["calls"]),
                     _span([one["plan_bytes"] / 1e6 for one in found], ".1f"),
+                    _span([one["layers"] for one in found], ",.0f"),
                     _span([sum(one["launches"].values()) for one in found], ",.0f"),
                     _span([count / 1e6 for count in moved], ",.1f"),
                     _span([count / one["floor"] for count, one in zip(moved, found, strict=True)], ".2f"),
                 ])  # fmt: skip
             steps = [one["step"] for one in bundles]
             rows.append([
-                f"**{name}, {layout}, a step**", "", "", _span([one["launches"] for one in steps], ",.0f"),
+                f"**{name}, {layout}, a step**", "", "", "", _span([one["launches"] for one in steps], ",.0f"),
                 _span([one["bytes"] / 1e6 for one in steps], ",.0f"),
                 _span([one["bytes"] / one["floor"] for one in steps], ".2f"),
             ])  # fmt: skip
-    return _table(("model, rows, segment", "calls", "plan, MB", "launches", "MB a token", "over the floor"), rows)
+    head = ("model, rows, segment", "calls", "plan, MB", "network layers", "launches", "MB a token", "over the floor")
+    return _table(head, rows)
 
 
 def _span(values: Sequence[float], form: str) -> str:
