@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ..artifact import sha256_json
+from ..caches import cache_folder, keep
 from ..packages import version_of
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
-
-
-def cache_folder() -> Path:
-    """Where traced segments are kept."""
-    return Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")) / "segments"
 
 
 def traced_once(facts: Any, trace: Callable[[], ir.Model]) -> ir.Model:
@@ -38,20 +32,16 @@ def traced_once(facts: Any, trace: Callable[[], ir.Model]) -> ir.Model:
         facts: everything that the graph depends on beside code and libraries, as JSON values.
         trace: makes it.
     """
-    file = cache_folder() / f"{sha256_json([facts, _sources(), {tool: version_of(tool) for tool in _TOOLS}])}.onnx"
+    file = (
+        cache_folder()
+        / "segments"
+        / f"{sha256_json([facts, _sources(), {tool: version_of(tool) for tool in _TOOLS}])}.onnx"
+    )
     with contextlib.suppress(Exception):  # whatever is wrong with it, it can be made again
         return ir.load(file)
     model = trace()
-    part = file.with_name(f"{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, part)
-        part.replace(file)
-        return ir.load(file)  # what a later export gets
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        return model
+    # What a later export gets, where it was kept.
+    return ir.load(file) if keep(file, lambda part: ir.save(model, part)) else model
 
 
 @functools.cache

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..caches import cache_folder, keep
 
 _building: dict[str, threading.Lock] = {}
 _adding = threading.Lock()
@@ -26,7 +26,7 @@ class PlanCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """In ``folder``, by default ``FOLDKV_CACHE`` or ~/.cache/foldkv."""
-        self.folder = (folder or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "engines"
+        self.folder = (folder or cache_folder()) / "engines"
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:
@@ -51,12 +51,5 @@ class PlanCache:
         """Keep a plan with what is known of it; a cache that cannot be written is not used."""
         content = plan.read_bytes()
         row = {"sha256": hashlib.sha256(content).hexdigest(), "facts": facts}
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, data in ((f"{key}.plan", content), (f"{key}.json", json.dumps(row).encode())):
-                part = self.folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}"
-                try:
-                    part.write_bytes(data)
-                    part.replace(self.folder / name)
-                finally:
-                    part.unlink(missing_ok=True)
+        if keep(self.folder / f"{key}.plan", lambda part: part.write_bytes(content)):
+            keep(self.folder / f"{key}.json", lambda part: part.write_text(json.dumps(row)))

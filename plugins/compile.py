@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..caches import cache_folder, keep
 from ..errors import BuildError
 from ..packages import lacks
 from ..progress import Progress, Say, silent
@@ -127,7 +128,7 @@ def compile_kernels(
         BuildError: a kernel does not compile, or would not run on its target (too much shared memory, scratch memory).
         MissingDependencyError: Triton is not installed.
     """
-    files = _cache_files(wanted, cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")))
+    files = _cache_files(wanted, cache or cache_folder())
     found: dict[int, CompiledKernel] = {}
     missing = []
     for index, (kernel, sm) in enumerate(wanted):
@@ -195,13 +196,7 @@ def _read_cached(path: Path, kernel: Kernel, sm: int) -> CompiledKernel | None:
 def _write_cached(path: Path, compiled: CompiledKernel) -> None:
     """Best effort: a cache that cannot be written only costs time."""
     fields = {f.name: getattr(compiled, f.name) for f in dataclasses.fields(compiled) if f.name != "kernel"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(fields | {"cubin": compiled.cubin.hex()}, file)
-        Path(file.name).replace(path)
-    except OSError:
-        return
+    keep(path, lambda part: part.write_text(json.dumps(fields | {"cubin": compiled.cubin.hex()})))
 
 
 def _compile(kernel: Kernel, sm: int) -> CompiledKernel:

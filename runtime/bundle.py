@@ -6,6 +6,7 @@ A bundle that is damaged, incomplete, changed or of another version is refused b
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,23 @@ from .buffers import StateSpec
 from .plugin_check import plugin_findings
 
 TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class StateMeaning:
+    """What rows of the state mean. Rows can move between bundles that agree in it, whatever machines these are for.
+
+    Attributes:
+        weights: digest of the checkpoint: its config and headers, and who its files were when it was exported.
+        profile: the numerics.
+        foldkv: the version of foldkv that made the bundle.
+        rows: the layout, the types of rows, and a digest of the whole table of the state.
+    """
+
+    weights: str
+    profile: str
+    foldkv: str
+    rows: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +82,19 @@ class Bundle:
     def io(self) -> GraphNames:
         """Names of the graph's inputs and of its logits."""
         return self.manifest.io
+
+    @functools.cached_property
+    def meaning(self) -> StateMeaning:
+        """What the rows of its state mean."""
+        made = self.manifest.inputs.checkpoint
+        table = [[t.name, t.num_rows, t.ratio, t.width, t.dtype] for t in self.state.tensors]
+        types = ", ".join(dict.fromkeys(tensor.dtype for tensor in self.state.tensors))
+        return StateMeaning(
+            weights=sha256_json([made.sha256, made.files])[:16],
+            profile=self.profile,
+            foldkv=self.manifest.foldkv_version,
+            rows=f"{self.manifest.layout} ({types}; {sha256_json(table)[:16]})",
+        )
 
     def largest(self, size: str) -> int | None:
         """The largest "batch", "chunk" or "context" that an engine was built for; None for a graph, which takes any."""

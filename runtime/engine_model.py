@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,24 +37,35 @@ _LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": l
 def library_logger(trt: Any) -> Any:
     """The logger for ``tensorrt`` or ``tensorrt_rtx``. There is one per process, because the library keeps the first one.
 
-    Messages go to the logger ``foldkv.engine``; ``reasons()`` returns the last errors as one text, and clears them.
+    Messages go to the logger ``foldkv.engine``. ``reasons()`` returns as one text the last errors that the library reported in the
+    calling thread since ``forget()``; a thread of the library's own reports to whoever asks first.
     """
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=3)
+            self._errors: dict[int, deque[str]] = {}  # by thread
+            self._asking: set[int] = set()
 
         def log(self, severity: Any, text: str) -> None:
             level = _LEVELS.get(str(severity).rsplit(".", 1)[-1], logging.WARNING)
             log.log(level, "%s", text)
             if level >= logging.ERROR:
-                self.errors.append(" ".join(text.split())[:400])
+                own = self._errors.setdefault(threading.get_ident(), deque(maxlen=3))
+                own.append(" ".join(text.split())[:400])
+
+        def forget(self) -> None:
+            """Drop the calling thread's errors."""
+            self._asking.add(threading.get_ident())
+            self._errors.pop(threading.get_ident(), None)
 
         def reasons(self) -> str:
-            text = "; ".join(self.errors) or "the library gave no reason"
-            self.errors.clear()
-            return text
+            """The calling thread's errors, and drop them."""
+            own = self._errors.pop(threading.get_ident(), None)
+            if own is None:  # a thread that never asks is the library's own
+                others = [thread for thread in list(self._errors) if thread not in self._asking]
+                own = self._errors.pop(others[0], None) if others else None
+            return "; ".join(own or ()) or "the library gave no reason"
 
     return Messages()
 

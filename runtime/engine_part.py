@@ -20,6 +20,7 @@ from ..plugins.cuda import Device, KernelImage
 from ..plugins.tensorrt import provide_kernels, register_plugins, release_kernels
 from .bundle import Bundle
 from .chain import AFTER, PAST, PRESENT, STREAMS
+from .runtime_cache import RuntimeCaches
 from .weight_files import WeightFiles, check_indices
 from .weight_forms import load_weight
 from .weight_upload import WeightUpload
@@ -35,6 +36,7 @@ class EnginePart:
         inputs: names of every engine's inputs, by segment.
         outputs: likewise.
         weights: where every weight is, by owner and role.
+        caches: kernels that were compiled for this kind of GPU, if the library compiles them while it runs.
     """
 
     def __init__(
@@ -60,14 +62,20 @@ class EnginePart:
                 provide_kernels(kernels.library, images, driver=device.driver)
                 opened.callback(self._in_context, lambda: release_kernels(kernels.library))
                 register_plugins(trt)
+            #: What TensorRT-RTX compiles while contexts run; TensorRT compiles nothing then.
+            self.caches = RuntimeCaches(f"sm{bundle.manifest.target.sm}") if compiles_while_running(trt) else None
             opened.callback(self._in_context, self._drop_engines)
             self._runtime = trt.Runtime(logger)
-            logger.reasons()  # forget errors of earlier engines
+            logger.forget()  # errors of earlier engines
             for name in dict.fromkeys((STEP, *(call.segment for call in calls))):
                 self._load_engine(name)
             self._check_engines()
             opened.callback(self._in_context, self._free)
             self._opened = opened.pop_all()
+
+    def digest(self, segment: str) -> str:
+        """The sha256 of a segment's plan."""
+        return self.bundle.manifest.files[self.table.plans[segment]].sha256
 
     @property
     def weight_bytes(self) -> int:
@@ -175,7 +183,14 @@ class EnginePart:
         self._blocks, self.weights = [], {}
 
     def _drop_engines(self) -> None:
+        if self.caches is not None:
+            self.caches.close()
         self.engines, self._runtime = {}, None
+
+
+def compiles_while_running(trt: Any) -> bool:
+    """Whether the library compiles kernels for the shapes that it meets, as TensorRT-RTX does."""
+    return hasattr(trt, "DynamicShapesKernelSpecializationStrategy")
 
 
 def part_bytes(table: EngineTable, call: Call) -> int:

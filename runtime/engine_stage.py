@@ -151,6 +151,8 @@ class EngineStage:
         """Free graphs, contexts, state and the other buffers when the GPU is done with them. Unchecked: all of it must go."""
         with self.device.current():
             self.driver.cuStreamSynchronize(self.stream)
+            if self.part.caches is not None:
+                self.part.caches.save()
             for lane in self._lanes.values():
                 lane.close()
             self._lanes = {}
@@ -174,6 +176,7 @@ class _Lane:
             call.owner: [t for t in stage.buffers.spec.tensors if t.layer == call.layer] for call in self._part.calls
         }
         self._calls = ((STEP, STEP), *((call.owner, call.segment) for call in self._part.calls))
+        self._configs: list[Any] = []  # what a context was made with, and must outlive it
         self._contexts = {owner: self._context(segment) for owner, segment in self._calls}
         for owner, weights in self._part.weights.items():
             for role, address in weights.items():
@@ -230,10 +233,11 @@ class _Lane:
         """Free the captured step and the contexts, in the GPU's context."""
         self.forget_graph()
         self._contexts.clear()
+        self._configs.clear()
 
     def _enqueue(self) -> None:
         stage, logger = self._stage, self._part.logger
-        logger.errors.clear()
+        logger.forget()
         for owner, _ in self._calls:
             if not self._contexts[owner].execute_async_v3(stage.stream):
                 raise FoldkvError(
@@ -274,14 +278,18 @@ class _Lane:
         """An execution context that takes its scratch memory from the stage."""
         part, strategies = self._part, self._trt.ExecutionContextAllocationStrategy
         engine = part.engines[segment]
-        specialise = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
-        if specialise is None:
+        if part.caches is None:
             context = engine.create_execution_context(strategies.USER_MANAGED)
         else:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
-            # By default kernels are exchanged for better ones while a session decodes, and its results change with them.
-            config.dynamic_shapes_kernel_specialization_strategy = specialise.EAGER
+            # By default kernels are exchanged for better ones while a session decodes, and its results change with them. Steps
+            # have one shape: their kernels are made for it before the first runs. Chunks have hundreds: all take the same kernels.
+            kernels = self._trt.DynamicShapesKernelSpecializationStrategy
+            one_shape = self._profile == 0 and not any(self._on_host(segment, name) for name in part.inputs[segment])
+            config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER if one_shape else kernels.NONE
+            part.caches.attach(config, part.digest(segment))
+            self._configs.append(config)
             context = engine.create_execution_context(config)
         if context is None or not context.set_optimization_profile_async(self._profile, self._stage.stream):
             raise ArtifactError(

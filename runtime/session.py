@@ -28,7 +28,7 @@ import numpy.typing as npt
 from ..errors import ArtifactError, CapacityError, FoldkvError, InputError, listing, short
 from ..progress import Say, silent
 from .backend import Executor, FloatArray, IntArray
-from .bundle import Bundle
+from .bundle import Bundle, StateMeaning
 from .model import Model
 from .sampling import GREEDY, Sampler, Sampling
 
@@ -44,14 +44,14 @@ class Snapshot:
     Only rows in use are copied, so its size depends on the tokens held, not on the planned context.
 
     Attributes:
-        digest: the bundle's digest.
+        meaning: what its rows mean: weights, profile, version and row formats. Bundles for other machines may have the same.
         context: tokens that each slot could hold.
         positions: tokens in the caches of each slot.
         pending: the token of each slot that was given out but not fed, or None.
         rows: by slot and state tensor [used, width].
     """
 
-    digest: str
+    meaning: StateMeaning
     context: int
     positions: tuple[int, ...]
     pending: tuple[int | None, ...]
@@ -331,20 +331,22 @@ class Session:
         """A copy of the current state, including tokens that were given out but not fed."""
         with self._exclusive():
             held = tuple(self._positions.tolist())
-            return Snapshot(self.bundle.digest, self.context, held, self.pending, self._buffers.copy_used(held))
+            return Snapshot(self.bundle.meaning, self.context, held, self.pending, self._buffers.copy_used(held))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this session, or of one with the same bundle, context and batch.
+        """Go back to a snapshot of this session, or of one with the same context, batch and meaning of rows.
 
-        The same steps then give the same bits.
+        The same steps then give the same bits in a session of the same bundle. Bundles for other machines of the same graph take
+        the same rows if their layout and types are the same; they compute in their own precision.
 
         Raises:
-            InputError: the snapshot is of another bundle, context or batch. Nothing was changed.
+            InputError: the snapshot is of other weights, another profile, layout, context or batch. Nothing was changed.
         """
         if not isinstance(snapshot, Snapshot):
             raise InputError(f"expected what snapshot() returned, got {short(snapshot)}.")
+        theirs, ours = vars(snapshot.meaning), vars(self.bundle.meaning)
         for name, found, wanted in (
-            ("bundle", snapshot.digest[:16], self.bundle.digest[:16]),
+            *((name, theirs[name], ours[name]) for name in ours),
             ("context", snapshot.context, self.context),
             ("batch", len(snapshot.positions), self.batch),
         ):

@@ -29,8 +29,8 @@ _SCRATCH = 16
 class Execution:
     """An execution context: shapes, addresses, and scratch memory if its user manages that."""
 
-    def __init__(self, engine: Any, *, managed: bool) -> None:
-        self.engine, self.driver, self.managed = engine, engine.driver, managed
+    def __init__(self, engine: Any, *, managed: bool, config: RuntimeConfig | None = None) -> None:
+        self.engine, self.driver, self.managed, self.config = engine, engine.driver, managed, config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.profile: int | None = None
@@ -89,6 +89,8 @@ class Execution:
             f"no address for {sorted(self.engine.types.keys() - self.addresses.keys())}"
         )
         addresses, shapes = dict(self.addresses), dict(self.shapes)
+        if self.config is not None:
+            self.config.compile(shapes)
         hosted = {
             name: ctypes.string_at(addresses[name], 8)
             for name in self.engine.inputs
@@ -104,7 +106,52 @@ class Execution:
         return bool(self.driver._later(stream, work)[0] == OK)
 
 
+class RuntimeCache:
+    """Kernels that were compiled, by the shapes for which they were."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu, self.kernels = gpu, set[str]()
+
+    def serialize(self) -> memoryview:
+        return memoryview("\n".join([self.gpu, *sorted(self.kernels)]).encode())
+
+    def deserialize(self, content: bytes) -> bool:
+        gpu, *kernels = content.decode().split("\n")
+        if gpu == self.gpu:
+            self.kernels |= set(kernels)
+        return gpu == self.gpu
+
+
+class RuntimeConfig:
+    """How an engine of TensorRT-RTX is executed."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.allocation, self.cache = engine, 0, RuntimeCache(GPU)
+        self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
+
+    def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(GPU)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+    def compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """What an execution at these shapes needs, if it was not compiled before; ``calls`` of the driver counts that."""
+        strategy = self.dynamic_shapes_kernel_specialization_strategy
+        assert strategy in ("EAGER", "NONE"), "kernels change while a session decodes"
+        kernel = "for any shape" if strategy == "NONE" else str(sorted(shapes.items()))
+        if kernel not in self.cache.kernels:
+            self.engine.driver.calls.append(f"compile {kernel}")
+            self.cache.kernels.add(kernel)
+
+
 HOST, DEVICE = 1, 0
+#: The allocation strategy USER_MANAGED, and the GPU that kernels are compiled for.
+MANAGED, GPU = 2, "stand-in"
 
 
 class Engine:
@@ -140,9 +187,15 @@ class Engine:
     def get_tensor_location(self, name: str) -> int:
         return DEVICE
 
-    def create_execution_context(self, strategy: int = 0) -> Execution:
+    def create_execution_context(self, made: RuntimeConfig | int = 0) -> Execution:
         self.driver.check_context(self.device)
-        return Execution(self, managed=strategy == 2)
+        if isinstance(made, RuntimeConfig):
+            assert made.engine is self
+            return Execution(self, managed=made.allocation == MANAGED, config=made)
+        return Execution(self, managed=made == MANAGED)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self)
 
     def run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], hosted: dict[str, bytes]) -> None:
         """Compute the outputs from what lies at the addresses."""
@@ -180,12 +233,15 @@ class BoundEngine(Engine):
             self.driver.write(addresses[name], np.ascontiguousarray(value.numpy()).tobytes())
 
 
-def library(driver: HostDriver) -> Any:
-    """The module ``tensorrt`` as the executor uses it; a plan is the path of a model. It works in the current context."""
+def library(driver: HostDriver, *, rtx: bool = False) -> Any:
+    """The module ``tensorrt``, or ``tensorrt_rtx``, as the executor uses it; a plan is the path of a model. It works in the
+    current context."""
     trt: Any = types.ModuleType("tensorrt")
     trt.TensorLocation = types.SimpleNamespace(HOST=HOST, DEVICE=DEVICE)
     trt.TensorIOMode = types.SimpleNamespace(INPUT=1, OUTPUT=2)
-    trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(STATIC=0, USER_MANAGED=2)
+    trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(STATIC=0, USER_MANAGED=MANAGED)
+    if rtx:
+        trt.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(LAZY="LAZY", EAGER="EAGER", NONE="NONE")
 
     class Severity(enum.Enum):
         ERROR = 1

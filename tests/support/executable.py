@@ -71,7 +71,7 @@ def executable_bundle(package: Path, out: Path, *, layout: str = "dense") -> tup
 def use(patch: pytest.MonkeyPatch, driver: HostDriver) -> None:
     """Let the runtime open engines over the stand-ins."""
     patch.setattr(cuda, "cuda_driver", lambda: driver)
-    patch.setattr(engine_model, "_library", lambda bundle: library(driver))
+    patch.setattr(engine_model, "_library", lambda bundle: library(driver, rtx=True))
     patch.setattr(bundle_module, "device_capability", lambda: 80)
     register = engine_part.register_plugins  # the plugins are those of the real library
     patch.setattr(engine_part, "register_plugins", lambda trt: register(importlib.import_module("tensorrt_rtx")))
@@ -89,8 +89,10 @@ STATELESS = frozenset(spec.operator for spec in PLUGINS.values() if not any(t.dt
 
 
 def micro_package(tiny_checkpoint: Path, out: Path, form: str = "plain", profile: str = "hf") -> Path:
-    """A package of a model with random weights that the stand-in executes in seconds."""
-    config = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
-    checkpoint = random_checkpoint(config, out / "checkpoint", form)
-    shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
-    return export_checkpoint(checkpoint, out / "graph", profile=profile)
+    """A package of a model with random weights that the stand-in executes in seconds; its checkpoint is made once in ``out``."""
+    checkpoint = out / "checkpoint"
+    if not checkpoint.exists():
+        config = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
+        random_checkpoint(config, checkpoint, form)
+        shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
+    return export_checkpoint(checkpoint, out / f"graph-{profile}", profile=profile)

@@ -133,7 +133,8 @@ class _Standard:
             if isinstance(value, _Place):
                 value = np.frombuffer(driver.read(value.address, value.bytes), value.dtype).reshape(value.shape)
             feeds[name] = value
-        held.update(zip(self._made, self._evaluator.run(None, feeds), strict=True))
+        with np.errstate(all="ignore"):  # a GPU says nothing of a logarithm of zero
+            held.update(zip(self._made, self._evaluator.run(None, feeds), strict=True))
 
 
 class _Plugin:

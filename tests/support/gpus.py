@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,7 +80,11 @@ class HostDriver(FakeDriver):
         self._next: dict[int, int] = {}
         self._handles: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        self._thread, self._retained = threading.local(), False
+        self._thread = threading.local()
+        self._retained, self._ever_retained = dict[int, int](), False
+        #: Host threads run side by side, and GPUs do not: kernels in the interpreter share its state.
+        self._running = threading.RLock()
+        self._handing_out = itertools.count(70)
         self._shared_on: dict[tuple[int, int], int] = {}
 
     # --- contexts
@@ -97,7 +102,7 @@ class HostDriver(FakeDriver):
         """Number of the GPU whose context is current in this thread; without any, the first until a context was retained."""
         if self.contexts:
             return self.contexts[-1] - 1
-        return None if self._retained else 0
+        return None if self._ever_retained else 0
 
     def check_context(self, device: int | None = None) -> None:
         """Fail as a library does that works in the current context."""
@@ -145,11 +150,13 @@ class HostDriver(FakeDriver):
         return (OK if self.peers else INVALID,)
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[CUresult, int]:
-        self._retained = True
+        self._ever_retained = True
+        self._retained[device] = self._retained.get(device, 0) + 1
         self.opened["context"] += 1
         return OK, device + 1
 
     def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[CUresult]:
+        self._retained[device] -= 1
         self.opened["context"] -= 1
         return (OK,)
 
@@ -158,6 +165,7 @@ class HostDriver(FakeDriver):
         return (OK,)
 
     def cuCtxPushCurrent(self, context: int) -> tuple[CUresult]:
+        assert self._retained.get(context - 1), "the context was released by everybody who retained it"
         self.contexts.append(context)
         return (OK,)
 
@@ -172,14 +180,13 @@ class HostDriver(FakeDriver):
 
     def _keep(self, kind: str, thing: Any) -> int:
         self.opened[kind] += 1
-        handle = 70 + len(self._handles)
+        handle = next(self._handing_out)
         self._handles[handle] = thing
         return handle
 
     def _drop(self, kind: str, handle: int) -> tuple[CUresult]:
         self.opened[kind] -= 1
         del self._handles[handle]
-        self._handles[-handle] = None  # no handle is given twice
         return (OK,)
 
     def _later(self, stream: int, work: Callable[[], None]) -> tuple[CUresult]:
@@ -191,7 +198,7 @@ class HostDriver(FakeDriver):
         return (OK,)
 
     def _drain(self, stream: _Stream) -> None:
-        with self._as(stream.device):
+        with self._running, self._as(stream.device):
             while stream.queue:
                 stream.queue.pop(0)()
 
@@ -235,7 +242,7 @@ class HostDriver(FakeDriver):
     def _await(self, stream: _Stream | None, done: list[bool]) -> None:
         while not done[0]:
             assert stream is not None
-            with self._as(stream.device):
+            with self._running, self._as(stream.device):
                 stream.queue.pop(0)()
 
     def cuEventSynchronize(self, event: int) -> tuple[CUresult]:
@@ -299,26 +306,27 @@ class HostDriver(FakeDriver):
         if status != OK:
             return status, 0
         assert self.device is not None
-        held = sum(block.numel() for address, block in self.blocks.items() if self._owners[address] == self.device)
-        if held + size > self.limit:
-            return INVALID, 0
-        block = torch.full((size,), 0xFF, dtype=torch.uint8)  # what was never written is not zero
-        if self.host_addresses:
-            address = block.data_ptr()
-        else:
-            address = self._next.get(self.device, _SPACE * (1 + self.device))
-            self._next[self.device] = (
-                address + (-(-size // _ALIGNED) + 1) * _ALIGNED
-            )  # a gap behind each, no address twice
-        self.blocks[address], self._owners[address] = block, self.device
+        with self._running:
+            held = sum(block.numel() for address, block in self.blocks.items() if self._owners[address] == self.device)
+            if held + size > self.limit:
+                return INVALID, 0
+            block = torch.full((size,), 0xFF, dtype=torch.uint8)  # what was never written is not zero
+            if self.host_addresses:
+                address = block.data_ptr()
+            else:
+                address = self._next.get(self.device, _SPACE * (1 + self.device))
+                # A gap behind each, and no address twice.
+                self._next[self.device] = address + (-(-size // _ALIGNED) + 1) * _ALIGNED
+            self.blocks[address], self._owners[address] = block, self.device
         return OK, address
 
     def cuMemFree(self, address: int) -> tuple[CUresult]:
         status = self._waits()
         if status == OK:
             # Not every free waits for streams: what is still enqueued then finds no memory.
-            self._drain_all()
-            del self.blocks[address]
+            with self._running:
+                self._drain_all()
+                del self.blocks[address]
         return (status,)
 
     def cuMemAllocHost(self, size: int) -> tuple[CUresult, int]:
@@ -338,11 +346,12 @@ class HostDriver(FakeDriver):
 
     def _at(self, address: int) -> tuple[Tensor, int]:
         """The block that an address of the current GPU lies in, and where."""
-        for start, block in self.blocks.items():
-            if start <= address < start + max(block.numel(), 1):
-                if self._owners[start] != self.device:
-                    raise LookupError(f"{address:#x} is on GPU {self._owners[start]}, not on {self.device}")
-                return block, address - start
+        with self._running:
+            for start, block in self.blocks.items():
+                if start <= address < start + max(block.numel(), 1):
+                    if self._owners[start] != self.device:
+                        raise LookupError(f"{address:#x} is on GPU {self._owners[start]}, not on {self.device}")
+                    return block, address - start
         raise LookupError(f"no memory at {address:#x}")
 
     def read(self, address: int, size: int) -> bytes:
