@@ -290,7 +290,8 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     that nobody has hashed before are named, with their sha256.
     """
     from .export.locate import find_weights
-    from .export.pack import read_locked, refuse_others, verify_weights
+    from .export.pack import read_locked
+    from .export.weight_digests import refuse_others, verify_weights
 
     manifest, lock = read_locked(artifact)
     files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
@@ -343,11 +344,12 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
 )
 @_weights_from
+@click.option("--verify", is_flag=True, help="Read the weight files whole first, and refuse others than the lock's.")
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
     seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, devices: tuple[int, ...] | None,
-    weights_from: Path | None, as_json: bool,
+    weights_from: Path | None, verify: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
     from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
@@ -360,7 +362,13 @@ def generate_command(
         raise InputError("the text is empty; give at least one character to continue.")
     room = context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
     with Session(
-        bundle, context=room, threads=threads, devices=devices, weights_from=weights_from, progress=progress()
+        bundle,
+        context=room,
+        threads=threads,
+        devices=devices,
+        weights_from=weights_from,
+        verify=verify,
+        progress=progress(),
     ) as session:
         pieces = []
         for piece in stream_text(

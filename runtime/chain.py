@@ -26,6 +26,7 @@ from .backend import default_threads
 from .bundle import Bundle
 from .chain_memory import ChainMemory, DeviceMemory, HostMemory, Tensor
 from .placement import on_processor, wanted_on_host
+from .weight_check import WeightCheck
 from .weight_files import TYPES, WeightFiles, check_indices
 
 #: Models with smaller weights are computed with one thread, unless the caller says otherwise.
@@ -46,6 +47,7 @@ class ChainModel:
         *,
         threads: int | None = None,
         weights_from: Path | None = None,
+        verify: bool = False,
         instead: Mapping[str, bytes] | None = None,
         memory: ChainMemory | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class ChainModel:
             bundle: the checked bundle.
             threads: the most threads per operator; see :func:`threads_for`.
             weights_from: where the checkpoint's weight files are.
+            verify: hash the weight files, and refuse others than the lock's.
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
             memory: where tensors lie; the default is what the bundle's backend needs.
 
@@ -82,6 +85,9 @@ class ChainModel:
             self.files.open(name, path, lock.files[name])
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
+        if verify:
+            with WeightCheck(self.files, lock.files, paths, threads=default_threads()) as check:
+                check.finish()
         self._instead = instead or {}
         if backend.provider not in onnxruntime.get_available_providers():
             raise _no_provider(bundle, f"this ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}")

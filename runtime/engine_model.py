@@ -25,6 +25,7 @@ from ..progress import BYTES, Progress, Say, silent
 from .bundle import Bundle
 from .engine_part import EnginePart, part_bytes
 from .plugin_check import bundle_kernels
+from .weight_check import WeightCheck
 from .weight_files import WeightFiles
 
 #: Gets every message of the library, at the same level.
@@ -85,6 +86,7 @@ class EngineModel:
         devices: Sequence[int] = (0,),
         context: int | None = None,
         batch: int = 1,
+        verify: bool = False,
         progress: Say = silent,
     ) -> None:
         """Find the weights, deal the segments out, load kernels and engines, and copy the weights to the GPUs.
@@ -95,6 +97,7 @@ class EngineModel:
             devices: numbers of the GPUs, in the order in which they get the segments.
             context: tokens of a sequence for which there must be room; the default is the engines' largest.
             batch: sequences for which there must be room.
+            verify: hash the weight files while they are copied, and refuse others than the lock's.
             progress: called while weights are copied; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
@@ -127,7 +130,8 @@ class EngineModel:
         kernels = bundle.manifest.kernels
         images = () if kernels is None else tuple(bundle_kernels(bundle.folder, kernels))
         report, total, done = Progress.of(progress), self.table.weight_bytes, 0
-        with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as opened, contextlib.ExitStack() as checking:
+            check = checking.enter_context(WeightCheck(files, self._lock.files, paths)) if verify else None
             found = []
             for ordinal in devices:
                 found.append(Device(ordinal=ordinal))
@@ -142,6 +146,9 @@ class EngineModel:
                 report(f"weights of {len(part.calls)} segments to GPU {part.device.ordinal}")
                 part.load(self._lock, files, _following(report, done, total))
                 done += sum(self.table.bytes_of(call) for call in part.calls)
+            if check is not None:
+                report("waiting for the sha256 of the weight files")
+                check.finish()
             self.parts = tuple(parts)
             self._opened = opened.pop_all()
 

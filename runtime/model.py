@@ -34,6 +34,7 @@ class Model:
         devices: Sequence[int] | None = None,
         context: int | None = None,
         batch: int = 1,
+        verify: bool = False,
         progress: Say = silent,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
@@ -50,11 +51,14 @@ class Model:
             devices: for engines: numbers of the GPUs that share the layers; the default is the first GPU alone.
             context: for engines: tokens of a sequence for which there must be room; the default is the engines' largest.
             batch: for engines: sequences for which there must be room.
+            verify: read the checkpoint's weight files whole, and refuse them if their sha256 is not what the lock says, or the Hugging
+                Face cache that they lie in. Engines' files are hashed while they are copied. Without it names, sizes and headers
+                are compared.
             progress: called while weights are copied to GPUs; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
-            InputError: an argument is wrong, or weights are missing or are others.
+            InputError: an argument is wrong, weights are missing or are others, or nobody says what their sha256 should be.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
@@ -73,7 +77,7 @@ class Model:
 
             self._loaded = EngineModel(
                 self.bundle, weights_from=source, devices=(0,) if devices is None else devices, context=context,
-                batch=batch, progress=progress,
+                batch=batch, verify=verify, progress=progress,
             )  # fmt: skip
         elif devices is not None:
             raise InputError(
@@ -82,7 +86,7 @@ class Model:
         else:
             from .chain import ChainModel
 
-            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source)
+            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source, verify=verify)
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from foldkv.cli import main
 from foldkv.errors import ArtifactError, InputError
 from foldkv.export.contract.lock import LOCK, WeightsLock
-from foldkv.export.pack import pack, read_locked, refuse_others, verify_weights
+from foldkv.export.pack import pack, read_locked
+from foldkv.export.weight_digests import refuse_others, verify_weights
 from foldkv.runtime import Session
 
 

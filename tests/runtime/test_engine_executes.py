@@ -16,6 +16,7 @@ from gpus import HostDriver
 
 from foldkv.errors import FoldkvError, InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.pack import pack
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.targets import load_targets
@@ -175,6 +176,22 @@ def test_kernels_are_compiled_once_per_kind_of_layer_and_kept_for_the_next_proce
     assert compiled() == kinds, "the library refuses what another GPU compiled"
     monkeypatch.setenv("FOLDKV_CACHE", "/dev/null")
     assert compiled() == kinds, "a cache that cannot be written is not used"
+
+
+def test_weights_are_verified_while_they_are_copied(made: Made, gpus: HostDriver, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be verified(.|\n)*foldkv pack --with-weights"):
+        Model(made.engines["dense"], context=64, verify=True)
+    pack(made.engines["dense"], tmp_path / "packed")
+    with Session(tmp_path / "packed", context=64, devices=[0, 1], verify=True) as session:
+        assert session.ready()
+    file = min((tmp_path / "packed" / "weights").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()  # it may be the checkpoint's own file, linked
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"has sha256 .* the lock says"):
+        Model(tmp_path / "packed", context=64, devices=[0, 1], verify=True)
+    Model(tmp_path / "packed", context=64).close()
 
 
 def test_weights_and_state_lie_on_the_gpu_that_computes_with_them(made: Made, gpus: HostDriver) -> None:
