@@ -39,34 +39,31 @@ def library_logger(trt: Any) -> Any:
     """The logger for ``tensorrt`` or ``tensorrt_rtx``. There is one per process, because the library keeps the first one.
 
     Messages go to the logger ``foldkv.engine``. ``reasons()`` returns as one text the last errors that the library reported in the
-    calling thread since ``forget()``; a thread of the library's own reports to whoever asks first.
+    calling thread since ``forget()``; what a thread of the library's own reported goes to whoever asks first.
     """
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._errors: dict[int, deque[str]] = {}  # by thread
-            self._asking: set[int] = set()
+            self._own = threading.local()  # errors of threads that ask
+            self._others: deque[str] = deque(maxlen=3)
 
         def log(self, severity: Any, text: str) -> None:
             level = _LEVELS.get(str(severity).rsplit(".", 1)[-1], logging.WARNING)
             log.log(level, "%s", text)
             if level >= logging.ERROR:
-                own = self._errors.setdefault(threading.get_ident(), deque(maxlen=3))
-                own.append(" ".join(text.split())[:400])
+                getattr(self._own, "errors", self._others).append(" ".join(text.split())[:400])
 
         def forget(self) -> None:
             """Drop the calling thread's errors."""
-            self._asking.add(threading.get_ident())
-            self._errors.pop(threading.get_ident(), None)
+            self._own.errors = deque(maxlen=3)
 
         def reasons(self) -> str:
-            """The calling thread's errors, and drop them."""
-            own = self._errors.pop(threading.get_ident(), None)
-            if own is None:  # a thread that never asks is the library's own
-                others = [thread for thread in list(self._errors) if thread not in self._asking]
-                own = self._errors.pop(others[0], None) if others else None
-            return "; ".join(own or ()) or "the library gave no reason"
+            """The calling thread's errors, or else those of threads that never ask; and drop them."""
+            found = getattr(self._own, "errors", None) or self._others
+            text = "; ".join(found) or "the library gave no reason"
+            found.clear()
+            return text
 
     return Messages()
 

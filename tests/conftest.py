@@ -14,6 +14,9 @@ from pathlib import Path
 
 # Before anything imports Triton: tests run its kernels in the interpreter, on the CPU.
 os.environ["TRITON_INTERPRET"] = "1"
+# Before anything imports torch: processes that run tests at once are as many as processors, and more threads wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from checkpoints import random_checkpoint, small_checkpoint

@@ -72,12 +72,34 @@ def make_reference_once() -> Callable[..., DeepseekV4ForCausalLM]:
     return random_reference
 
 
+#: Those whose graphs are compared too: tracing takes half a minute for each, and the others differ in sizes of the same graph.
+TRACED = (
+    "all_kinds",
+    "odd_ratios",
+    "sliding_only_no_hash",
+    "one_head_one_group_two_streams",
+    "ratio_one_and_window_of_three",
+)
+
+
 @pytest.fixture(scope="session", params=list(CONFIGS))
 def reference_checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[DeepseekV4ForCausalLM, Path]:
     """A random reference of every configuration, and its checkpoint as transformers saves it."""
-    model = random_reference(seed=len(request.param), **CONFIGS[request.param])
-    folder = tmp_path_factory.mktemp(request.param)
+    return _saved(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=TRACED)
+def traced_checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DeepseekV4ForCausalLM, Path]:
+    """As :func:`reference_checkpoint`, of the configurations whose graphs are compared."""
+    return _saved(request.param, tmp_path_factory)
+
+
+def _saved(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[DeepseekV4ForCausalLM, Path]:
+    model = random_reference(seed=len(name), **CONFIGS[name])
+    folder = tmp_path_factory.mktemp(name)
     model.save_pretrained(folder)
     return model, folder

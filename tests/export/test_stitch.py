@@ -21,9 +21,9 @@ CONTEXT = 80
 
 @pytest.fixture(scope="module")
 def graph(
-    reference_checkpoint: tuple[DeepseekV4ForCausalLM, Path], tmp_path_factory: pytest.TempPathFactory
+    traced_checkpoint: tuple[DeepseekV4ForCausalLM, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[DeepseekV4ForCausalLM, Path]:
-    model, folder = reference_checkpoint
+    model, folder = traced_checkpoint
     return model, export_checkpoint(folder, tmp_path_factory.mktemp("graph") / "graph")
 
 

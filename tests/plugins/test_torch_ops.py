@@ -63,7 +63,7 @@ def setup(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
     """A model with random weights; its sequences end at different places, one of them in the first chunk."""
     config = json.loads((tiny_checkpoint / "config.json").read_text()) | SMALL
     folder = random_checkpoint(config, tmp_path_factory.mktemp("model") / "checkpoint", "plain")
-    return Setup(folder, lengths=(4, 3), chunk=2, steps=2, context=32)
+    return Setup(folder, lengths=(4, 3), chunk=2, steps=1, context=32)
 
 
 @pytest.fixture(scope="module")

@@ -322,3 +322,26 @@ def test_whatever_fails_half_way_is_an_error_and_everything_is_given_back(
             raised += 1
         assert_given_back(gpu)
     assert raised > len(chosen) * 3 / 4, "the rest are calls of the end, of which nobody needs the result"
+
+
+def test_errors_are_told_to_the_thread_whose_call_failed() -> None:
+    trt = library(HostDriver())
+    logger = engine_module.library_logger(trt)
+    severity = type("Severity", (), {"ERROR": "Severity.ERROR", "INFO": "Severity.INFO"})
+
+    def asking() -> str:
+        logger.forget()
+        logger.log(severity.ERROR, "theirs\nin two lines")
+        logger.log(severity.INFO, "no error")
+        return str(logger.reasons())
+
+    logger.forget()
+    logger.log(severity.ERROR, "ours")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asking).result() == "theirs in two lines"
+        pool.submit(logger.log, severity.ERROR, "still theirs").result()
+    assert logger.reasons() == "ours"
+    assert logger.reasons() == "the library gave no reason", "another thread that asks for itself has the rest"
+    with ThreadPoolExecutor(1) as pool:  # a thread of the library's own never asks
+        pool.submit(logger.log, severity.ERROR, "from inside").result()
+    assert logger.reasons() == "from inside"
