@@ -1,0 +1,390 @@
+"""The reference for checkpoints that fit into no memory: transformers' layers, one at a time, over all texts.
+
+A layer's tensors are read from the checkpoint and dequantised, all texts go through it, their streams are kept, and it is dropped;
+experts come in groups of a given size. So a weight is read once for as many texts as fit beside it, and memory has one layer
+without its experts, a group of experts, and the texts.
+
+The computation is that of transformers' own modules, run in two passes over the tokens: attention and routing first, then, when the
+chosen experts have answered, the rest. With the same chunks and threads the results are those of the whole model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..artifact import sha256_json
+from ..errors import system_failure
+from ..export.checkpoint.formats import PLAIN
+from ..export.checkpoint.names import released_name, scale_name
+from ..export.checkpoint.reader import Checkpoint
+from ..export.checkpoint.values import dequantised, read_tensor
+from ..export.loading import weight_value
+from ..export.tensor_table import check_tensors, expert_parts
+from ..packages import require
+from ..progress import BYTES, Progress, Say, silent
+
+#: Bytes of float32 weights of experts that are held at once.
+GROUP_BYTES = 1 << 30
+#: Called with a layer and, for every text, its streams [n, N, C] after it.
+Observer = Callable[[int, Sequence[Tensor]], None]
+
+
+class LayeredReference:
+    """transformers' DeepseekV4ForCausalLM, eager, float32, of which one layer is in memory at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, *, chunk: int | None = None, group_bytes: int = GROUP_BYTES) -> None:
+        """Check the checkpoint's tensors; no weight is read.
+
+        Args:
+            checkpoint: the checkpoint, opened.
+            chunk: tokens of a text that go through a layer at once, with transformers' cache between them; None for all.
+            group_bytes: bytes of float32 weights of experts that are held at once; at least one expert is.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or of a wrong shape.
+            MissingDependencyError: transformers is not installed.
+        """
+        require("validate")
+        check_tensors(checkpoint)
+        import transformers
+
+        self.name = f"transformers {transformers.__version__}, float32, layer by layer"
+        self._checkpoint, self._chunk, self._group_bytes = checkpoint, chunk, group_bytes
+        config = transformers.DeepseekV4Config.from_pretrained(checkpoint.folder)
+        config._attn_implementation = "eager"
+        # What from_pretrained chooses; without it the modules compute experts in another order.
+        config._experts_implementation = "grouped_mm"
+        self._config = config
+        self.num_layers: int = config.num_hidden_layers
+
+    def embedded(self, tokens: Sequence[int]) -> Tensor:
+        """The streams [n, N, C] before the first layer."""
+        table = self._value("embed.weight")
+        rows = torch.nn.functional.embedding(torch.tensor(list(tokens)), table)
+        return rows[:, None].expand(-1, self._config.hc_mult, -1).contiguous()
+
+    def layers(
+        self, texts: Sequence[Sequence[int]], streams: Sequence[Tensor], *, first: int = 0
+    ) -> Iterator[list[Tensor]]:
+        """The streams of every text after each layer.
+
+        Args:
+            texts: token ids [n] of each.
+            streams: of each, before the layer ``first``: float32 [n, N, C].
+            first: the layer to begin with.
+
+        Yields:
+            The streams after the next layer, [n, N, C] of every text.
+
+        Raises:
+            CheckpointError: a weight cannot be read, or its scale is NaN, infinite or not above zero.
+        """
+        now = list(streams)
+        with torch.no_grad():
+            for index in range(first, self.num_layers):
+                now = _Layer(self, index).run(texts, now)
+                yield now
+
+    def logits(self, streams: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Logits [m, V] float32 of the tokens ``rows`` of a text, from its streams [n, N, C] after the last layer."""
+        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+        with torch.device("meta"):
+            mixed, norm = (
+                modeling.DeepseekV4HyperHead(self._config),
+                modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps),
+            )
+        self._fill(mixed, "hc_head.")
+        self._fill(norm, "norm.")
+        with torch.no_grad():
+            hidden = norm(mixed(streams[None, rows]))
+            return torch.nn.functional.linear(hidden, self._value("head.weight"))[0]
+
+    def _value(self, name: str) -> Tensor:
+        value = weight_value(self._checkpoint, name)
+        return value.float() if value.is_floating_point() else value.long()
+
+    def _fill(self, module: torch.nn.Module, prefix: str, without: str = "\0") -> None:
+        """Give a module that has no storage the values of the checkpoint, but for names that begin with ``without``."""
+        names = [name for name in module.state_dict() if not name.startswith(without)]
+        module.load_state_dict(
+            {name: self._value(released_name(prefix + name)) for name in names}, strict=False, assign=True
+        )
+
+    def _experts(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The weights of some experts of a layer: [E, 2 I, C] and [E, C, I], float32."""
+        found = []
+        for kind in ("w13", "w2"):
+            name = f"layers.{layer}.ffn.experts.{kind}"
+            parts = expert_parts(name, self._checkpoint)
+            if not parts:
+                found.append(self._stacked(name, start, end))
+                continue
+            spec = self._checkpoint.spec
+            inner, outer = spec.moe_intermediate_size, spec.hidden_size
+            stack = torch.empty((end - start, *((2 * inner, outer) if kind == "w13" else (outer, inner))))
+            for part, (expert, rows) in parts.items():
+                assert isinstance(expert, int)
+                if start <= expert < end:
+                    stack[expert - start, rows] = self._value(part)
+            found.append(stack)
+        return found[0], found[1]
+
+    def _stacked(self, name: str, start: int, end: int) -> Tensor:
+        """Some experts of a tensor that has all of a layer; no other bytes are read."""
+        weight, form = self._some(name, start, end), self._checkpoint.format(name)
+        if form is None or form.name == PLAIN:
+            return weight.float()
+        return dequantised(weight, self._some(scale_name(name), start, end), form)
+
+    def _some(self, name: str, start: int, end: int) -> Tensor:
+        stored = self._checkpoint.headers[name]
+        size = stored.bytes // stored.shape[0]
+        return read_tensor(
+            dataclasses.replace(
+                stored, offset=stored.offset + start * size, bytes=(end - start) * size,
+                shape=(end - start, *stored.shape[1:]),
+            )
+        )  # fmt: skip
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of a layer's tensors in the checkpoint."""
+        prefix = f"layers.{layer}."
+        return sum(one.bytes for name, one in self._checkpoint.headers.items() if name.startswith(prefix))
+
+    def key(self, texts: Mapping[str, Sequence[int]]) -> str:
+        """A digest of everything that the streams of these texts depend on; threads, which change the last bits, included."""
+        return sha256_json(
+            [self.name, self._checkpoint.identity(), self._checkpoint.files_identity(), self._chunk, self.experts_at_once,
+             torch.get_num_threads(), {name: list(tokens) for name, tokens in texts.items()}]
+        )  # fmt: skip
+
+    @property
+    def experts_at_once(self) -> int:
+        """Experts of a group."""
+        spec = self._checkpoint.spec
+        return max(1, self._group_bytes // (12 * spec.moe_intermediate_size * spec.hidden_size))
+
+
+class _Reached(Exception):
+    """The first pass has come to the experts."""
+
+
+class _Routed(torch.nn.Module):
+    """In the place of a layer's experts: notes what they are asked, and answers when that was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: tuple[Tensor, Tensor, Tensor] | None = None
+        self.answer: Tensor | None = None
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        if self.answer is None:
+            self.asked = hidden, chosen, weights
+            raise _Reached
+        return self.answer
+
+
+class _Known(torch.nn.Module):
+    """In the place of a layer's attention in the second pass: its output from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor | None, None]:
+        return self.output, None
+
+
+@dataclasses.dataclass
+class _Piece:
+    """What a chunk of a text keeps between the two passes: attention's output, and what its experts are asked and have answered."""
+
+    streams: Tensor
+    ids: Tensor
+    attention: Tensor
+    hidden: Tensor
+    chosen: Tensor
+    weights: Tensor
+    answers: Tensor
+
+
+class _Layer:
+    """One layer of transformers, with its weights but for the experts."""
+
+    def __init__(self, reference: LayeredReference, index: int) -> None:
+        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+        self._reference, self._index, self._modeling = reference, index, modeling
+        # A config of this layer alone: transformers' caches and masks count layers from 0.
+        config = self._config = copy.deepcopy(reference._config)
+        config.num_hidden_layers = 1
+        config.layer_types = [reference._config.layer_types[index]]
+        config.mlp_layer_types = [reference._config.mlp_layer_types[index]]
+        with torch.device("meta"):
+            layer = self._layer = modeling.DeepseekV4DecoderLayer(config, 0).eval().requires_grad_(False)
+        reference._fill(layer, f"model.layers.{index}.", without="mlp.experts.")
+        # Frequencies are in no checkpoint.
+        for module in list(layer.modules()):
+            if hasattr(module, "rotary_emb"):
+                module.rotary_emb = modeling.DeepseekV4RotaryEmbedding(config)
+        self._rotary = modeling.DeepseekV4RotaryEmbedding(config)
+        layer.mlp.experts = self._routed = _Routed()
+        self._attention, self._known = layer.self_attn, _Known()
+
+    def run(self, texts: Sequence[Sequence[int]], streams: Sequence[Tensor]) -> list[Tensor]:
+        """The streams of every text after the layer."""
+        pieces = [
+            list(self._until_experts(torch.tensor([list(tokens)]), before[None]))
+            for tokens, before in zip(texts, streams, strict=True)
+        ]
+        self._ask([piece for text in pieces for piece in text])
+        return [torch.cat([self._after_experts(piece) for piece in text], dim=1)[0] for text in pieces]
+
+    def _until_experts(self, ids: Tensor, streams: Tensor) -> Iterator[_Piece]:
+        """The first pass over a text, a chunk at a time."""
+        from transformers.cache_utils import DynamicCache
+        from transformers.masking_utils import create_sliding_window_causal_mask
+
+        layer, chunk = self._layer, self._reference._chunk
+        cache = None if chunk is None else DynamicCache(config=self._config)
+        outputs: list[Tensor] = []
+        hook = self._attention.register_forward_hook(lambda _, __, out: outputs.append(out[0]))
+        layer.self_attn = self._attention
+        try:
+            for start in range(0, ids.shape[1], chunk or ids.shape[1]):
+                end = min(ids.shape[1], start + (chunk or ids.shape[1]))
+                part, positions = streams[:, start:end], torch.arange(start, end)[None]
+                row = part[:, :, 0]  # masks and rotations take its shape and type only
+                self._routed.answer = None
+                with contextlib.suppress(_Reached):
+                    layer(
+                        part, input_ids=ids[:, start:end], position_ids=positions, past_key_values=cache,
+                        position_embeddings={
+                            kind: self._rotary(row, position_ids=positions, layer_type=kind) for kind in ("main", "compress")
+                        },
+                        attention_mask=create_sliding_window_causal_mask(
+                            config=self._config, inputs_embeds=row, attention_mask=None, past_key_values=cache,
+                            position_ids=positions,
+                        ),
+                    )  # fmt: skip
+                assert self._routed.asked is not None
+                hidden, chosen, weights = self._routed.asked
+                answers = torch.empty((*chosen.shape, hidden.shape[-1]))
+                yield _Piece(part, ids[:, start:end], outputs.pop(), hidden, chosen, weights, answers)
+        finally:
+            hook.remove()
+
+    def _ask(self, pieces: Sequence[_Piece]) -> None:
+        """Compute what the experts answer, a group of them at a time; those that nobody chose are not read."""
+        wanted = {int(expert) for piece in pieces for expert in piece.chosen.flatten().tolist()}
+        size = self._reference.experts_at_once
+        for start in range(0, self._config.num_local_experts, size):
+            end = min(start + size, self._config.num_local_experts)
+            if wanted & set(range(start, end)):
+                self._ask_some(pieces, start, end)
+
+    def _ask_some(self, pieces: Sequence[_Piece], start: int, end: int) -> None:
+        config = copy.deepcopy(self._config)
+        config.n_routed_experts = end - start
+        with torch.device("meta"):
+            experts = self._modeling.DeepseekV4Experts(config).eval().requires_grad_(False)
+        weights = self._reference._experts(self._index, start, end)
+        experts.load_state_dict(dict(zip(("gate_up_proj", "down_proj"), weights, strict=True)), assign=True)
+        for piece in pieces:
+            token, place = torch.where((piece.chosen >= start) & (piece.chosen < end))
+            if len(token):
+                # Every pair of a token and an expert is a token of its own here; pairs are added up later, in their places.
+                piece.answers[token, place] = experts(
+                    piece.hidden[token], piece.chosen[token, place, None] - start, piece.weights[token, place, None]
+                )
+
+    def _after_experts(self, piece: _Piece) -> Tensor:
+        """The second pass over a chunk: its streams after the layer."""
+        layer = self._layer
+        self._known.output, self._routed.answer = piece.attention, piece.answers.sum(dim=1)
+        layer.self_attn = self._known
+        result: Tensor = layer(piece.streams, input_ids=piece.ids)
+        return result
+
+
+def read_layered(
+    reference: LayeredReference, texts: Mapping[str, Sequence[int]], *, observe: Observer | None = None,
+    folder: Path | None = None, progress: Say = silent,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The streams [n, N, C] float32 of every text after the last layer.
+
+    Args:
+        reference: the model.
+        texts: token ids by name.
+        observe: called after every layer, also again for the layer after which an earlier run ended.
+        folder: where streams are kept after every layer, so that a run which was interrupted goes on after it. Only streams of the same
+            checkpoint, texts and chunks are taken.
+        progress: a :class:`~foldkv.progress.Progress` learns the bytes of weights that are read, and how many there are.
+
+    Raises:
+        CheckpointError: a weight cannot be read or is no number.
+    """
+    report, tokens, names = Progress.of(progress), list(texts.values()), list(texts)
+    kept = None if folder is None else _Kept(folder, reference.key(texts))
+    done, found = (-1, None) if kept is None else kept.read(names)
+    streams = [reference.embedded(one) for one in tokens] if found is None else found
+    if found is not None:
+        report(f"going on after layer {done}")
+        if observe is not None:
+            observe(done, streams)
+    sizes = [reference.layer_bytes(layer) for layer in range(reference.num_layers)]
+    for layer, after in enumerate(reference.layers(tokens, streams, first=done + 1), done + 1):
+        streams = after
+        report.steps(sum(sizes[: layer + 1]), sum(sizes), BYTES)
+        if kept is not None:
+            kept.write(layer, names, streams)
+        if observe is not None:
+            observe(layer, streams)
+    return dict(zip(names, streams, strict=True))
+
+
+class _Kept:
+    """The streams after the last layer that is done, in one file, which is replaced whole."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._file, self._key = folder / "streams.safetensors", key
+
+    def read(self, names: Sequence[str]) -> tuple[int, list[Tensor] | None]:
+        """The last layer and the streams after it; -1 and None if there are none of this run, or the file is damaged."""
+        try:
+            with safe_open(self._file, "pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("key") == self._key:
+                    return int(facts["layer"]), [file.get_tensor(name) for name in names]
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass
+        return -1, None
+
+    def write(self, layer: int, names: Sequence[str], streams: Sequence[Tensor]) -> None:
+        """Keep the streams after a layer.
+
+        Raises:
+            SystemFailure: the disk is full or cannot be written.
+        """
+        part = self._file.with_suffix(".part")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"key": self._key, "layer": str(layer)}
+            save_file({name: one.contiguous() for name, one in zip(names, streams, strict=True)}, part, facts)
+            part.replace(self._file)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+            raise system_failure(failure, self._file) from None
