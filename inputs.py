@@ -19,6 +19,11 @@ from .errors import InputError, shown
 _BLOB = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
+def cache_folder() -> Path:
+    """Where everything is kept that can be made again: ``FOLDKV_CACHE``, or ~/.cache/foldkv."""
+    return Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))
+
+
 @dataclass(frozen=True)
 class FileIdentity:
     """Which file this is and when it was last written. Two writes of equal names and sizes have two identities.

@@ -19,14 +19,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ..artifact import sha256_json
+from ..inputs import cache_folder
 from ..packages import version_of
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
-
-
-def cache_folder() -> Path:
-    """Where traced segments are kept."""
-    return Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")) / "segments"
 
 
 def traced_once(facts: Any, trace: Callable[[], ir.Model]) -> ir.Model:
@@ -38,7 +34,11 @@ def traced_once(facts: Any, trace: Callable[[], ir.Model]) -> ir.Model:
         facts: everything that the graph depends on beside code and libraries, as JSON values.
         trace: makes it.
     """
-    file = cache_folder() / f"{sha256_json([facts, _sources(), {tool: version_of(tool) for tool in _TOOLS}])}.onnx"
+    file = (
+        cache_folder()
+        / "segments"
+        / f"{sha256_json([facts, _sources(), {tool: version_of(tool) for tool in _TOOLS}])}.onnx"
+    )
     with contextlib.suppress(Exception):  # whatever is wrong with it, it can be made again
         return ir.load(file)
     model = trace()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FoldkvError
+from ..inputs import cache_folder
 from ..manifests import BundleManifest, GraphManifest, read
 from .outcome import TargetResult
 
@@ -56,7 +56,7 @@ class Estimate:
 
 def history_file() -> Path:
     """Where runs are recorded."""
-    return Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")) / _FILE
+    return cache_folder() / _FILE
 
 
 def record_export(graph: Path, seconds: float) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..inputs import cache_folder
+
 _building: dict[str, threading.Lock] = {}
 _adding = threading.Lock()
 
@@ -26,7 +28,7 @@ class PlanCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """In ``folder``, by default ``FOLDKV_CACHE`` or ~/.cache/foldkv."""
-        self.folder = (folder or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv"))) / "engines"
+        self.folder = (folder or cache_folder()) / "engines"
 
     @contextlib.contextmanager
     def alone(self, key: str) -> Iterator[None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..inputs import cache_folder
 from ..packages import lacks
 from ..progress import Progress, Say, silent
 from .plans import Kernel
@@ -127,7 +128,7 @@ def compile_kernels(
         BuildError: a kernel does not compile, or would not run on its target (too much shared memory, scratch memory).
         MissingDependencyError: Triton is not installed.
     """
-    files = _cache_files(wanted, cache or Path(os.environ.get("FOLDKV_CACHE", Path.home() / ".cache" / "foldkv")))
+    files = _cache_files(wanted, cache or cache_folder())
     found: dict[int, CompiledKernel] = {}
     missing = []
     for index, (kernel, sm) in enumerate(wanted):

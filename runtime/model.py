@@ -34,6 +34,7 @@ class Model:
         devices: Sequence[int] | None = None,
         context: int | None = None,
         batch: int = 1,
+        place: bool = True,
         progress: Say = silent,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
@@ -50,11 +51,14 @@ class Model:
             devices: for engines: numbers of the GPUs that share the layers; the default is the first GPU alone.
             context: for engines: tokens of a sequence for which there must be room; the default is the engines' largest.
             batch: for engines: sequences for which there must be room.
-            progress: called while weights are copied to GPUs; a :class:`~foldkv.progress.Progress` learns more.
+            place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it. The first model that does so copies them
+                to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in memory). Otherwise every step decodes the experts from
+                the checkpoint's files, which takes many times as long and no room.
+            progress: called while weights are copied to GPUs or experts to the disk; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
-            InputError: an argument is wrong, or weights are missing or are others.
+            InputError: an argument is wrong, or weights are missing or are others, or the disk has no room for the experts.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
@@ -82,7 +86,7 @@ class Model:
         else:
             from .chain import ChainModel
 
-            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source)
+            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source, place=place, progress=progress)
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.
