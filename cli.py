@@ -70,6 +70,11 @@ _weights_from = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder with the checkpoint's weight files; default: FOLDKV_WEIGHTS, `weights` beside the manifest, where they were.",
 )
+_read_in_place = click.option(
+    "--no-place",
+    is_flag=True,
+    help="On the cpu, read experts from the checkpoint's files, and copy none. Slow: every step decodes them.",
+)
 _plugins = click.option(
     "--plugins",
     type=click.Choice(["on", "off"]),
@@ -287,11 +292,12 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     """Check every byte of a graph package or a cpu bundle, and of the weights that its lock names.
 
     Weights are compared with the sha256 in the lock (`pack` writes it), or with the names in the Hugging Face cache. Files
-    that nobody has hashed before are named, with their sha256.
+    that nobody has hashed before are named, with their sha256. Stacks of experts that runs of a bundle have made are checked too.
     """
     from .export.locate import find_weights
     from .export.pack import read_locked
     from .export.weight_digests import refuse_others, verify_weights
+    from .runtime.stacks import verify_stacks
 
     manifest, lock = read_locked(artifact)
     files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
@@ -299,17 +305,20 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     rows = verify_weights(lock, files, jobs=jobs, progress=progress())
     seconds, size = time.monotonic() - start, sum(row.bytes for row in rows)
     refuse_others(rows)
+    stacks = verify_stacks(artifact, lock, files, progress=progress())
     unknown = [row.name for row in rows if row.expected is None]
     if as_json:
         _show(
             {"artifact": str(artifact), "bytes": size, "seconds": round(seconds, 2), "unknown": unknown,
-             "files": {row.name: row.sha256 for row in rows}}, True,
+             "files": {row.name: row.sha256 for row in rows}, "stacks": [str(path) for path in stacks]}, True,
         )  # fmt: skip
         return
     for row in rows:
         click.echo(
             f"{row.name}: sha256 {row.sha256}, {f'as the {row.source} says' if row.source else 'nothing to compare with'}"
         )
+    if stacks:
+        click.echo(f"{len(stacks)} files with stacks of experts in {stacks[0].parent}: as they were written")
     click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
 
 
@@ -345,11 +354,12 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
 )
 @_weights_from
 @click.option("--verify", is_flag=True, help="Read the weight files whole first, and refuse others than the lock's.")
+@_read_in_place
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
     seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, devices: tuple[int, ...] | None,
-    weights_from: Path | None, verify: bool, as_json: bool,
+    weights_from: Path | None, verify: bool, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
     from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
@@ -368,6 +378,7 @@ def generate_command(
         devices=devices,
         weights_from=weights_from,
         verify=verify,
+        place=not no_place,
         progress=progress(),
     ) as session:
         pieces = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .optimize.fit import TargetPlan, export_estimate, graph_bytes, plan_targets
 from .optimize.history import Estimate, read_runs
 from .optimize.kept_weights import FORMATS
 from .optimize.targets import resolve_targets
+from .runtime.stacks import made_here, stacks_folder
 from .tables import table
 from .units import duration_text, size_text
 
@@ -90,7 +92,12 @@ def plan_on_targets(
     facts = {
         "parameters": parameter_count(spec), **sizes.facts(chunk=chunk), "profile": profile, "stored": stored,
         "graph": graph, "export_seconds": export.to_dict() if export else None,
-        "targets": [plan.to_dict() | (_share_facts(plan, devices) if devices else {}) for plan in plans],
+        "targets": [
+            plan.to_dict()
+            | {"stacking_seconds": _stacking(plan.stacked)}
+            | (_share_facts(plan, devices) if devices else {})
+            for plan in plans
+        ],
     }  # fmt: skip
     head = (
         f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}, chunks of {chunk}"
@@ -182,6 +189,8 @@ def _disk_and_time(plans: Sequence[TargetPlan], graph: int, export: Estimate | N
     for name, plan in shown.items():
         time = "not on this machine (see --json)" if plan.missing else time_text(plan.build)
         rows.append([f"build {name}", size_text(plan.bundle), time])
+        if plan.stacked:
+            rows.append([f"first run, {name}", size_text(plan.stacked), _stacking_text(plan.stacked)])
     return ["", *table(rows, numbers=(1,)), ""]
 
 
@@ -192,6 +201,11 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
         lines.append(
             f"The bundle for {plan.target.name} holds {size_text(plan.placed)} of weights converted to float32, which it computes in; the rest stays "
             "in the checkpoint. `foldkv build --no-place` converts them in every step instead."
+        )
+    for plan in {plan.target.name: plan for plan in plans if plan.stacked}.values():
+        lines.append(
+            f"The first run of a bundle for {plan.target.name} copies {size_text(plan.stacked)} of experts to {stacks_folder()}, in the order in which "
+            "ONNX Runtime reads them; all bundles of the checkpoint share them. With `--no-place` it copies none, and every step decodes them."
         )
     for plan in {
         plan.target.name: plan for plan in plans if plan.target.backend.gpu and not plan.target.backend.engine
@@ -219,6 +233,30 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
     else:
         lines.append("Activations are estimates. They are largest in attention and grow with chunk and context.")
     return lines
+
+
+#: Bytes a second at which stacks are made where nobody has made some: hashing, and a disk that writes half a gigabyte a second.
+_STACKING_SPEED = 0.5e9
+
+
+def _stacking(size: int) -> dict[str, Any] | None:
+    """Seconds that stacks of a size take to make, and from how many that were made here; None if there are none to make."""
+    if not size:
+        return None
+    made = made_here()
+    speed = statistics.median(one.bytes / one.seconds for one in made) if made else _STACKING_SPEED
+    return {"estimate": True, "seconds": round(size / speed, 1), "runs": len(made)}
+
+
+def _stacking_text(size: int) -> str:
+    found = _stacking(size)
+    assert found is not None
+    runs = found["runs"]
+    source = (
+        f"estimate from {runs} run{'s' if runs > 1 else ''} on this machine" if runs
+        else f"at {_STACKING_SPEED / 1e9:.1f} GB/s; nothing was stacked here yet"
+    )  # fmt: skip
+    return f"{duration_text(found['seconds'])} ({source})"
 
 
 def time_text(found: Estimate | None) -> str:

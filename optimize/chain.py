@@ -3,13 +3,16 @@
 A weight that the graph takes as it is stored stays in the checkpoint's files. What is needed in another form is
 *placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why). Segments for a GPU
 are those for the cpu, except that a GPU decodes a whole matrix of an expert at once, and that every node must have a kernel there.
+
+Segments for the cpu with experts in e2m1 have a second form, which takes them as stacks (optimize/passes/stack_experts.py).
+The runtime makes the stacks, once for all bundles of a checkpoint, and then runs that form.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +24,10 @@ from ..errors import BuildError
 from ..export.checkpoint.formats import FP8, Format
 from ..export.checkpoint.names import scale_name
 from ..export.checkpoint.values import dequantised
-from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable
+from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable, Stacked
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight
+from ..export.contract.stacks import Stack
 from ..export.contract.state import StateTensor
 from ..export.in_place import Rows, in_place_rows, row_weight, take_rows
 from ..export.package import FOLDER, Package
@@ -37,10 +41,13 @@ from .passes.cpu import optimize_for_cpu
 from .passes.hoist import hoist
 from .passes.pack import pack_state
 from .passes.place import take_float32
+from .passes.stack_experts import stack_experts
 from .passes.whole_experts import decode_whole_experts
 
 _ALIGNMENT = 64
 _NARROW = ("BF16", "F16")
+#: How a segment takes packed experts, if not as stacks.
+_PACKED = (f"{EXPERTS}.codes", f"{EXPERTS}.scales", f"{EXPERTS}.slots")
 
 
 @dataclass
@@ -90,7 +97,8 @@ def write_chain(
         out: folder of the bundle.
         layout: name of the cache layout.
         rope_dim: rotated channels of a row, for packed layouts.
-        place: convert weights once, into the bundle; else the segments convert them in every step.
+        place: convert weights once, into the bundle, and let a runtime stack experts; else the segments convert what they need
+            in every step.
         gpu: whether a GPU computes the segments.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -109,6 +117,7 @@ def write_chain(
     models: dict[str, ir.Model] = {}
     nodes: dict[str, dict[str, int]] = {}
     states: dict[int, list[StateTensor]] = {}
+    stacked: dict[str, Stacked] = {}
     for number, name in enumerate(names):
         report.steps(number, len(names), "segments")
         segment = package.segment(name)
@@ -120,6 +129,12 @@ def write_chain(
             decode_whole_experts(segment.model)
         nodes[name] = {"inlined": optimize_for_cpu(segment.model)}
         models[name] = segment.model
+        second = _in_stacks(package, name, placements.get(name), layout, rope_dim) if place and not gpu else None
+        if second is not None:
+            key = f"{name}.stacked"
+            models[key], stacks = second
+            nodes[key] = {"inlined": optimize_for_cpu(models[key])}
+            stacked[name] = Stacked(f"{FOLDER}/{key}.onnx", stacks, _PACKED)
     _share_step(models)
     if gpu:
         for model in models.values():
@@ -135,9 +150,24 @@ def write_chain(
         {name: f"{FOLDER}/{name}.onnx" for name in names},
         tuple(Call(owner, name) for owner, name in package.calls()),
         weights,
+        stacked,
     )
     table.write(out / CHAIN)
     return _state(package, states), nodes, writer.digests
+
+
+def _in_stacks(
+    package: Package, name: str, placed: Placement | None, layout: str, rope_dim: int
+) -> tuple[ir.Model, dict[str, Stack]] | None:
+    """The second form of a segment and what it takes as stacks; None if there is none."""
+    if placed is None:
+        return None
+    segment = package.segment(name)
+    stacks = stack_experts(segment.model, EXPERTS)
+    if not stacks:
+        return None
+    _prepare(package, segment, replace(placed, rows={}), layout, rope_dim)
+    return segment.model, stacks
 
 
 def _prepare(

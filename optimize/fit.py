@@ -27,7 +27,7 @@ from ..export.memory import BLOCK_ROOM, Activations, MemoryPlan, activations, ch
 from .choices import Choice, choose, kept_layouts, missing_for
 from .floor import state_floor, weight_floor, weights_moved_without_plugins
 from .history import BUILD, EXPORT, Estimate, Run, estimate
-from .kept_weights import built_in, cpu_weight_bytes, stored_format, weight_bytes_in
+from .kept_weights import built_in, cpu_weight_bytes, stacked_bytes, stored_format, weight_bytes_in
 from .targets import Target
 
 _LOG = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class TargetPlan:
         bundle: size of the bundle on disk, in that format.
         floor: bytes that a decode step of one sequence must move in that format: weights and rows (optimize/floor.py).
         placed: of the bundle, weights that are converted once, because the target does not compute with them as they are stored.
+        stacked: of the weights, experts that the first run copies once, for all bundles of the checkpoint (runtime/stacks.py).
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
@@ -112,6 +113,7 @@ class TargetPlan:
     bundle: int
     floor: int
     placed: int
+    stacked: int
     build: Estimate | None
     missing: str = ""
     max_context: dict[str, int] = field(default_factory=dict)
@@ -185,7 +187,8 @@ class TargetPlan:
             "over": {name: self.over(name) for name in self.weights},
             "fits": {name: self.over(name) == 0 for name in self.weights},
             "gpus": {name: self.devices(name) for name in self.weights} if self.target.backend.gpu else None,
-            "floor": self.floor, "best_tokens_per_second": self.best_tokens, "bundle": self.bundle, "placed": self.placed, "build_seconds": self.build.to_dict() if self.build else None,
+            "floor": self.floor, "best_tokens_per_second": self.best_tokens, "bundle": self.bundle, "placed": self.placed, "stacked": self.stacked,
+            "build_seconds": self.build.to_dict() if self.build else None,
             "builds_here": not self.missing, "missing": self.missing,
         } | ({"max_context": self.max_context} if self.max_context else {})  # fmt: skip
 
@@ -258,6 +261,7 @@ def plan_target(
         bundle=placed + rest,
         floor=moved(spec, written) + state_floor(spec, layout, context, target.precision),
         placed=placed,
+        stacked=stacked_bytes(spec, stored, target.backend),
         build=estimate(
             list(runs), BUILD, weight_bytes=weight_bytes_in(spec, stored), layers=spec.num_layers,
             backend=target.backend.name, plugins=choice.plugins,

@@ -145,6 +145,17 @@ def cpu_weight_bytes(spec: ModelSpec, stored: str) -> tuple[int, int]:
     return mapped, (placed + experts) * 4
 
 
+def stacked_bytes(spec: ModelSpec, stored: str, backend: Backend) -> int:
+    """Bytes of the experts that a runtime copies once in the order in which ONNX Runtime reads them on the cpu; 0 if it copies none.
+
+    optimize/passes/stack_experts.py says which it reads so.
+    """
+    sizes = (spec.hidden_size, spec.moe_intermediate_size)
+    if stored != FP4 or backend.engine or backend.gpu or any(size % 32 for size in sizes):
+        return 0
+    return int(parameter_groups(spec)["experts"] * FORMATS[FP4].bits["experts"]) // 8
+
+
 def index_queries(spec: ModelSpec) -> int:
     """Parameters of the indexers' query projections."""
     return len(spec.indexed_ratios) * spec.q_lora_rank * spec.index_heads * spec.index_head_dim

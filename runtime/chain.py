@@ -22,10 +22,12 @@ from ..export.contract.state import STATE_TYPES
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
 from ..packages import installed, lacks, overwritten, pip_line
+from ..progress import Say, silent
 from .backend import default_threads
 from .bundle import Bundle
 from .chain_memory import ChainMemory, DeviceMemory, HostMemory, Tensor
 from .placement import on_processor, wanted_on_host
+from .stacks import Stacks, stack_sources
 from .weight_check import WeightCheck
 from .weight_files import TYPES, WeightFiles, check_indices
 
@@ -48,8 +50,10 @@ class ChainModel:
         threads: int | None = None,
         weights_from: Path | None = None,
         verify: bool = False,
+        place: bool = True,
         instead: Mapping[str, bytes] | None = None,
         memory: ChainMemory | None = None,
+        progress: Say = silent,
     ) -> None:
         """Find and map the weights, and load the segments.
 
@@ -58,12 +62,14 @@ class ChainModel:
             threads: the most threads per operator; see :func:`threads_for`.
             weights_from: where the checkpoint's weight files are.
             verify: hash the weight files, and refuse others than the lock's.
+            place: read experts as stacks (runtime/stacks.py) where the bundle can; else as the checkpoint has them.
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
             memory: where tensors lie; the default is what the bundle's backend needs.
+            progress: called while stacks are made; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: a segment cannot be loaded, or is not the one that the table describes.
-            InputError: weights are missing or are others, or do not fit into the GPU's memory.
+            InputError: weights are missing or are others, or do not fit into the GPU's memory; or stacks not onto the disk.
             MissingDependencyError: onnxruntime is not installed, or cannot use the GPU.
         """
         backend = bundle.backend
@@ -77,9 +83,8 @@ class ChainModel:
         self.files = WeightFiles()
         lock = WeightsLock.read(bundle.folder / LOCK)
         self._refuse_unlisted()
-        paths = find_weights(
-            bundle.folder, lock, bundle.manifest.inputs.checkpoint, weights_from, wanted=self.table.files
-        )
+        wanted = self.table.files | (stack_sources(self.table, lock) if place else set())
+        paths = find_weights(bundle.folder, lock, bundle.manifest.inputs.checkpoint, weights_from, wanted=wanted)
         self.opened = OpenedFiles(paths.values())
         for name, path in paths.items():
             self.files.open(name, path, lock.files[name])
@@ -88,6 +93,10 @@ class ChainModel:
         if verify:
             with WeightCheck(self.files, lock.files, paths, threads=default_threads()) as check:
                 check.finish()
+        self._stacks = OpenedFiles(())
+        if place and self.table.stacked:
+            self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
+            self.table = self.table.in_stacks()
         self._instead = instead or {}
         if backend.provider not in onnxruntime.get_available_providers():
             raise _no_provider(bundle, f"this ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}")
@@ -175,15 +184,16 @@ class ChainModel:
     def _refuse_unlisted(self) -> None:
         """What the table names in the bundle must be files that the manifest lists, with their digests."""
         placed = {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}
-        others = sorted({*self.table.segments.values(), *placed} - self.bundle.manifest.files.keys())
-        others += [file for file in self.table.segments.values() if not file.endswith(".onnx")]
+        graphs = {*self.table.segments.values(), *(form.file for form in self.table.stacked.values())}
+        others = sorted({*graphs, *placed} - self.bundle.manifest.files.keys())
+        others += sorted(file for file in graphs if not file.endswith(".onnx"))
         if others:
             title = f"{self.bundle.folder / CHAIN} names files that the manifest does not list as what they should be"
             raise ArtifactError(listing(title, others, "Make the bundle again."))
 
     def changes(self) -> tuple[str, ...]:
         """What happened to the weight files since they were opened; empty if nothing did."""
-        return self.opened.changes()
+        return self.opened.changes() + self._stacks.changes()
 
     def _check(self) -> None:
         """Compare every segment's inputs with what its calls bind, and the state with the manifest."""

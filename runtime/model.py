@@ -35,6 +35,7 @@ class Model:
         context: int | None = None,
         batch: int = 1,
         verify: bool = False,
+        place: bool = True,
         progress: Say = silent,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
@@ -54,11 +55,15 @@ class Model:
             verify: read the checkpoint's weight files whole, and refuse them if their sha256 is not what the lock says, or the Hugging
                 Face cache that they lie in. Engines' files are hashed while they are copied. Without it names, sizes and headers
                 are compared.
-            progress: called while weights are copied to GPUs; a :class:`~foldkv.progress.Progress` learns more.
+            place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it. The first model that does so copies them
+                to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in memory). Otherwise every step decodes the experts from
+                the checkpoint's files, which takes many times as long and no room.
+            progress: called while weights are copied to GPUs or experts to the disk; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
-            InputError: an argument is wrong, weights are missing or are others, or nobody says what their sha256 should be.
+            InputError: an argument is wrong, weights are missing or are others, nobody says what their sha256 should be, or the disk has
+                no room for the experts.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
@@ -86,7 +91,9 @@ class Model:
         else:
             from .chain import ChainModel
 
-            self._loaded = ChainModel(self.bundle, threads=threads, weights_from=source, verify=verify)
+            self._loaded = ChainModel(
+                self.bundle, threads=threads, weights_from=source, verify=verify, place=place, progress=progress
+            )
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

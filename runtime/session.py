@@ -86,6 +86,7 @@ class Session:
         weights_from: Path | None = None,
         devices: Sequence[int] | None = None,
         verify: bool = False,
+        place: bool = True,
         progress: Say = silent,
     ) -> None:
         """Open the model unless it is given open, and allocate the state.
@@ -100,7 +101,8 @@ class Session:
             weights_from: for a folder: where the checkpoint's weight files are.
             devices: for a folder of engines: numbers of the GPUs that share the layers.
             verify: for a folder: compare the sha256 of the weight files; see :class:`~foldkv.runtime.Model`.
-            progress: for a folder: called while weights are copied to GPUs.
+            place: for a folder: read experts in the order that suits ONNX Runtime; see :class:`~foldkv.runtime.Model`.
+            progress: for a folder: called while weights are copied to GPUs or experts to the disk.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed or of another version.
@@ -111,14 +113,16 @@ class Session:
             if not (value is None and name in ("context", "threads")) and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self._own = None if isinstance(model, Model) else Model(
-            model, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=batch, verify=verify,
+            model, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=batch, verify=verify, place=place,
             progress=progress,
         )  # fmt: skip
         opened = model if isinstance(model, Model) else self._own
         assert opened is not None
-        if self._own is None and (verify or any(one is not None for one in (threads, weights_from, devices))):
+        if self._own is None and (
+            verify or not place or any(one is not None for one in (threads, weights_from, devices))
+        ):
             raise InputError(
-                "threads, weights_from, devices and verify belong to the model, which is open already. Give them to Model."
+                "threads, weights_from, devices, verify and place belong to the model, which is open already. Give them to Model."
             )
         self.model: Model = opened
         self.bundle: Bundle = opened.bundle

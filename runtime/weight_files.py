@@ -25,6 +25,7 @@ from ..export.contract.lock import LockedFile
 TYPES: dict[str, tuple[npt.DTypeLike, int]] = {
     "float32": (np.float32, 1), "bfloat16": (np.uint16, 16), "float16": (np.float16, 10), "int64": (np.int64, 7),
     "int32": (np.int32, 6), "int8": (np.int8, 3), "float8e4m3fn": (np.uint8, 17),
+    "uint8": (np.uint8, 2), "float8e8m0": (np.uint8, 24),
 }  # fmt: skip
 
 
@@ -61,6 +62,10 @@ class WeightFiles:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(f"{path} cannot be read: {reason}. Fetch or copy it again.") from None
         self._files[name] = _Mapped(path, np.frombuffer(data, np.uint8))
+
+    def hold(self, name: str, data: npt.NDArray[np.uint8]) -> None:
+        """Take bytes [n] in memory for a file."""
+        self._files[name] = _Mapped(Path(name), data)
 
     def view(self, bound: Bound) -> npt.NDArray[Any]:
         """A weight as an array over the mapped file: nothing is read or copied.

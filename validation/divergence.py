@@ -50,7 +50,7 @@ class Taps:
 
     def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int) -> None:
         self._csa = list(csa_layers)
-        table = ChainTable.read(bundle.folder / CHAIN)
+        table = ChainTable.read(bundle.folder / CHAIN).in_stacks()
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
         opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
         self._model = ChainModel(bundle, threads=threads, instead=opened)

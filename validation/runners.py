@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..errors import CheckpointError, listing
 from ..export.checkpoint.reader import Checkpoint
 from ..packages import require
+from ..progress import Say, silent
 from ..runtime.session import Session
 from .selection import Ints, Selection, settle_ties
 
@@ -191,8 +192,10 @@ class OracleRunner:
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
-    def __init__(self, bundle: Path, *, context: int, chunk: int = 64, threads: int | None = None) -> None:
-        self.session = Session(bundle, context=context, chunk=chunk, threads=threads)
+    def __init__(
+        self, bundle: Path, *, context: int, chunk: int = 64, threads: int | None = None, progress: Say = silent
+    ) -> None:
+        self.session = Session(bundle, context=context, chunk=chunk, threads=threads, progress=progress)
         self.name = f"{self.session.bundle.target} bundle"
 
     def __enter__(self) -> Self:

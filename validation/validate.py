@@ -196,7 +196,10 @@ def _measure(
 ) -> Measurements:
     tokenizer = Tokenizer.from_bundle(bundle)
     progress("loading the subject and the reference")
-    with torch_threads(threads), SessionRunner(bundle.folder, context=plan.longest(), threads=threads) as subject:
+    with (
+        torch_threads(threads),
+        SessionRunner(bundle.folder, context=plan.longest(), threads=threads, progress=progress) as subject,
+    ):
         folder, allowed = checkpoint.folder, checkpoint.allowed_keys
         oracle = OracleRunner(folder, allow_unknown_keys=allowed) if bundle.profile == SERVED else None
         reference = TransformersRunner(folder, allow_unknown_keys=allowed)

@@ -1,25 +1,28 @@
 """The chain of a bundle: which segment every call runs, and where its weights lie as the segment takes them.
 
 A call is one run of a segment: ``embed``, ``layers.0`` and so on, ``head``; the segment ``step`` runs before them and makes
-what all layers share. Build writes the table, and the runtime reads it. Standard library only.
+what all layers share. A segment can have a second form, which takes its experts in another order (stacks.py).
+Build writes the table, and the runtime reads it. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ...errors import ArtifactError
+from .stacks import SAFETENSORS, Stack, offsets
 
 CHAIN, PLACED = "chain.json", "placed.bin"
 STEP = "step"
-VERSION = 1
+VERSION = 2
 #: Bytes of an element, by the names of types in a chain.
 ITEM_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "float8e4m3fn": 1,
+    "uint8": 1, "float8e8m0": 1,
 }  # fmt: skip
 
 
@@ -28,8 +31,8 @@ class Bound:
     """One range of bytes that a segment takes as a weight.
 
     Attributes:
-        file: of the checkpoint, as its lock names it, or of the bundle.
-        placed: whether the file belongs to the bundle.
+        file: of the checkpoint, as its lock names it, or of the bundle; or the stacks of a layer, as :func:`stacks_file` names them.
+        placed: whether the file is none of the checkpoint.
         offset: of the first byte.
         dtype: a key of ``ITEM_BYTES``.
         shape: of the tensor.
@@ -60,13 +63,52 @@ class Call:
         return int(self.owner.removeprefix("layers.")) if self.owner.startswith("layers.") else None
 
 
+def stacks_file(owner: str) -> str:
+    """The name under which the weights of a call name the file with its stacks."""
+    return f"stacks/{owner}"
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The second form of a segment.
+
+    Attributes:
+        file: its graph.
+        stacks: what it takes by role.
+        instead_of: the roles of the first form that it does not take.
+    """
+
+    file: str
+    stacks: dict[str, Stack]
+    instead_of: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ChainTable:
-    """The chain: file of every segment, calls in order, and the weights of every call by the segment's input."""
+    """The chain: file of every segment, calls in order, and the weights of every call by the segment's input.
+
+    ``stacked`` has the second form of the segments that have one.
+    """
 
     segments: dict[str, str]
     calls: tuple[Call, ...]
     weights: dict[str, dict[str, Bound]]
+    stacked: dict[str, Stacked] = field(default_factory=dict)
+
+    def in_stacks(self) -> ChainTable:
+        """The same chain with the second form of every segment that has one."""
+        weights = dict(self.weights)
+        for call in self.calls:
+            form = self.stacked.get(call.segment)
+            if form is not None:
+                kept = {role: bound for role, bound in weights[call.owner].items() if role not in form.instead_of}
+                made = {
+                    role: Bound(stacks_file(call.owner), True, at, form.stacks[role].dtype, form.stacks[role].shape)
+                    for role, at in offsets(form.stacks).items()
+                }
+                weights[call.owner] = kept | made
+        files = self.segments | {name: form.file for name, form in self.stacked.items()}
+        return replace(self, segments=files, weights=weights, stacked={})
 
     @property
     def files(self) -> set[str]:
@@ -84,6 +126,14 @@ class ChainTable:
             "segments": self.segments,
             "calls": [[call.owner, call.segment] for call in self.calls],
             "weights": weights,
+            "stacked": {
+                name: [
+                    form.file,
+                    {role: _stack_row(stack) for role, stack in form.stacks.items()},
+                    list(form.instead_of),
+                ]
+                for name, form in self.stacked.items()
+            },
         }
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
         path.write_text(text.replace('"layers.', '\n"layers.') + "\n", encoding="utf-8")
@@ -106,8 +156,9 @@ class ChainTable:
                     owner: {role: _bound(*row) for role, row in roles.items()}
                     for owner, roles in content["weights"].items()
                 },
+                {str(name): _stacked(*row) for name, row in content["stacked"].items()},
             )
-            unknown = {call.segment for call in table.calls} - table.segments.keys()
+            unknown = {*(call.segment for call in table.calls), *table.stacked} - table.segments.keys()
             if unknown or STEP not in table.segments:
                 raise ValueError(f"no segment {', '.join(sorted(unknown)) or STEP}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,3 +174,19 @@ def _bound(file: Any, placed: Any, offset: Any, dtype: Any, shape: Any) -> Bound
     if dtype not in ITEM_BYTES or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"a weight has dtype {dtype!r} and shape {shape!r}")
     return Bound(file, placed, offset, dtype, tuple(shape))
+
+
+def _stack_row(stack: Stack) -> list[Any]:
+    return [stack.of, list(stack.parts), stack.dtype, list(stack.shape)]
+
+
+def _stacked(file: Any, stacks: Any, instead_of: Any) -> Stacked:
+    return Stacked(str(file), {str(role): _stack(*row) for role, row in stacks.items()}, tuple(map(str, instead_of)))
+
+
+def _stack(of: Any, parts: Any, dtype: Any, shape: Any) -> Stack:
+    if dtype not in SAFETENSORS or len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"a stack has dtype {dtype!r} and shape {shape!r}")
+    if not parts or not all(type(part) is int and part >= 0 for part in parts) or shape[1] % len(parts):
+        raise ValueError(f"a stack of {shape!r} has the parts {parts!r}")
+    return Stack(str(of), tuple(parts), dtype, (shape[0], shape[1], shape[2]))

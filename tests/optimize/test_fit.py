@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,20 @@ def test_a_wrong_question_is_refused_once(arguments: dict[str, object], finding:
 def test_the_same_fault_of_several_targets_is_listed_by_target() -> None:
     with pytest.raises(InputError, match=r"2 found(.|\n)*a100: layout fp8 needs(.|\n)*h200: layout fp8 needs"):
         plan_targets(FLASH, [TARGETS["a100"], TARGETS["h200"]], layout="fp8", plugins=False, context=4096)
+
+
+@pytest.mark.parametrize("model", [FLASH, PRO], ids=["flash", "pro"])
+def test_experts_that_are_stacked_are_counted(model: ModelSpec) -> None:
+    """Codes of half a byte and a scale for 32 of them, of three matrices of every expert."""
+    layer = 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts
+    cpu, *_ = resolve_targets(["cpu"])
+    sizes = {
+        stored: plan_target(model, cpu, context=4096, stored=stored).stacked for stored in ("float32", "fp8", "fp4")
+    }
+    assert sizes == {"float32": 0, "fp8": 0, "fp4": model.num_layers * (layer // 2 + layer // 32)}
+    assert plan(GPUS[0]).stacked == 0
+    odd = replace(model, moe_intermediate_size=model.moe_intermediate_size + 16)
+    assert plan_target(odd, cpu, context=4096, stored="fp4").stacked == 0
 
 
 def test_a_gpu_for_onnx_runtime_holds_the_weights_of_the_cpu_bundle_and_caches_once_in_float32() -> None:

@@ -1,0 +1,90 @@
+"""The table of a chain: what is written is read, its second form, and rows that no build writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldkv.errors import ArtifactError
+from foldkv.export.contract.chain import Bound, Call, ChainTable, Stacked
+from foldkv.export.contract.stacks import HEADER, Stack, facts_in, file_bytes, header, offsets
+
+STACKS = {
+    "experts.w13": Stack("experts.codes", (0, 2), "uint8", (2, 8, 16)),
+    "experts.w2": Stack("experts.scales", (1,), "float8e8m0", (2, 4, 4)),
+}
+KEPT = {"norm": Bound("placed.bin", True, 64, "float32", (8,)), "gate": Bound("a", False, 8, "bfloat16", (2, 8))}
+TABLE = ChainTable(
+    {"step": "segments/step.onnx", "moe": "segments/moe.onnx", "head": "segments/head.onnx"},
+    (Call("layers.0", "moe"), Call("head", "head")),
+    {
+        "layers.0": KEPT | {"experts.codes": Bound("a", False, 40, "int8", (2, 96))},
+        "head": {"weight": Bound("a", False, 8, "float32", (4,))},
+    },
+    {"moe": Stacked("segments/moe.stacked.onnx", STACKS, ("experts.codes",))},
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    TABLE.write(tmp_path / "chain.json")
+    assert ChainTable.read(tmp_path / "chain.json") == TABLE
+
+
+def test_the_second_form_takes_stacks_instead() -> None:
+    other = TABLE.in_stacks()
+    assert other.segments == TABLE.segments | {"moe": "segments/moe.stacked.onnx"}
+    assert other.weights["head"] == TABLE.weights["head"] and other.calls == TABLE.calls
+    assert other.weights["layers.0"] == KEPT | {
+        "experts.w13": Bound("stacks/layers.0", True, HEADER, "uint8", (2, 8, 16)),
+        "experts.w2": Bound("stacks/layers.0", True, HEADER + 256, "float8e8m0", (2, 4, 4)),
+    }
+    assert other.in_stacks() == other
+    assert file_bytes(STACKS) == HEADER + 256 + 32 and offsets(STACKS)["experts.w2"] == HEADER + 256
+
+
+def test_a_header_is_one_of_safetensors_of_a_fixed_size() -> None:
+    head = header(STACKS, {"sha256": "0" * 64})
+    length = int.from_bytes(head[:8], "little")
+    assert len(head) == HEADER == 8 + length and facts_in(head) == {"sha256": "0" * 64}
+    rows = json.loads(head[8:])
+    assert rows["experts.w2"] == {"dtype": "F8_E8M0", "shape": [2, 4, 4], "data_offsets": [256, 288]}
+    with pytest.raises(ValueError, match="of which 4088 fit"):
+        header(STACKS, {"layer": "x" * HEADER})
+    for wrong in (
+        head[:-1],
+        b"\0" * HEADER,
+        head.replace(b"__metadata__", b"__metalata__"),
+        head.replace(b"{", b"[", 1),
+    ):
+        with pytest.raises(ValueError):
+            facts_in(wrong)
+
+
+def change(part: int, value: object) -> Callable[[dict[str, Any]], None]:
+    def apply(content: dict[str, Any]) -> None:
+        content["stacked"]["moe"][1]["experts.w13"][part] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (change(2, "float32"), "a stack has dtype 'float32'"), (change(3, [2, 8]), "shape"), (change(3, [2, 7, 16]), "parts"),
+        (change(3, [2, 0, 16]), "shape"), (change(1, []), "parts"), (change(1, [-1]), "parts"), (change(1, 0), "parts 0"),
+        (lambda content: content["stacked"].update(other=content["stacked"]["moe"]), "no segment other"),
+        (lambda content: content.pop("stacked"), "KeyError"), (lambda content: content.update(version=1), "version 1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_table_is_one_error(tmp_path: Path, damage: Callable[[dict[str, Any]], object], reason: str) -> None:
+    path = tmp_path / "chain.json"
+    TABLE.write(path)
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=rf"chain.json is no table of a chain .*{reason}.*Make the bundle again"):
+        ChainTable.read(path)
