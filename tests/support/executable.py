@@ -88,9 +88,14 @@ _MICRO = {
 STATELESS = frozenset(spec.operator for spec in PLUGINS.values() if not any(t.dtype == STATE for t in spec.inputs))
 
 
+def micro_config(tiny_checkpoint: Path) -> dict[str, Any]:
+    """The config of a model that the stand-in executes in seconds."""
+    config: dict[str, Any] = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
+    return config
+
+
 def micro_package(tiny_checkpoint: Path, out: Path, form: str = "plain", profile: str = "hf") -> Path:
-    """A package of a model with random weights that the stand-in executes in seconds."""
-    config = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
-    checkpoint = random_checkpoint(config, out / "checkpoint", form)
+    """A package of that model with random weights."""
+    checkpoint = random_checkpoint(micro_config(tiny_checkpoint), out / "checkpoint", form)
     shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
     return export_checkpoint(checkpoint, out / "graph", profile=profile)
