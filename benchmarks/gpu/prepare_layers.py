@@ -78,7 +78,6 @@ def prepare(folder: Path, progress: Progress = lambda _: None, *, sm: int = 90) 
                 raise RuntimeError(built.reason)
             where = work / "material"
             write_case(where, name, config, cut(config), work / "checkpoint", built.folder, Sizes())
-            (where / "sources").write_text(made_of)
             if sources() != made_of:
                 raise RuntimeError("kernels or plugins were changed while bundles were made of them; run it again")
             archive(where, out / f"{name}.tar.xz")
@@ -136,6 +135,7 @@ def write_case(
         "counts": {segment: layers[kind] for segment, kind in kinds.items()}, "sizes": dataclasses.asdict(sizes),
     }  # fmt: skip
     (where / CASE).write_text(json.dumps(case))
+    (where / "sources").write_text(sources())
 
 
 @click.command(help=__doc__)

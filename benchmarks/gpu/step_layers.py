@@ -257,7 +257,7 @@ def layers_run(name: str, limit: float) -> tuple[dict[str, Any], str]:
     return run_check(Path(__file__), name, limit, environment())
 
 
-def measure(recorder: Recorder, names: Sequence[str], run: Run = layers_run, *, budget: float = 200.0) -> None:
+def measure(recorder: Recorder, names: Sequence[str], run: Run, *, budget: float) -> None:
     """The checks of every model, a row for each and one for everything that was measured.
 
     Checks that need one that failed are left out, and all that are left when there is no time.
@@ -301,7 +301,7 @@ def main(out: Path | None, budget: float, one: str | None, folder: Path | None) 
     with recorded(out, "layers", WHAT) as recorder:
         recorder.fact(capability=device_capability(), extrapolated=EXTRAPOLATED)
         recorder.fact(unpacking=unpacked())
-        measure(recorder, unpack_models(), budget=budget)
+        measure(recorder, unpack_models(), layers_run, budget=budget)
         no_gpu(recorder)
 
 

@@ -18,6 +18,7 @@ import pytest
 import step_speed
 import torch
 from cases import Geometry
+from click.testing import CliRunner
 from engine import library
 from executable import STATELESS, executable_bundle, micro_config, use
 from gpus import HostDriver
@@ -36,6 +37,7 @@ checks: Any = pytest.importorskip("checks")
 layer_times: Any = pytest.importorskip("layer_times")
 prepare_layers: Any = pytest.importorskip("prepare_layers")
 random_weights: Any = pytest.importorskip("random_weights")
+step_engine: Any = pytest.importorskip("step_engine")
 step_layers: Any = pytest.importorskip("step_layers")
 
 KINDS = {"sliding-moe": "sliding_attention", "csa-moe": "compressed_sparse_attention",
@@ -52,7 +54,7 @@ BANDWIDTH = 2e9
 class Made:
     """What ``prepare_layers`` writes, of a narrow model, and the kernels that its engines launch."""
 
-    root: Path
+    parcel: Path
     config: dict[str, Any]
     kernels: Mapping[str | bytes, Kernel]
 
@@ -65,21 +67,26 @@ def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Mad
     whole = short | {"num_hidden_layers": 7, "layer_types": types, "mlp_layer_types": ["moe"] * 7}
     package = prepare_layers.export_without_weights(short, folder)
     bundle, kernels = executable_bundle(package, folder / "built")
-    prepare_layers.write_case(
-        folder / "root" / "layers" / "micro", "micro", whole, short, folder / "checkpoint", bundle, SIZES
-    )
-    return Made(folder / "root", whole, kernels)
+    prepare_layers.write_case(folder / "micro", "micro", whole, short, folder / "checkpoint", bundle, SIZES)
+    (folder / "parcel" / "layers").mkdir(parents=True)
+    kit.archive(folder / "micro", folder / "parcel" / "layers" / "micro.tar.xz")
+    return Made(folder / "parcel", whole, kernels)
 
 
 @pytest.fixture
 def gpu(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostDriver:
-    """A GPU over which the step's checks run in this process."""
-    monkeypatch.setenv("FOLDKV_GPU_RTX", str(made.root))
+    """A GPU over which the step runs, with its checks in this process."""
+    monkeypatch.setenv("FOLDKV_GPU_KIT", str(made.parcel))
+    monkeypatch.setenv("FOLDKV_GPU_RTX", str(tmp_path / "unpacked"))
     monkeypatch.setenv("FOLDKV_GPU_WEIGHTS", str(tmp_path / "weights"))
     driver = HostDriver(kernels=made.kernels)
     driver.by_definition = STATELESS
     use(monkeypatch, driver)
+    # What is the library's own: its package, and a process for every check, which would end with a crash of native code.
+    monkeypatch.setattr(step_layers, "unpacked", dict)
     monkeypatch.setattr(step_layers, "open_library", lambda notes: (library(driver), None))
+    monkeypatch.setattr(step_layers, "layers_run", in_this_process(tmp_path))
+    monkeypatch.setattr(kit, "device_count", lambda: 1)
     # What needs torch's CUDA: the same files, drawn on the CPU; and of a layer's kernels one, which is quick in the interpreter.
     spec = spec_from_config(made.config)
     monkeypatch.setattr(device, "gpu", lambda: StandIn(80))
@@ -91,19 +98,24 @@ def gpu(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostDriv
     return driver
 
 
-def measured(tmp_path: Path) -> dict[str, Any]:
-    """The step's result, its checks in this process."""
+def in_this_process(tmp_path: Path) -> Any:
+    """Runs a check as a child process does."""
 
-    def run(name: str, limit: float) -> tuple[dict[str, Any], str]:
+    def run(name: str, limit: float) -> Any:
         folder = tmp_path / name.replace(":", "-")
         folder.mkdir()
         checks.perform(name, folder, step_layers.CHECKS)
-        row, failure = checks.outcome(name, folder)
-        return row, failure
+        return checks.outcome(name, folder)
 
-    recorder = kit.Recorder(tmp_path / "layers.json", "layers", "")
-    step_layers.measure(recorder, ["micro"], run)
+    return run
+
+
+def measured(tmp_path: Path) -> dict[str, Any]:
+    """The step's result."""
+    done = CliRunner().invoke(step_layers.main, ["-o", str(tmp_path / "layers.json"), "--budget", "1000"])
     content: dict[str, Any] = json.loads((tmp_path / "layers.json").read_text())
+    assert done.exit_code == (content["status"] != kit.PASSED), done.output
+    assert content["status"] == (kit.FAILED if content["reasons"] else kit.PASSED)
     return content
 
 
@@ -224,7 +236,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
         rows = [{"step": "decode", "context": 8192}] if name.startswith("layers") else []
         return {"check": name, "rows": rows}, "layers:a: ended by SIGSEGV while timing" if failed else ""
 
-    step_layers.measure(recorder, ["a", "b"], run)
+    step_layers.measure(recorder, ["a", "b"], run, budget=1000)
     assert [row.get("check", row.get("step")) for row in recorder.content["rows"]] == [
         "plans:a", "weights:a", "decode", "layers:a", "kernels:a",
         "plans:b", "weights:b", "decode", "layers:b", "kernels:b",
@@ -235,7 +247,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_layers_kernels_are_those_of_its_engine(made: Made) -> None:
-    bundle = made.root / "layers" / "micro" / "bundle"
+    bundle = made.parcel.parent / "micro" / "bundle"
     segments, spec = read(BundleManifest, bundle).engine.segments, spec_from_config(made.config)
     assert segments is not None
     for name, kind in KINDS.items():
@@ -283,6 +295,20 @@ def test_random_weights_are_finite_and_as_the_header_says(tmp_path: Path) -> Non
     text = json.dumps(table).encode()
     with pytest.raises(InputError, match=r"a\.hc is F64; random weights can be made in F8_E4M3"):
         random_weights.write_weights(path, struct.pack("<Q", len(text)) + text, device="cpu")
+
+
+def test_the_parcel_must_have_layers_made_with_these_kernels(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDKV_GPU_RTX", str(tmp_path / "unpacked"))
+    monkeypatch.setenv("FOLDKV_GPU_KIT", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="has no engines of layers; the parcel is not complete"):
+        step_layers.unpack_models()
+    monkeypatch.setenv("FOLDKV_GPU_KIT", str(made.parcel))
+    assert step_layers.unpack_models() == ["micro"] and step_layers.read_case("micro")["model"] == "micro"
+    monkeypatch.setattr(step_engine, "sources", lambda: "others")
+    with pytest.raises(RuntimeError, match="made with other kernels than are here"):
+        step_layers.unpack_models()
 
 
 def test_models_are_cut_to_one_layer_of_each_kind_and_keep_their_widths() -> None:
