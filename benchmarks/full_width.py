@@ -11,6 +11,7 @@ compared: the largest difference of a token over the root mean square of the ref
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -134,7 +135,7 @@ def _subject(bundle: Path, tokens: list[int], prompt: int, chunk: int) -> tuple[
     opened = time.monotonic() - start
     executor, took = ChainExecutor(model, len(tokens), 1), list[tuple[int, float]]()
     edges = [*range(0, prompt, chunk), *range(prompt, len(tokens) + 1)]
-    for at, end in zip(edges, edges[1:], strict=False):
+    for at, end in itertools.pairwise(edges):
         start = time.monotonic()
         executor.run(
             np.array([tokens[at:end]], np.int64), np.array([at]), np.array([end - at]), end, np.zeros((1, 1), np.int64),

@@ -16,6 +16,8 @@ from .kept_weights import FORMATS, index_queries
 # What engines keep in float32 is stored in bfloat16 by released checkpoints, but for hyper-connections and a few vectors. They
 # are counted as bfloat16 too, so the floor is half a percent too low, and not too high.
 _PRECISE_BITS = 16
+#: Routed experts, of which a token reads the chosen ones, and tables of which it reads a row, by their roles in a segment.
+_EXPERTS, _TABLES = "ffn.experts.", ("embed.weight", "ffn.gate.tid2eid")
 
 
 def weight_floor(spec: ModelSpec, format_: str) -> int:
@@ -37,6 +39,26 @@ def weight_floor(spec: ModelSpec, format_: str) -> int:
     total = int(sum(count * widths[group] for group, count in read.items())) // 8
     # The indexers' queries are stored in e4m3, like the projections.
     return total - (index_queries(spec) if bits["projections"] == 8 else 0)
+
+
+def stored_read(spec: ModelSpec, role: str, size: int, tokens: int = 1) -> int:
+    """Of the bytes of a weight as stored, those that a step reads: of tables a row a token, of experts those that are chosen.
+
+    Several tokens read an expert once. How many they choose together is what independent choices, each expert as likely as any
+    other, give on average: E * (1 - (1 - k / E) ** tokens) of E experts if a token chooses k.
+
+    Args:
+        spec: the model.
+        role: of the weight in its segment.
+        size: its bytes as stored, all experts.
+        tokens: of the step, of all sequences together.
+    """
+    if role.startswith(_EXPERTS):
+        chosen, count = spec.experts_per_token, spec.num_experts
+        if tokens == 1:
+            return size * chosen // count
+        return round(size * (1 - (1 - chosen / count) ** tokens))
+    return size // spec.vocab_size * tokens if role in _TABLES else size
 
 
 def weights_moved_without_plugins(spec: ModelSpec, format_: str) -> int:

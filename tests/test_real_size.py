@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import sparse_checkpoint
+from layer_times import Floors
 from step_traffic import traffic
 
 from foldkv.export.contract.engine_set import ENGINES, EngineTable
@@ -56,12 +57,16 @@ def test_the_example_takes_v4_flash_to_bundles_for_four_gpus(tmp_path: Path) -> 
         )
         assert [part_bytes(table, call) for call in table.calls] == list(planned.call_weights["fp4"])
         assert sum(one.bytes(CONTEXT) for one in bundle.state.tensors) == sum(planned.call_state)
+        floors = Floors(bundles / name, package.spec)  # what the GPU kit measures times beside
+        read_bytes = sum(sum(floors.of_segment(call.segment, CONTEXT, 1).values()) for call in table.calls)
+        assert 0.99 * read_bytes < planned.floor <= read_bytes
         assert bundle.largest("context") == 1 << 20 and set(bundle.in_place) == {t.name for t in bundle.state.tensors}
         assert bundle.manifest.build.peak_rss_bytes < 1 << 30
         for segment in table.plans:
             # A step only gathers a row of the embedding; there is nothing to compare with.
             step = traffic(bundles / name, package, segment, CONTEXT) if segment not in ("step", "embed") else None
             assert step is None or 1 <= step.ratio < 1.1, (segment, step)
+            assert step is None or step.floor == sum(floors.of_segment(segment, CONTEXT, 1).values())
             assert step is None or step.widest[0] < 1 << 20, "no weight of a size that matters is written again"
     reused = [read(BundleManifest, bundles / name).engine.segments or {} for name in ("l40s", "rtx4090")]
     assert all(one.reused != other.reused for one, other in zip(*(r.values() for r in reused), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-STEPS = ("kernels", "engine", "model", "stability", "sanitizer", "speed")
+STEPS = ("kernels", "engine", "model", "stability", "sanitizer", "layers", "speed")
 
 
 @click.command()

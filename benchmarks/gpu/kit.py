@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import tarfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import click
 import foldkv
 from foldkv.errors import MissingDependencyError
 from foldkv.plugins.compile import CompiledKernel, compile_kernels
-from foldkv.plugins.cuda import KernelImage
+from foldkv.plugins.cuda import KernelImage, device_count
 from foldkv.plugins.plans import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,25 @@ def recorded(path: Path, step: str, what: str) -> Iterator[Recorder]:
         f"\n  {reason}" for reason in recorder.content["reasons"][:5]
     ))  # fmt: skip
     raise SystemExit(status != PASSED)
+
+
+def no_gpu(recorder: Recorder) -> None:
+    """End a step whose checks went as far as they could without a GPU, if there is none.
+
+    Raises:
+        MissingDependencyError: there is none, and nothing else went wrong.
+    """
+    if not device_count() and not recorder.content["reasons"]:
+        stopped = [row for row in recorder.content["rows"] if "no_gpu" in row]
+        raise MissingDependencyError(
+            f"{len(stopped)} checks went as far as the first CUDA call: {stopped[0]['no_gpu'] if stopped else '?'}"
+        )
+
+
+def archive(folder: Path, file: Path) -> None:
+    """Pack a folder's content."""
+    with tarfile.open(file, "w:xz", preset=9) as packed:
+        packed.add(folder, arcname=".")
 
 
 def driver_version() -> str:

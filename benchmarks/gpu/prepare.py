@@ -16,12 +16,13 @@ import kit
 import parcels
 import prepare_engine
 import prepare_kernels
+import prepare_layers
 import prepare_model
 
 from foldkv.plugins.compile import compile_kernels, store_kernels
 from foldkv.plugins.plans import Kernel
 
-PARTS = ("kernels", "model", "engine")
+PARTS = ("kernels", "model", "engine", "layers")
 
 
 @click.command()
@@ -44,11 +45,15 @@ def main(output: Path, sm: int, only: tuple[str, ...], packed: Path | None, mib:
     if "model" in chosen:
         prepare_model.prepare(output, progress)
         kernels |= dict.fromkeys(prepare_model.kernels_needed(sm))
+    if "layers" in chosen:
+        kernels |= dict.fromkeys(prepare_layers.kernels_needed(sm))
     if not only:
         shutil.rmtree(output / "kernels", ignore_errors=True)  # of older sources
     store_kernels(compile_kernels([(kernel, sm) for kernel in kernels], progress=progress), output)
     if "engine" in chosen:
         prepare_engine.prepare(output, progress, sm=sm)
+    if "layers" in chosen:
+        prepare_layers.prepare(output, progress, sm=sm)
     if packed is not None:
         for line in parcels.pack(output, packed, mib):
             progress(line)

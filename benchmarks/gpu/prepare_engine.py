@@ -21,7 +21,6 @@ import lzma
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from kit import DEFAULT_PARCEL, ROOT
+from kit import DEFAULT_PARCEL, ROOT, archive
 from onnx import TensorProto, helper
 from step_engine import PACKED, sources
 
@@ -199,7 +198,7 @@ def prepare(folder: Path, progress: Progress = lambda _: None, *, sm: int = 90) 
         if sources() != made_of:
             raise RuntimeError("kernels or plugins were changed while bundles were made of them; run it again")
         progress("compressing probes and bundles")
-        _archive(material, out / "material.tar.xz")
+        archive(material, out / "material.tar.xz")
     write_packages(out, progress=progress)
     write_library(out, progress=progress)
     for file in sorted(out.iterdir()):
@@ -230,7 +229,7 @@ def write_probe(
     if any(node.domain == DOMAIN for node in model.graph.node):
         state = [{"input": "past.window", "group": "window"}]
         injection = inject_nodes(
-            model, state, rope_dim=2 * len(inputs["inv_freq"]), target=_target(sm).name, sm=sm, dtype="bfloat16"
+            model, state, rope_dim=2 * len(inputs["inv_freq"]), target=engine_target(sm).name, sm=sm, dtype="bfloat16"
         )
         bundled = bundle_kernels(injection, where, progress=progress)
         assert bundled.kernels is not None
@@ -287,7 +286,7 @@ def _add_bodies(model: onnx.ModelProto) -> None:
 # --- models
 
 
-def _target(sm: int) -> Target:
+def engine_target(sm: int) -> Target:
     """A GPU of that compute capability."""
     found = [target for target in load_targets().values() if target.sm == sm]
     if not found:
@@ -297,7 +296,7 @@ def _target(sm: int) -> Target:
 
 def write_models(folder: Path, scratch: Path, *, sm: int, progress: Progress = lambda _: None) -> None:
     """Bundles of the small model as engines, each with what the cpu bundle of the same graph computes."""
-    target = dataclasses.replace(_target(sm), backends=("tensorrt-rtx",))
+    target = dataclasses.replace(engine_target(sm), backends=("tensorrt-rtx",))
     text = load_text(None).words.encode()
     pieces = [text[1000 * i : 1000 * i + length - 1 + STEPS] for i, length in enumerate(PROMPTS)]
     prompts = [[256, *piece[:-STEPS]] for piece in pieces]
@@ -372,9 +371,9 @@ def _following_logits(runner: Any, prompts: list[list[int]], following: list[lis
 def write_packages(out: Path, *, progress: Progress = lambda _: None) -> None:
     """TensorRT-RTX's Python packages for the GPU machine, without the large library."""
     version = importlib.metadata.version("tensorrt_rtx")
-    stamp, archive = out / "python.json", out / "python.tar.xz"
+    stamp, packed = out / "python.json", out / "python.tar.xz"
     facts = {"tensorrt_rtx": version, "python": PYTHON, "platform": PLATFORM}
-    if archive.exists() and _read(stamp) == facts:
+    if packed.exists() and _read(stamp) == facts:
         return
     progress(f"fetching the bindings of tensorrt_rtx {version} for Python {PYTHON}")
     with tempfile.TemporaryDirectory(prefix="foldkv-rtx-") as scratch:
@@ -395,7 +394,7 @@ def write_packages(out: Path, *, progress: Progress = lambda _: None) -> None:
         shutil.copytree(
             libraries, site / libraries.name, ignore=shutil.ignore_patterns("__pycache__", "libtensorrt_rtx.so*")
         )
-        _archive(site, archive)
+        archive(site, packed)
     stamp.write_text(json.dumps(facts))
 
 
@@ -426,11 +425,6 @@ def _read(path: Path) -> Any:
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
     return None
-
-
-def _archive(folder: Path, file: Path) -> None:
-    with tarfile.open(file, "w:xz", preset=9) as archive:
-        archive.add(folder, arcname=".")
 
 
 @click.command(help=__doc__)

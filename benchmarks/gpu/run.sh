@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can prove, within ten minutes. See docs/gpu.md.
+# Everything that only a GPU can prove, within a quarter of an hour. See docs/gpu.md.
 #
 #   PYTHON=python3 benchmarks/gpu/run.sh OUT [STEP...]
 #
-# Steps, in order of importance: kernels engine model stability sanitizer speed. Each has a time limit, ten minutes together,
+# Steps, in order of importance: kernels engine model stability sanitizer layers speed. Each has a time limit, 805 seconds together,
 # and a result file of its own in OUT; one that fails does not stop the next. `tune` runs only if it is named. `prepare.py`
 # makes the parcel (FOLDKV_GPU_KIT, build/gpu-kit) without a GPU; if it comes in pieces (FOLDKV_GPU_PARCELS,
 # build/gpu-parcels), they are joined first. Nothing is installed.
@@ -35,7 +35,7 @@ step() { # NAME LIMIT COMMAND...
   fi
 }
 
-[ $# -gt 0 ] || set -- kernels engine model stability sanitizer speed
+[ $# -gt 0 ] || set -- kernels engine model stability sanitizer layers speed
 for name in "$@"; do
   case $name in
     kernels) step kernels 60 "$python" benchmarks/gpu/step_kernels.py -o "$out/kernels.json" ;;
@@ -43,6 +43,7 @@ for name in "$@"; do
     model) step model 90 "$python" benchmarks/gpu/step_model.py -o "$out/model.json" ;;
     stability) step stability 45 "$python" benchmarks/gpu/step_stability.py -o "$out/stability.json" ;;
     sanitizer) step sanitizer 110 "$python" benchmarks/gpu/step_sanitizer.py -o "$out/sanitizer.json" ;;
+    layers) step layers 210 "$python" benchmarks/gpu/step_layers.py -o "$out/layers.json" --budget 200 ;;
     speed) step speed 140 "$python" benchmarks/gpu/step_speed.py -o "$out/speed.json" --seconds "${SPEED_SECONDS:-120}" ;;
     tune) step tune 130 "$python" benchmarks/gpu/tune.py measure -o "$out/tune.json" --seconds 110 ;;
     *) echo "unknown step $name" && failed=1 ;;

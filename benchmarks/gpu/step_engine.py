@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import lzma
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
-from kit import ROOT, parcel, recorded
+from checks import Check, Notes, child, run_check
+from kit import ROOT, no_gpu, parcel, recorded
 
-from foldkv.errors import MissingDependencyError
-from foldkv.plugins.cuda import check, cuda_driver, device_capability, device_count
+from foldkv.plugins.cuda import check, cuda_driver, device_capability
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +35,6 @@ PACKED = "library.xz"
 LIBRARY = "libtensorrt_rtx.so.1"
 #: Where files are unpacked, if FOLDKV_GPU_RTX names no other folder; it is kept between calls.
 UNPACKED = Path(tempfile.gettempdir()) / "foldkv-rtx"
-_MESSAGES, _LATEST, _TEXT = 60, 40, 500
 #: Seconds that a check may take. A first run compiles kernels on the GPU.
 LIMITS = {"import": 60, "probe": 90, "model": 150, "native": 90}
 
@@ -89,6 +84,31 @@ def unpack(source: Path, target: Path) -> dict[str, Any]:
     if not facts["missing"]:
         facts |= _unpack_library(target)
     return facts
+
+
+def unpacked() -> dict[str, Any]:
+    """Unpack all that the parcel has for engines, and check it; returns how long what took.
+
+    Raises:
+        FileNotFoundError: files have not come yet.
+        RuntimeError: bundles were made with other kernels than are here.
+    """
+    facts = unpack(parcel() / "engine", root())
+    if facts["missing"]:
+        raise FileNotFoundError(f"not here yet: {', '.join(facts['missing'])}; the parcel is not complete")
+    check_sources(root() / "material")
+    return facts
+
+
+def check_sources(material: Path) -> None:
+    """Check that bundles were made with the kernels and plugins that are here.
+
+    Raises:
+        RuntimeError: with others.
+    """
+    made_of = material / "sources"
+    if not made_of.exists() or made_of.read_text() != sources():
+        raise RuntimeError("the bundles were made with other kernels than are here: run prepare.py again")
 
 
 def _digest(file: Path) -> str:
@@ -141,34 +161,6 @@ def widened(bits: Array) -> Array:
 
 
 # --- what the children do
-
-
-class Notes:
-    """What a check has found, in a file after every step, so that it is there whatever ends the process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.content: dict[str, Any] = {}
-
-    def at(self, stage: str) -> None:
-        """Say what is done next."""
-        self.keep(stage=stage)
-
-    def keep(self, **facts: Any) -> None:
-        """Keep facts."""
-        self.content |= facts
-        (self._folder / "notes.json").write_text(json.dumps(self.content, default=str))
-
-
-class _ToFile(logging.Handler):
-    """Every message of the library, in a file at once."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self._file = file.open("a", buffering=1)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._file.write(json.dumps([record.levelname, record.getMessage()[:_TEXT]]) + "\n")
 
 
 def open_library(notes: Notes) -> tuple[Any, Any]:
@@ -325,8 +317,17 @@ def model_check(notes: Notes, name: str) -> str:
     notes.at("opening a session")
     start = time.monotonic()
     with Session(folder / "bundle", context=case["context"], batch=len(case["prompts"])) as session:
-        notes.keep(load_s=time.monotonic() - start, state_bytes=session.state_bytes)
+        notes.keep(load_s=time.monotonic() - start, state_bytes=session.state_bytes, **runs_through(session))
         return follow(notes, session, case, expected["logits"], expected["tokens"])
+
+
+def runs_through(session: Any) -> dict[str, Any]:
+    """What a session runs through: the runtime's classes, and the segments of the chain in their order."""
+    model = session.model._loaded  # the engines, which no service needs to see
+    return {
+        "runs_through": [type(one).__name__ for one in (session, model, model.parts[0])],
+        "chain": [call.owner for part in model.parts for call in part.calls],
+    }
 
 
 def follow(notes: Notes, session: Any, case: Mapping[str, Any], logits: Array, tokens: Array) -> str:
@@ -433,84 +434,34 @@ def build_here(trt: Any, model: Path, case: Mapping[str, Any], capability: str) 
     return bytes(memoryview(plan))
 
 
-def child(name: str, folder: Path) -> None:
-    """One check, in this process; its notes and messages go to ``folder``."""
-    sys.path.insert(0, str(root() / "site"))
-    from foldkv.runtime.engine_model import log
-
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    log.addHandler(_ToFile(folder / "messages.jsonl"))
-    notes = Notes(folder)
-    kind, *arguments = name.split(":")
-    kinds: dict[str, Callable[..., str]] = {
-        "import": import_check, "probe": probe_check, "model": model_check, "native": native_check
-    }  # fmt: skip
-    try:
-        notes.keep(failure=kinds[kind](notes, *arguments), finished=True)
-    except MissingDependencyError as error:
-        notes.keep(no_gpu=str(error))
-    except BaseException as error:  # noqa: BLE001 - the parent reads it
-        notes.keep(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-2000:])
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # what native code does at exit says nothing about the check
+CHECKS: dict[str, Check] = {
+    "import": import_check, "probe": probe_check, "model": model_check, "native": native_check
+}  # fmt: skip
 
 
 # --- the parent
 
 
-def run_check(name: str, limit: float) -> tuple[dict[str, Any], str]:
-    """Run a check in a child process: its row, and why it failed, or ""."""
-    row: dict[str, Any] = {"check": name}
-    with tempfile.TemporaryDirectory(prefix="foldkv-check-") as scratch:
-        folder = Path(scratch)
-        start = time.monotonic()
-        with (folder / "stderr").open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, __file__, "--child", name, "--folder", scratch], stdout=stderr, stderr=stderr,
-                env=_environment(),
-            )  # fmt: skip
-            try:
-                code = process.wait(limit)
-                ended = signal.Signals(-code).name if code < 0 else ""
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code, ended = process.wait(), f"the time limit of {limit:.0f} s"
-        row |= {"child_s": round(time.monotonic() - start, 2), "code": code}
-        if (folder / "notes.json").exists():
-            row |= json.loads((folder / "notes.json").read_text())
-        failure = row.pop("failure", "") or row.get("error", "")
-        if ended or (not row.pop("finished", False) and not failure and "no_gpu" not in row):
-            failure = f"ended by {ended or f'code {code}'} while {row.get('stage', 'starting')}"
-        elif failure and "error" in row:
-            failure = f"while {row.get('stage', 'starting')}: {failure}"
-        messages = _messages(folder / "messages.jsonl")
-        row["messages"] = [line for line in messages if line[0] not in ("DEBUG", "INFO")][-_MESSAGES:]
-        if failure:
-            row["latest"] = messages[-_LATEST:]
-        tail = (folder / "stderr").read_text(errors="replace")[-2000:]
-        if tail:
-            row["stderr"] = tail
-    if informative(name):
-        return row | {"said": failure or ("" if "no_gpu" in row else "runs, and computes what is expected")}, ""
-    return row, f"{name}: {failure}" if failure else ""
+def use_library() -> None:
+    """Let this process import the library's Python packages from where they were unpacked."""
+    sys.path.insert(0, str(root() / "site"))
 
 
-def _messages(file: Path) -> list[list[str]]:
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("]")]
-
-
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The environment of a child: the parser opens the library by a name that the loader must find."""
-    environment = dict(os.environ)
-    paths = [str(root() / "site" / "tensorrt_rtx_libs"), environment.get("LD_LIBRARY_PATH", "")]
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
+    found = dict(os.environ)
+    paths = [str(root() / "site" / "tensorrt_rtx_libs"), found.get("LD_LIBRARY_PATH", "")]
+    found["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
+    return found
+
+
+def engine_check(name: str, limit: float) -> tuple[dict[str, Any], str]:
+    """Run a check in a child process: its row, and why it failed, or ""."""
+    row, failure = run_check(Path(__file__), name, limit, environment())
+    if informative(name):
+        said = failure.removeprefix(f"{name}: ") or ("" if "no_gpu" in row else "runs, and computes what is expected")
+        return row | {"said": said}, ""
+    return row, failure
 
 
 def checks() -> list[tuple[str, float]]:
@@ -542,19 +493,14 @@ def main(out: Path | None, budget: float, only: tuple[str, ...], one: str | None
     """Run the step, or one check of it."""
     if one is not None:
         assert folder is not None
-        child(one, folder)
+        use_library()
+        child(one, folder, CHECKS)
     if out is None:
         raise click.UsageError("give the result file: -o FILE")
     start = time.monotonic()
     with recorded(out, "engine", "TensorRT-RTX engines that name no compute capability, run on this GPU") as recorder:
         recorder.fact(capability=device_capability())
-        facts = unpack(parcel() / "engine", root())
-        recorder.fact(unpacking=facts)
-        if facts["missing"]:
-            raise FileNotFoundError(f"not here yet: {', '.join(facts['missing'])}; the parcel is not complete")
-        made_of = root() / "material" / "sources"
-        if not made_of.exists() or made_of.read_text() != sources():
-            raise RuntimeError("the bundles were made with other kernels than are here: run prepare.py again")
+        recorder.fact(unpacking=unpacked())
         for name, limit in checks():
             left = budget - (time.monotonic() - start)
             if only and name not in only:
@@ -562,13 +508,9 @@ def main(out: Path | None, budget: float, only: tuple[str, ...], one: str | None
             if left < 10:
                 recorder.add({"check": name, "left_out": "no time was left"})
                 continue
-            row, failure = run_check(name, min(limit, left))
+            row, failure = engine_check(name, min(limit, left))
             recorder.add(row, failure=failure)
-        if not device_count() and not recorder.content["reasons"]:
-            stopped = [row for row in recorder.content["rows"] if "no_gpu" in row]
-            raise MissingDependencyError(
-                f"{len(stopped)} checks went as far as the first CUDA call: {stopped[0]['no_gpu'] if stopped else '?'}"
-            )
+        no_gpu(recorder)
 
 
 if __name__ == "__main__":

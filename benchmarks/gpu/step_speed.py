@@ -166,7 +166,8 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         return call(inputs, {}, batch * (2 * of.window + chunk) * size)
     if operator.startswith("FoldkvCompress"):
         online, mixed = "Online" in operator, operator.endswith("Fp4")
-        ratio, width = of.online_ratio if online else of.ratio, of.index_width if mixed else of.width
+        indexed = rows in (INDEX_FP4, INDEX_FP8)
+        ratio, width = of.online_ratio if online else of.ratio, of.index_width if indexed else of.width
         columns = width if online else 2 * width
         carries = [normal(batch, 3, width).abs()] if online else [normal(batch, 2 * ratio, columns) for _ in range(2)]
         fresh = [normal(batch, chunk, columns) for _ in range(2)]
@@ -175,7 +176,7 @@ def make(device: Device, operator: str, rows: str, of: Geometry, context: int, b
         inputs += [normal(width, width)] * mixed  # as dear as a Hadamard matrix
         attributes: dict[str, Any] = {"rope_dim": of.rope_dim} if operator.endswith("Fp8") else {}
         # The last token closes a window: what is open is read, entries and the tokens' rows are written.
-        size = row_format_named(rows).row_bytes(width, 0 if mixed else of.rope_dim)
+        size = row_format_named(rows).row_bytes(width, 0 if indexed else of.rope_dim)
         moved = 4.0 * batch * (sum(carry[0].numel() for carry in carries) + 4 * chunk * columns)
         return call(inputs, attributes | {"ratio": ratio, "eps": 1e-6}, moved + batch * size * max(1, chunk // ratio))
     if operator in SUBLAYER_PLANS:

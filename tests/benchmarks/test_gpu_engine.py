@@ -185,10 +185,10 @@ def test_the_library_must_be_whole(tmp_path: Path) -> None:
 
 def test_a_check_ends_with_its_process_or_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDKV_GPU_RTX", str(tmp_path))
-    row, failure = step_engine.run_check("import", 0.01)
+    row, failure = step_engine.engine_check("import", 0.01)
     assert failure == "import: ended by the time limit of 0 s while starting" and row["code"] < 0
-    row, failure = step_engine.run_check("import", 120)
+    row, failure = step_engine.engine_check("import", 120)
     assert failure == "" and row["version"] == row["distribution"] and row["stage"] == "opening the GPU"
     assert ("no_gpu" in row) == (device_count() == 0)
-    row, failure = step_engine.run_check("probe:absent:default", 120)
+    row, failure = step_engine.engine_check("probe:absent:default", 120)
     assert "while reading the probe: FileNotFoundError" in failure and "traceback" in row

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.geometry import CSA, HCA, ModelSpec
 from foldkv.optimize.fit import plan_target
-from foldkv.optimize.floor import state_floor, weight_floor, weights_moved_without_plugins
+from foldkv.optimize.floor import state_floor, stored_read, weight_floor, weights_moved_without_plugins
 from foldkv.optimize.targets import load_targets
 
 DATA = Path(__file__).parents[1] / "data"
@@ -28,6 +28,15 @@ def test_a_step_reads_every_tensor_once_and_the_chosen_experts(model: ModelSpec)
             continue
         total += size * (share if ".experts." in name else 1)
     assert 0.99 * total < weight_floor(model, "fp4") <= total
+
+
+def test_tokens_of_one_step_share_weights_and_some_of_the_experts() -> None:
+    """Six of 256 experts a token: two tokens have 6 * 6 / 256 in common on average, and 256 tokens leave out half an expert."""
+    size = 256 * 1000
+    chosen = [stored_read(FLASH, "ffn.experts.codes", size, tokens) for tokens in (1, 2, 256)]
+    assert chosen[:2] == [6000, round(12_000 - 36 / 256 * 1000)] and 255_000 < chosen[2] < size
+    assert stored_read(FLASH, "attn.wq_a.weight", size, 8) == size
+    assert stored_read(FLASH, "embed.weight", FLASH.vocab_size * 8192, 3) == 3 * 8192
 
 
 def test_a_step_reads_the_rows_that_attention_and_indexer_look_at() -> None:

@@ -88,11 +88,16 @@ _MICRO = {
 STATELESS = frozenset(spec.operator for spec in PLUGINS.values() if not any(t.dtype == STATE for t in spec.inputs))
 
 
+def micro_config(tiny_checkpoint: Path) -> dict[str, Any]:
+    """The config of a model that the stand-in executes in seconds."""
+    config: dict[str, Any] = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
+    return config
+
+
 def micro_package(tiny_checkpoint: Path, out: Path, form: str = "plain", profile: str = "hf") -> Path:
-    """A package of a model with random weights that the stand-in executes in seconds; its checkpoint is made once in ``out``."""
+    """A package of that model with random weights; its checkpoint is made once in ``out``."""
     checkpoint = out / "checkpoint"
     if not checkpoint.exists():
-        config = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
-        random_checkpoint(config, checkpoint, form)
+        random_checkpoint(micro_config(tiny_checkpoint), checkpoint, form)
         shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
     return export_checkpoint(checkpoint, out / f"graph-{profile}", profile=profile)

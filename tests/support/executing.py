@@ -20,6 +20,10 @@ from engine import Engine
 from gpus import OK, HostDriver
 from onnx.reference import ReferenceEvaluator
 
+from foldkv.export.checkpoint.formats import FP4, FP4_GROUP, FP8, FP8_BLOCK, Format
+from foldkv.export.checkpoint.values import dequantised
+from foldkv.export.contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS
+from foldkv.export.contract.weights import E2M1, EXPONENT
 from foldkv.export.operators.registry import operators
 from foldkv.plugins.declarations import NAMESPACE, PLUGINS
 from foldkv.plugins.inject import NAMESPACE_ATTRIBUTE
@@ -190,8 +194,11 @@ class _Plugin:
             bits = value.dtype == ml_dtypes.bfloat16
             tensor = torch.from_numpy(np.array(value.view(np.uint16) if bits else value))
             inputs.append(tensor.view(torch.bfloat16).float() if bits else tensor)
-        attributes = [self.plugin.values[name] for name in self.spec.attributes]
-        made = operators()[self.node.op_type].eager(*inputs, *attributes)
+        attributes = {name: self.plugin.values[name] for name in self.spec.attributes}
+        if self.node.op_type in PACKED_EXPERTS.values():
+            made = _packed_experts(self.node.op_type, inputs, attributes)
+        else:
+            made = operators()[self.node.op_type].eager(*inputs, *attributes.values())
         outputs = made if isinstance(made, tuple) else (made,)
         held.update({name: one.numpy() for name, one in zip(self.node.output, outputs, strict=True)})
 
@@ -208,6 +215,27 @@ class _Plugin:
         taken.append(address)
         driver.write(address, array.tobytes())
         return _Place(address, array.shape, array.dtype)
+
+
+def _packed_experts(operator: str, inputs: Sequence[torch.Tensor], attributes: dict[str, Any]) -> torch.Tensor:
+    """The routed experts of packed rows, which hold w1, w2 and w3 of an expert, by the definition of plain ones."""
+    x, chosen, weights, codes, scales, slots = inputs
+    [(weight, scale)] = [form for form, name in PACKED_EXPERTS.items() if name == operator]
+    format_ = Format(FP4, (1, FP4_GROUP)) if weight == E2M1 else Format(FP8, FP8_BLOCK)
+    matrices = []
+    for number in range(3):
+        shape, grid = (tuple(attributes[name][2 * number : 2 * number + 2]) for name in ("shapes", "grids"))
+        rows, columns = format_.stored_shape(shape)
+        at, scale_at = attributes["codes_at"][number], attributes["scales_at"][number]
+        stored = codes.flatten(1)[slots, at : at + rows * columns].unflatten(1, (rows, columns))
+        factors = scales.flatten(1)[slots, scale_at : scale_at + grid[0] * grid[1]].unflatten(1, grid)
+        stored = stored if weight == E2M1 else stored.view(torch.float8_e4m3fn)
+        factors = factors.view(torch.uint8) if scale == EXPONENT else factors
+        matrices.append(dequantised(stored, factors, format_))
+    w1, w2, w3 = matrices
+    made = operators()[ROUTED_EXPERTS].eager(x, chosen, weights, torch.cat((w1, w3), 1), w2, attributes["limit"])
+    assert isinstance(made, torch.Tensor)
+    return made
 
 
 def _described(places: Sequence[_Place]) -> list[Any]:

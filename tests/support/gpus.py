@@ -14,6 +14,7 @@ import ctypes
 import enum
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class _Stream:
 class _Event:
     stream: _Stream | None = None
     done: list[bool] = field(default_factory=lambda: [True])
+    time: float | None = None  # when it was reached; a record that is an order between captured streams has none
 
 
 class HostDriver(FakeDriver):
@@ -233,13 +235,34 @@ class HostDriver(FakeDriver):
         return self._drop("event", event)
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[CUresult]:
+        return self._record(event, stream, timed=self._handles[stream].captured is None)
+
+    def cuEventRecordWithFlags(self, event: int, stream: int, flags: int) -> tuple[CUresult]:
+        assert flags == 1, "CU_EVENT_RECORD_EXTERNAL"
+        if self._handles[stream].captured is None:
+            return (INVALID,)
+        return self._record(event, stream, timed=True)
+
+    def _record(self, event: int, stream: int, *, timed: bool) -> tuple[CUresult]:
         one, done = self._handles[event], [False]
 
         def mark() -> None:
             done[0] = True
+            one.time = time.perf_counter() if timed else None
 
         one.stream, one.done = self._handles[stream], done
         return self._later(stream, mark)
+
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple[CUresult, float]:
+        one, other = self._handles[start], self._handles[end]
+        if one.time is None or other.time is None:
+            return CUresult.CUDA_ERROR_INVALID_HANDLE, 0.0
+        if not (one.done[0] and other.done[0]):
+            return INVALID, 0.0
+        return self._status(), 1e3 * (other.time - one.time)
+
+    def cuStreamIsCapturing(self, stream: int) -> tuple[CUresult, int]:
+        return self._status(), int(self._handles[stream].captured is not None)
 
     def _await(self, stream: _Stream | None, done: list[bool]) -> None:
         while not done[0]:

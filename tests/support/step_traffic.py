@@ -22,15 +22,13 @@ from foldkv.export.contract.rows import row_format_named
 from foldkv.export.operators.registry import DOMAIN
 from foldkv.export.package import Package
 from foldkv.manifests import BundleManifest, read
-from foldkv.optimize.floor import state_floor
+from foldkv.optimize.floor import state_floor, stored_read
 from foldkv.optimize.passes.linears import read_stored
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import plan as launches_of
 
 _ITEM = {"float": 4, "int32": 4, "int64": 8, "int8": 1, "uint8": 1, "bool": 1, "bf16": 2, "half": 2}
 _WORKSPACE = ("_wksp", "__scratch_space")
-#: Routed experts, of which a token reads the chosen ones, and tables of which it reads a row.
-_EXPERTS, _TABLES = "ffn.experts.", ("embed.weight", "ffn.gate.tid2eid")
 
 
 @dataclass(frozen=True)
@@ -177,25 +175,20 @@ def traffic(bundle: Path, package: Package, segment: str, context: int) -> Traff
                 tensor = part.under(name)
                 role = tensor.name.rpartition(".")[0]
                 if role in weights:
-                    read_bytes += _read(weights[role].bytes, role, package)
+                    read_bytes += stored_read(package.spec, role, weights[role].bytes)
                 elif call.kind != "custom_layer" and not tensor.host and not tensor.name.startswith(_WORKSPACE):
                     moved += part.tensors[name].bytes(1)
     for node in _plugins(package, segment, manifest, context):
         launches["plugins"] += node.launches
         moved += node.moved
         if node.name not in seen:  # between the parts
-            read_bytes += sum(_read(weights[role].bytes, role, package) for role in node.weights if role in weights)
+            read_bytes += sum(
+                stored_read(package.spec, role, weights[role].bytes) for role in node.weights if role in weights
+            )
     state = 0 if layer is None else state_floor(package.spec, manifest.layout, context, "bfloat16", layer=layer)
-    floor = sum(_read(stored[role].bytes, role, package) for role in weights) + state
+    floor = sum(stored_read(package.spec, role, stored[role].bytes) for role in weights) + state
     widest = max(_rewritten(profiles), default=(0, ""))
     return Traffic(launches, read_bytes, state, moved, floor, widest)
-
-
-def _read(size: int, role: str, package: Package) -> int:
-    """Of the bytes of a weight, those that a token needs."""
-    if role.startswith(_EXPERTS):
-        return size * package.spec.experts_per_token // package.spec.num_experts
-    return size // package.spec.vocab_size if role in _TABLES else size
 
 
 def _rewritten(profiles: list[tuple[Part, ...]]) -> Iterator[tuple[int, str]]:
