@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executable import STATELESS, executable_bundle, micro_package, use
+from executable import STATELESS, executable_bundle, use
 from gpus import HostDriver
 
 from foldkv.errors import FoldkvError, InputError
@@ -42,15 +42,14 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(micro_checkpoint: Path, micro_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("executed")
-    package = micro_package(tiny_checkpoint, folder)
-    [cpu] = build_bundles(package, folder / "cpu", ["cpu"]).results
+    [cpu] = build_bundles(micro_graph, folder / "cpu", ["cpu"]).results
     engines, kernels = {}, dict[str | bytes, Kernel]()
     for layout in ("dense", "fp8+fp4"):
-        engines[layout], found = executable_bundle(package, folder / layout, layout=layout)
+        engines[layout], found = executable_bundle(micro_graph, folder / layout, layout=layout)
         kernels |= found
-    return Made(folder / "checkpoint", cpu.folder, engines, kernels)
+    return Made(micro_checkpoint, cpu.folder, engines, kernels)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from engine import library
 from gpus import HostDriver
 
 from foldkv.export.contract.operators import STATE
-from foldkv.export.package import export_checkpoint
 from foldkv.optimize import bundled_kernels, engine_set
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.recipe import Shapes
@@ -88,9 +87,9 @@ _MICRO = {
 STATELESS = frozenset(spec.operator for spec in PLUGINS.values() if not any(t.dtype == STATE for t in spec.inputs))
 
 
-def micro_package(tiny_checkpoint: Path, out: Path, form: str = "plain", profile: str = "hf") -> Path:
-    """A package of a model with random weights that the stand-in executes in seconds."""
+def write_micro_checkpoint(tiny_checkpoint: Path, out: Path, form: str = "plain") -> Path:
+    """A checkpoint of a model with random weights that the stand-in executes in seconds."""
     config = json.loads((tiny_checkpoint / "config.json").read_text()) | _MICRO
-    checkpoint = random_checkpoint(config, out / "checkpoint", form)
+    checkpoint = random_checkpoint(config, out, form)
     shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
-    return export_checkpoint(checkpoint, out / "graph", profile=profile)
+    return checkpoint
