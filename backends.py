@@ -45,7 +45,6 @@ class Backend:
         packs_bodies: whether function bodies read packed rows, if the graph's profile computes their values.
         weights: the formats that its bundles keep, from wide to narrow.
         builds_without_gpu: whether it builds for a compute capability that it is told; if not, it builds for the GPU it finds.
-        validates: whether `foldkv validate` can measure its bundles.
         major: the oldest major version that is used; 0 if packages.py says enough.
         package: that runs its bundles, where another one has the same module and can only build them; "" if the module's does both.
         provider: of a graph: what ONNX Runtime calls the device that computes it.
@@ -62,7 +61,6 @@ class Backend:
     packs_bodies: bool
     weights: tuple[str, ...]
     builds_without_gpu: bool
-    validates: bool
     major: int = 0
     package: str = ""
     provider: str = ""
@@ -127,7 +125,6 @@ ONNX_RUNTIME = Backend(
     packs_bodies=True,
     weights=(FLOAT32, FP8, FP4),
     builds_without_gpu=True,
-    validates=True,
     provider="CPUExecutionProvider",
 )
 TENSORRT_RTX = Backend(
@@ -141,7 +138,6 @@ TENSORRT_RTX = Backend(
     packs_bodies=False,
     weights=(BF16, FP8, FP4),
     builds_without_gpu=True,
-    validates=False,
 )
 TENSORRT = Backend(
     name="tensorrt",
@@ -154,7 +150,6 @@ TENSORRT = Backend(
     packs_bodies=False,
     weights=(BF16, FP8, FP4),
     builds_without_gpu=False,
-    validates=False,
     major=11,
 )
 ONNX_RUNTIME_CUDA = Backend(
@@ -168,7 +163,6 @@ ONNX_RUNTIME_CUDA = Backend(
     packs_bodies=True,
     weights=(FLOAT32, FP8, FP4),
     builds_without_gpu=True,
-    validates=False,
     package="onnxruntime-gpu",
     provider="CUDAExecutionProvider",
     precision=FLOAT32,

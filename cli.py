@@ -287,12 +287,18 @@ def pack_command(artifact: Path, output: Path, with_weights: bool, weights_from:
 @click.argument("artifact", type=_folder)
 @_weights_from
 @click.option("--jobs", type=click.IntRange(min=1), help="Files read at once; default: the processors of this process.")
+@click.option(
+    "--report", type=_folder, help="Of a bundle: also check that this report is about its engines and these weights."
+)
 @_json
-def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, as_json: bool) -> None:
-    """Check every byte of a graph package or a cpu bundle, and of the weights that its lock names.
+def verify_command(
+    artifact: Path, weights_from: Path | None, jobs: int | None, report: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Check every byte of a graph package or a bundle, and of the weights that its lock names.
 
     Weights are compared with the sha256 in the lock (`pack` writes it), or with the names in the Hugging Face cache. Files
     that nobody has hashed before are named, with their sha256. Stacks of experts that runs of a bundle have made are checked too.
+    A report speaks for one engine set with one lock: with other weights the same plans were not validated.
     """
     from .export.locate import find_weights
     from .export.pack import read_locked
@@ -307,10 +313,21 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     refuse_others(rows)
     stacks = verify_stacks(artifact, lock, files, progress=progress())
     unknown = [row.name for row in rows if row.expected is None]
+    headline = None
+    if report is not None:
+        from .manifests import BundleManifest
+        from .validation.binding import check_report
+
+        if not isinstance(manifest, BundleManifest):
+            raise InputError(
+                f"--report is about a bundle; {artifact} is a graph package. Give the bundle, or leave it out."
+            )
+        headline = check_report(report, artifact, manifest, lock, rows)
     if as_json:
         _show(
             {"artifact": str(artifact), "bytes": size, "seconds": round(seconds, 2), "unknown": unknown,
-             "files": {row.name: row.sha256 for row in rows}, "stacks": [str(path) for path in stacks]}, True,
+             "files": {row.name: row.sha256 for row in rows}, "stacks": [str(path) for path in stacks], "report": headline},
+            True,
         )  # fmt: skip
         return
     for row in rows:
@@ -320,6 +337,8 @@ def verify_command(artifact: Path, weights_from: Path | None, jobs: int | None, 
     if stacks:
         click.echo(f"{len(stacks)} files with stacks of experts in {stacks[0].parent}: as they were written")
     click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
+    if headline is not None:
+        click.echo(f"{report} is about this bundle and these weights: {headline}")
 
 
 @main.command("generate")
@@ -447,16 +466,21 @@ def generate_command(
     type=click.IntRange(min=1),
     help="Threads for bundle and reference; default: 1 for a small model, else all processors.",
 )
+@click.option(
+    "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
+)
 @_allow_unknown_key
 @_json
 def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
-    baseline: Path | None, threads: int | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
+    baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, allow_unknown_keys: tuple[str, ...],
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE must be for the target cpu.
+    """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE can be of any target that this machine executes.
 
-    The exit code is 1 if a gate fails, or if one holds on too little evidence ("not informative").
+    A bundle in bfloat16 is judged by what PyTorch's own bfloat16 loses on the same texts. The exit code is 1 if a gate fails, or if
+    one holds on too little evidence ("not informative"); 3 if this machine lacks the GPU or a package.
     """
     _wait_passively()
     from .report_text import report_lines
@@ -474,6 +498,7 @@ def validate_command(
         allow_unknown_keys=allow_unknown_keys,
         baseline=baseline,
         threads=threads,
+        devices=devices,
         progress=progress(),
     )
     if as_json:
@@ -539,9 +564,13 @@ def run_command(pipeline: Path, dry_run: bool, force: bool, only: str | None, as
     result = run_pipeline(config, only=only, force=force, progress=progress())
     if as_json:
         facts = {
-            "graph": str(result.graph), "report": str(result.report) if result.report else None, "passed": result.passed,
+            "graph": str(result.graph), "passed": result.passed,
             "bundles": [bundle.to_dict() for bundle in result.bundles],
-            "gates": result.gates, "headline": result.judged.get("headline"), "notes": result.judged.get("notes", []),
+            "reports": {
+                name: {"folder": str(report.folder)}
+                | {key: report.content[key] for key in ("passed", "headline", "not_executed", "gates", "notes")}
+                for name, report in result.reports.items()
+            },
             "not_validated": result.not_validated, "stages": result.stages,
         }  # fmt: skip
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -65,10 +65,11 @@ class BuildConfig(_Strict):
 
 
 class ValidateConfig(_Strict):
-    """The validate stage; runs on the bundle of ``target``."""
+    """The validate stage; runs on the bundles of ``targets``, those of engines on the GPUs ``devices``."""
 
     enabled: bool = True
-    target: str = "cpu"
+    targets: list[str] = Field(default=["cpu"], min_length=1)
+    devices: list[int] | None = None
     seed: int = Field(default=0, ge=0)
     gates: dict[str, float] = {}
     text: str | None = None

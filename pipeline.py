@@ -1,6 +1,6 @@
 """Run the stages of a pipeline file in order; unchanged stages are skipped.
 
-checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report
+checkpoint -> OUTPUT/graph -> OUTPUT/bundles/<target> -> OUTPUT/report, or OUTPUT/reports/<target> if several are validated
 
 :func:`preview` says what a run would do and why. It makes the same checks that the run makes before each stage.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .artifact import MANIFEST, check_destination, sha256_file, sha256_json
 from .config import PipelineConfig
-from .errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from .errors import EXIT_ENVIRONMENT, EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from .manifests import BundleManifest, GraphManifest, ReportManifest, reason_to_replace
 from .optimize.build import build_bundles, reasons_to_build
 from .optimize.choices import check_here, choose
@@ -42,31 +42,40 @@ _FORCED = "--force"
 
 @dataclass
 class PipelineResult:
-    """Where the artifacts are, what each stage did and its seconds, and the report's content (empty without a report)."""
+    """Where the artifacts are, the reports by target, and what each stage did and its seconds."""
 
     graph: Path
     bundles: list[TargetResult] = field(default_factory=list)
-    report: Path | None = None
-    judged: dict[str, Any] = field(default_factory=dict)
-    passed: bool | None = None
+    reports: dict[str, TargetReport] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def gates(self) -> list[dict[str, Any]]:
-        """The gates with their verdicts."""
-        return list(self.judged.get("gates", []))
+    def passed(self) -> bool | None:
+        """Whether all reports passed; None without one."""
+        return all(report.content["passed"] for report in self.reports.values()) if self.reports else None
 
     @property
     def not_validated(self) -> list[str]:
         """Targets with a bundle that no report covers."""
-        validated = self.judged["provenance"]["target"] if self.judged else None
-        return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target != validated]
+        return [
+            bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target not in self.reports
+        ]
 
     @property
     def exit_code(self) -> int:
-        """The code of the first target that failed, else 1 if a gate failed, else 0."""
-        code = BuildReport(self.bundles).exit_code
-        return code or (EXIT_GATE_FAILED if self.passed is False else EXIT_OK)
+        """The code of the first target that failed, else 1 if a gate failed, else 3 if a bundle could not be executed here, else 0."""
+        codes = {report.exit_code for report in self.reports.values()}
+        first = next((code for code in (EXIT_GATE_FAILED, EXIT_ENVIRONMENT) if code in codes), EXIT_OK)
+        return BuildReport(self.bundles).exit_code or first
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """A report: its folder, its content, and the exit code that it stands for."""
+
+    folder: Path
+    content: dict[str, Any]
+    exit_code: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Step:
 
     Attributes:
         stage: one of :data:`STAGES`.
-        target: the target of a build, else "".
+        target: the target of a build or a report, else "".
         folder: the artifact's folder.
         reason: why it would be made again; "" if it is unchanged.
         seconds: how long that may take, or None if unknown.
@@ -119,9 +128,9 @@ def run_pipeline(
     if BUILD in work.stages:
         _timed(result, BUILD, report, lambda part: _build(work, result, force, part))
     built = {bundle.target for bundle in result.bundles if bundle.status != "failed"}
-    if VALIDATE in work.stages and (only == VALIDATE or config.validation.target in built):
-        result.report = work.report
-        _timed(result, VALIDATE, report, lambda part: _validate(work, result, force, part))
+    wanted = [name for name in config.validation.targets if only == VALIDATE or name in built]
+    if VALIDATE in work.stages and wanted:
+        _timed(result, VALIDATE, report, lambda part: _validate(work, result, wanted, force, part))
     return result
 
 
@@ -139,9 +148,11 @@ def preview(config: PipelineConfig, *, only: str | None = None, force: bool = Fa
     if BUILD in work.stages:
         steps += _build_steps(work, force, "the graph package is rebuilt" if any(s.reason for s in steps) else "")
     if VALIDATE in work.stages:
-        changed = [step for step in steps if step.reason and step.target in ("", config.validation.target)]
-        reason = "the bundle is rebuilt" if changed else _FORCED if force else work.validate_reason()
-        steps.append(Step(VALIDATE, "", work.report, reason))
+        made = list(steps)
+        for name in config.validation.targets:
+            changed = [step for step in made if step.reason and step.target in ("", name)]
+            reason = "the bundle is rebuilt" if changed else _FORCED if force else work.validate_reason(name)
+            steps.append(Step(VALIDATE, name, work.report(name), reason))
     return steps
 
 
@@ -158,7 +169,7 @@ class _Pipeline:
     def __init__(self, config: PipelineConfig, only: str | None) -> None:
         self.config = config
         output = Path(config.output)
-        self.graph, self.bundles, self.report = output / "graph", output / "bundles", output / "report"
+        self.graph, self.bundles = output / "graph", output / "bundles"
         if only not in (None, *STAGES):
             raise InputError(f"stage {only!r} is not known; expected one of {', '.join(STAGES)}.")
         if only == VALIDATE and not config.validation.enabled:
@@ -183,10 +194,10 @@ class _Pipeline:
         given = self.config.build.shapes.model_dump(exclude_none=True)
         return replace(default_shapes(self.checkpoint.spec), **{name: tuple(sizes) for name, sizes in given.items()})
 
-    @property
-    def bundle(self) -> Path:
-        """The bundle that is validated."""
-        return self.bundles / self.config.validation.target
+    def report(self, target: str) -> Path:
+        """Where the report of a target goes: OUTPUT/report, or OUTPUT/reports/TARGET if there are several."""
+        output = Path(self.config.output)
+        return output / "reports" / target if len(self.config.validation.targets) > 1 else output / "report"
 
     def build_options(self) -> dict[str, Any]:
         """Arguments of ``build_bundles`` that decide the bundles."""
@@ -229,25 +240,24 @@ class _Pipeline:
         from .validation.validate import check_contexts
 
         wanted, profile = self.config.validation, self.config.export.profile
-        resolve_gates(wanted.gates, profile)
         if wanted.text is not None:
             load_text(Path(wanted.text))
         if wanted.baseline is not None:
             read_report(Path(wanted.baseline))
-            if Path(wanted.baseline).resolve().is_relative_to(self.report.resolve()):
+            place = Path(wanted.baseline).resolve()
+            if any(place.is_relative_to(self.report(name).resolve()) for name in wanted.targets):
                 raise InputError(
                     f"validate.baseline is {wanted.baseline}, the report that this run replaces. Copy it elsewhere and name the copy."
                 )
-        if wanted.target not in self.config.build.targets:
-            raise InputError(
-                f"validate.target is {wanted.target!r}, which build.targets does not list ({', '.join(self.config.build.targets)})."
-            )
-        [target] = [target for target in self.targets if target.name == wanted.target]
-        if not target.backend.validates:
-            raise InputError(
-                f"validate.target is {wanted.target!r}, a GPU. Only the bundle of the cpu target can be validated now: "
-                "set validate.target to 'cpu' and list it in build.targets, or set validate.enabled to false."
-            )
+        built = self.config.build.targets
+        for name in wanted.targets:
+            if name not in built or wanted.targets.count(name) > 1:
+                raise InputError(
+                    f"validate.targets has {name!r}, which it lists twice or build.targets does not list ({', '.join(built)})."
+                )
+        for target in self.targets:
+            if target.name in wanted.targets:
+                resolve_gates(wanted.gates, profile, target.precision)
         check_contexts(
             self.plan(), self.checkpoint.spec.max_position_embeddings, wanted.gates, what=f"the model of {self.config.checkpoint}"
         )  # fmt: skip
@@ -258,7 +268,8 @@ class _Pipeline:
             )
         if VALIDATE not in self.stages:
             return
-        check_destination(self.report, kind=ReportManifest.KIND)
+        for name in wanted.targets:
+            check_destination(self.report(name), kind=ReportManifest.KIND)
         require("validate", otherwise="or set validate.enabled to false")
 
     def _check_earlier(self) -> None:
@@ -267,10 +278,12 @@ class _Pipeline:
             raise ArtifactError(
                 f"--only {self.only} reads {self.graph}, which is not current: {reason}. Run without --only, or --only export first."
             )
-        if self.only == VALIDATE and (reason := self.build_reasons(self.bundle.name)[self.bundle.name]):
-            raise ArtifactError(
-                f"--only validate reads {self.bundle}, which is not current: {reason}. Run without --only, or --only build first."
-            )
+        for name in self.config.validation.targets if self.only == VALIDATE else ():
+            if reason := self.build_reasons(name)[name]:
+                raise ArtifactError(
+                    f"--only validate reads {self.bundles / name}, which is not current: {reason}. Run without --only, or "
+                    "--only build first."
+                )
 
     # Why a stage would run.
 
@@ -297,8 +310,14 @@ class _Pipeline:
             tuple(wanted.contexts),
         )
 
-    def validate_key(self) -> str:
-        """What a report depends on, as JSON."""
+    def devices(self, target: str) -> tuple[int, ...] | None:
+        """The GPUs that execute the bundle of a target; None where the runtime decides."""
+        wanted = self.config.validation.devices
+        [one] = [one for one in self.targets if one.name == target]
+        return tuple(wanted) if wanted is not None and one.backend.engine else None
+
+    def validate_key(self, target: str) -> str:
+        """What the report of a target depends on, as JSON."""
         from .validation.baseline import read_report
 
         wanted = self.config.validation
@@ -307,23 +326,27 @@ class _Pipeline:
             "gates": wanted.gates,
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
             "baseline": sha256_json(read_report(Path(wanted.baseline))) if wanted.baseline else None,
-            "bundle": sha256_file(self.bundle / MANIFEST),
+            "devices": self.devices(target),
+            "bundle": sha256_file(self.bundles / target / MANIFEST),
             "foldkv": __version__,
         }
         return json.dumps(key, sort_keys=True)
 
-    def validate_reason(self) -> str:
-        """Why the report is not what would be measured; "" if it is. The bundle must exist."""
-        reason, manifest = reason_to_replace(ReportManifest, self.report)
-        if manifest is None or manifest.key == self.validate_key():
+    def validate_reason(self, target: str) -> str:
+        """Why the report of a target is not what would be measured; "" if it is. The bundle must exist."""
+        folder, key = self.report(target), self.validate_key(target)
+        reason, manifest = reason_to_replace(ReportManifest, folder)
+        if manifest is not None and not manifest.measured:
+            return "its bundle could not be executed then"
+        if manifest is None or manifest.key == key:
             return reason
         try:
             old = json.loads(manifest.key)
         except ValueError:
             old = None
         if not isinstance(old, dict):  # `foldkv validate` wrote it
-            return f"{self.report} was not made by this pipeline"
-        new = json.loads(self.validate_key())
+            return f"{folder} was not made by this pipeline"
+        new = json.loads(key)
         return "; ".join(_validate_change(name, old.get(name), new[name]) for name in new if old.get(name) != new[name])
 
 
@@ -419,26 +442,31 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
     return any(bundle.status != "unchanged" for bundle in report.results)
 
 
-def _validate(work: _Pipeline, result: PipelineResult, force: bool, progress: Progress) -> bool:
+def _validate(
+    work: _Pipeline, result: PipelineResult, targets: Sequence[str], force: bool, progress: Progress
+) -> bool:  # fmt: skip
     from .validation.result import to_json
     from .validation.validate import MEASURED, UNCHANGED, validate
 
-    wanted = work.config.validation
-    if reason := _FORCED if force else work.validate_reason():
-        progress(f"starts: {reason}")
-    # Always called: the report also lists what has been built beside the bundle since.
-    found = validate(
-        work.bundle, Path(work.config.checkpoint), work.report, gates=wanted.gates, plan=work.plan(),
-        threads=wanted.threads, keep=not force, key=work.validate_key(),
-        text=Path(wanted.text) if wanted.text else None,
-        baseline=Path(wanted.baseline) if wanted.baseline else None,
-        allow_unknown_keys=work.config.export.allow_unknown_keys,
-        progress=progress,
-    )  # fmt: skip
-    if found.source != MEASURED:
-        progress(f"{found.source}, {work.report}")
-    result.judged, result.passed = to_json(found), found.passed
-    return found.source != UNCHANGED
+    wanted, sources = work.config.validation, set[str]()
+    for name in targets:
+        report = work.report(name)
+        if reason := _FORCED if force else work.validate_reason(name):
+            progress(f"{name} starts: {reason}")
+        # Always called: the report also lists what has been built beside the bundle since.
+        found = validate(
+            work.bundles / name, Path(work.config.checkpoint), report, gates=wanted.gates, plan=work.plan(),
+            threads=wanted.threads, devices=work.devices(name), keep=not force, key=work.validate_key(name),
+            text=Path(wanted.text) if wanted.text else None,
+            baseline=Path(wanted.baseline) if wanted.baseline else None,
+            allow_unknown_keys=work.config.export.allow_unknown_keys,
+            report_absent=True, progress=progress,
+        )  # fmt: skip
+        if found.source != MEASURED:
+            progress(f"{found.source}, {report}")
+        sources.add(found.source)
+        result.reports[name] = TargetReport(report, to_json(found), found.exit_code)
+    return sources != {UNCHANGED}
 
 
 # Estimates of a preview.

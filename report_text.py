@@ -15,15 +15,16 @@ def report_lines(content: dict[str, Any]) -> list[str]:
     for gate in content["gates"]:
         word = gate["verdict"].upper() if gate["verdict"] == "fails" else gate["verdict"]
         changed = f"{gate['changed']}, default {gate['default']:g}" if gate["changed"] else ""
-        value = format_beside(float(gate["value"]), gate["threshold"])
-        rows.append([gate["name"], word, value, gate["comparison"], f"{gate['threshold']:g}", changed])
+        value, threshold = gate["value"], float(gate["threshold"])
+        value = format_beside(None if value is None else float(value), threshold)
+        rows.append([gate["name"], word, value, gate["comparison"], f"{threshold:g}", changed])
     return [
         *table(rows, numbers=(2,)),
         "",
         *(
             f"{gate['name']} is not informative: {gate['lack']}"
             for gate in content["gates"]
-            if gate["verdict"] == "not informative"
+            if gate["verdict"] == "not informative" and not content["not_executed"]
         ),
         *(f"note: {note}" for note in content["notes"]),
         *(_comparison(content["comparison"]) if content["comparison"] else ()),
@@ -34,7 +35,10 @@ def report_lines(content: dict[str, Any]) -> list[str]:
 def _comparison(found: dict[str, Any]) -> list[str]:
     rows = [["gate", "before", "now", ""]]
     for gate in found["gates"]:
-        sides = [f"{float(side['value']):.4g}" if side else "" for side in (gate["before"], gate["now"])]
+        sides = [
+            f"{float(side['value']):.4g}" if side and side["value"] is not None else ""
+            for side in (gate["before"], gate["now"])
+        ]
         rows.append([gate["name"], *sides, gate["change"]])
     return [
         f"since {found['report']} ({found['date']}; {found['headline']}):",

@@ -22,9 +22,9 @@ def result_lines(result: PipelineResult) -> list[str]:
     for bundle in result.bundles:
         place = bundle.folder if bundle.status != "failed" else "FAILED: " + bundle.reason
         lines.append(f"bundle {bundle.target}: {place}")
-    if result.report:
-        lines += [f"report: {result.report / 'report.html'}", "", *report_lines(result.judged)]
-    elif result.not_validated:
+    for name, report in result.reports.items():
+        lines += [f"report {name}: {report.folder / 'report.html'}", "", *report_lines(report.content), ""]
+    if result.not_validated:
         lines.append(f"not validated: {', '.join(result.not_validated)}")
     return lines
 

@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 import foldkv
+from foldkv.runtime.model import Model
 from foldkv.runtime.session import Session
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.long_context import REFERENCE_CONTEXT, measure_depths
@@ -156,7 +157,7 @@ def main(
         if size <= reference:
             from foldkv.validation.runners import SessionRunner, TransformersRunner
 
-            runner = SessionRunner(bundle, context=size, chunk=chunk)
+            runner = SessionRunner(Model(bundle), context=size, chunk=chunk)
             start = time.perf_counter()
             tokenizer = Tokenizer.from_bundle(runner.session.bundle)
             rows[-1] |= asdict(measure_depths(runner, TransformersRunner(checkpoint), tokenizer, size))

@@ -24,7 +24,7 @@ PIPELINE = """## A pipeline file
 ```toml
 version = 1
 checkpoint = "DeepSeek-V4-Flash"   # paths are relative to this file
-output = "out"                     # out/graph, out/bundles/<target>, out/report
+output = "out"                     # out/graph, out/bundles/<target>, out/report or out/reports/<target>
 
 [export]
 profile = "hf"                     # "served": what deployed systems compute
@@ -45,7 +45,8 @@ context = [256, 4096, "64k"]       # numbers of tokens as on the command line: 6
 
 [validate]
 enabled = true
-target = "cpu"                     # the bundle to measure; those for GPUs cannot be validated yet
+targets = ["cpu"]                  # the bundles to measure; with several, each report is in a folder of its own
+devices = [0, 1]                   # GPUs that share the layers of engines; default: the first alone
 seed = 0
 text = "manual.txt"                # UTF-8 text to measure on; default: sources of Python's standard library
 texts = 6
@@ -58,13 +59,16 @@ baseline = "release-1/report"      # an older report: the new one shows what has
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
 ```
 
-Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `targets`, `backend`, `jobs`, `cache`, `context`, `text`, `contexts`, `gates`, `baseline`
-and `threads` are examples; all others are the defaults.
+Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `build.targets`, `backend`, `jobs`, `cache`, `context`, `devices`, `text`, `contexts`,
+`gates`, `baseline` and `threads` are examples; all others are the defaults.
 
 A run that cannot succeed is refused before the first stage. Reasons are targets that this machine cannot build for, layouts that a
 target cannot keep, missing packages, and folders that cannot be written. A stage is skipped if the hashes of its inputs, its settings
 and the versions of its tools are unchanged. If only thresholds or the baseline changed, `validate` measures nothing: it judges the
 figures of the report again. `foldkv run --dry-run` shows which stages would run and why.
+
+A bundle in `validate.targets` whose GPU is not in this machine gets a report too: it says "not executed here", none of its gates is
+informative, and the exit code is 3 after everything else was done. Such a bundle is tried again in the next run.
 """
 
 VERDICTS = """## The gates of `validate`
@@ -76,6 +80,20 @@ fails, however little it was measured on. Gates that do not apply are not listed
 
 Where index scores tie exactly at the last place, several sets of entries are equally good. ReLU makes such ties common in small and
 random models. The reference then takes the one of its equally good sets that is closest to the subject's. The report counts the ties.
+
+**Bundles in bfloat16** (all engines) are judged by a yardstick: transformers computes the same texts in bfloat16 too, and its distance
+from float32 is in the report. The threshold is the one of float32 below, and in addition two times that distance for errors and shares, and
+four times for KL, which grows with the square of an error. `chunks` compares by KL (`chunk_kl_mean`), and `retrieval` may lose 0.03. If
+PyTorch's own bfloat16 is so far from float32 that the threshold would mean nothing, the gate is not informative. A graph of the profile `hf` in
+packed rows is judged like any other of that profile: rows cost more than bfloat16, and gates may fail. Export with `--profile served` to
+compare packed rows with what they must compute.
+
+`layers` compares each layer of such a bundle by itself: PyTorch's layer gets the bundle's own streams before it, in float32 and, for the
+yardstick, in bfloat16. The *own* error of a token is the largest difference of its streams after the layer, over their root mean square. The
+median token's may be 1e-3 and two times the yardstick's, and 5 % of the tokens and two times the yardstick's share may be *moved*: five times the limit
+or more away, because they took another expert or another entry. The first layer beyond its limit is the first divergence; later layers do not
+inherit its error. A bundle for a GPU does not say which entries its indexers chose: they are recomputed in float32 from its streams and index
+rows, and the report says so.
 
 A threshold that is not the default is marked as loosened or tightened in every form of the report. A threshold with which a gate could
 never fail or never hold is refused.

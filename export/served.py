@@ -11,6 +11,7 @@ not: engines disagree on them, and keep them in float32 where they can.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,20 +53,27 @@ class OracleRun:
     chosen: dict[int, Tensor] = field(default_factory=dict)
 
 
-def served_forward(decoder: Decoder, tokens: Tensor) -> OracleRun:
+def served_forward(
+    decoder: Decoder, tokens: Tensor, *, given: Sequence[Tensor] | None = None, keys: Mapping[int, Tensor] | None = None
+) -> OracleRun:
     """Run a prompt through the served model.
 
     Args:
         decoder: has the weights; its own profile does not matter.
         tokens: [n] int64.
+        given: streams [n, N, C] after every layer, which every later layer takes instead of those that the one before it made.
+        keys: by CSA layer, values of index rows [entries, D] that its indexer takes instead of its own.
     """
     run = OracleRun(torch.empty(0))
     spec = decoder.spec
     streams = decoder.embed(tokens)[:, None].expand(-1, spec.hc_mult, -1)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
+        if given is not None and index:
+            streams = given[index - 1]
         x, post, comb = collapse(streams[None], layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale, spec)
-        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run)
+        own = None if keys is None else keys.get(index)
+        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run, own)
         streams = expand(streams[None], out[None], post, comb)[0]
         x, post, comb = collapse(streams[None], layer.hc_ffn_fn, layer.hc_ffn_base, layer.hc_ffn_scale, spec)
         streams = expand(streams[None], layer.ffn(layer.ffn_norm(x), tokens[None]), post, comb)[0]
@@ -126,7 +134,9 @@ def quantize_index(x: Tensor) -> Tensor:
     return quantize(hadamard(x), 32, E2M1)
 
 
-def _attention(attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: OracleRun) -> Tensor:
+def _attention(
+    attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: OracleRun, keys_given: Tensor | None
+) -> Tensor:
     """x [n, C] normed -> [n, C]."""
     count, kind, ratio = len(x), spec.layer_types[layer], spec.ratios[layer]
     turn = rotation(torch.arange(count), attn.inv_freq)
@@ -143,7 +153,7 @@ def _attention(attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: Ora
         run.caches[f"{layer}.entries"] = entries
         visible = torch.arange(len(entries)) < ((torch.arange(count) + 1) // ratio)[:, None]
         if kind == CSA:
-            visible = _chosen(attn.indexer, x, latent, visible, turn, attn.inv_freq, layer, run)
+            visible = _chosen(attn.indexer, x, latent, visible, turn, attn.inv_freq, layer, run, keys_given)
             run.chosen[layer] = visible
         keys, seen = torch.cat((keys, entries)), torch.cat((seen, visible), dim=1)
     logits = torch.einsum("nhd,kd->nhk", q, keys) * spec.head_dim**-0.5
@@ -176,10 +186,12 @@ def _compressed(compressor: Compressor, x: Tensor, inv_freq: Tensor, *, overlap:
 
 def _chosen(
     indexer: Indexer, x: Tensor, latent: Tensor, visible: Tensor, turn: Tensor, inv_freq: Tensor, layer: int,
-    run: OracleRun,
+    run: OracleRun, given: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """visible [n, E] -> the best visible entries for every query, [n, E] bool."""
-    keys = quantize_index(rotate(*_compressed(indexer.compressor, x, inv_freq, overlap=True)))
+    keys = (
+        quantize_index(rotate(*_compressed(indexer.compressor, x, inv_freq, overlap=True))) if given is None else given
+    )
     run.caches[f"{layer}.index_entries"] = keys
     q = quantize_index(rotate(split_last(indexer.wq_b(latent), indexer.heads, indexer.width), turn))
     weights = indexer.weights_proj(x) * (indexer.width**-0.5 * indexer.heads**-0.5)

@@ -69,6 +69,14 @@ def device_count() -> int:
     return 0 if library is None or library.cuDeviceGetCount(ctypes.byref(count)) else count.value
 
 
+def device_name(ordinal: int = 0) -> str:
+    """The driver's name of a GPU; "" without it."""
+    library, device, name = _driver_library(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if library is None or library.cuDeviceGet(ctypes.byref(device), ordinal):
+        return ""
+    return "" if library.cuDeviceGetName(name, len(name), device) else name.value.decode(errors="replace")
+
+
 def device_capability() -> int | None:
     """Compute capability of the first GPU (90 for 9.0), or None without one."""
     library, device = _driver_library(), ctypes.c_int()
@@ -135,6 +143,11 @@ class Device:
         finally:
             # Unchecked: after a sticky error every call fails, and only the first error matters.
             self.driver.cuCtxPopCurrent()
+
+    def name(self) -> str:
+        """What the driver calls it."""
+        name: bytes = check(self.driver, self.driver.cuDeviceGetName(256, self._device))
+        return name.split(b"\0")[0].decode(errors="replace")
 
     def memory_bytes(self) -> int:
         """Bytes of its memory, taken or not."""

@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one call of a chain made from a chunk. The arrays may be overwritten when the observer returns.
+
+    Attributes:
+        layer: its layer; None for the embedding.
+        slot: the sequence of the chunk; None for all of them at once.
+        streams: [batch or 1, S, N, C], what the next call reads.
+        more: outputs that nothing else takes, by name; only graphs for tools have any.
+    """
+
+    layer: int | None
+    slot: int | None
+    streams: FloatArray
+    more: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+#: Is called after every call of a chain that makes streams.
+Observer = Callable[[Observed], None]
 
 
 class Executor(Protocol):
@@ -24,6 +47,7 @@ class Executor(Protocol):
         logit_indices: IntArray,
         *,
         trim: bool = False,
+        observe: Observer | None = None,
     ) -> FloatArray:
         """Feed one chunk and update the state in place.
 
@@ -34,6 +58,8 @@ class Executor(Protocol):
             active_context: an upper bound of ``positions + num_tokens``.
             logit_indices: [B, L] offsets in the chunk that get logits.
             trim: return memory that only this chunk needed to the system.
+            observe: gets the streams after every call, copied to the host. The run waits for it, and an engine's step is
+                enqueued call by call instead of launched as a captured graph; the results are the same.
 
         Returns:
             Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES.

@@ -20,7 +20,7 @@ from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
 from ..onnx_files import check_external_files
 from ..packages import has_package, installed, package_of, pip_line, version_of
-from ..plugins.cuda import device_capability
+from ..plugins.cuda import device_capability, device_name
 from .buffers import StateSpec
 from .plugin_check import plugin_findings
 
@@ -100,6 +100,10 @@ class Bundle:
         """The largest "batch", "chunk" or "context" that an engine was built for; None for a graph, which takes any."""
         return int(getattr(self.manifest.shapes, size)[2]) if self.backend.engine else None
 
+    def smallest(self, size: str) -> int:
+        """The smallest "batch", "chunk" or "context" that it takes."""
+        return int(getattr(self.manifest.shapes, size)[0]) if self.backend.engine else 1
+
 
 def load_bundle(folder: Path, *, verify: bool = True) -> Bundle:
     """Read and check a bundle.
@@ -129,6 +133,15 @@ def require_backend(bundle: Bundle) -> None:
     Raises:
         MissingDependencyError: it cannot; the message lists everything that is missing.
     """
+    if missing := missing_here(bundle):
+        title = f"the bundle {bundle.folder} for {bundle.target} needs the backend {bundle.backend.name}, which is not usable here"
+        raise MissingDependencyError(
+            listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
+        )
+
+
+def missing_here(bundle: Bundle) -> list[str]:
+    """What this machine lacks to execute the bundle: packages, the driver, a GPU that it was built for."""
     backend, missing = bundle.backend, list[str]()
     if backend.package and not has_package(backend.package):
         line = pip_line([backend.package])
@@ -145,17 +158,13 @@ def require_backend(bundle: Bundle) -> None:
         if not installed("cuda.bindings"):
             missing.append(f"the package cuda-bindings: {pip_line(['cuda.bindings'])}")
         wanted, capability = bundle.manifest.target.sm or 0, device_capability()
+        kind = f" of compute capability {wanted / 10:.1f}" if backend.one_gpu else ""
         if capability is None:
-            missing.append("an NVIDIA GPU with its driver (libcuda.so.1)")
+            missing.append(f"an NVIDIA GPU{kind} with its driver (libcuda.so.1); none was found")
         elif backend.one_gpu and capability != wanted:
-            missing.append(f"a GPU of compute capability {wanted / 10:.1f}; the one here has {capability / 10:.1f}")
-    if missing:
-        title = (
-            f"the bundle {bundle.folder} for {bundle.target} needs the backend {backend.name}, which is not usable here"
-        )
-        raise MissingDependencyError(
-            listing(title, missing, "Use the bundle of the target 'cpu', which runs on ONNX Runtime.")
-        )
+            name = f" ({found})" if (found := device_name()) else ""
+            missing.append(f"a GPU{kind}; the one here has {capability / 10:.1f}{name}")
+    return missing
 
 
 def _checked(folder: Path, content: dict[str, Any]) -> Bundle:

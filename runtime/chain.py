@@ -17,6 +17,7 @@ from typing import Any
 from ..backends import Backend
 from ..errors import ArtifactError, MissingDependencyError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, ChainTable
+from ..export.contract.engine_set import EngineTable
 from ..export.contract.lock import LOCK, WeightsLock
 from ..export.contract.state import STATE_TYPES
 from ..export.locate import find_weights
@@ -239,13 +240,12 @@ class ChainModel:
             raise ArtifactError(listing(title, findings, "Make the bundle again."))
 
 
-def threads_for(table: ChainTable) -> int:
+def threads_for(table: ChainTable | EngineTable) -> int:
     """One for a small model, else the processors that this process may use.
 
     Operators of a small model take microseconds, and handing a part of one to another thread takes longer than the part.
     """
-    weights = sum(bound.bytes for roles in table.weights.values() for bound in roles.values())
-    return 1 if weights < SMALL_BYTES else default_threads()
+    return 1 if table.weight_bytes < SMALL_BYTES else default_threads()
 
 
 def session_options(onnxruntime: Any, threads: int, *, decode: bool) -> Any:

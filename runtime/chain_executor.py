@@ -18,15 +18,13 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, FoldkvError
 from ..export.contract.chain import STEP, Call
-from .backend import FloatArray, IntArray
+from .backend import FloatArray, IntArray, Observed, Observer
 from .buffers import Buffers
 from .chain import AFTER, PAST, PRESENT, STREAMS, ChainModel, first_line
 from .chain_memory import Tensor
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 _SIZE = re.compile(r"(batch|chunk|kept)(?: ([+*]) (\d+))?")
-#: Called with a layer or None, the streams [B, S, N, C] after it, and other outputs by name.
-Observer = Callable[[int | None, FloatArray, Mapping[str, npt.NDArray[Any]]], None]
 
 
 class ChainExecutor:
@@ -58,10 +56,6 @@ class ChainExecutor:
     ) -> FloatArray:
         """See :meth:`foldkv.runtime.backend.Executor.run`.
 
-        Args:
-            observe: called after every segment with its layer (None for the ends), the streams, and its outputs that nothing
-                else takes. The arrays are overwritten later.
-
         Raises:
             FoldkvError: ONNX Runtime failed; the state may be half updated.
         """
@@ -76,7 +70,7 @@ class ChainExecutor:
         try:
             for owner, go in lane.runs():
                 go(self._trim if trim else None)
-                if observe is not None and owner != STEP:
+                if observe is not None:
                     lane.show(owner, observe)
         except Exception as error:
             raise FoldkvError(
@@ -175,13 +169,16 @@ class _Lane:
             self._given[name].push()
 
     def show(self, owner: str, observe: Observer) -> None:
-        """Tell an observer what a call gave."""
-        number, (call, binding) = next((n, row) for n, row in enumerate(self._calls) if row[0].owner == owner)
+        """Tell an observer what a call gave, if it gave streams."""
+        found = [(n, call, binding) for n, (call, binding) in enumerate(self._calls) if call.owner == owner]
+        if not found or not {STREAMS, AFTER} & self._model.outputs[found[0][1].segment].keys():
+            return
+        [(number, call, binding)] = found
         values = binding.get_outputs()  # in the order in which they were first bound
         more = {name: values[at].numpy() for name, at in self._extra[owner].items()}
         streams = self._made[f"{STREAMS}.{number % 2}"]
         streams.pull()
-        observe(call.layer, streams.host, more)
+        observe(Observed(call.layer, None, streams.host, more))
 
     def tensors(self) -> Iterator[Tensor]:
         """All buffers but the state's."""

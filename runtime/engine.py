@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..plugins.cuda import check
-from .backend import FloatArray, IntArray
+from .backend import FloatArray, IntArray, Observer
 from .bundle import Bundle
 from .device_buffers import DealtBuffers
 from .engine_model import EngineModel
@@ -54,6 +54,7 @@ class EngineExecutor:
         logit_indices: IntArray,
         *,
         trim: bool = False,
+        observe: Observer | None = None,
     ) -> FloatArray:
         """See :meth:`foldkv.runtime.backend.Executor.run`; ``trim`` has no effect here.
 
@@ -71,7 +72,7 @@ class EngineExecutor:
             io.logit_indices: np.ascontiguousarray(logit_indices, np.int64),
         }
         if input_ids.shape[1] == 1:
-            return self._chunk(given, None)
+            return self._chunk(given, None, observe)
         shape = (self._batch, logit_indices.shape[1], self._model.bundle.model.vocab_size)
         logits = np.zeros(shape, np.float32)
         for slot in np.flatnonzero(num_tokens):
@@ -79,7 +80,7 @@ class EngineExecutor:
                 name: value if name == io.active_context else np.ascontiguousarray(value[slot : slot + 1])
                 for name, value in given.items()
             }
-            logits[slot] = self._chunk(own, int(slot))[0]
+            logits[slot] = self._chunk(own, int(slot), observe)[0]
         return logits
 
     def forget(self) -> None:
@@ -93,7 +94,7 @@ class EngineExecutor:
         """Free state and streams; closing twice is fine. The model keeps engines and weights."""
         self._opened.close()
 
-    def _chunk(self, given: Given, slot: int | None) -> FloatArray:
+    def _chunk(self, given: Given, slot: int | None, observe: Observer | None) -> FloatArray:
         """Feed a chunk to all sequences, or to the one of ``slot``; returns logits [batch or 1, L, V]."""
         try:
             for stage in self._stages:
@@ -101,7 +102,7 @@ class EngineExecutor:
             for number, stage in enumerate(self._stages):
                 if number:
                     self._links[number - 1].hand_over(given, slot)
-                stage.execute(slot)
+                stage.execute(slot, None if observe is None else (given, observe))
             logits = self._stages[-1].logits(given[self._model.bundle.io.logit_indices].shape[1], slot)
             for stage in self._stages[:-1]:  # what they copy back may still be on its way
                 stage.wait()

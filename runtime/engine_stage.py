@@ -15,7 +15,7 @@ then no call of a plugin runs in Python any more.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..export.contract.chain import STEP
 from ..export.contract.state import StateTensor
 from ..plugins.cuda import NON_BLOCKING, Device, check
 from ..records import to_json
-from .backend import FloatArray
+from .backend import FloatArray, Observed, Observer
 from .buffers import StateSpec
 from .chain import AFTER, PAST, PRESENT, STREAMS
 from .device_buffers import DeviceBuffers
@@ -37,6 +37,8 @@ from .engine_part import EnginePart
 #: Bytes of an element of what flows between segments.
 _FLOAT, _INDEX = 4, 8
 Given = Mapping[str, npt.NDArray[Any]]
+#: The chunk's inputs, and who gets the streams after every call.
+Watch = tuple[Given, Observer]
 
 
 class EngineStage:
@@ -82,14 +84,14 @@ class EngineStage:
         """Where the part's last call leaves the streams, and their bytes."""
         return self._lane(slot).streams(given, len(self.part.calls) % 2)
 
-    def execute(self, slot: int | None) -> None:
-        """Enqueue the part's calls.
+    def execute(self, slot: int | None, watch: Watch | None = None) -> None:
+        """Enqueue the part's calls; with ``watch`` also wait after each of them.
 
         Raises:
             FoldkvError: an engine failed; the state may be half updated.
         """
         with self.device.current():
-            self._lane(slot).execute(slot)
+            self._lane(slot).execute(slot, watch)
 
     def logits(self, kept: int, slot: int | None) -> FloatArray:
         """The logits [batch or 1, kept, V] of the chunk, when everything enqueued here is done."""
@@ -211,9 +213,11 @@ class _Lane:
         size = _FLOAT * int(np.prod(self._flow_shapes(*self._sizes_of(given))[STREAMS]))
         return self._stage.space(f"streams.{half}", size), size
 
-    def execute(self, slot: int | None) -> None:
+    def execute(self, slot: int | None, watch: Watch | None) -> None:
         stage = self._stage
-        if self._graph is not None or (self._steps >= 1 and self._can_capture() and self._capture()):
+        if watch is not None:
+            self._enqueue(lambda number: self._show(number, slot, watch))
+        elif self._graph is not None or (self._steps >= 1 and self._can_capture() and self._capture()):
             check(self._driver, self._driver.cuGraphLaunch(self._graph, stage.stream))
         else:
             self._enqueue()
@@ -235,15 +239,28 @@ class _Lane:
         self._contexts.clear()
         self._configs.clear()
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, after: Callable[[int], None] | None = None) -> None:
         stage, logger = self._stage, self._part.logger
         logger.forget()
-        for owner, _ in self._calls:
+        for number, (owner, _) in enumerate(self._calls):
             if not self._contexts[owner].execute_async_v3(stage.stream):
                 raise FoldkvError(
                     f"the engine of {owner} in {stage.model.bundle.folder} failed on GPU {stage.device.ordinal}: {logger.reasons()}. "
                     "Reset the session or restore a snapshot."
                 )
+            if after is not None:
+                after(number)
+
+    def _show(self, number: int, slot: int | None, watch: Watch) -> None:
+        """Tell an observer what the call of this number gave, if it gave streams."""
+        given, observe = watch
+        if not {STREAMS, AFTER} & {*self._part.outputs[self._calls[number][1]]}:
+            return
+        streams = np.empty(self._flow_shapes(*self._sizes_of(given))[STREAMS], np.float32)
+        address, size = self.streams(given, number % 2)
+        check(self._driver, self._driver.cuMemcpyDtoHAsync(streams.ctypes.data, address, size, self._stage.stream))
+        self._stage.wait()
+        observe(Observed(self._part.calls[number - 1].layer, slot, streams))
 
     def _can_capture(self) -> bool:
         """Whether steps are the same work on the same addresses, and every engine allows it."""

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import InputError, short
+from ..plugins.cuda import device_name
 from ..progress import Say, silent
 from .backend import Executor
 from .buffers import Buffers
@@ -110,6 +111,12 @@ class Model:
 
         chain = ChainExecutor(self._loaded, context, batch)
         return chain.buffers, chain
+
+    def devices(self) -> tuple[str, ...]:
+        """The GPUs that compute, by number and the driver's name; empty on the CPU."""
+        if self.bundle.backend.engine:
+            return tuple(f"GPU {part.device.ordinal} ({part.device.name()})" for part in self._loaded.parts)
+        return (f"GPU 0 ({device_name()})",) if self.bundle.backend.gpu else ()
 
     def changes(self) -> tuple[str, ...]:
         """What happened to the bundle's files and to its weights since they were opened; empty if nothing did."""

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, CapacityError, FoldkvError, InputError, listing, short
 from ..progress import Say, silent
-from .backend import Executor, FloatArray, IntArray
+from .backend import Executor, FloatArray, IntArray, Observer
 from .bundle import Bundle, StateMeaning
 from .model import Model
 from .sampling import GREEDY, Sampler, Sampling
@@ -138,6 +138,7 @@ class Session:
         self._lock = threading.Lock()
         self._torn = False  # a run failed half way: the state is neither before nor after it
         self._steps = 0  # changes of the state, so that a stream notices changes by others
+        self._observer: Observer | None = None
 
     def _open(self, opened: Model, context: int | None, batch: int, chunk: int) -> None:
         """Check the sizes and allocate the state."""
@@ -332,6 +333,27 @@ class Session:
         samplers = [Sampler(sampling, number) for number in numbers]
         return TokenStream(self, tokens, max_new_tokens, samplers, stops, resume)
 
+    # What is inside, for tools
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Let ``observer`` see the streams after the embedding and after every layer, of every chunk that is fed meanwhile.
+
+        Each chunk then waits for it after every call. Results are those of a session that nobody observes.
+        """
+        before, self._observer = self._observer, observer
+        try:
+            yield
+        finally:
+            self._observer = before
+
+    def state_rows(self, slot: int = 0) -> dict[str, npt.NDArray[Any]]:
+        """Copies of the rows of a slot that are in use, as they are stored: by state tensor (``3.entries``) [used, width]."""
+        with self._exclusive():
+            held = [tokens if at == slot else 0 for at, tokens in enumerate(self._positions.tolist())]
+            rows = self._buffers.copy_used(held)[slot]
+        return {tensor.name: copy for tensor, copy in zip(self.bundle.state.tensors, rows, strict=True)}
+
     # The state as a value
 
     def snapshot(self) -> Snapshot:
@@ -508,7 +530,7 @@ class Session:
             chunk_logits = executor.run(
                 input_ids, self._positions, num_tokens, int(after.max()), indices,
                 # One kind of layer does not need the memory of another's activations, nor do the decode steps that follow.
-                trim=length > 1,
+                trim=length > 1, observe=self._observer,
             )  # fmt: skip
             self._positions[:] = after
             self._steps += 1

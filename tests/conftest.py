@@ -146,6 +146,19 @@ def quick_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def micro_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Path:
+    """Three narrow layers with random weights, one of each kind, for stand-ins that execute."""
+    from executable import write_micro_checkpoint
+
+    return made_once(shared_folder / "micro-checkpoint", lambda out: write_micro_checkpoint(tiny_checkpoint, out))
+
+
+@pytest.fixture(scope="session")
+def micro_graph(micro_checkpoint: Path, shared_folder: Path) -> Path:
+    return exported(micro_checkpoint, shared_folder / "micro-graph", "hf")
+
+
+@pytest.fixture(scope="session")
 def released_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Callable[[str], Path]:
     """Gives the trained model in the released format: "instruct" or "base", see ``small_checkpoint``."""
     return lambda form: made_once(

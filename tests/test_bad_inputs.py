@@ -323,7 +323,7 @@ row("pipeline: endless gate", pipeline(HEAD + "[validate]\ngates = { top1 = inf 
 row("pipeline: a gate twice", pipeline(HEAD + "[validate.gates]\ntop1 = 1\ntop1 = 1\n"), 2, "is not TOML")
 row("pipeline: no baseline", pipeline(HEAD + '[validate]\nbaseline = "none"\n'), 2, "is not a report")
 row("pipeline: its own baseline", pipeline(HEAD + '[validate]\nbaseline = "out/report"\n'), 2, "is not a report")
-row("pipeline: target not built", pipeline(HEAD + '[validate]\ntarget = "a100"\n'), 2, "build.targets does not list")
+row("pipeline: target not built", pipeline(HEAD + '[validate]\ntargets = ["a100"]\n'), 2, "build.targets does not list")
 row("pipeline: no text", pipeline(HEAD + '[validate]\ntext = "none.txt"\n'), 2, "cannot be read")
 row("pipeline: odd distances", pipeline(HEAD + "[validate]\ndistances = [7]\n"), 2, "multiples of 4")
 row("pipeline: shapes of two", pipeline(HEAD + "[build.shapes]\nbatch = [1, 2]\n"), 2, "build.shapes.batch")

@@ -19,11 +19,19 @@ from click.testing import CliRunner
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
 from foldkv.config import load_config
-from foldkv.errors import EXIT_GATE_FAILED, ArtifactError, FoldkvError, InputError, MissingDependencyError
+from foldkv.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_GATE_FAILED,
+    ArtifactError,
+    FoldkvError,
+    InputError,
+    MissingDependencyError,
+)
 from foldkv.export.locate import files_identity
 from foldkv.optimize.history import record_builds, record_export
 from foldkv.optimize.outcome import TargetResult
 from foldkv.pipeline import STAGES, preview, run_pipeline
+from foldkv.run_text import result_lines
 
 PIPELINE = """
 version = 1
@@ -191,8 +199,9 @@ def test_a_backend_for_the_gpus_of_a_pipeline(pipeline: Path) -> None:
     pipeline.write_text(PIPELINE.replace('["cpu"]', '["cpu", "h100"]\nbackend = "onnxruntime-cuda"'))
     steps = [step for step in preview(load_config(pipeline)) if step.stage == "build"]
     assert [step.target for step in steps] == ["cpu", "h100"] and all(step.reason for step in steps)
-    text = pipeline.read_text().replace("[validate]", '[validate]\ntarget = "h100"')
-    refused(pipeline, text, InputError, "validate.target is 'h100', a GPU")
+    pipeline.write_text(pipeline.read_text().replace("[validate]", '[validate]\ntargets = ["h100", "cpu"]'))
+    steps = [(step.target, step.folder.name) for step in preview(load_config(pipeline)) if step.stage == "validate"]
+    assert steps == [("h100", "h100"), ("cpu", "cpu")]
 
 
 def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline: Path) -> None:
@@ -207,8 +216,10 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
         ('["cpu"]', '["a1000"]', "unknown target 'a1000'"),
         ('["cpu"]', '["cpu"]\nbackend = "cuda"', "build.backend: backend 'cuda' is not known"),
         ('["cpu"]', '["cpu"]\nbackend = "onnxruntime-cuda"', "cpu is built by onnxruntime"),
-        ('["cpu"]', '["rtx4090"]', "validate.target is 'cpu', which build.targets does not list"),
-        ("[validate]", '[validate]\ntarget = "h100"', "'h100', which build.targets does not list"),
+        ('["cpu"]', '["rtx4090"]', "validate.targets has 'cpu', which it lists twice or build.targets does not list"),
+        ("[validate]", '[validate]\ntargets = ["h100"]', "'h100', which it lists twice or build.targets does not list"),
+        ("[validate]", '[validate]\ntargets = ["cpu", "cpu"]', "'cpu', which it lists twice"),
+        ("[validate]", '[validate]\ntarget = "cpu"', r"unknown key 'validate.target' \(did you mean 'targets'"),
         ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes at most 1048576"),
         ("[validate]", "[validate]\ncontexts = [64]", "64"),
         ("[validate]", "[validate]\ngates = { kl-maen = 1 }", r"unknown gate 'kl-maen' \(did you mean 'kl-mean'"),
@@ -226,10 +237,25 @@ def test_what_cannot_succeed_is_refused_before_the_first_stage(
     refused(pipeline, PIPELINE.replace(old, new, 1), InputError, finding)
 
 
-def test_a_gpu_cannot_be_validated(pipeline: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="engines need TensorRT-RTX")
-    text = PIPELINE.replace('["cpu"]', '["cpu", "a100"]').replace("[validate]", '[validate]\ntarget = "a100"')
-    refused(pipeline, text, InputError, "Only the bundle of the cpu target can be validated")
+@pytest.mark.slow
+def test_every_target_gets_a_report_and_one_whose_gpu_is_not_here_says_so(
+    pipeline: Path, tiny_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldkv.runtime.bundle.device_capability", lambda: None)
+    place(tiny_graph, pipeline)
+    text = PIPELINE.replace('["cpu"]', '["h100", "cpu"]\nbackend = "onnxruntime-cuda"')
+    pipeline.write_text(text.replace("[validate]", '[validate]\ntargets = ["h100", "cpu"]'))
+    result = run_pipeline(load_config(pipeline))
+    assert result.exit_code == EXIT_ENVIRONMENT and result.passed is False and not result.not_validated
+    there, here = result.reports["h100"], result.reports["cpu"]
+    assert there.content["headline"].startswith("not executed here: ") and here.content["headline"] == "all gates hold"
+    assert here.folder == pipeline.parent / "out" / "reports" / "cpu" and (there.folder / "junit.xml").is_file()
+    lines = "\n".join(result_lines(result))
+    assert "NOT PASSED: not executed here" in lines and "PASSED: all gates hold" in lines
+    # What was measured is not measured again; what was not executed is tried again.
+    reasons = {step.target: step.reason for step in preview(load_config(pipeline)) if step.stage == "validate"}
+    assert reasons == {"h100": "its bundle could not be executed then", "cpu": ""}
+    assert run_pipeline(load_config(pipeline)).exit_code == EXIT_ENVIRONMENT
 
 
 def test_what_later_stages_need_is_looked_for_first(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +323,7 @@ def test_a_first_run_is_previewed_with_estimates(pipeline: Path, tiny_graph: Pat
     record_builds(tiny_graph, [TargetResult("cpu", "built", tiny_bundle, 5.0)])
     steps = preview(load_config(pipeline))
     assert [(step.stage, step.target, bool(step.reason)) for step in steps] == [
-        ("export", "", True), ("build", "cpu", True), ("validate", "", True)
+        ("export", "", True), ("build", "cpu", True), ("validate", "cpu", True)
     ]  # fmt: skip
     assert "does not exist" in steps[0].reason and not (pipeline.parent / "out").exists()
     for step, folder in zip(steps, (tiny_graph, tiny_bundle), strict=False):

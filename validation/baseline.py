@@ -16,6 +16,8 @@ from ..manifests import ReportManifest, read
 from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
 
 KIND = ReportManifest.KIND
+#: Of the report's JSON (schema/report.schema.json).
+SCHEMA_VERSION = 3
 JSON = "report.json"
 
 #: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.
@@ -26,15 +28,19 @@ _PLANNED = {
     CONTEXTS: ("other contexts", ("seed", "contexts")),
 }
 #: Facts that may differ between releases, and are shown.
-_TOLD = ("foldkv", "subject", "profile", "layout", "precision", "backend", "reference")
+_TOLD = ("foldkv", "subject", "profile", "layout", "precision", "backend", "reference", "yardstick", "machine")
+
+
+#: Digests of what was measured, which differ between releases.
+_BOUND = {"engine_set_sha256": "engine set", "weights_lock_sha256": "weights lock", "weights_sha256": "weights"}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A gate in one report."""
+    """A gate in one report; the value is None if nothing was measured."""
 
     verdict: str
-    value: float
+    value: float | None
     threshold: float
 
 
@@ -84,6 +90,12 @@ def read_report(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{file} is not a report: it is not JSON ({error}). Give the {JSON} of a report.") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is int and version < SCHEMA_VERSION:
+        raise InputError(
+            f"{file} is a report of version {version}; this foldkv compares with reports of version {SCHEMA_VERSION}, whose figures are "
+            "others. Validate the older bundle again with this foldkv, and give that report."
+        )
     schema = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
     try:
         jsonschema.validate(content, schema)
@@ -135,7 +147,8 @@ def _change(name: str, comparison: str, before: Judged | None, now: Judged | Non
 def _judged(gate: Mapping[str, Any] | None) -> Judged | None:
     if gate is None:
         return None
-    return Judged(gate["verdict"], float(gate["value"]), float(gate["threshold"]))
+    value = gate["value"]
+    return Judged(gate["verdict"], None if value is None else float(value), float(gate["threshold"]))
 
 
 def _unlike(of: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
@@ -157,6 +170,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     rows += [
         ("checkpoint", old["checkpoint_sha256"][:12], new["checkpoint_sha256"][:12]),
         ("text", text(old), text(new)),
+        *((words, old[key][:12], new[key][:12]) for key, words in _BOUND.items()),
     ]
     rows += [(name.replace("_", " "), old["plan"][name], new["plan"][name]) for name in new["plan"]]
     return [f"{word}: {_short(was)} before, {_short(now)} now" for word, was, now in rows if was != now]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..backends import FLOAT32
 from ..errors import InputError, nearest
 from ..export.contract.profiles import HF, SERVED
 
@@ -49,6 +50,37 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """How far PyTorch's own bfloat16 is from float32 on the same inputs, which says what a bundle in bfloat16 may be.
+
+    Attributes:
+        metric: of PyTorch's bfloat16 against float32.
+        factor: how many times its distance from the perfect value is allowed, beside what float32 is allowed.
+        perfect: the value of a perfect copy.
+        sense: the limit must stay on the perfect value's side of this, else the gate says nothing.
+    """
+
+    metric: str
+    factor: float
+    perfect: float
+    sense: float
+
+    def limit(self, float32: float, metrics: Mapping[str, float]) -> float:
+        """The threshold in bfloat16, from the one in float32; NaN if there is no yardstick."""
+        distance = abs(metrics.get(self.metric, math.nan) - self.perfect)
+        return float32 + self.factor * (distance if float32 >= self.perfect else -distance)
+
+    def lack(self, limit: float) -> str | None:
+        """Why a limit says nothing, or None."""
+        if math.isfinite(limit) and abs(limit - self.perfect) <= abs(self.sense - self.perfect):
+            return None
+        return (
+            f"PyTorch's own bfloat16 is too far from float32 on these texts: the limit would be {limit:.3g}, and beyond {self.sense:g} "
+            "it says nothing. Measure on texts like those that the model was trained on."
+        )
+
+
+@dataclass(frozen=True)
 class Gate:
     """``metric`` must be at most (``<=``) or at least (``>=``) the threshold, ``default`` unless another was ``given``.
 
@@ -64,6 +96,17 @@ class Gate:
     of: str = TEXT
     beyond: float = math.inf
     given: float | None = None
+    yardstick: Yardstick | None = None
+
+    def measured(self, metrics: Mapping[str, float]) -> Gate:
+        """The gate with the default that the yardstick gives, if it has one."""
+        return self if self.yardstick is None else replace(self, default=self.yardstick.limit(self.default, metrics))
+
+    def lack(self, metrics: Mapping[str, float]) -> str | None:
+        """Why its value says nothing with these metrics, or None."""
+        if self.yardstick is not None and self.given is None and (lack := self.yardstick.lack(self.default)):
+            return lack
+        return next((lack for need in self.needs if (lack := need.lack(self.threshold, metrics))), None)
 
     @property
     def threshold(self) -> float:
@@ -96,15 +139,18 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate with its measured value, and why the value says nothing (None if it does)."""
+    """A gate with its measured value (None if nothing was measured), and why the value says nothing (None if it does)."""
 
     gate: Gate
-    value: float
+    value: float | None
     lack: str | None = None
 
     @property
     def word(self) -> str:
-        """``holds``, ``fails`` or ``not informative``. A value that is not a number fails. A failure needs no more evidence."""
+        """``holds``, ``fails`` or ``not informative``. A value that is not a number fails. A failure needs no more evidence, but
+        a limit in which to fail."""
+        if self.value is None or math.isnan(self.gate.threshold):
+            return NOT_INFORMATIVE
         within = (
             self.value <= self.gate.threshold if self.gate.comparison == "<=" else self.value >= self.gate.threshold
         )
@@ -170,14 +216,53 @@ LONG_CONTEXT = "long-context"
 _LONG = Gate(LONG_CONTEXT, "long_context_loss", "<=", 0.04, "The share of the values planted in the worst context that the reference answers and the subject does not: one of 28 is the resolution, and a near tie may fall either way.", _LONG_ANSWERED, CONTEXTS, 1)  # fmt: skip
 PROFILE_GATES = {HF: (*DEFAULT_GATES, _LONG), SERVED: (*SERVED_GATES, _LONG)}
 
+#: In bfloat16, by gate: an error may be two times PyTorch's own, beside what it may be in float32. KL grows with the square of an
+#: error, hence four times.
+_YARDSTICKS = {
+    "kl-mean": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
+    "oracle": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
+    "chunks": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
+    "kl-tail": Yardstick("yardstick_kl_p999", 4, 0, 5),
+    "top1": Yardstick("yardstick_top1_agreement", 2, 1, 0.5),
+    "perplexity": Yardstick("yardstick_perplexity_ratio", 2, 1, 1.2),
+    "logits": Yardstick("yardstick_logit_error_max", 2, 0, math.inf),
+    "topk-overlap": Yardstick("yardstick_topk_overlap", 2, 1, 0.5),
+    "mass-recalled": Yardstick("yardstick_mass_recalled", 2, 1, 0.5),
+}
+#: What differs otherwise: bits of two ways through bfloat16 are never equal, and every layer has a limit of its own.
+_IN_BFLOAT16 = {
+    "chunks": Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Deployed engines have lost digits at chunk edges inside a compression window. Two ways through bfloat16 differ as two roundings do.", _ON_TEXT),
+    "layers": Gate("layers", "layer_excess", "<=", 1, "The largest error of a layer alone, over its limit: the typical token's may be 1e-3 and two times that of PyTorch's bfloat16 on the same streams. The first layer above its limit is where to look.", _ON_TEXT),
+    "retrieval": Gate("retrieval", "retrieval_loss", "<=", 0.03, "Rounding may decide a near tie either way; three points are the smallest loss that the default number of cases can tell from none.", _RETRIEVED, RETRIEVAL, 1),
+}  # fmt: skip
 
-def resolve_gates(overrides: Mapping[str, float], profile: str = HF) -> list[Gate]:
-    """The default gates of a profile with some thresholds replaced.
+
+def gates_for(profile: str, precision: str) -> tuple[Gate, ...]:
+    """The gates of a profile in a precision of matrices: in bfloat16 thresholds come from the yardstick."""
+    if precision == FLOAT32:
+        return PROFILE_GATES[profile]
+    gates = [_IN_BFLOAT16.get(gate.name, gate) for gate in PROFILE_GATES[profile]]
+    return tuple(_in_bfloat16(gate) for gate in gates)
+
+
+def _in_bfloat16(gate: Gate) -> Gate:
+    yardstick = _YARDSTICKS.get(gate.name)
+    if yardstick is None:
+        return gate
+    words = (
+        f"The limit is {gate.default:g}, as in float32, and {yardstick.factor:g} times the distance of PyTorch's own bfloat16 from "
+        f"float32 on the same texts ({yardstick.metric}). {gate.reason}"
+    )
+    return replace(gate, yardstick=yardstick, reason=words)
+
+
+def resolve_gates(overrides: Mapping[str, float], profile: str = HF, precision: str = FLOAT32) -> list[Gate]:
+    """The default gates of a profile in a precision, with some thresholds replaced.
 
     Raises:
         InputError: an unknown gate, with the nearest known one; a threshold that is not a number or is out of the gate's range.
     """
-    gates = PROFILE_GATES[profile]
+    gates = gates_for(profile, precision)
     names = [gate.name for gate in gates]
     for name in overrides:
         if name not in names:
@@ -188,12 +273,10 @@ def resolve_gates(overrides: Mapping[str, float], profile: str = HF) -> list[Gat
 def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:
     """Every gate with its measured value. Gates that do not apply are left out: long contexts if the plan has none, choices
     if the model has no indexers."""
-    return [
-        Verdict(
-            gate,
-            metrics[gate.metric],
-            next((lack for need in gate.needs if (lack := need.lack(gate.threshold, metrics))), None),
-        )
-        for gate in gates
-        if gate.metric in metrics
-    ]
+    measured = [gate.measured(metrics) for gate in gates if gate.metric in metrics]
+    return [Verdict(gate, metrics[gate.metric], gate.lack(metrics)) for gate in measured]
+
+
+def not_measured(gates: list[Gate], reason: str) -> list[Verdict]:
+    """Verdicts of a subject that could not be executed."""
+    return [Verdict(gate, None, reason) for gate in gates if gate.name != LONG_CONTEXT]

@@ -13,12 +13,13 @@ from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
-from .divergence import Taps, compare_layers
+from .divergence import LayerFigure, layer_figure, token_errors
+from .inside import GraphChoices, index_keys
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .result import Measurements
-from .runners import OracleRunner, Runner, SessionRunner, TransformersRunner
-from .selection import compare_selections
+from .runners import Look, OracleRunner, Reading, Runner, SessionRunner, TransformersRunner
+from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
@@ -27,11 +28,22 @@ _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
 
 @dataclass(frozen=True)
 class Sides:
-    """Subject and references, opened; the oracle only in the profile served."""
+    """Subject and references, opened.
+
+    Attributes:
+        subject: the bundle.
+        reference: transformers in float32.
+        oracle: what a bundle of the profile served must compute; None in others.
+        yardstick: transformers in bfloat16, for a bundle in bfloat16; None for others.
+        checkpoint: of all of them.
+        tokenizer: likewise.
+        threads: of the references, and of a subject on the CPU.
+    """
 
     subject: SessionRunner
     reference: TransformersRunner
     oracle: OracleRunner | None
+    yardstick: TransformersRunner | None
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     threads: int
@@ -44,6 +56,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         InputError: the text has fewer than two tokens.
     """
     subject, reference, oracle, tokenizer = sides.subject, sides.reference, sides.oracle, sides.tokenizer
+    yardstick = sides.yardstick
     tokens_of_text = tokenizer.encode(text.words)
     if len(tokens_of_text) < 2:
         raise InputError(
@@ -51,20 +64,23 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         )
     texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed)
     ratios = sides.checkpoint.spec.indexed_ratios
-    taps = Taps(subject.session.bundle, list(ratios), threads=sides.threads)
+    inside = _Inside(sides)
     figures: list[TokenFigures] = []
+    measures: list[TokenFigures] = []
     worst: list[dict[str, Any]] = []
     not_finite, chunk_error = 0, 0.0
     chunked: list[TokenFigures] = []
     against_oracle: list[TokenFigures] = []
     expected_choices, actual_choices = [], []
-    layers = []
+    yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
+    layers: list[LayerFigure] = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens")
         progress.steps(number - 1, len(texts), "texts")
         first = number == 1
-        chosen = taps.chosen(tokens)
-        reading, actual = reference.read(tokens, chosen, streams=first and oracle is None), subject.logits(tokens)
+        look = subject.look(tokens) if first or inside.needs_streams else Look(subject.logits(tokens))
+        actual, chosen = look.logits, inside.chosen(tokens, look)
+        reading = reference.read(tokens, chosen, streams=first and oracle is None)
         expected = reading.logits
         expected_choices.append(reading.selections)
         actual_choices.append(chosen)
@@ -76,16 +92,19 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         if oracle is not None:
             reading = oracle.read(tokens)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
+        if yardstick is not None:
+            rounded = yardstick.read(tokens, {})
+            choices = {layer: one.chosen for layer, one in rounded.selections.items()}
+            # Ties are settled as the yardstick has them, as they are for the subject.
+            exact = reference.read(tokens, choices)
+            measures.append(compare_logits(exact.logits[:-1], rounded.logits[:-1], targets))
+            yardstick_choices.append((exact.selections, choices))
         if first:
-            layers = compare_layers(
-                reading.streams,
-                taps.streams(tokens),
-                subject.session.bundle.model.layer_types,
-                typical=oracle is not None,
-            )
+            layers = _layers(sides, tokens, look, reading)
         part = compare_logits(expected[:-1], actual[:-1], targets)
         figures.append(part)
         worst.append(_worst_case(tokenizer, tokens, int(np.argmax(part.kl)), part, expected, actual))
+    inside.close()
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
@@ -102,6 +121,8 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
         "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
         "layer_error_max": max(figure.error for figure in layers),
+        "layer_own_max": max(figure.own for figure in layers),
+        "layer_excess": max(figure.excess for figure in layers),
         "retrieval_reference": float(solved[0].mean()),
         "retrieval_answered": float(solved[0].sum()),
         "retrieval_subject": float(solved[1].mean()),
@@ -115,6 +136,9 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
             "topk_overlap": min(figure.overlap for figure in selection),
             "mass_recalled": min(figure.mass_recalled for figure in selection),
         }
+    if yardstick is not None:
+        both = [list(side) for side in zip(*yardstick_choices, strict=True)]
+        metrics |= _measured(concatenate(measures), compare_selections(both[0], both[1], ratios))
     if oracle is not None:
         parity = concatenate(against_oracle)
         metrics["oracle_kl_mean"] = float(parity.kl.mean())
@@ -130,12 +154,78 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
     )
 
 
+class _Inside:
+    """What the subject's indexers chose, observed or recomputed; see inside.py."""
+
+    def __init__(self, sides: Sides) -> None:
+        self._sides = sides
+        self._layers = list(sides.checkpoint.spec.indexed_ratios)
+        bundle = sides.subject.session.bundle
+        # A second copy of the weights is nothing where they are mapped, and too much on a GPU.
+        recomputed = bundle.backend.gpu or not self._layers
+        self._graph = None if recomputed else GraphChoices(bundle, self._layers, threads=sides.threads)
+
+    @property
+    def needs_streams(self) -> bool:
+        """Whether choices are recomputed."""
+        return self._graph is None and bool(self._layers)
+
+    def chosen(self, tokens: list[int], look: Look) -> dict[int, Ints]:
+        """By layer, the entries [n, places] of each query."""
+        if not self._layers:
+            return {}
+        if self._graph is not None:
+            return self._graph.chosen(tokens)
+        sides = self._sides
+        keys = index_keys(sides.subject.session.bundle, sides.checkpoint.spec, look.rows, len(tokens))
+        return (sides.oracle or sides.reference).alone(tokens, look.streams, keys).chosen
+
+    def close(self) -> None:
+        """Free what was opened."""
+        if self._graph is not None:
+            self._graph.close()
+
+
+def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> list[LayerFigure]:
+    """What every layer computes on the first text; ``reading`` is the reference's or, if there is one, the oracle's."""
+    alone = (sides.oracle or sides.reference).alone(tokens, look.streams).streams
+    steps: list[Any] = [None] * len(look.streams)
+    if sides.yardstick is not None:
+        exact = sides.reference.alone(tokens, look.streams).streams if sides.oracle is not None else alone
+        rounded = sides.yardstick.alone(tokens, look.streams).streams
+        steps = [token_errors(*both) for both in zip(exact, rounded, strict=True)]
+    kinds = sides.subject.session.bundle.model.layer_types
+    rows = zip(kinds, reading.streams, alone, look.streams, steps, strict=True)
+    return [
+        layer_figure(
+            layer,
+            kind,
+            token_errors(total, streams),
+            token_errors(own, streams),
+            step,
+            typical=sides.oracle is not None,
+        )
+        for layer, (kind, total, own, streams, step) in enumerate(rows)
+    ]
+
+
+def _measured(figures: TokenFigures, selection: list[SelectionFigure]) -> dict[str, float]:
+    """The yardstick: what PyTorch's bfloat16 loses on the same texts."""
+    found = summary(figures)
+    names = ("kl_mean", "kl_p999", "kl_max", "top1_agreement", "logit_error_max", "perplexity_ratio", "delta_p_rms")
+    metrics = {f"yardstick_{name}": found[name] for name in names}
+    if selection:
+        metrics["yardstick_topk_overlap"] = min(figure.overlap for figure in selection)
+        metrics["yardstick_mass_recalled"] = min(figure.mass_recalled for figure in selection)
+    return metrics
+
+
 def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Progress) -> None:
     """Measure the long contexts, each in its own session, and add them to ``found``."""
     for context in plan.contexts:
         progress(f"values planted in {context:,} tokens")
         known = sides.reference if context <= REFERENCE_CONTEXT else None
-        with SessionRunner(sides.subject.session.bundle.folder, context=context, threads=sides.threads) as subject:
+        with SessionRunner(sides.subject.session.model, context=context) as subject:
             found.long_context.append(measure_depths(subject, known, sides.tokenizer, context, seed=plan.seed))
     if (loss := largest_loss(found.long_context)) is not None:
         found.metrics["long_context_loss"] = loss

@@ -62,7 +62,15 @@ def report_html(result: ValidationResult) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"figure": format_figure, "beside": format_beside, "quoted": _quoted}
-    positions = [row["position"] for row in result.by_position]
+    positions, plots = [row["position"] for row in result.by_position], dict[str, Any]()
+    if not result.not_executed:
+        plots = {
+            "retrieval_plot": _retrieval_plot(result.retrieval),
+            "kl_plot": _log_plot(positions, [row["kl_mean"] for row in result.by_position], "mean KL, nats"),
+            "error_plot": _log_plot(
+                positions, [row["logit_error_max"] for row in result.by_position], "largest logit error"
+            ),
+        }
     return environment.from_string(source).render(
         result=result,
         verdicts=sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word]),
@@ -70,9 +78,7 @@ def report_html(result: ValidationResult) -> str:
         loosened=LOOSENED,
         diverged_above=DIVERGED,
         reference_context=REFERENCE_CONTEXT,
-        retrieval_plot=_retrieval_plot(result.retrieval),
-        kl_plot=_log_plot(positions, [row["kl_mean"] for row in result.by_position], "mean KL, nats"),
-        error_plot=_log_plot(positions, [row["logit_error_max"] for row in result.by_position], "largest logit error"),
+        **plots,
     )
 
 
@@ -85,8 +91,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def format_figure(value: float, digits: int = 4) -> str:
-    """A value with ``digits`` significant digits; small and large values in powers of ten."""
+def format_figure(value: float | None, digits: int = 4) -> str:
+    """A value with ``digits`` significant digits; small and large values in powers of ten; a dash for none."""
+    if value is None:
+        return "\u2013"
     if not math.isfinite(value):
         return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
     if float(value).is_integer() and abs(value) < 1e6:
@@ -96,7 +104,7 @@ def format_figure(value: float, digits: int = 4) -> str:
     return f"{value:.{digits - 3}e}"
 
 
-def format_beside(value: float, threshold: float) -> str:
+def format_beside(value: float | None, threshold: float) -> str:
     """A figure with enough digits to tell it from its threshold."""
     for digits in range(4, 18):
         if (text := format_figure(value, digits)) != format_figure(threshold, digits):

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import EXIT_GATE_FAILED, EXIT_OK
-from .baseline import Comparison
+from ..errors import EXIT_ENVIRONMENT, EXIT_GATE_FAILED, EXIT_OK
+from .baseline import SCHEMA_VERSION, Comparison
 from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
-from .selection import SelectionFigure
-
-SCHEMA_VERSION = 2
+from .selection import RECOMPUTED, SelectionFigure
 
 
 @dataclass
@@ -39,6 +37,11 @@ class Measurements:
     long_context: list[ContextFigure] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def nothing(cls, provenance: dict[str, Any]) -> Measurements:
+        """No figures, because the subject could not be executed."""
+        return cls({}, [], [], [], provenance=provenance)
+
     @property
     def first_divergence(self) -> int | None:
         """The first layer that diverges from the reference."""
@@ -51,29 +54,36 @@ class ValidationResult(Measurements):
 
     Attributes:
         verdicts: one per gate that was asked for.
-        not_validated: targets and folders of bundles that were built from the same graph but not measured.
+        not_validated: bundles beside the subject that have its graph or its engines and were not measured: target, folder, and why
+            the report does not speak for them.
         comparison: the comparison with an older report, if one was given.
-        source: ``measured``; ``judged again``, with the figures of the report there; or ``unchanged``.
+        source: ``measured``; ``judged again``, with the figures of the report there; ``unchanged``; or ``not executed``.
+        not_executed: why this machine could not execute the subject, so that there are no figures; None if it did.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
     not_validated: list[dict[str, str]] = field(default_factory=list)
     comparison: Comparison | None = None
     source: str = "measured"
+    not_executed: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every gate holds on enough evidence."""
-        return all(verdict.passed for verdict in self.verdicts)
+        return self.not_executed is None and all(verdict.passed for verdict in self.verdicts)
 
     @property
     def exit_code(self) -> int:
-        """0 if every gate holds, else 1."""
+        """0 if every gate holds, 3 if the subject could not be executed here, else 1."""
+        if self.not_executed is not None:
+            return EXIT_ENVIRONMENT
         return EXIT_OK if self.passed else EXIT_GATE_FAILED
 
     @property
     def headline(self) -> str:
         """The whole verdict in a few words, for example ``1 of 10 gates fails, 2 are not informative``."""
+        if self.not_executed is not None:
+            return f"not executed here: {self.not_executed}"
         count = len(self.verdicts)
         failed, silent = (sum(v.word == word for v in self.verdicts) for word in (FAILS, NOT_INFORMATIVE))
         loose = sum(v.gate.changed == LOOSENED for v in self.verdicts)
@@ -99,6 +109,11 @@ class ValidationResult(Measurements):
                 "entries are equally good there. For texts the reference takes the one that is closest to the subject's, so that "
                 "logits, layers and entries can be compared. Retrieval answers are compared without this."
             )
+        if self.selection and self.provenance["choices"] == RECOMPUTED:
+            notes.append(
+                "A bundle for a GPU does not say which entries its indexers chose. They were recomputed in float32 from its own streams "
+                "and index rows: an indexer that chooses otherwise than its rows say shows in the streams after its layer."
+            )
         if self.selection and min(row.queries for row in self.selection) == 0:
             needed = self.provenance["choice_from_tokens"]
             notes.append(
@@ -111,8 +126,11 @@ class ValidationResult(Measurements):
                 f"Contexts of {sizes} tokens are shown but not judged: the reference reads at most {REFERENCE_CONTEXT:,}."
             )
         if self.not_validated:
-            names = ", ".join(row["target"] for row in self.not_validated)
-            notes.append(f"Built from the same graph but not validated: {names}. Nothing here was measured on them.")
+            names = ", ".join(f"{row['folder']} ({row['why']})" for row in self.not_validated)
+            notes.append(
+                f"Beside the bundle but not validated: {names}. They have the same graph or the same engines; nothing here was measured "
+                "on them."
+            )
         return notes
 
 
@@ -122,13 +140,14 @@ def to_json(result: ValidationResult) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "passed": result.passed,
         "headline": result.headline,
+        "not_executed": result.not_executed,
         "notes": result.notes(),
         "gates": [gate_json(verdict) for verdict in result.verdicts],
         "not_validated": result.not_validated,
         "comparison": asdict(result.comparison) if result.comparison else None,
         "metrics": result.metrics,
         "retrieval": result.retrieval,
-        "layers": [vars(figure) for figure in result.layers],
+        "layers": [asdict(figure) for figure in result.layers],
         "selection": [vars(figure) for figure in result.selection],
         "long_context": [asdict(figure) for figure in result.long_context],
         "first_divergence": result.first_divergence,
@@ -146,6 +165,7 @@ def gate_json(verdict: Verdict) -> dict[str, Any]:
         "name": gate.name, "metric": gate.metric, "comparison": gate.comparison, "threshold": gate.threshold,
         "default": gate.default, "changed": gate.changed, "reason": gate.reason,
         "needs": [need.words(gate.threshold) for need in gate.needs],
+        "yardstick": None if gate.yardstick is None else {"metric": gate.yardstick.metric, "factor": gate.yardstick.factor},
         "value": verdict.value, "verdict": verdict.word, "passed": verdict.passed, "lack": verdict.lack,
     }  # fmt: skip
 
@@ -157,11 +177,16 @@ def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
         retrieval=list(content["retrieval"]),
         by_position=[{name: float(value) for name, value in row.items()} for row in content["by_position"]],
         worst=[_worst(case) for case in content["worst_cases"]],
-        layers=[LayerFigure(**row | {"error": float(row["error"])}) for row in content["layers"]],
+        layers=[_layer(row) for row in content["layers"]],
         selection=[SelectionFigure(**row) for row in content["selection"]],
         long_context=[_context(row) for row in content["long_context"]],
         provenance=dict(content["provenance"]),
     )
+
+
+def _layer(row: Mapping[str, Any]) -> LayerFigure:
+    figures = {name: None if row[name] is None else float(row[name]) for name in row.keys() - {"layer", "kind"}}
+    return LayerFigure(**{**row, **figures})
 
 
 def _context(row: Mapping[str, Any]) -> ContextFigure:

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from ..errors import CheckpointError, listing
 from ..export.checkpoint.reader import Checkpoint
 from ..packages import require
-from ..progress import Say, silent
+from ..runtime.backend import Observed
+from ..runtime.model import Model
 from ..runtime.session import Session
-from .selection import Ints, Selection, settle_ties
+from .selection import Ints, Selection, as_entries, settle_ties
 
 Logits = npt.NDArray[np.float32]
 
@@ -29,6 +30,25 @@ class Reading:
     logits: Logits
     streams: list[Logits] = field(default_factory=list)
     selections: dict[int, Selection] = field(default_factory=dict)
+
+
+@dataclass
+class Look:
+    """What a subject computes for one text, and what can be seen inside: logits [n, V], streams [n, N, C] after every layer, and the
+    rows of its state by name, as they are stored."""
+
+    logits: Logits
+    streams: list[Logits] = field(default_factory=list)
+    rows: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Alone:
+    """What every layer of a reference makes of a subject's own streams before it: streams [n, N, C] after it, and by layer with an
+    indexer the entries [n, k] that it chooses (-1: none)."""
+
+    streams: list[Logits]
+    chosen: dict[int, Ints] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -63,14 +83,15 @@ class TailRunner(Protocol):
 
 
 class TransformersRunner:
-    """The reference: transformers' DeepseekV4ForCausalLM, eager, float32.
+    """The reference: transformers' DeepseekV4ForCausalLM, eager, in float32; or the yardstick, the same in bfloat16.
 
     Raises:
         CheckpointError: the checkpoint does not load completely.
         MissingDependencyError: transformers is not installed.
     """
 
-    def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
+    def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = (), precision: str = "float32") -> None:
+        """Load a checkpoint, to compute in ``precision``: float32, or bfloat16 as transformers itself does it."""
         require("validate")
         from ..export.tensor_table import check_tensors
 
@@ -79,11 +100,12 @@ class TransformersRunner:
 
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
-        self.name = f"transformers {transformers.__version__}, float32"
+        self.name = f"transformers {transformers.__version__}, {precision}"
         import torch
 
+        self._dtype: Any = getattr(torch, precision)
         model, info = transformers.DeepseekV4ForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            checkpoint, dtype=self._dtype, attn_implementation="eager", output_loading_info=True
         )
         problems = [f"{kind} {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
                     for name in info.get(kind, ())]  # fmt: skip
@@ -92,7 +114,8 @@ class TransformersRunner:
                 listing(f"transformers does not load {checkpoint} completely", problems, "Check the checkpoint.")
             )
         # What transformers dequantises stays bfloat16, which represents e4m3 and e2m1 times a power of two exactly.
-        self.model: Any = model.float().eval().requires_grad_(False)
+        model = model.float() if precision == "float32" else model
+        self.model: Any = model.eval().requires_grad_(False)
 
     def logits(self, tokens: Sequence[int]) -> Logits:
         """One pass over all tokens, without a cache."""
@@ -116,7 +139,8 @@ class TransformersRunner:
             for at in range(0, len(tokens), chunk):
                 part = torch.tensor([list(tokens[at : at + chunk])])
                 self.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
-            result: Logits = self.model(input_ids=torch.tensor([list(tail)]), past_key_values=cache).logits[0].numpy()
+            logits = self.model(input_ids=torch.tensor([list(tail)]), past_key_values=cache).logits[0]
+            result: Logits = logits.float().numpy()
         return result
 
     def read(self, tokens: Sequence[int], chosen: Mapping[int, Ints], *, streams: bool = False) -> Reading:
@@ -124,7 +148,8 @@ class TransformersRunner:
 
         Args:
             tokens: [n].
-            chosen: by layer, the subject's entries [n, places]; ties are settled in their favour.
+            chosen: by layer, the subject's entries [n, places]; ties are settled in their favour. A layer that is not in it
+                keeps its own choice.
             streams: keep the residual streams too.
         """
         import torch
@@ -134,6 +159,9 @@ class TransformersRunner:
         hooks: list[Any] = []
 
         def settle(layer: int, ratio: int, scores: dict[int, Any], own: Any) -> Any:
+            if layer not in chosen:
+                choices[layer] = (own[0].numpy(), torch.zeros(count, dtype=torch.bool).numpy())
+                return own
             visible = (torch.arange(count) + 1)[:, None] // ratio
             seen = scores[layer].masked_fill(torch.arange(scores[layer].shape[-1]) >= visible, -torch.inf)
             best, tied = settle_ties(seen.numpy(), own[0].numpy(), chosen[layer])
@@ -167,6 +195,43 @@ class TransformersRunner:
             reading.selections[index] = Selection(best, weights[index][:, :, count:].float().numpy(), tied)
         return reading
 
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        """Every layer by itself: each takes the subject's streams after the layer before it. The first takes the embedding.
+
+        Args:
+            tokens: [n].
+            given: the subject's streams [n, N, C] after every layer.
+            keys: by layer, values of index rows [entries, D] that the indexer takes instead of its own.
+        """
+        import torch
+
+        found = Alone([])
+        hooks: list[Any] = []
+
+        def take(layer: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (torch.from_numpy(given[layer - 1])[None].to(self._dtype), *arguments[1:])
+
+        def swap(layer: int, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            query, own, *rest = arguments
+            return (query, own if keys is None or layer not in keys else keys[layer][None].to(own.dtype), *rest)
+
+        for index, layer in enumerate(self.model.model.layers):
+            if index:
+                hooks.append(layer.register_forward_pre_hook(lambda _, arguments, i=index: take(i, arguments)))
+            hooks.append(layer.register_forward_hook(lambda _, __, out: found.streams.append(out[0].float().numpy())))
+            indexer = getattr(getattr(layer.self_attn, "compressor", None), "indexer", None)
+            if indexer is not None:
+                hooks.append(indexer.scorer.register_forward_pre_hook(lambda _, args, i=index: swap(i, args)))
+                hooks.append(
+                    indexer.register_forward_hook(lambda _, __, out, i=index: found.chosen.update({i: out[0].numpy()}))
+                )
+        try:
+            self._forward(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
 
 class OracleRunner:
     """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute. Speed does not matter."""
@@ -188,14 +253,24 @@ class OracleRunner:
             run = served_forward(self._decoder, torch.tensor(list(tokens)))
         return Reading(run.logits.numpy(), [streams.numpy() for streams in run.streams])
 
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        """As :meth:`TransformersRunner.alone`."""
+        import torch
+
+        from ..export.served import served_forward
+
+        with torch.no_grad():
+            streams = [torch.from_numpy(one) for one in given]
+            run = served_forward(self._decoder, torch.tensor(list(tokens)), given=streams, keys=keys)
+        chosen = {layer: as_entries(visible.numpy()) for layer, visible in run.chosen.items()}
+        return Alone([one.numpy() for one in run.streams], chosen)
+
 
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
-    def __init__(
-        self, bundle: Path, *, context: int, chunk: int = 64, threads: int | None = None, progress: Say = silent
-    ) -> None:
-        self.session = Session(bundle, context=context, chunk=chunk, threads=threads, progress=progress)
+    def __init__(self, model: Model, *, context: int, chunk: int = 64) -> None:
+        self.session = Session(model, context=max(context, model.bundle.smallest("context")), chunk=chunk)
         self.name = f"{self.session.bundle.target} bundle"
 
     def __enter__(self) -> Self:
@@ -210,6 +285,18 @@ class SessionRunner:
         """Prefill from an empty state in chunks."""
         self.session.reset()
         return self.session.forward([list(tokens)], logits="all")[0]
+
+    def look(self, tokens: Sequence[int]) -> Look:
+        """As :meth:`logits`, with what can be seen inside."""
+        found: dict[int, list[Logits]] = {}
+
+        def keep(seen: Observed) -> None:
+            if seen.layer is not None:
+                found.setdefault(seen.layer, []).append(seen.streams[0].copy())
+
+        with self.session.observed(keep):
+            logits = self.logits(tokens)
+        return Look(logits, [np.concatenate(found[layer]) for layer in sorted(found)], self.session.state_rows())
 
     def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
         """As :meth:`logits`, fed in pieces of these sizes."""

@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.floating]
+#: How it is known what a subject's indexers chose (inside.py).
+OBSERVED, RECOMPUTED = "observed", "recomputed"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.N
     rank = 4 * above + level * (1 + _members(own, scores.shape[1]) + 2 * _members(preferred, scores.shape[1]))
     best = np.argsort(-np.minimum(rank, 4), axis=1, kind="stable")[:, :places]
     return np.where(tied[:, None], best, own), tied
+
+
+def as_entries(members: npt.NDArray[np.bool_]) -> Ints:
+    """members [n, E] -> the entries of every query [n, most of a query], -1 after the last one."""
+    places = int(members.sum(axis=1).max(initial=0))
+    order = np.argsort(~members, axis=1, kind="stable")[:, :places]
+    return np.where(np.take_along_axis(members, order, axis=1), order, -1)
 
 
 def _members(chosen: Ints, entries: int) -> npt.NDArray[np.int64]:

@@ -343,18 +343,11 @@ def decoded(bundle: Path, prompts: list[list[int]], following: list[list[int]]) 
 
 def yardstick(prompts: list[list[int]], following: list[list[int]]) -> dict[str, Any]:
     """What transformers' logits for the tokens that follow differ by when it loads the model in bfloat16 instead of float32."""
-    import torch
-    import transformers
-
     from foldkv.validation.runners import TransformersRunner
 
-    runner = TransformersRunner(MODEL)
-    reference = _following_logits(runner, prompts, following)
+    reference = _following_logits(TransformersRunner(MODEL), prompts, following)
     # As anyone would load it: norms, sinks and what else transformers keeps in float32 stay so.
-    runner.model = transformers.DeepseekV4ForCausalLM.from_pretrained(
-        MODEL, dtype=torch.bfloat16, attn_implementation="eager"
-    ).eval()
-    subject = _following_logits(runner, prompts, following)
+    subject = _following_logits(TransformersRunner(MODEL, precision="bfloat16"), prompts, following)
     figures = summary(compare_logits(reference, subject, np.concatenate(following).astype(np.int64)))
     figures["logit_rms"] = float(np.sqrt(np.mean(np.square(reference.astype(np.float64) - subject))))
     return {"of": "transformers in bfloat16, against float32, profile hf", **figures}

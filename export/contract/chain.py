@@ -115,6 +115,11 @@ class ChainTable:
         """The files of the checkpoint that are read."""
         return {bound.file for roles in self.weights.values() for bound in roles.values() if not bound.placed}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(bound.bytes for roles in self.weights.values() for bound in roles.values())
+
     def write(self, path: Path) -> None:
         """Write the table as JSON, one call per line."""
         weights = {

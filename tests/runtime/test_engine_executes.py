@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executable import STATELESS, executable_bundle, micro_package, use
+from executable import STATELESS, executable_bundle, use
 from gpus import HostDriver
 
 from foldkv.errors import FoldkvError, InputError
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.pack import pack
+from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.fit import plan_target
 from foldkv.optimize.targets import load_targets
@@ -44,16 +45,16 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(micro_checkpoint: Path, micro_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("executed")
+    served = export_checkpoint(micro_checkpoint, folder / "served-graph", profile="served")
     cpu, engines, kernels = {}, {}, dict[str | bytes, Kernel]()
-    for layout, profile in (("dense", "hf"), ("fp8+fp4", "served")):
-        package = micro_package(tiny_checkpoint, folder, profile=profile)
-        [built] = build_bundles(package, folder / "cpu" / profile, ["cpu"], layout=layout).results
+    for layout, package in (("dense", micro_graph), ("fp8+fp4", served)):
+        [built] = build_bundles(package, folder / "cpu" / package.name, ["cpu"], layout=layout).results
         cpu[layout] = built.folder
         engines[layout], found = executable_bundle(package, folder / layout, layout=layout)
         kernels |= found
-    return Made(folder / "checkpoint", cpu, engines, kernels)
+    return Made(micro_checkpoint, cpu, engines, kernels)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from engine import library
 from gpus import HostDriver
 
 from foldkv.export.contract.operators import STATE
-from foldkv.export.package import export_checkpoint
 from foldkv.optimize import bundled_kernels, engine_set
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.recipe import Shapes
@@ -94,10 +93,8 @@ def micro_config(tiny_checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def micro_package(tiny_checkpoint: Path, out: Path, form: str = "plain", profile: str = "hf") -> Path:
-    """A package of that model with random weights; its checkpoint is made once in ``out``."""
-    checkpoint = out / "checkpoint"
-    if not checkpoint.exists():
-        random_checkpoint(micro_config(tiny_checkpoint), checkpoint, form)
-        shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
-    return export_checkpoint(checkpoint, out / f"graph-{profile}", profile=profile)
+def write_micro_checkpoint(tiny_checkpoint: Path, out: Path, form: str = "plain") -> Path:
+    """A checkpoint of that model with random weights."""
+    checkpoint = random_checkpoint(micro_config(tiny_checkpoint), out, form)
+    shutil.copyfile(tiny_checkpoint / "tokenizer.json", checkpoint / "tokenizer.json")
+    return checkpoint

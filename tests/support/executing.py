@@ -185,7 +185,7 @@ class _Plugin:
         held.update(zip(self.node.output, outputs, strict=True))
 
     def _define(self, driver: HostDriver, held: dict[str, Any]) -> None:
-        """By the operator's definition in torch, which is quick."""
+        """By the operator's definition in torch, which is quick. State is written in place."""
         inputs = []
         for name in self.node.input:
             value = held[name]
@@ -200,7 +200,12 @@ class _Plugin:
         else:
             made = operators()[self.node.op_type].eager(*inputs, *attributes.values())
         outputs = made if isinstance(made, tuple) else (made,)
-        held.update({name: one.numpy() for name, one in zip(self.node.output, outputs, strict=True)})
+        for number, (name, one) in enumerate(zip(self.node.output, outputs, strict=True)):
+            held[name] = one.numpy()
+            if number in self.spec.aliases:
+                place = held[self.node.input[self.spec.aliases[number]]]
+                driver.write(place.address, one.numpy().astype(place.dtype).tobytes())
+                held[name] = place
 
     @staticmethod
     def _placed(driver: HostDriver, value: Any, taken: list[int]) -> _Place:

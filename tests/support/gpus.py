@@ -142,6 +142,9 @@ class HostDriver(FakeDriver):
     def cuDeviceGet(self, ordinal: int) -> tuple[CUresult, int]:
         return (OK if ordinal < self.devices else INVALID), ordinal
 
+    def cuDeviceGetName(self, length: int, device: int) -> tuple[CUresult, bytes]:
+        return OK, b"stand-in".ljust(length, b"\0")
+
     def cuDeviceTotalMem(self, device: int) -> tuple[CUresult, int]:
         return OK, self.limit
 

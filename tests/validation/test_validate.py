@@ -22,8 +22,12 @@ from click.testing import CliRunner
 
 from foldkv.artifact import MANIFEST, read_manifest, verify_files
 from foldkv.cli import main
-from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from foldkv.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
+from foldkv.manifests import BundleManifest, read
+from foldkv.optimize.build import build_bundles
+from foldkv.optimize.targets import resolve_targets
 from foldkv.validation.baseline import KIND, compare, read_report
+from foldkv.validation.binding import not_validated
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
 from foldkv.validation.report import format_beside, report_html, report_junit
@@ -104,7 +108,7 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     assert to_json(result) == content(world) == read_report(world / "report")
     # What JSON has no words for, and texts that look like it.
     result.metrics["kl_mean"], result.metrics["delta_p_rms"] = math.inf, math.nan
-    result.layers = [LayerFigure(0, "sliding_attention", math.inf)]
+    result.layers = [LayerFigure(0, "sliding_attention", math.inf, math.inf, 1.0)]
     result.worst[0] |= {"kl": math.inf, "context": "inf", "reference_top": [["nan", -math.inf], ["inf", 1.5]]}
     result.by_position[0]["kl_mean"] = math.inf
     written = json.loads(json.dumps(to_json(result), allow_nan=False))
@@ -120,11 +124,42 @@ def test_marked_in_every_form_loosened_gates_and_targets_that_nobody_validated(w
         "loosened", 1e-6, 1e-3
     )  # fmt: skip
     assert gates["kl-tail"]["changed"] == "tightened" and gates["top1"]["changed"] is None
-    assert content(world)["not_validated"] == [{"target": "rtx9090", "folder": "rtx9090"}]
+    assert content(world)["not_validated"] == [{"target": "rtx9090", "folder": "rtx9090", "why": "another copy"}]
     page = (world / "report" / "report.html").read_text(encoding="utf-8")
     assert "kl-mean is loosened</b> to 0.001; the default is 1.0e-06" in page and "not validated: rtx9090" in page
     junit = (world / "report" / "junit.xml").read_text(encoding="utf-8")
     assert "loosened: &lt;= 0.001, by default &lt;= 1e-06" in junit and "not validated: rtx9090" in junit
+
+
+def test_a_report_speaks_for_its_engines_and_its_weights_only(
+    world: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle, about = world / "bundles" / "cpu", content(world)["provenance"]
+    assert len({about[f"{name}_sha256"] for name in ("bundle_manifest", "engine_set", "weights_lock", "weights")}) == 4
+    question = ["verify", str(bundle), "--report", str(world / "report")]
+    verified = CliRunner().invoke(main, question)
+    assert verified.exit_code == EXIT_OK and "is about this bundle and these weights: all gates hold" in verified.output
+    # The same tensors with other values have the same lock.
+    fine_tune = tmp_path / "weights"
+    shutil.copytree(tiny_checkpoint, fine_tune, copy_function=shutil.copyfile)
+    weights = bytearray((fine_tune / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (fine_tune / "model.safetensors").write_bytes(weights)
+    refused = CliRunner().invoke(main, [*question, "--weights-from", str(fine_tune)])
+    assert refused.exit_code == EXIT_BAD_INPUT and "it is about other weights. This bundle" in " ".join(
+        refused.output.split()
+    )
+    # A bundle beside it with the same graphs and another lock, and one with other graphs.
+    for name, file in (("tuned", "weights.lock.json"), ("other", "segments/csa-moe.onnx")):
+        copied = tmp_path / "bundles" / name
+        shutil.copytree(bundle, copied)
+        manifest = json.loads((copied / MANIFEST).read_text())
+        assert file in manifest["files"]
+        manifest["files"][file]["sha256"] = "0" * 64
+        (copied / MANIFEST).write_text(json.dumps(manifest))
+    shutil.copytree(bundle, tmp_path / "bundles" / "cpu")
+    found = not_validated(tmp_path / "bundles" / "cpu", read(BundleManifest, bundle))
+    assert {row["folder"]: row["why"] for row in found} == {"tuned": "other weights", "other": "other graphs"}
 
 
 def test_the_report_names_its_text_and_shows_characters_as_they_are(world: Path) -> None:
@@ -233,7 +268,12 @@ def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | 
         ("absent", None, "is not a report: .* cannot be read"),
         ("r.json", "not json", "it is not JSON"),
         ("r.json", "[]", "is not a report that this version reads"),
-        ("r.json", '{"schema_version": 1, "passed": true}', "is not a report that this version reads"),
+        ("r.json", '{"schema_version": 3, "passed": true}', "is not a report that this version reads"),
+        (
+            "r.json",
+            '{"schema_version": 2, "passed": true}',
+            "is a report of version 2; this foldkv compares with .* version 3",
+        ),
     ],
 )
 def test_a_baseline_that_is_no_report_is_refused_before_anything_is_measured(
@@ -248,17 +288,25 @@ def test_a_baseline_that_is_no_report_is_refused_before_anything_is_measured(
     assert not (world / "refused").exists()
 
 
-def test_an_engine_is_refused_with_what_to_validate_instead(world: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "engine"
-    shutil.copytree(world / "bundles" / "cpu", bundle)
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["backend"], manifest["tool_versions"] = "tensorrt-rtx", {"tensorrt-rtx": "1.7.1"}
-    manifest["files"]["engines.json"] = manifest["files"].pop("chain.json")
-    manifest["engine"] = {"file": "engines.json"}
-    (bundle / "chain.json").rename(bundle / "engines.json")
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="such bundles cannot be validated yet"):
-        validate(bundle, world / "checkpoint", tmp_path / "report")
+def test_a_bundle_whose_gpu_is_not_here_is_refused_with_what_is_missing(
+    world: Path, tiny_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foldkv.runtime.bundle.device_capability", lambda: None)
+    [built] = build_bundles(tiny_graph, tmp_path, resolve_targets(["h100"], "onnxruntime-cuda")).results
+    question = [
+        "validate",
+        str(built.folder),
+        "--reference",
+        str(world / "checkpoint"),
+        "--report",
+        str(tmp_path / "r"),
+    ]
+    result = CliRunner().invoke(main, question)
+    assert result.exit_code == EXIT_ENVIRONMENT and not (tmp_path / "r").exists()
+    assert "for h100 cannot be executed here" in result.output and "an NVIDIA GPU with its driver" in result.output
+    assert "The bundle of the target 'cpu' can be validated on every machine" in " ".join(result.output.split())
+    with pytest.raises(InputError, match="devices are for bundles with engines"):
+        made(world, "refused", devices=(0,))
 
 
 @pytest.mark.parametrize(
