@@ -159,7 +159,7 @@ def test_damage_inside_a_segment_fails_its_gates_and_the_layer_is_named(
     assert result.first_divergence == layer
     assert [row.layer for row in result.layers if row.diverged] == [layer], "each layer is judged alone"
     page = (tmp_path / "report" / "report.html").read_text()
-    assert f"The first layer that diverges is layer {layer}" in page
+    assert f"The first layer that diverges is layer {layer}" in page and "Each layer was judged alone" in page
 
 
 def test_without_the_gpu_nothing_is_measured_and_a_report_can_say_so(
