@@ -69,7 +69,7 @@ class ValidateConfig(_Strict):
 
     enabled: bool = True
     targets: list[str] = Field(default=["cpu"], min_length=1)
-    devices: list[int] | None = None
+    devices: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     seed: int = Field(default=0, ge=0)
     gates: dict[str, float] = {}
     text: str | None = None

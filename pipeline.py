@@ -56,10 +56,9 @@ class PipelineResult:
 
     @property
     def not_validated(self) -> list[str]:
-        """Targets with a bundle that no report covers."""
-        return [
-            bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target not in self.reports
-        ]
+        """Targets with a bundle that no report covers, or one that says that it was not executed."""
+        covered = {name for name, report in self.reports.items() if report.content["not_executed"] is None}
+        return [bundle.target for bundle in self.bundles if bundle.status != "failed" and bundle.target not in covered]
 
     @property
     def exit_code(self) -> int:
@@ -242,10 +241,11 @@ class _Pipeline:
         wanted, profile = self.config.validation, self.config.export.profile
         if wanted.text is not None:
             load_text(Path(wanted.text))
-        if wanted.baseline is not None:
-            read_report(Path(wanted.baseline))
-            place = Path(wanted.baseline).resolve()
-            if any(place.is_relative_to(self.report(name).resolve()) for name in wanted.targets):
+        for older, report in ((self.baseline(name), self.report(name)) for name in wanted.targets):
+            if older is None:
+                continue
+            read_report(older)
+            if older.resolve().is_relative_to(report.resolve()):
                 raise InputError(
                     f"validate.baseline is {wanted.baseline}, the report that this run replaces. Copy it elsewhere and name the copy."
                 )
@@ -255,12 +255,16 @@ class _Pipeline:
                 raise InputError(
                     f"validate.targets has {name!r}, which it lists twice or build.targets does not list ({', '.join(built)})."
                 )
-        for target in self.targets:
-            if target.name in wanted.targets:
-                resolve_gates(wanted.gates, profile, target.precision)
-        check_contexts(
-            self.plan(), self.checkpoint.spec.max_position_embeddings, wanted.gates, what=f"the model of {self.config.checkpoint}"
-        )  # fmt: skip
+        validated = [target for target in self.targets if target.name in wanted.targets]
+        longest = self.checkpoint.spec.max_position_embeddings
+        check_contexts(self.plan(), longest, wanted.gates, what=f"the model of {self.config.checkpoint}")
+        for target in validated:
+            resolve_gates(wanted.gates, profile, target.precision)
+            if target.backend.engine:
+                most = min(longest, self.shapes.context[2])
+                check_contexts(self.plan(), most, wanted.gates, what=f"the engine for {target.name}")
+        if wanted.devices is not None and not any(target.backend.engine for target in validated):
+            raise InputError("validate.devices are for engines, and none of validate.targets has any. Leave them out.")
         if not (self.checkpoint.folder / TOKENIZER).is_file():
             raise InputError(
                 f"{self.checkpoint.folder} has no {TOKENIZER}, which validate needs. "
@@ -316,6 +320,13 @@ class _Pipeline:
         [one] = [one for one in self.targets if one.name == target]
         return tuple(wanted) if wanted is not None and one.backend.engine else None
 
+    def baseline(self, target: str) -> Path | None:
+        """The older report of a target: what the file names, or its folder TARGET if several are validated."""
+        wanted = self.config.validation
+        if wanted.baseline is None:
+            return None
+        return Path(wanted.baseline) / target if len(wanted.targets) > 1 else Path(wanted.baseline)
+
     def validate_key(self, target: str) -> str:
         """What the report of a target depends on, as JSON."""
         from .validation.baseline import read_report
@@ -325,7 +336,7 @@ class _Pipeline:
             "plan": asdict(self.plan()),
             "gates": wanted.gates,
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
-            "baseline": sha256_json(read_report(Path(wanted.baseline))) if wanted.baseline else None,
+            "baseline": sha256_json(read_report(older)) if (older := self.baseline(target)) else None,
             "devices": self.devices(target),
             "bundle": sha256_file(self.bundles / target / MANIFEST),
             "foldkv": __version__,
@@ -458,7 +469,7 @@ def _validate(
             work.bundles / name, Path(work.config.checkpoint), report, gates=wanted.gates, plan=work.plan(),
             threads=wanted.threads, devices=work.devices(name), keep=not force, key=work.validate_key(name),
             text=Path(wanted.text) if wanted.text else None,
-            baseline=Path(wanted.baseline) if wanted.baseline else None,
+            baseline=work.baseline(name),
             allow_unknown_keys=work.config.export.allow_unknown_keys,
             report_absent=True, progress=progress,
         )  # fmt: skip

@@ -55,7 +55,7 @@ distances = [16, 64, 128, 256, 512]
 cases_per_distance = 20
 contexts = ["64k"]                 # long streams with planted values; default: none
 gates = { kl-mean = 1e-6 }         # thresholds that replace the defaults below
-baseline = "release-1/report"      # an older report: the new one shows what has changed since; default: none
+baseline = "release-1/report"      # an older report, or the folder of several: shows what has changed since; default: none
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
 ```
 

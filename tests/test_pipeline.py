@@ -219,6 +219,8 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
         ('["cpu"]', '["rtx4090"]', "validate.targets has 'cpu', which it lists twice or build.targets does not list"),
         ("[validate]", '[validate]\ntargets = ["h100"]', "'h100', which it lists twice or build.targets does not list"),
         ("[validate]", '[validate]\ntargets = ["cpu", "cpu"]', "'cpu', which it lists twice"),
+        ("[validate]", "[validate]\ndevices = [0, 1]", "validate.devices are for engines"),
+        ("[validate]", "[validate]\ndevices = [-1]", r"validate.devices.0 is -1"),
         ("[validate]", '[validate]\ntarget = "cpu"', r"unknown key 'validate.target' \(did you mean 'targets'"),
         ("[validate]", "[validate]\ncontexts = [\"2M\"]", "2097152 tokens was asked for; the model of .* takes at most 1048576"),
         ("[validate]", "[validate]\ncontexts = [64]", "64"),
@@ -246,7 +248,7 @@ def test_every_target_gets_a_report_and_one_whose_gpu_is_not_here_says_so(
     text = PIPELINE.replace('["cpu"]', '["h100", "cpu"]\nbackend = "onnxruntime-cuda"')
     pipeline.write_text(text.replace("[validate]", '[validate]\ntargets = ["h100", "cpu"]'))
     result = run_pipeline(load_config(pipeline))
-    assert result.exit_code == EXIT_ENVIRONMENT and result.passed is False and not result.not_validated
+    assert result.exit_code == EXIT_ENVIRONMENT and result.passed is False and result.not_validated == ["h100"]
     there, here = result.reports["h100"], result.reports["cpu"]
     assert there.content["headline"].startswith("not executed here: ") and here.content["headline"] == "all gates hold"
     assert here.folder == pipeline.parent / "out" / "reports" / "cpu" and (there.folder / "junit.xml").is_file()

@@ -13,7 +13,7 @@ from ..artifact import MANIFEST
 from ..errors import InputError
 from ..inputs import refuse_unreadable_name
 from ..manifests import ReportManifest, read
-from .gates import CONTEXTS, RETRIEVAL, TEXT, Verdict
+from .gates import CONTEXTS, RETRIEVAL, TEXT, Gate, Verdict
 
 KIND = ReportManifest.KIND
 #: Of the report's JSON (schema/report.schema.json).
@@ -123,21 +123,26 @@ def compare(
     changes = []
     for verdict in verdicts:
         found = before.pop(verdict.gate.name, None)
-        unlike = _unlike(verdict.gate.of, earlier, provenance) if found else None
+        unlike = _unlike(verdict.gate, found["metric"], earlier, provenance) if found else None
         now = Judged(verdict.word, verdict.value, verdict.gate.threshold)
-        changes.append(_change(verdict.gate.name, verdict.gate.comparison, _judged(found), now, unlike))
-    changes += [_change(gate, row["comparison"], _judged(row), None, None) for gate, row in before.items()]
+        # Thresholds that follow from a yardstick differ a little in every run.
+        chosen = not found or not found["yardstick"] or bool(verdict.gate.changed or found["changed"])
+        changes.append(_change(verdict.gate.name, verdict.gate.comparison, _judged(found), now, unlike, chosen))
+    changes += [_change(gate, row["comparison"], _judged(row), None, None, True) for gate, row in before.items()]
     return Comparison(name, earlier["date"], old["headline"], _differences(earlier, provenance), changes)
 
 
-def _change(name: str, comparison: str, before: Judged | None, now: Judged | None, unlike: str | None) -> GateChange:
+def _change(
+    name: str, comparison: str, before: Judged | None, now: Judged | None, unlike: str | None, chosen: bool
+) -> GateChange:  # fmt: skip
+    """``chosen``: whether somebody chose the thresholds."""
     words = []
     if before is None or now is None:
         words.append("new" if before is None else "not judged now")
     else:
         if before.verdict != now.verdict:
             words.append(f"{before.verdict} before, {now.verdict} now")
-        if before.threshold != now.threshold:
+        if before.threshold != now.threshold and chosen:
             words.append(f"threshold {before.threshold:g} before, {now.threshold:g} now")
     if unlike:
         words.append(f"not comparable: {unlike}")
@@ -151,9 +156,11 @@ def _judged(gate: Mapping[str, Any] | None) -> Judged | None:
     return Judged(gate["verdict"], None if value is None else float(value), float(gate["threshold"]))
 
 
-def _unlike(of: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Why figures of a kind cannot be compared, or None."""
-    found = [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
+def _unlike(gate: Gate, metric: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Why the figures of a gate cannot be compared, or None."""
+    of = gate.of
+    found = [f"another figure, {metric}"] if metric != gate.metric else []
+    found += [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
     if of == TEXT and old["text_sha256"] != new["text_sha256"]:
         found.append("another text")
     words, names = _PLANNED[of]

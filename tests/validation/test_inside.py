@@ -46,7 +46,7 @@ def test_an_observer_sees_every_layer_of_every_chunk_and_changes_nothing(tiny_bu
         np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("layout", ["hf", "dense", "fp8+fp4"])
+@pytest.mark.parametrize("layout", ["hf", "fp8+fp4"])
 def test_what_an_indexer_chose_follows_from_streams_and_index_rows(
     layout: str, tiny_bundle: Path, served_bundles: dict[str, Path], tiny_checkpoint: Path
 ) -> None:

@@ -236,6 +236,13 @@ def test_a_baseline_shows_what_changed_gate_by_gate(world: Path) -> None:
     assert rows["kl-mean"].change == "threshold 0.001 before, 1e-06 now" and rows["kl-mean"].not_comparable is None
     assert rows["logits"].change == "holds before, fails now; threshold 0.005 before, 1e-12 now"
     assert rows["top1"].change == "" and rows["top1"].before == rows["top1"].now and not found.differences
+    # A bundle in bfloat16 has another figure for some gates, and thresholds that nobody chose.
+    gates = {gate["name"]: gate for gate in old["gates"]}
+    gates["chunks"] |= {"metric": "chunk_kl_mean"}
+    gates["perplexity"] |= {"yardstick": {"metric": "yardstick_perplexity_ratio", "factor": 2}, "threshold": 1.5}
+    others = {row.name: row for row in compare("old", old, new.provenance, new.verdicts).gates}
+    assert others["chunks"].change == "not comparable: another figure, chunk_kl_mean"
+    assert others["perplexity"].change == ""
     new.comparison = found
     jsonschema.validate(json.loads(json.dumps(to_json(new))), SCHEMA)
     assert "holds before, fails now" in report_html(new)
