@@ -34,7 +34,8 @@ from foldkv.optimize.build import build_bundles
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.chain import ChainModel
 from foldkv.runtime.chain_executor import ChainExecutor
-from foldkv.validation.layered import LayeredReference, read_layered
+from foldkv.validation.jobs import Job
+from foldkv.validation.layered import LayeredReference, edges_of, read_layered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
@@ -86,13 +87,13 @@ def measure(config: Path, work: Path, prompt: int, decode: int, chunk: int, expe
     tokens = np.random.default_rng(7).integers(0, VOCABULARY, prompt + decode).tolist()
     ours, facts = _subject(work / "bundles" / "cpu", tokens, prompt, chunk)
     start = time.monotonic()
-    reference, errors = LayeredReference(Checkpoint(checkpoint), chunk=chunk), list[dict[str, Any]]()
+    reference, errors = LayeredReference(Checkpoint(checkpoint)), list[dict[str, Any]]()
 
     def compare(layer: int, streams: Any) -> None:
         errors.append({"layer": layer, "kind": KINDS[layer], **_difference(ours[layer], streams[0].numpy(), prompt)})
         click.echo(json.dumps(errors[-1]))
 
-    read_layered(reference, {"text": tokens}, observe=compare, progress=click.echo)
+    read_layered(reference, [Job(tokens, edges=edges_of(chunk, len(tokens)))], observe=compare, progress=click.echo)
     spec = reference._checkpoint.spec
     return {
         "tokens": {"prompt": prompt, "decoded": decode, "chunk": chunk},

@@ -13,18 +13,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import errno
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..artifact import sha256_json
-from ..errors import system_failure
 from ..export.checkpoint.formats import PLAIN
 from ..export.checkpoint.names import released_name, scale_name
 from ..export.checkpoint.reader import Checkpoint
@@ -33,22 +32,24 @@ from ..export.loading import weight_value
 from ..export.tensor_table import check_tensors, expert_parts
 from ..packages import require
 from ..progress import BYTES, Progress, Say, silent
+from .jobs import Job
+from .layered_files import Kept
+from .selection import Selection, settle_ties, visible_scores
 
 #: Bytes of float32 weights of experts that are held at once.
 GROUP_BYTES = 1 << 30
-#: Called with a layer and, for every text, its streams [n, N, C] after it.
+#: Called with a layer and, for every job, its streams [n, N, C] after it.
 Observer = Callable[[int, Sequence[Tensor]], None]
 
 
 class LayeredReference:
     """transformers' DeepseekV4ForCausalLM, eager, float32, of which one layer is in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, *, chunk: int | None = None, group_bytes: int = GROUP_BYTES) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, group_bytes: int = GROUP_BYTES) -> None:
         """Check the checkpoint's tensors; no weight is read.
 
         Args:
             checkpoint: the checkpoint, opened.
-            chunk: tokens of a text that go through a layer at once, with transformers' cache between them; None for all.
             group_bytes: bytes of float32 weights of experts that are held at once; at least one expert is.
 
         Raises:
@@ -60,7 +61,7 @@ class LayeredReference:
         import transformers
 
         self.name = f"transformers {transformers.__version__}, float32, layer by layer"
-        self._checkpoint, self._chunk, self._group_bytes = checkpoint, chunk, group_bytes
+        self._checkpoint, self._group_bytes = checkpoint, group_bytes
         config = transformers.DeepseekV4Config.from_pretrained(checkpoint.folder)
         config._attn_implementation = "eager"
         # What from_pretrained chooses; without it the modules compute experts in another order.
@@ -74,18 +75,16 @@ class LayeredReference:
         rows = torch.nn.functional.embedding(torch.tensor(list(tokens)), table)
         return rows[:, None].expand(-1, self._config.hc_mult, -1).contiguous()
 
-    def layers(
-        self, texts: Sequence[Sequence[int]], streams: Sequence[Tensor], *, first: int = 0
-    ) -> Iterator[list[Tensor]]:
-        """The streams of every text after each layer.
+    def layers(self, jobs: Sequence[Job], streams: Sequence[Tensor], *, first: int = 0) -> Iterator[list[Tensor]]:
+        """The streams of every job after each layer; what else jobs keep is added to them.
 
         Args:
-            texts: token ids [n] of each.
+            jobs: the texts.
             streams: of each, before the layer ``first``: float32 [n, N, C].
             first: the layer to begin with.
 
         Yields:
-            The streams after the next layer, [n, N, C] of every text.
+            The streams after the next layer, [n, N, C] of every job.
 
         Raises:
             CheckpointError: a weight cannot be read, or its scale is NaN, infinite or not above zero.
@@ -93,7 +92,7 @@ class LayeredReference:
         now = list(streams)
         with torch.no_grad():
             for index in range(first, self.num_layers):
-                now = _Layer(self, index).run(texts, now)
+                now = _Layer(self, index).run(jobs, now)
                 yield now
 
     def logits(self, streams: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -163,11 +162,15 @@ class LayeredReference:
         prefix = f"layers.{layer}."
         return sum(one.bytes for name, one in self._checkpoint.headers.items() if name.startswith(prefix))
 
-    def key(self, texts: Mapping[str, Sequence[int]]) -> str:
-        """A digest of everything that the streams of these texts depend on; threads, which change the last bits, included."""
+    def key(self, jobs: Sequence[Job]) -> str:
+        """A digest of everything that the streams of these jobs depend on; threads, which change the last bits, included."""
+        rows = [
+            [list(job.tokens), list(job.edges or ()), *(_digest(one) for one in (job.chosen, job.given, job.keys))]
+            for job in jobs
+        ]
         return sha256_json(
-            [self.name, self._checkpoint.identity(), self._checkpoint.files_identity(), self._chunk, self.experts_at_once,
-             torch.get_num_threads(), {name: list(tokens) for name, tokens in texts.items()}]
+            [self.name, self._checkpoint.identity(), self._checkpoint.files_identity(), self.experts_at_once,
+             torch.get_num_threads(), rows]
         )  # fmt: skip
 
     @property
@@ -243,28 +246,75 @@ class _Layer:
         layer.mlp.experts = self._routed = _Routed()
         self._attention, self._known = layer.self_attn, _Known()
 
-    def run(self, texts: Sequence[Sequence[int]], streams: Sequence[Tensor]) -> list[Tensor]:
-        """The streams of every text after the layer."""
-        pieces = [
-            list(self._until_experts(torch.tensor([list(tokens)]), before[None]))
-            for tokens, before in zip(texts, streams, strict=True)
-        ]
+    def run(self, jobs: Sequence[Job], streams: Sequence[Tensor]) -> list[Tensor]:
+        """The streams of every job after the layer."""
+        pieces = []
+        for job, before in zip(jobs, streams, strict=True):
+            given = before if job.given is None or not self._index else torch.from_numpy(job.given[self._index - 1])
+            with self._watched(job):
+                pieces.append(list(self._until_experts(job, given[None])))
         self._ask([piece for text in pieces for piece in text])
-        return [torch.cat([self._after_experts(piece) for piece in text], dim=1)[0] for text in pieces]
+        after = [torch.cat([self._after_experts(piece) for piece in text], dim=1)[0] for text in pieces]
+        for job, one in zip(jobs, after, strict=True):
+            if job.keep_streams:
+                job.streams.append(one.numpy())
+        return after
 
-    def _until_experts(self, ids: Tensor, streams: Tensor) -> Iterator[_Piece]:
+    @contextlib.contextmanager
+    def _watched(self, job: Job) -> Iterator[None]:
+        """Let the layer's indexer choose as a job says, and keep what it chose."""
+        indexer = getattr(getattr(self._attention, "compressor", None), "indexer", None)
+        if indexer is None or (job.chosen is None and job.given is None):
+            yield
+            return
+        kept: dict[str, Any] = {}
+
+        def swap(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            query, own, *rest = arguments
+            keys = (job.keys or {}).get(self._index)
+            return (query, own if keys is None else keys[None].to(own.dtype), *rest)
+
+        def choose(module: Any, _: Any, own: Any) -> Any:
+            kept["chosen"], kept["tied"] = own[0].numpy(), np.zeros(len(job.tokens), np.bool_)
+            preferred = (job.chosen or {}).get(self._index)
+            if preferred is None:
+                return own
+            seen = visible_scores(kept["scores"].numpy(), module.compress_rate)
+            kept["chosen"], kept["tied"] = settle_ties(seen, own[0].numpy(), preferred)
+            return torch.from_numpy(kept["chosen"])[None]
+
+        hooks = [
+            indexer.scorer.register_forward_pre_hook(swap),
+            indexer.scorer.register_forward_hook(lambda _, __, out: kept.update(scores=out[0])),
+            indexer.register_forward_hook(choose),
+            self._attention.register_forward_hook(lambda _, __, out: kept.update(weights=out[1][0])),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if job.given is not None:
+            job.entries[self._index] = kept["chosen"]
+        if job.chosen is not None:
+            # Without a cache the keys are the tokens, then the entries.
+            weights = kept["weights"][:, :, len(job.tokens) :].float().numpy()
+            job.selections[self._index] = Selection(kept["chosen"], weights, kept["tied"])
+
+    def _until_experts(self, job: Job, streams: Tensor) -> Iterator[_Piece]:
         """The first pass over a text, a chunk at a time."""
         from transformers.cache_utils import DynamicCache
         from transformers.masking_utils import create_sliding_window_causal_mask
 
-        layer, chunk = self._layer, self._reference._chunk
-        cache = None if chunk is None else DynamicCache(config=self._config)
+        layer, ids = self._layer, torch.tensor([list(job.tokens)])
+        cache = None if job.edges is None else DynamicCache(config=self._config)
         outputs: list[Tensor] = []
         hook = self._attention.register_forward_hook(lambda _, __, out: outputs.append(out[0]))
         layer.self_attn = self._attention
         try:
-            for start in range(0, ids.shape[1], chunk or ids.shape[1]):
-                end = min(ids.shape[1], start + (chunk or ids.shape[1]))
+            for start, end in itertools.pairwise([0, *(job.edges or ()), ids.shape[1]]):
+                if start == end:
+                    continue
                 part, positions = streams[:, start:end], torch.arange(start, end)[None]
                 row = part[:, :, 0]  # masks and rotations take its shape and type only
                 self._routed.answer = None
@@ -320,71 +370,50 @@ class _Layer:
 
 
 def read_layered(
-    reference: LayeredReference, texts: Mapping[str, Sequence[int]], *, observe: Observer | None = None,
-    folder: Path | None = None, progress: Say = silent,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The streams [n, N, C] float32 of every text after the last layer.
+    reference: LayeredReference, jobs: Sequence[Job], *, observe: Observer | None = None, folder: Path | None = None,
+    progress: Say = silent,
+) -> list[Tensor]:  # fmt: skip
+    """The streams [n, N, C] float32 of every job after the last layer.
 
     Args:
         reference: the model.
-        texts: token ids by name.
+        jobs: the texts.
         observe: called after every layer, also again for the layer after which an earlier run ended.
-        folder: where streams are kept after every layer, so that a run which was interrupted goes on after it. Only streams of the same
-            checkpoint, texts and chunks are taken.
+        folder: where streams are kept after every layer, and what else jobs keep, so that a run which was interrupted goes on after
+            it. Only what is of the same checkpoint and jobs is taken.
         progress: a :class:`~foldkv.progress.Progress` learns the bytes of weights that are read, and how many there are.
 
     Raises:
         CheckpointError: a weight cannot be read or is no number.
+        SystemFailure: the folder cannot be written.
     """
-    report, tokens, names = Progress.of(progress), list(texts.values()), list(texts)
-    kept = None if folder is None else _Kept(folder, reference.key(texts))
-    done, found = (-1, None) if kept is None else kept.read(names)
-    streams = [reference.embedded(one) for one in tokens] if found is None else found
-    if found is not None:
+    report = Progress.of(progress)
+    kept = None if folder is None else Kept(folder, reference.key(jobs))
+    done, streams = (-1, None) if kept is None else kept.read(jobs)
+    if streams is None:
+        streams = [reference.embedded(job.tokens) for job in jobs]
+    else:
         report(f"going on after layer {done}")
         if observe is not None:
             observe(done, streams)
     sizes = [reference.layer_bytes(layer) for layer in range(reference.num_layers)]
-    for layer, after in enumerate(reference.layers(tokens, streams, first=done + 1), done + 1):
+    for layer, after in enumerate(reference.layers(jobs, streams, first=done + 1), done + 1):
         streams = after
         report.steps(sum(sizes[: layer + 1]), sum(sizes), BYTES)
         if kept is not None:
-            kept.write(layer, names, streams)
+            kept.write(layer, jobs, streams)
         if observe is not None:
             observe(layer, streams)
-    return dict(zip(names, streams, strict=True))
+    return streams
 
 
-class _Kept:
-    """The streams after the last layer that is done, in one file, which is replaced whole."""
+def edges_of(chunk: int, tokens: int) -> list[int]:
+    """Where chunks of ``chunk`` tokens end in a text of ``tokens``."""
+    return list(range(chunk, tokens, chunk))
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._file, self._key = folder / "streams.safetensors", key
 
-    def read(self, names: Sequence[str]) -> tuple[int, list[Tensor] | None]:
-        """The last layer and the streams after it; -1 and None if there are none of this run, or the file is damaged."""
-        try:
-            with safe_open(self._file, "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("key") == self._key:
-                    return int(facts["layer"]), [file.get_tensor(name) for name in names]
-        except (OSError, SafetensorError, KeyError, ValueError):
-            pass
-        return -1, None
-
-    def write(self, layer: int, names: Sequence[str], streams: Sequence[Tensor]) -> None:
-        """Keep the streams after a layer.
-
-        Raises:
-            SystemFailure: the disk is full or cannot be written.
-        """
-        part = self._file.with_suffix(".part")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"key": self._key, "layer": str(layer)}
-            save_file({name: one.contiguous() for name, one in zip(names, streams, strict=True)}, part, facts)
-            part.replace(self._file)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
-            raise system_failure(failure, self._file) from None
+def _digest(values: Mapping[int, Any] | Sequence[Any] | None) -> str:
+    rows = values.items() if isinstance(values, Mapping) else enumerate(values or ())
+    return sha256_json(
+        [[key, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()] for key, value in rows]
+    )

@@ -18,7 +18,7 @@ from ..packages import require
 from ..runtime.backend import Observed
 from ..runtime.model import Model
 from ..runtime.session import Session
-from .selection import Ints, Selection, as_entries, settle_ties
+from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
 
 Logits = npt.NDArray[np.float32]
 
@@ -162,9 +162,8 @@ class TransformersRunner:
             if layer not in chosen:
                 choices[layer] = (own[0].numpy(), torch.zeros(count, dtype=torch.bool).numpy())
                 return own
-            visible = (torch.arange(count) + 1)[:, None] // ratio
-            seen = scores[layer].masked_fill(torch.arange(scores[layer].shape[-1]) >= visible, -torch.inf)
-            best, tied = settle_ties(seen.numpy(), own[0].numpy(), chosen[layer])
+            seen = visible_scores(scores[layer].numpy(), ratio)
+            best, tied = settle_ties(seen, own[0].numpy(), chosen[layer])
             choices[layer] = (best, tied)
             return torch.from_numpy(best)[None]
 

@@ -52,6 +52,12 @@ class SelectionFigure:
     mass_recalled_least: float
 
 
+def visible_scores(scores: Floats, ratio: int) -> Floats:
+    """Scores [n, E] of an indexer, -inf where an entry is not closed yet: query t sees entry i if i < (t + 1) // ratio."""
+    closed = (np.arange(len(scores)) + 1)[:, None] // ratio
+    return np.where(np.arange(scores.shape[-1]) >= closed, np.float32(-np.inf), scores)
+
+
 def settle_ties(scores: Floats, own: Ints, preferred: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """The choice with ties at the last place settled in favour of ``preferred``, and which queries had a tie.
 

@@ -10,35 +10,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import small_checkpoint
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
-from transformers.cache_utils import DynamicCache
 
 from foldkv.errors import CheckpointError, FoldkvError
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.progress import BYTES, Progress
-from foldkv.validation import layered
-from foldkv.validation.layered import LayeredReference, read_layered
+from foldkv.validation import layered, layered_files
+from foldkv.validation.jobs import Job
+from foldkv.validation.layered import LayeredReference, edges_of, read_layered
+from foldkv.validation.runners import TransformersRunner
+from foldkv.validation.selection import Selection
 
 pytestmark = pytest.mark.slow
-TEXTS = {"long": list(range(40, 190)), "short": [7, 7, 250, 3] * 9, "one": [65]}
+TEXTS = [list(range(40, 190)), [7, 7, 250, 3] * 9, [65]]
 
 
 def whole_model(folder: Path) -> DeepseekV4ForCausalLM:
     model = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.float().eval().requires_grad_(False)
-
-
-def whole_logits(model: DeepseekV4ForCausalLM, tokens: Sequence[int], chunk: int | None) -> Tensor:
-    ids = torch.tensor([tokens])
-    if chunk is None:
-        return model(input_ids=ids, use_cache=False).logits[0]
-    cache = DynamicCache(config=model.config)
-    parts = [model(input_ids=part, past_key_values=cache).logits[0] for part in ids.split(chunk, dim=1)]
-    return torch.cat(parts)
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +46,59 @@ def saved(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.mark.parametrize("form", ["plain", "stacked", "instruct", "base"])
 def test_layer_by_layer_gives_the_bits_of_the_whole_model(form: str, saved: dict[str, Path]) -> None:
-    """With all experts at once or one at a time, with and without transformers' cache between chunks."""
-    model, checkpoint = whole_model(saved[form]), Checkpoint(saved[form])
-    streams: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, out: streams.append(out[0])) for layer in model.model.layers]
-    for chunk, group_bytes in ((None, 1 << 30), (None, 1), (64, 1 << 30)):
-        reference = LayeredReference(checkpoint, chunk=chunk, group_bytes=group_bytes)
+    """With all experts at once or one at a time: logits, streams, and the indexers' choices with their weights."""
+    whole, checkpoint = TransformersRunner(saved[form]), Checkpoint(saved[form])
+    expected = [whole.read(tokens, {}, streams=True) for tokens in TEXTS]
+    for group_bytes in (1 << 30, 1):
+        reference = LayeredReference(checkpoint, group_bytes=group_bytes)
         assert reference.experts_at_once == 1 or group_bytes > 1
-        observed: list[list[Tensor]] = []
-        found = read_layered(reference, TEXTS, observe=lambda _, now, to=observed: to.append(list(now)))
-        for number, (name, tokens) in enumerate(TEXTS.items()):
-            streams.clear()
-            expected = whole_logits(model, tokens, chunk)
-            assert torch.equal(reference.logits(found[name]), expected)
+        jobs = [Job(tokens, chosen={}, keep_streams=True) for tokens in TEXTS]
+        found = read_layered(reference, jobs)
+        for one, streams, job in zip(expected, found, jobs, strict=True):
+            assert np.array_equal(reference.logits(streams).numpy(), one.logits)
             # A product with one row adds up in another order.
-            torch.testing.assert_close(reference.logits(found[name], slice(-1, None)), expected[-1:])
-            if chunk is None:
-                for layer, now in enumerate(observed):
-                    assert torch.equal(now[number], streams[layer])
-    for hook in hooks:
-        hook.remove()
+            last = reference.logits(streams, slice(-1, None)).numpy()
+            np.testing.assert_allclose(last, one.logits[-1:], rtol=1e-5, atol=1e-5)
+            assert len(job.streams) == len(one.streams) == 4
+            assert all(map(np.array_equal, job.streams, one.streams))
+            same_selections(job.selections, one.selections)
+
+
+def same_selections(found: dict[int, Selection], expected: dict[int, Selection]) -> None:
+    assert found.keys() == expected.keys() == {1, 3}
+    for layer, one in expected.items():
+        for name in ("chosen", "weights", "tied"):
+            np.testing.assert_array_equal(getattr(found[layer], name), getattr(one, name))
+
+
+def test_chunks_go_through_transformers_cache_as_in_the_whole_model(tiny_checkpoint: Path) -> None:
+    whole, reference = TransformersRunner(tiny_checkpoint), LayeredReference(Checkpoint(tiny_checkpoint))
+    tokens, tail = TEXTS[0], TEXTS[1]
+    expected = whole.tail_logits(tokens, tail, chunk=64)
+    job = Job([*tokens, *tail], edges=[*edges_of(64, len(tokens)), len(tokens)])
+    [streams] = read_layered(reference, [job])
+    np.testing.assert_array_equal(reference.logits(streams, slice(len(tokens), None)).numpy(), expected)
+
+
+def test_ties_are_settled_for_a_subject_and_layers_take_its_streams_as_in_the_whole_model(
+    tiny_checkpoint: Path,
+) -> None:
+    whole, reference = TransformersRunner(tiny_checkpoint), LayeredReference(Checkpoint(tiny_checkpoint))
+    tokens, random = TEXTS[0], np.random.default_rng(3)
+    own = whole.read(tokens, {}, streams=True)
+    preferred = {layer: random.permuted(one.chosen, axis=1) for layer, one in own.selections.items()}
+    preferred[3] = np.where(preferred[3] == 5, 6, preferred[3])
+    given = [streams + random.standard_normal(streams.shape).astype(np.float32) / 50 for streams in own.streams]
+    keys = {1: torch.from_numpy(random.standard_normal((len(tokens) // 4, 32)).astype(np.float32))}
+    settled, alone = whole.read(tokens, preferred), whole.alone(tokens, given, keys)
+    jobs = [Job(tokens, chosen=preferred), Job(tokens, given=given, keys=keys, keep_streams=True)]
+    streams, _ = read_layered(reference, jobs)
+    np.testing.assert_array_equal(reference.logits(streams).numpy(), settled.logits)
+    same_selections(jobs[0].selections, settled.selections)
+    assert all(map(np.array_equal, jobs[1].streams, alone.streams))
+    assert jobs[1].entries.keys() == alone.chosen.keys()
+    for layer, entries in alone.chosen.items():
+        np.testing.assert_array_equal(jobs[1].entries[layer], entries[0] if entries.ndim == 3 else entries)
 
 
 def test_one_layer_and_one_group_of_experts_are_in_memory_and_nobody_else_is_read(
@@ -100,7 +127,7 @@ def test_one_layer_and_one_group_of_experts_are_in_memory_and_nobody_else_is_rea
 
     monkeypatch.setattr(LayeredReference, "_experts", watched)
     monkeypatch.setattr(layered._Layer, "__init__", made)
-    read_layered(reference, {"one": [65]})
+    read_layered(reference, [Job([65])])
     assert len(layers) == 4
     # A token chooses two of eight experts in each layer.
     assert [layer for layer, _ in read] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -111,7 +138,12 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
 ) -> None:
     reference, told = LayeredReference(Checkpoint(tiny_checkpoint)), list[tuple[float, float, str]]()
     sink = SimpleNamespace(steps=lambda _, done, total, unit: told.append((done, total, unit)), line=lambda *_: None)
-    whole = read_layered(reference, TEXTS, progress=Progress(sink))
+
+    def jobs() -> list[Job]:
+        return [Job(tokens, chosen={}, keep_streams=True) for tokens in TEXTS]
+
+    uninterrupted = jobs()
+    whole = read_layered(reference, uninterrupted, progress=Progress(sink))
     sizes = [reference.layer_bytes(layer) for layer in range(4)]
     assert told == [(sum(sizes[: n + 1]), sum(sizes), BYTES) for n in range(4)]
 
@@ -120,22 +152,27 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        read_layered(reference, TEXTS, folder=tmp_path, observe=stop)
+        read_layered(reference, jobs(), folder=tmp_path, observe=stop)
     seen: list[int] = []
-    again = read_layered(reference, TEXTS, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
+    again = jobs()
+    found = read_layered(reference, again, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
     assert seen == [1, 2, 3]
-    assert all(torch.equal(again[name], whole[name]) for name in TEXTS)
-    # Streams of other texts, or a file that is damaged, are not taken.
-    for change in ("texts", "file"):
+    assert all(map(torch.equal, found, whole))
+    for one, other in zip(again, uninterrupted, strict=True):
+        assert all(map(np.array_equal, one.streams, other.streams)) and len(one.streams) == 4
+        same_selections(one.selections, other.selections)
+    # What is of other jobs, and a file that is damaged, are not taken.
+    for change in ("jobs", "file"):
         seen.clear()
-        texts = {"long": TEXTS["short"]} if change == "texts" else TEXTS
         if change == "file":
-            (tmp_path / "streams.safetensors").write_bytes(b"damaged")
-        read_layered(reference, texts, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
+            (tmp_path / f"{reference.key(jobs())[:32]}.safetensors").write_bytes(b"damaged")
+        changed = jobs() if change == "file" else [Job(tokens, edges=[1]) for tokens in TEXTS[:2]]
+        read_layered(reference, changed, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
         assert seen == [0, 1, 2, 3]
-    monkeypatch.setattr(layered, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(FoldkvError, match=r"streams\.safetensors.*No space left"):
-        read_layered(reference, TEXTS, folder=tmp_path / "full")
+    full = "No space left on device"
+    monkeypatch.setattr(layered_files, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, full)))
+    with pytest.raises(FoldkvError, match=f"safetensors.*{full}"):
+        read_layered(reference, jobs(), folder=tmp_path / "full")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_is_read(

@@ -1,0 +1,96 @@
+"""What a run of the layered reference keeps on disk, so that another goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import system_failure
+from .jobs import Job
+from .selection import Selection
+
+
+class Kept:
+    """The streams of jobs after the last layer that is done, and what else the jobs keep; the file is replaced whole."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Args: folder: is made when there is something to keep. key: of the jobs; a file of other jobs is not read."""
+        self._file, self._key = folder / f"{key[:32]}.safetensors", key
+
+    def read(self, jobs: Sequence[Job]) -> tuple[int, list[Tensor] | None]:
+        """The last layer that is done and the streams after it; jobs get what they had kept. -1 and None if there is nothing of these
+        jobs, or the file is damaged.
+        """
+        try:
+            with safe_open(self._file, "pt") as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if facts.get("key") != self._key:
+                return -1, None
+            layer = int(facts["layer"])
+            streams = [tensors[f"{number}.now"] for number in range(len(jobs))]
+            found = [_Parts(tensors, number, job, layer) for number, job in enumerate(jobs)]
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return -1, None
+        for parts, job in zip(found, jobs, strict=True):
+            job.streams[:], job.selections, job.entries = parts.streams, parts.selections, parts.entries
+        return layer, streams
+
+    def write(self, layer: int, jobs: Sequence[Job], streams: Sequence[Tensor]) -> None:
+        """Keep what there is after a layer.
+
+        Raises:
+            SystemFailure: the disk is full or cannot be written.
+        """
+        tensors = {f"{number}.now": one.contiguous() for number, one in enumerate(streams)}
+        for number, job in enumerate(jobs):
+            tensors |= {name: torch.from_numpy(np.array(value)) for name, value in _named(number, job)}
+        part = self._file.with_suffix(".part")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, {"key": self._key, "layer": json.dumps(layer)})
+            part.replace(self._file)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+            raise system_failure(failure, self._file) from None
+
+    def remove(self) -> None:
+        """The run is over."""
+        self._file.unlink(missing_ok=True)
+
+
+def _named(number: int, job: Job) -> Iterator[tuple[str, Any]]:
+    for layer, streams in enumerate(job.streams):
+        yield f"{number}.streams.{layer}", streams
+    for layer, one in job.selections.items():
+        for name in ("chosen", "weights", "tied"):
+            yield f"{number}.selection.{layer}.{name}", getattr(one, name)
+    for layer, entries in job.entries.items():
+        yield f"{number}.entries.{layer}", entries
+
+
+class _Parts:
+    """What a job had kept."""
+
+    def __init__(self, tensors: dict[str, Tensor], number: int, job: Job, layer: int) -> None:
+        count = layer + 1 if job.keep_streams else 0
+        self.streams = [tensors[f"{number}.streams.{at}"].numpy() for at in range(count)]
+        layers = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{number}.selection.")}
+        self.selections = {
+            at: Selection(**{n: tensors[f"{number}.selection.{at}.{n}"].numpy() for n in ("chosen", "weights", "tied")})
+            for at in sorted(layers)
+        }
+        at_entries = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{number}.entries.")}
+        self.entries = {at: tensors[f"{number}.entries.{at}"].numpy() for at in sorted(at_entries)}
