@@ -469,13 +469,18 @@ def generate_command(
 @click.option(
     "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
 )
+@click.option(
+    "--layered/--whole",
+    default=None,
+    help="Compute the reference a layer at a time, with little memory, or with the whole model in memory; default: whole if it fits.",
+)
 @_allow_unknown_key
 @_json
 def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
-    baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, allow_unknown_keys: tuple[str, ...],
-    as_json: bool,
+    baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, layered: bool | None,
+    allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE can be of any target that this machine executes.
 
@@ -499,6 +504,7 @@ def validate_command(
         baseline=baseline,
         threads=threads,
         devices=devices,
+        layered=layered,
         progress=progress(),
     )
     if as_json:

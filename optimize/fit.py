@@ -239,7 +239,7 @@ def plan_target(
         each = {}
         sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
         placed = cpu_weight_bytes(spec, stored)[1]
-    capacity = target.memory_gib << 30 if target.memory_gib else _machine_memory()
+    capacity = target.memory_gib << 30 if target.memory_gib else machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
     if target.backend.engine:
         kinds = len(set(zip(spec.layer_types, spec.hash_layers, strict=True)))
@@ -385,5 +385,6 @@ def plan_targets(
     return plans
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
+    """Bytes of this machine's memory, taken or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

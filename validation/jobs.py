@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..artifact import sha256_json
 from .selection import Ints, Selection
 
 Floats = npt.NDArray[np.float32]
@@ -27,6 +30,7 @@ class Job:
             layer made of them.
         keys: by layer, values of index rows [entries, D] that the indexer takes instead of its own.
         keep_streams: keep the streams after every layer.
+        last: tokens at the end whose logits are wanted; None for all.
         streams: kept, [n, N, C] by layer.
         selections: kept, by layer with an indexer.
         entries: likewise, the entries [n, k] that an indexer chose itself, of a job with ``given``.
@@ -38,6 +42,22 @@ class Job:
     given: Sequence[Floats] | None = None
     keys: Mapping[int, Tensor] | None = None
     keep_streams: bool = False
+    last: int | None = None
     streams: list[Floats] = dataclasses.field(default_factory=list)
     selections: dict[int, Selection] = dataclasses.field(default_factory=dict)
     entries: dict[int, Ints] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A digest of what is asked."""
+        rows = [_digest(one) for one in (self.chosen, self.given, self.keys)]
+        return sha256_json([list(self.tokens), list(self.edges or ()), *rows, self.keep_streams, self.last])
+
+
+def _digest(values: Mapping[int, Any] | Sequence[Any] | None) -> str | None:
+    if values is None:
+        return None
+    rows = values.items() if isinstance(values, Mapping) else enumerate(values)
+    return sha256_json(
+        [[key, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()] for key, value in rows]
+    )

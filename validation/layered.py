@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +163,9 @@ class LayeredReference:
 
     def key(self, jobs: Sequence[Job]) -> str:
         """A digest of everything that the streams of these jobs depend on; threads, which change the last bits, included."""
-        rows = [
-            [list(job.tokens), list(job.edges or ()), *(_digest(one) for one in (job.chosen, job.given, job.keys))]
-            for job in jobs
-        ]
         return sha256_json(
             [self.name, self._checkpoint.identity(), self._checkpoint.files_identity(), self.experts_at_once,
-             torch.get_num_threads(), rows]
+             torch.get_num_threads(), [job.key for job in jobs]]
         )  # fmt: skip
 
     @property
@@ -371,7 +366,7 @@ class _Layer:
 
 def read_layered(
     reference: LayeredReference, jobs: Sequence[Job], *, observe: Observer | None = None, folder: Path | None = None,
-    progress: Say = silent,
+    progress: Say = silent, pass_: tuple[int, int] = (0, 1),
 ) -> list[Tensor]:  # fmt: skip
     """The streams [n, N, C] float32 of every job after the last layer.
 
@@ -382,6 +377,7 @@ def read_layered(
         folder: where streams are kept after every layer, and what else jobs keep, so that a run which was interrupted goes on after
             it. Only what is of the same checkpoint and jobs is taken.
         progress: a :class:`~foldkv.progress.Progress` learns the bytes of weights that are read, and how many there are.
+        pass_: number of this pass through the weights, and of all passes of the work.
 
     Raises:
         CheckpointError: a weight cannot be read or is no number.
@@ -399,7 +395,7 @@ def read_layered(
     sizes = [reference.layer_bytes(layer) for layer in range(reference.num_layers)]
     for layer, after in enumerate(reference.layers(jobs, streams, first=done + 1), done + 1):
         streams = after
-        report.steps(sum(sizes[: layer + 1]), sum(sizes), BYTES)
+        report.steps(pass_[0] * sum(sizes) + sum(sizes[: layer + 1]), pass_[1] * sum(sizes), BYTES)
         if kept is not None:
             kept.write(layer, jobs, streams)
         if observe is not None:
@@ -410,10 +406,3 @@ def read_layered(
 def edges_of(chunk: int, tokens: int) -> list[int]:
     """Where chunks of ``chunk`` tokens end in a text of ``tokens``."""
     return list(range(chunk, tokens, chunk))
-
-
-def _digest(values: Mapping[int, Any] | Sequence[Any] | None) -> str:
-    rows = values.items() if isinstance(values, Mapping) else enumerate(values or ())
-    return sha256_json(
-        [[key, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()] for key, value in rows]
-    )

@@ -15,10 +15,11 @@ from ..runtime.tokenizer import Tokenizer
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
 from .divergence import LayerFigure, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
+from .jobs import Job
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .result import Measurements
-from .runners import Look, OracleRunner, Reading, Runner, SessionRunner, TransformersRunner
+from .runners import Look, OracleRunner, Reading, Reference, Runner, SessionRunner, TransformersRunner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
 
@@ -32,7 +33,7 @@ class Sides:
 
     Attributes:
         subject: the bundle.
-        reference: transformers in float32.
+        reference: transformers in float32, in memory or layer by layer.
         oracle: what a bundle of the profile served must compute; None in others.
         yardstick: transformers in bfloat16, for a bundle in bfloat16; None for others.
         checkpoint: of all of them.
@@ -41,7 +42,7 @@ class Sides:
     """
 
     subject: SessionRunner
-    reference: TransformersRunner
+    reference: Reference
     oracle: OracleRunner | None
     yardstick: TransformersRunner | None
     checkpoint: Checkpoint
@@ -71,24 +72,39 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
     not_finite, chunk_error = 0, 0.0
     chunked: list[TokenFigures] = []
     against_oracle: list[TokenFigures] = []
-    expected_choices, actual_choices = [], []
+    expected_choices = []
     yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
     layers: list[LayerFigure] = []
+    cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
+    questions = [_question(tokenizer, case) for case in cases]
+    looks = []
     for number, tokens in enumerate(texts, 1):
-        progress(f"text {number} of {len(texts)}, {len(tokens)} tokens")
+        progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the bundle")
         progress.steps(number - 1, len(texts), "texts")
-        first = number == 1
-        look = subject.look(tokens) if first or inside.needs_streams else Look(subject.logits(tokens))
-        actual, chosen = look.logits, inside.chosen(tokens, look)
+        looks.append(subject.look(tokens) if number == 1 or inside.needs_streams else Look(subject.logits(tokens)))
+        actual, pieces = looks[-1].logits, subject.logits_in(tokens, _odd_sizes(len(tokens)))
+        not_finite += int((~np.isfinite(actual)).sum())
+        chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
+        chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
+    inside.prepare(texts, looks)
+    actual_choices = [inside.chosen(tokens, look) for tokens, look in zip(texts, looks, strict=True)]
+    # All that the reference will be asked: one that reads its weights again for every question reads them once.
+    jobs = [
+        Job(tokens, chosen=chosen, keep_streams=number == 0 and oracle is None)
+        for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
+    ]
+    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions]
+    jobs += (
+        [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
+    )
+    reference.prepare(jobs)
+    for number, (tokens, look, chosen) in enumerate(zip(texts, looks, actual_choices, strict=True), 1):
+        progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the reference")
+        progress.steps(number - 1, len(texts), "texts")
+        first, actual, targets = number == 1, look.logits, np.array(tokens[1:])
         reading = reference.read(tokens, chosen, streams=first and oracle is None)
         expected = reading.logits
         expected_choices.append(reading.selections)
-        actual_choices.append(chosen)
-        not_finite += int((~np.isfinite(actual)).sum())
-        pieces = subject.logits_in(tokens, _odd_sizes(len(tokens)))
-        chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
-        targets = np.array(tokens[1:])
-        chunked.append(compare_logits(actual[:-1], pieces[:-1], targets))
         if oracle is not None:
             reading = oracle.read(tokens)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
@@ -107,14 +123,13 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
     inside.close()
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
-    cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     solved = np.zeros((2, len(cases)), bool)
     for number, case in enumerate(cases):
         if number % plan.cases_per_distance == 0:
             progress(f"retrieval at distance {case.distance}")
         progress.steps(number, len(cases), "values")
-        solved[0, number] = _answers(reference, tokenizer, case)
-        solved[1, number] = _answers(subject, tokenizer, case)
+        solved[0, number] = _answers(reference, *questions[number])
+        solved[1, number] = _answers(subject, *questions[number])
     metrics = summary(total) | {
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
@@ -170,6 +185,20 @@ class _Inside:
         """Whether choices are recomputed."""
         return self._graph is None and bool(self._layers)
 
+    def prepare(self, texts: list[list[int]], looks: list[Look]) -> None:
+        """Tell the reference that it will be asked what its indexers choose from the subject's rows."""
+        if self.needs_streams and self._sides.oracle is None:
+            self._sides.reference.prepare(
+                [
+                    Job(tokens, given=look.streams, keys=self._keys(tokens, look), keep_streams=True)
+                    for tokens, look in zip(texts, looks, strict=True)
+                ]
+            )
+
+    def _keys(self, tokens: list[int], look: Look) -> dict[int, Any]:
+        sides = self._sides
+        return index_keys(sides.subject.session.bundle, sides.checkpoint.spec, look.rows, len(tokens))
+
     def chosen(self, tokens: list[int], look: Look) -> dict[int, Ints]:
         """By layer, the entries [n, places] of each query."""
         if not self._layers:
@@ -177,8 +206,7 @@ class _Inside:
         if self._graph is not None:
             return self._graph.chosen(tokens)
         sides = self._sides
-        keys = index_keys(sides.subject.session.bundle, sides.checkpoint.spec, look.rows, len(tokens))
-        return (sides.oracle or sides.reference).alone(tokens, look.streams, keys).chosen
+        return (sides.oracle or sides.reference).alone(tokens, look.streams, self._keys(tokens, look)).chosen
 
     def close(self) -> None:
         """Free what was opened."""
@@ -232,10 +260,15 @@ def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Pr
         found.metrics["long_context_answered"] = float(least_answered(found.long_context))
 
 
-def _answers(runner: Runner, tokenizer: Tokenizer, case: RetrievalCase) -> bool:
-    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
+def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], list[int]]:
+    """The tokens that are fed, and those that should be the likeliest after the last of them."""
     prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
-    logits = runner.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
+    return [*prompt, *answer[:-1]], answer
+
+
+def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
+    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
+    logits = runner.logits(tokens, last=len(answer))
     return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
 
 

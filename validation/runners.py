@@ -18,6 +18,7 @@ from ..packages import require
 from ..runtime.backend import Observed
 from ..runtime.model import Model
 from ..runtime.session import Session
+from .jobs import Job
 from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
 
 Logits = npt.NDArray[np.float32]
@@ -69,8 +70,8 @@ class Runner(Protocol):
 
     name: str
 
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """[n] tokens from an empty state -> [n, V] float32."""
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """[n] tokens from an empty state -> [n, V] float32; or [last, V], those after the last tokens."""
         ...
 
 
@@ -117,9 +118,12 @@ class TransformersRunner:
         model = model.float() if precision == "float32" else model
         self.model: Any = model.eval().requires_grad_(False)
 
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """One pass over all tokens, without a cache."""
-        return self._forward(tokens)
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """What will be asked; a model that is in memory needs no notice."""
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """One pass over all tokens, without a cache; logits after the ``last`` of them, or after all."""
+        return self._forward(tokens)[0 if last is None else -last :]
 
     def _forward(self, tokens: Sequence[int]) -> Logits:
         import torch
@@ -232,6 +236,31 @@ class TransformersRunner:
         return found
 
 
+class Reference(Protocol):
+    """transformers in float32, in memory or layer by layer."""
+
+    name: str
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """What will be asked."""
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """As :meth:`TransformersRunner.logits`."""
+        ...
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        """As :meth:`TransformersRunner.tail_logits`."""
+        ...
+
+    def read(self, tokens: Sequence[int], chosen: Mapping[int, Ints], *, streams: bool = False) -> Reading:
+        """As :meth:`TransformersRunner.read`."""
+        ...
+
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        """As :meth:`TransformersRunner.alone`."""
+        ...
+
+
 class OracleRunner:
     """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute. Speed does not matter."""
 
@@ -280,10 +309,10 @@ class SessionRunner:
     ) -> None:
         self.session.close()
 
-    def logits(self, tokens: Sequence[int]) -> Logits:
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
         """Prefill from an empty state in chunks."""
         self.session.reset()
-        return self.session.forward([list(tokens)], logits="all")[0]
+        return self.session.forward([list(tokens)], logits="all")[0][0 if last is None else -last :]
 
     def look(self, tokens: Sequence[int]) -> Look:
         """As :meth:`logits`, with what can be seen inside."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,18 +16,22 @@ from ..export.checkpoint.reader import Checkpoint
 from ..export.contract.chain import ChainTable
 from ..export.contract.engine_set import EngineTable
 from ..export.contract.profiles import PROFILES, SERVED
+from ..export.memory import parameter_count
 from ..inputs import refuse_unreadable_name
 from ..manifests import BundleManifest, ReportManifest, read, write
+from ..optimize.fit import machine_memory
 from ..packages import require, version_of
 from ..progress import Progress, Say, silent
 from ..runtime.bundle import Bundle, load_bundle, missing_here
 from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
+from ..units import size_text
 from .baseline import JSON, KIND, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
+from .layered_runner import LayeredRunner
 from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import Sides, measure, measure_contexts
 from .provenance import about, executed
@@ -36,6 +41,8 @@ from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_thre
 from .settings import Plan
 
 MEASURED, JUDGED_AGAIN, UNCHANGED, NOT_EXECUTED = "measured", "judged again", "unchanged", "not executed"
+#: Share of the machine's memory that the reference may take, whole.
+WHOLE_SHARE = 0.6
 
 
 def validate(
@@ -52,6 +59,7 @@ def validate(
     keep: bool = False,
     key: str = "",
     allow_unknown_keys: Sequence[str] = (),
+    layered: bool | None = None,
     report_absent: bool = False,
     progress: Say = silent,
 ) -> ValidationResult:
@@ -71,6 +79,8 @@ def validate(
         keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
+        layered: compute the reference a layer at a time, or with the whole model in memory; the default is the whole model if it takes
+            less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
@@ -131,7 +141,12 @@ def validate(
                 absent = f"this machine lacks {' and '.join(lacking)}"
                 result = judged_result(Measurements.nothing(facts), NOT_EXECUTED, absent)
             else:
-                found = _measure(loaded, checkpoint, plan, words, threads, devices, Progress.of(progress))
+                # Outside of the folder that an interruption removes: the next run goes on with what is there.
+                scratch = report.absolute().with_name(f"{report.name}.foldkv-reference")
+                found = _measure(
+                    loaded, checkpoint, plan, words, threads, devices, layered, scratch, Progress.of(progress)
+                )
+                shutil.rmtree(scratch, ignore_errors=True)
                 found.provenance = facts | found.provenance
                 result = judged_result(found, MEASURED)
         write_report(result, folder)
@@ -204,7 +219,7 @@ def _command(
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    progress: Progress,
+    layered: bool | None, scratch: Path, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     progress("loading the subject and the reference")
@@ -216,7 +231,12 @@ def _measure(
     )  # fmt: skip
     with torch_threads(threads), model, SessionRunner(model, context=plan.longest()) as subject:
         oracle = OracleRunner(folder, allow_unknown_keys=allowed) if bundle.profile == SERVED else None
-        reference = TransformersRunner(folder, allow_unknown_keys=allowed)
+        whole = _whole(bundle, checkpoint) if layered is None else not layered
+        reference = (
+            TransformersRunner(folder, allow_unknown_keys=allowed)
+            if whole
+            else LayeredRunner(checkpoint, folder=scratch, progress=progress)
+        )
         rounded = bundle.precision != FLOAT32
         yardstick = (
             TransformersRunner(folder, allow_unknown_keys=allowed, precision=bundle.precision) if rounded else None
@@ -231,6 +251,28 @@ def _measure(
             title = f"{bundle.folder} or its weights were changed while it was measured"
             raise ArtifactError(listing(title, changes, "Validate it again."))
     return found
+
+
+def _whole(bundle: Bundle, checkpoint: Checkpoint) -> bool:
+    """Whether transformers can hold the model in float32 in this machine's memory, beside the rest.
+
+    Raises:
+        InputError: it cannot, and the bundle is also compared with something else that must be in memory whole.
+    """
+    need, memory = 4 * parameter_count(checkpoint.spec), machine_memory()
+    if need <= WHOLE_SHARE * memory:
+        return True
+    other = (
+        f"the oracle of the profile {SERVED}" if bundle.profile == SERVED
+        else f"the yardstick, PyTorch in {bundle.precision}," if bundle.precision != FLOAT32 else None
+    )  # fmt: skip
+    if other is not None:
+        raise InputError(
+            f"{checkpoint.folder} takes {size_text(need)} in float32, and this machine has {size_text(memory)} of memory. The "
+            f"reference can be computed a layer at a time; {other} cannot yet. Validate on a machine with more memory, or the cpu "
+            "bundle of the profile hf here; --whole tries it anyway."
+        )
+    return False
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

@@ -1,0 +1,86 @@
+"""A validation whose reference is computed a layer at a time gives the report of one whose reference is in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldkv.errors import InputError
+from foldkv.export.checkpoint.reader import Checkpoint
+from foldkv.validation import layered_runner
+from foldkv.validation import validate as validate_module
+from foldkv.validation.jobs import Job
+from foldkv.validation.layered import LayeredReference
+from foldkv.validation.layered_runner import LayeredRunner, _batches
+from foldkv.validation.runners import TransformersRunner
+from foldkv.validation.settings import Plan
+from foldkv.validation.validate import validate
+
+pytestmark = pytest.mark.slow
+PLAN = Plan(texts=2, text_tokens=130, distances=(32,), cases_per_distance=3, contexts=(560,))
+
+
+def figures(bundle: Path, checkpoint: Path, report: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    result = validate(bundle, checkpoint, report, plan=PLAN, threads=1, **options)
+    found = {
+        name: getattr(result, name) for name in ("metrics", "retrieval", "layers", "selection", "worst", "long_context")
+    }
+    return found, result.provenance["reference"]
+
+
+def test_the_report_is_that_of_the_whole_reference(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, name = figures(tiny_bundle, tiny_checkpoint, tmp_path / "whole")
+    assert "layer by layer" not in name
+    passes = []
+    layers = LayeredReference.layers
+
+    def counted(self: LayeredReference, jobs: Any, streams: Any, *, first: int = 0) -> Any:
+        passes.append((len(jobs), first))
+        return layers(self, jobs, streams, first=first)
+
+    def killed(self: LayeredReference, jobs: Any, streams: Any, *, first: int = 0) -> Any:
+        for number, one in enumerate(counted(self, jobs, streams, first=first)):
+            yield one
+            if number == 1:
+                raise KeyboardInterrupt
+
+    # A machine in whose memory the model does not fit, on which the first run is interrupted.
+    monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
+    monkeypatch.setattr(LayeredReference, "layers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
+    assert [path.name for path in tmp_path.iterdir() if "layered" in path.name] == ["layered.foldkv-reference"]
+    monkeypatch.setattr(LayeredReference, "layers", counted)
+    layered, name = figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
+    assert name.endswith("float32, layer by layer") and layered == whole
+    # Two texts, three values and the first text's layers alone in one pass, which goes on; the long context in one of its own.
+    assert passes == [(6, 0), (6, 2), (1, 0)]
+    assert not (tmp_path / "layered.foldkv-reference").exists()
+
+
+def test_what_needs_a_whole_model_beside_it_is_refused(
+    served_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
+    with pytest.raises(
+        InputError, match=r"takes .* MiB in float32, and this machine has 4\.0 MiB.*the oracle of the profile served"
+    ):
+        validate(served_bundles["dense"], tiny_checkpoint, tmp_path / "report", plan=PLAN)
+
+
+def test_a_question_that_was_not_announced_is_answered_too(tiny_checkpoint: Path) -> None:
+    runner, whole = LayeredRunner(Checkpoint(tiny_checkpoint)), TransformersRunner(tiny_checkpoint)
+    assert (runner.logits([1, 2, 3]) == whole.logits([1, 2, 3])).all()
+    assert (runner.tail_logits([1, 2, 3], [4, 5]) == whole.tail_logits([1, 2, 3], [4, 5])).all()
+
+
+def test_a_pass_takes_as_many_tokens_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layered_runner, "TOKENS_AT_ONCE", 10)
+    sizes = [
+        [len(job.tokens) for job in batch] for batch in _batches([Job([0] * size) for size in (4, 6, 1, 12, 3, 7)])
+    ]
+    assert sizes == [[4, 6], [1], [12], [3, 7]]
