@@ -373,12 +373,7 @@ def test_verify_reads_them_and_names_a_damaged_one(bundle: Path, own_cache: Path
 
 
 @pytest.mark.slow
-def test_a_bundle_that_was_built_without_placing_has_one_form(
-    released_graph: Callable[[str], Path], tmp_path: Path, own_cache: Path
-) -> None:
-    report = build_bundles(released_graph("instruct"), tmp_path / "bundles", ["cpu"], place=False)
-    folder = report.results[0].folder
-    assert ChainTable.read(folder / CHAIN).stacked == {}
-    with Session(folder, context=64) as session:
-        assert np.isfinite(session.prefill([[1, 2, 3]])).all()
+def test_the_command_line_can_do_without_them(bundle: Path, own_cache: Path) -> None:
+    code, out, err = run("generate", bundle, "def f(", "-n", "4", "--no-place")
+    assert code == 0 and out.strip(), err
     assert not own_cache.exists()
