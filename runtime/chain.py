@@ -18,6 +18,7 @@ from ..backends import Backend
 from ..errors import ArtifactError, MissingDependencyError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, ChainTable
 from ..export.contract.lock import LOCK, WeightsLock
+from ..export.contract.stacks import ONNX_RUNTIME, reads_stacks
 from ..export.contract.state import STATE_TYPES
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
@@ -88,6 +89,12 @@ class ChainModel:
         for name in {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}:
             self.files.open(name, bundle.folder / name)
         self._stacks = OpenedFiles(())
+        if place and self.table.stacked and not reads_stacks(onnxruntime.__version__):
+            progress(
+                f"ONNX Runtime {onnxruntime.__version__} cannot multiply with e2m1: every step decodes the experts. "
+                f"Version {'.'.join(map(str, ONNX_RUNTIME))} is many times as fast"
+            )
+            place = False
         if place and self.table.stacked:
             self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
             self.table = self.table.in_stacks()
