@@ -1,10 +1,10 @@
-"""Decode of whole models with 8 to 384 routed experts, six chosen: cpu bundles beside transformers' eager decode.
+"""Whole models with 8 to 256 routed experts, six chosen: cpu bundles beside transformers' eager attention, decode and chunks.
 
 ``python benchmarks/moe.py -o benchmarks/results/moe-cpu.json``. Every count has a checkpoint of its own in the released
-format (e2m1 experts, e4m3 matrices; random weights), from which bundles are made: "packed" leaves every weight as it is stored, "placed" has the
-matrices in float32. Both read the experts where they lie. At each count the bundles and transformers take turns in one process: one
-step of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
-only, after as many steps.
+format (e2m1 experts, e4m3 matrices; random weights), and a bundle, which is opened in two ways: "stacked" has the experts in the order of QMoE,
+"unstacked" reads them where they lie (`--no-place`). At each count both and transformers take turns in one process: one
+step or chunk of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
+only, after as many steps and chunks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import foldkv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-#: Bundles by name, with the options of their build.
-FORMS: dict[str, list[str]] = {"packed": ["--no-place"], "placed": []}
+#: Ways to open the bundle by name: whether experts are placed.
+FORMS = {"stacked": True, "unstacked": False}
 _SLIDING, _CSA, _HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 #: A model with layers of all kinds and the released ratios; the number of routed experts is left open.
 CONFIG: dict[str, Any] = {
@@ -45,7 +45,7 @@ CONFIG: dict[str, Any] = {
     "layer_types": [_SLIDING, _CSA, _HCA, _CSA], "compress_rates": {_CSA: 4, _HCA: 128},
     "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
-_PROMPT, _CHUNK, _WARM = 256, 128, 3
+_PROMPT, _CHUNK, _CHUNKS, _WARM = 256, 128, 4, 3
 Step = Callable[[list[int]], np.ndarray[Any, Any]]
 
 
@@ -54,7 +54,7 @@ def open_side(side: str, folder: Path, threads: int) -> Step:
     if side != "transformers":
         from foldkv.runtime.session import Session
 
-        session = Session(folder / side / "cpu", context=1024, threads=threads, chunk=_CHUNK)
+        session = Session(folder / "cpu", context=1024, threads=threads, chunk=_CHUNK, place=FORMS[side])
         return lambda tokens: session.prefill([tokens])[0]
     import torch
     import transformers
@@ -81,16 +81,21 @@ def open_side(side: str, folder: Path, threads: int) -> Step:
 
 
 def measure(folder: Path, sides: list[str], steps: int, threads: int) -> dict[str, Any]:
-    """Prefill and decode with all of ``sides`` by turns, in this process: medians by side, and memory of the process."""
+    """Decode steps and chunks of all ``sides`` by turns, in this process: medians by side, and memory of the process."""
     random = np.random.default_rng(0)
     prompt = random.integers(2, CONFIG["vocab_size"], _PROMPT).tolist()
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    prefill, logits = {}, {}
+    chunks: dict[str, list[float]] = {side: [] for side in sides}
+    logits = {}
     models = {side: open_side(side, folder, threads) for side in sides}
-    for side, step in models.items():
-        start = time.perf_counter()
+    for step in models.values():
         step(prompt)
-        prefill[side] = time.perf_counter() - start
+    for _ in range(_CHUNKS):
+        tokens = random.integers(2, CONFIG["vocab_size"], _CHUNK).tolist()
+        for side, step in models.items():
+            start = time.perf_counter()
+            step(tokens)
+            chunks[side].append(time.perf_counter() - start)
     for number in range(steps + _WARM):
         token = int(random.integers(2, CONFIG["vocab_size"]))
         for side, step in models.items():
@@ -102,7 +107,7 @@ def measure(folder: Path, sides: list[str], steps: int, threads: int) -> dict[st
     resident = {key: int(re.search(rf"{key}:\s+(\d+)", status)[1]) * 1024 for key in ("VmRSS", "RssAnon", "RssFile")}  # type: ignore[index]
     return {
         "step_seconds": {side: statistics.median(times) for side, times in seconds.items()},
-        "prefill_seconds": prefill,
+        "chunk_seconds": {side: statistics.median(times) for side, times in chunks.items()},
         "resident_bytes": resident,
         "logit_difference": {
             side: float(np.abs(logits[side] - logits[sides[-1]]).max()) for side in sides[:-1]
@@ -112,26 +117,24 @@ def measure(folder: Path, sides: list[str], steps: int, threads: int) -> dict[st
 
 
 def prepare(folder: Path, experts: int) -> dict[str, Any]:
-    """Write the checkpoint and its bundles; returns facts about them."""
+    """Write the checkpoint and its bundle; returns facts about them."""
     from checkpoints import random_checkpoint
 
     checkpoint = random_checkpoint(CONFIG | {"n_routed_experts": experts}, folder / "checkpoint")
     facts: dict[str, Any] = {"checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))}
     foldkv_ = [sys.executable, "-m", "foldkv"]
     subprocess.run([*foldkv_, "export", str(checkpoint), "-o", str(folder / "graph")], check=True, capture_output=True)
-    for form, options in FORMS.items():
-        command = [*foldkv_, "build", str(folder / "graph"), "-o", str(folder / form), "--target", "cpu", *options]
-        subprocess.run(command, check=True, capture_output=True)
-        manifest = json.loads((folder / form / "cpu" / "manifest.json").read_text())
-        size = sum(facts["bytes"] for facts in manifest["files"].values())
-        nodes = {name: row["optimized"] for name, row in manifest["engine"]["nodes"].items()}
-        facts[form] = {"bundle_bytes": size, "nodes": nodes}
+    command = [*foldkv_, "build", str(folder / "graph"), "-o", str(folder), "--target", "cpu"]
+    subprocess.run(command, check=True, capture_output=True)
+    manifest = json.loads((folder / "cpu" / "manifest.json").read_text())
+    facts["bundle_bytes"] = sum(one["bytes"] for one in manifest["files"].values())
+    facts["nodes"] = {name: row["optimized"] for name, row in manifest["engine"]["nodes"].items()}
     return facts
 
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path))
-@click.option("--counts", default="8,64,256,384", show_default=True)
+@click.option("--counts", default="8,64,128,256", show_default=True)
 @click.option("--steps", default=20, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Processes of every number of experts, by turns.")
 @click.option("--threads", default=2, show_default=True, help="Processors that each side may use.")
@@ -159,18 +162,18 @@ def main(output: Path | None, counts: str, steps: int, rounds: int, threads: int
                 click.echo(json.dumps({"experts": count} | runs[count][-1]))
         for row in rows:
             measured = runs[row["experts"]]
-            for key in ("step_seconds", "prefill_seconds"):
+            for key in ("step_seconds", "chunk_seconds"):
                 row[key] = {
                     side: round(statistics.median(run[key][side] for run in measured), 4) for side in measured[0][key]
                 }
             row |= {key: measured[0][key] for key in ("logit_difference", "logit_spread")}
             for side, step in row["step_seconds"].items():
                 row.setdefault("step_over_fewest", {})[side] = round(step / rows[0]["step_seconds"][side], 2)
-                alone = _child(Path(name) / str(row["experts"]), [side], steps, threads)
+                alone = _child(Path(name) / str(row["experts"]), [side], steps, threads)  # its stacks are there already
                 row["resident_bytes"][side] = alone["resident_bytes"]
     content = {
-        "what": "decode with six of N experts chosen, batch 1, after a prompt of "
-        f"{_PROMPT} tokens in chunks of {_CHUNK}; seconds are medians over {rounds} rounds of medians of {steps} turns",
+        "what": f"decode steps, and chunks of {_CHUNK}, with six of N experts chosen, batch 1, after a prompt of "
+        f"{_PROMPT} tokens; seconds are medians over {rounds} rounds of medians of {steps} steps and {_CHUNKS} chunks by turns",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {threads} threads, shared",
         "load_average": [round(load, 1) for load in os.getloadavg()],
@@ -195,7 +198,9 @@ def _child(folder: Path, sides: list[str], steps: int, threads: int) -> dict[str
         "--threads",
         str(threads),
     ]
-    run = subprocess.run(words, check=False, capture_output=True, text=True)
+    # Idle threads of torch that wait actively would take the processors from the next side.
+    environment = os.environ | {"FOLDKV_CACHE": str(folder / "cache"), "OMP_WAIT_POLICY": "passive"}
+    run = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
     if run.returncode:
         raise click.ClickException(f"{sides} ended with {run.returncode}: {run.stderr.strip().splitlines()[-1]}")
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])

@@ -170,6 +170,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         for make in (
             result_tables.decode,
             result_tables.experts,
+            result_tables.expert_layer,
             result_tables.million,
             result_tables.stages,
             result_tables.real_size,

@@ -169,15 +169,29 @@ def experts() -> str:
     """Steps and memory by the number of experts."""
 
     def line(row: Mapping[str, Any]) -> list[str]:
-        ways = ("repack", "float32", "transformers")  # the names of the version that was measured
-        step = [f"{1000 * row['step_seconds'][way]:.0f} ms" if way in row["step_seconds"] else "-" for way in ways]
-        memory = [_mib(row["resident_bytes"][way]["VmRSS"]) if way in row["resident_bytes"] else "-" for way in ways]
-        prefill = [f"{row['prefill_seconds'][way]:.1f} s" for way in ("repack", "transformers")]
-        return [f"{row['experts']}", *step, " / ".join(memory), " / ".join(prefill)]
+        ways = ("stacked", "unstacked", "transformers")
+        step = " / ".join(f"{1000 * row['step_seconds'][way]:.0f}" for way in ways)
+        chunk = " / ".join(f"{row['chunk_seconds'][way]:.2f}" for way in ways)
+        memory = [" / ".join(_mib(row["resident_bytes"][way][kind]) for way in ways) for kind in ("RssAnon", "RssFile")]
+        return [f"{row['experts']}", step, chunk, *memory]
 
-    heads = ("experts", "step, packed", "step, float32", "step, transformers", "memory: packed / float32 / transformers",
-             "prefill of 256: packed / transformers")  # fmt: skip
+    heads = ("experts", "step, ms", "chunk of 128, s", "memory of its own", "pages of files")
     return _table(heads, map(line, result("moe-cpu")["rows"]))
+
+
+def expert_layer() -> str:
+    """One layer of experts at the width of V4-Flash, in both forms."""
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        both = ("stored", "stacked")
+        step = " / ".join(f"{1000 * row['step_seconds'][form]:.1f}" for form in both)
+        chunk = " / ".join(f"{row['chunk_seconds'][form]:.2f}" for form in both)
+        faster = f"{row['times_faster']['step']:.0f} x, {row['times_faster']['chunk']:.0f} x"
+        error = " / ".join(f"{row['error'][form]:.0e}" for form in both)
+        return [f"{row['experts']}", step, chunk, faster, error, f"{row['stacking_gb_s']:.2f} GB/s"]
+
+    heads = ("experts", "step, ms", "chunk of 128, s", "faster: step, chunk", "relative error", "stacking")
+    return _table(heads, map(line, result("experts-cpu")["rows"]))
 
 
 def million() -> str:

@@ -21,6 +21,7 @@ from ..export.contract.chain import CHAIN
 from ..export.contract.engine_set import ENGINES
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import LOCK
+from ..export.contract.stacks import reads_stacks
 from ..export.contract.state import StateTensor
 from ..export.package import FOLDER, Package, read_package
 from ..manifests import (
@@ -376,6 +377,7 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
     package = job.package
     state, nodes, known = write_chain(
         package, files, work, layout=job.layout, rope_dim=package.spec.rope_dim, place=job.place,
+        stack=job.place and not job.target.backend.gpu and reads_stacks(onnxruntime.__version__),
         gpu=job.target.backend.gpu, progress=progress,
     )  # fmt: skip
     _copy(package.folder, work, (TOKENIZER, LOCK))

@@ -86,6 +86,7 @@ def write_chain(
     layout: str = DENSE,
     rope_dim: int = 0,
     place: bool = True,
+    stack: bool = False,
     gpu: bool = False,
     progress: Say = silent,
 ) -> tuple[list[StateTensor], dict[str, dict[str, int]], dict[str, str]]:
@@ -97,8 +98,8 @@ def write_chain(
         out: folder of the bundle.
         layout: name of the cache layout.
         rope_dim: rotated channels of a row, for packed layouts.
-        place: convert weights once, into the bundle, and let a runtime stack experts; else the segments convert what they need
-            in every step.
+        place: convert weights once, into the bundle; else the segments convert them in every step.
+        stack: also write the second form of the segments with experts in e2m1.
         gpu: whether a GPU computes the segments.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -129,7 +130,7 @@ def write_chain(
             decode_whole_experts(segment.model)
         nodes[name] = {"inlined": optimize_for_cpu(segment.model)}
         models[name] = segment.model
-        second = _in_stacks(package, name, placements.get(name), layout, rope_dim) if place and not gpu else None
+        second = _in_stacks(package, name, placements.get(name), layout, rope_dim) if stack else None
         if second is not None:
             key = f"{name}.stacked"
             models[key], stacks = second

@@ -19,6 +19,7 @@ from ..errors import ArtifactError, MissingDependencyError, listing
 from ..export.contract.chain import CHAIN, STEP, Bound, ChainTable
 from ..export.contract.engine_set import EngineTable
 from ..export.contract.lock import LOCK, WeightsLock
+from ..export.contract.stacks import ONNX_RUNTIME, reads_stacks
 from ..export.contract.state import STATE_TYPES
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
@@ -95,6 +96,12 @@ class ChainModel:
             with WeightCheck(self.files, lock.files, paths, threads=default_threads()) as check:
                 check.finish()
         self._stacks = OpenedFiles(())
+        if place and self.table.stacked and not reads_stacks(onnxruntime.__version__):
+            progress(
+                f"ONNX Runtime {onnxruntime.__version__} cannot multiply with e2m1: every step decodes the experts. "
+                f"Version {'.'.join(map(str, ONNX_RUNTIME))} is many times as fast"
+            )
+            place = False
         if place and self.table.stacked:
             self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
             self.table = self.table.in_stacks()

@@ -88,8 +88,9 @@ class Stacks:
         self.by_owner = {
             call.owner: table.stacked[call.segment].stacks for call in table.calls if call.segment in table.stacked
         }
-        used = {name for name in stack_sources(table, lock) if name in paths}
-        self._sources = {name: (Path.cwd() / paths[name], _who(paths[name])) for name in sorted(used)}
+        self._sources = {
+            name: (Path.cwd() / paths[name], _who(paths[name])) for name in sorted(stack_sources(table, lock))
+        }
         facts = {
             "files": {
                 name: [lock.files[name].header_sha256, who] for name, (_, who) in self._sources.items()

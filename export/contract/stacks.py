@@ -21,6 +21,8 @@ HEADER = 4096
 DIGEST = "sha256"
 #: Types of stacks, with their names in safetensors. Elements have one byte.
 SAFETENSORS = {"uint8": "U8", "float8e8m0": "F8_E8M0"}
+#: The first version of ONNX Runtime that was tried and whose QMoE computes with e2m1 on processors.
+ONNX_RUNTIME = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Stack:
     def bytes(self) -> int:
         """Bytes of the stack."""
         return prod(self.shape)
+
+
+def reads_stacks(version: str) -> bool:
+    """Whether an ONNX Runtime of this version ("1.32.0") computes with stacks."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= ONNX_RUNTIME
 
 
 def offsets(stacks: Mapping[str, Stack]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from command import run
 from safetensors import safe_open
@@ -252,6 +254,18 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not list(own_cache.rglob("*.safetensors*"))
 
 
+def test_a_disk_that_becomes_full_leaves_whole_layers(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    made = source.stacks()
+    with pytest.raises(SystemFailure, match=r"No space left(.|\n)*FOLDKV_CACHE") as caught:
+        made.open()
+    assert caught.value.reason == "ENOSPC" and len(made.missing()) == LAYERS
+    assert not list(made.folder.glob("*.part"))
+
+
 def test_a_cache_that_cannot_be_written_is_one_error(source: Source, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(SystemFailure, match=r"cache.*Let FOLDKV_CACHE name a folder.*--no-place"):
@@ -373,12 +387,18 @@ def test_verify_reads_them_and_names_a_damaged_one(bundle: Path, own_cache: Path
 
 
 @pytest.mark.slow
-def test_a_bundle_that_was_built_without_placing_has_one_form(
-    released_graph: Callable[[str], Path], tmp_path: Path, own_cache: Path
+def test_an_older_onnx_runtime_reads_the_experts_where_they_lie(
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = build_bundles(released_graph("instruct"), tmp_path / "bundles", ["cpu"], place=False)
-    folder = report.results[0].folder
-    assert ChainTable.read(folder / CHAIN).stacked == {}
-    with Session(folder, context=64) as session:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.2")
+    lines: list[str] = []
+    with Session(bundle, context=64, progress=lines.append) as session:
         assert np.isfinite(session.prefill([[1, 2, 3]])).all()
+    assert not own_cache.exists() and ["1.31.2" in line and "1.32" in line for line in lines] == [True]
+
+
+@pytest.mark.slow
+def test_the_command_line_can_do_without_them(bundle: Path, own_cache: Path) -> None:
+    code, out, err = run("generate", bundle, "def f(", "-n", "4", "--no-place")
+    assert code == 0 and out.strip(), err
     assert not own_cache.exists()

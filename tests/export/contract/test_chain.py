@@ -11,7 +11,7 @@ import pytest
 
 from foldkv.errors import ArtifactError
 from foldkv.export.contract.chain import Bound, Call, ChainTable, Stacked
-from foldkv.export.contract.stacks import HEADER, Stack, facts_in, file_bytes, header, offsets
+from foldkv.export.contract.stacks import HEADER, Stack, facts_in, file_bytes, header, offsets, reads_stacks
 
 STACKS = {
     "experts.w13": Stack("experts.codes", (0, 2), "uint8", (2, 8, 16)),
@@ -62,6 +62,11 @@ def test_a_header_is_one_of_safetensors_of_a_fixed_size() -> None:
     ):
         with pytest.raises(ValueError):
             facts_in(wrong)
+
+
+def test_versions_of_onnx_runtime_are_compared_as_numbers() -> None:
+    found = {version: reads_stacks(version) for version in ("1.9.1", "1.31.0", "1.32.0", "1.100.0", "2.0.0.dev1")}
+    assert found == {"1.9.1": False, "1.31.0": False, "1.32.0": True, "1.100.0": True, "2.0.0.dev1": True}
 
 
 def change(part: int, value: object) -> Callable[[dict[str, Any]], None]:
