@@ -78,6 +78,12 @@ gate does not pass: the exit code is 1 and `junit.xml` has an error, with the re
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
 `topk-overlap` and `mass-recalled` for a model without indexers.
 
+**A reference that does not fit into memory** is computed a layer at a time (`--layered`; the default if the model takes more than 60 % of the
+machine's memory in float32): transformers' layers, one after the other, over all texts; experts in groups of 1 GiB; weights dequantised as they
+are read. The figures are those of the whole model, to the bit. A pass through all weights takes 8,192 tokens of texts and cases, and a run that was
+interrupted goes on after its last layer, from `REPORT.foldkv-reference`. The oracle of the profile `served` and the yardstick of bundles in bfloat16
+must still be in memory whole.
+
 Where index scores tie exactly at the last place, several sets of entries are equally good. ReLU makes such ties common in small and
 random models. The reference then takes the one of its equally good sets that is closest to the subject's. The report counts the ties.
 
