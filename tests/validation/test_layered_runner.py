@@ -67,7 +67,7 @@ def test_what_needs_a_whole_model_beside_it_is_refused(
 ) -> None:
     monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
     with pytest.raises(
-        InputError, match=r"takes .* MiB in float32, and this machine has 4\.0 MiB.*the oracle of the profile served"
+        InputError, match=r"takes .* MiB in float32, and this machine has 4\.00 MiB.*the oracle of the profile served"
     ):
         validate(served_bundles["dense"], tiny_checkpoint, tmp_path / "report", plan=PLAN)
 
