@@ -83,7 +83,7 @@ class CheckpointFacts:
 
     Attributes:
         path: its folder, when it was exported.
-        texts: sha256 over the tokenizer's files and generation_config.json.
+        texts: sha256 over the files of tokenizer and chat, and generation_config.json.
         allowed_unknown_keys: keys of config.json that were ignored.
         sha256: over everything, or over what ``of`` says.
         of: "headers" if no weights were read, else left out.

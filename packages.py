@@ -60,6 +60,7 @@ FEATURES = {
     **_builds(),
     **{one.run_feature: Feature(_to_run(one), "generate", one.gpu, one.package) for one in BACKENDS.values()},
     "validate": Feature(_VALIDATE, "validate"),
+    "chat templates": Feature(("jinja2",)),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
 #: Packages that the table above does not list, and their uses.

@@ -393,7 +393,7 @@ def _checkpoint_changes(source: Checkpoint, graph: Path, made: GraphManifest) ->
     if made.inputs.checkpoint.files != files_identity({name: source.folder / name for name in locked}):
         return f"weight files of the checkpoint {source.folder} were written again or replaced"
     if made.inputs.checkpoint.texts != source.texts_digest():
-        return f"the tokenizer or the generation_config.json of {source.folder} changed"
+        return f"the tokenizer, the chat encoding or the generation_config.json of {source.folder} changed"
     if made.model != model_facts(source):
         return f"the special tokens of {source.folder} changed"
     return ""

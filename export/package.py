@@ -31,9 +31,11 @@ from ..manifests import (
 from ..onnx_files import check_external_files
 from ..packages import version_of
 from ..progress import Progress, Say, silent
+from .checkpoint.chat import chat_file
 from .checkpoint.config_reader import spec_from_file
 from .checkpoint.reader import Checkpoint, model_facts
 from .checkpoint.texts import TOKENIZER, tokenizer_json
+from .contract.chat import CHAT
 from .contract.geometry import ModelSpec
 from .contract.lock import LOCK, WeightsLock
 from .contract.profiles import HF, check_profile
@@ -92,7 +94,7 @@ def export_checkpoint(
     report(f"reading the headers of {len(source.headers)} tensors in {source.folder}")
     check_tensors(source)
     sources, facts, tokenizer = sources_of(source), model_facts(source), tokenizer_json(source.folder)
-    texts = source.texts_digest()
+    texts, chat = source.texts_digest(), chat_file(source.folder, source.config)
     with only_writer(Path(out), report), staged(Path(out), kind=KIND) as folder:
         report(f"tracing the kinds of {source.spec.num_layers} layers")
         chain = trace_chain(source.spec, sources, profile, progress=report)
@@ -107,6 +109,8 @@ def export_checkpoint(
         (folder / CONFIG).write_text(json.dumps(source.config, indent=2) + "\n")
         if tokenizer is not None:
             (folder / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+        if chat is not None:
+            chat.write(folder / CHAT)
         source.check_unchanged()
         write(folder, _manifest(source, profile, chain, lock, sources, facts, texts))
     return Path(out)

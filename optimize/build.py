@@ -18,6 +18,7 @@ from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, sh
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.texts import TOKENIZER
 from ..export.contract.chain import CHAIN
+from ..export.contract.chat import CHAT
 from ..export.contract.engine_set import ENGINES
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import LOCK
@@ -380,7 +381,7 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
         stack=job.place and not job.target.backend.gpu and reads_stacks(onnxruntime.__version__),
         gpu=job.target.backend.gpu, progress=progress,
     )  # fmt: skip
-    _copy(package.folder, work, (TOKENIZER, LOCK))
+    _copy(package.folder, work, (TOKENIZER, CHAT, LOCK))
     progress("loading it in ONNX Runtime")
     for name in nodes:
         try:
@@ -411,7 +412,7 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
         )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _copy(package.folder, work, (TOKENIZER, LOCK))
+    _copy(package.folder, work, (TOKENIZER, CHAT, LOCK))
     layers = [name for _, name in package.calls()]
     return _Made(
         made.state,

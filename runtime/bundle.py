@@ -15,6 +15,7 @@ from ..artifact import MANIFEST, confined, read_manifest, sha256_json, verify_fi
 from ..backends import BACKENDS, Backend
 from ..errors import ArtifactError, MissingDependencyError, listing, system_failure
 from ..export.contract.chain import CHAIN
+from ..export.contract.chat import CHAT
 from ..export.contract.engine_set import ENGINES
 from ..inputs import OpenedFiles
 from ..manifests import BundleManifest, GraphNames, ModelFacts, parse
@@ -56,6 +57,7 @@ class Bundle:
     in_place: tuple[str, ...]  # state tensors that the engine updates in the buffer that it reads
     engine: Path
     tokenizer: Path | None
+    chat: Path | None  # which chat encoding it has
     opened: OpenedFiles = field(compare=False)
 
     @property
@@ -196,6 +198,7 @@ def _checked(folder: Path, content: dict[str, Any]) -> Bundle:
         engine=confined(folder, engine),
         opened=_opened(folder, content["files"]),
         tokenizer=confined(folder, TOKENIZER) if TOKENIZER in manifest.files else None,
+        chat=confined(folder, CHAT) if CHAT in manifest.files else None,
     )
 
 

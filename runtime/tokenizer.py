@@ -7,8 +7,9 @@ Reads the ``tokenizer.json`` of a bundle with the ``tokenizers`` library. The ex
 from __future__ import annotations
 
 import functools
+import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ class Tokenizer:
                 f"{path} is not a tokenizer.json that can be read: {error}. Make the bundle again."
             ) from None
         added = self._tokenizer.get_added_tokens_decoder().values()
+        self._added = frozenset(token.content for token in added)
         self._special = frozenset(token.content for token in added if token.special)
+        # A second tokenizer, without the tokens that it names, made where it is needed.
+        self._plain: tuple[frozenset[str], Any] | None = None
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Tokenizer:
@@ -92,6 +96,46 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text cannot be encoded: {error}. Give valid Unicode text.") from None
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    @property
+    def added_tokens(self) -> frozenset[str]:
+        """The texts of all tokens that are found in a text before it is cut into others; the special ones are among them."""
+        return self._added
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of all special tokens."""
+        return self._special
+
+    def encode_literally(self, text: str, tokens: Collection[str]) -> list[int]:
+        """The token ids of a text in which these added tokens are ordinary text; nothing is added around it.
+
+        Raises:
+            InputError: as :meth:`encode`; or the vocabulary has no other way to write one of these tokens.
+        """
+        ids, forbidden = (
+            self.encode(text, add_special_tokens=False),
+            {self._tokenizer.token_to_id(one) for one in tokens},
+        )
+        if not forbidden.intersection(ids):
+            return ids
+        ids = self._without(frozenset(tokens)).encode(text, add_special_tokens=False).ids
+        if found := forbidden.intersection(ids):
+            names = ", ".join(sorted(str(self._tokenizer.id_to_token(token)) for token in found))
+            raise InputError(
+                f"the text spells out {names}, which this tokenizer cannot write as ordinary text. Remove it."
+            )
+        return list(ids)
+
+    def _without(self, tokens: frozenset[str]) -> Any:
+        """A tokenizer of the library that does not add these tokens."""
+        import tokenizers
+
+        if self._plain is None or self._plain[0] != tokens:
+            facts = json.loads(self._tokenizer.to_str())
+            facts["added_tokens"] = [one for one in facts["added_tokens"] if one["content"] not in tokens]
+            self._plain = tokens, tokenizers.Tokenizer.from_str(json.dumps(facts))
+        return self._plain[1]
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids. Bytes that are not UTF-8 become U+FFFD; unknown ids give no text.

@@ -359,7 +359,7 @@ def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:
     cases: list[tuple[str, Any, str]] = [
         ("config.json", lambda b: json.dumps(json.loads(b) | {"routed_scaling_factor": 1.25}).encode(), "config.json: routed_scaling_factor"),
         ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "were written again or replaced"),
-        ("tokenizer.json", lambda b: b + b" ", "the tokenizer or the generation_config.json"),
+        ("tokenizer.json", lambda b: b + b" ", "the tokenizer, the chat encoding or the generation_config.json"),
         ("generation_config.json", lambda _: b'{"eos_token_id": [7]}', "generation_config.json"),
     ]  # fmt: skip
     for name, change, reason in cases:

@@ -171,7 +171,7 @@ class Checkpoint:
         return total.hexdigest()
 
     def texts_digest(self) -> str:
-        """sha256 over the files that define how texts begin, end and are read: tokenizer and generation_config.json."""
+        """sha256 over the files that define how texts begin, end and are read: tokenizer, chat, generation_config.json."""
         paths = [self.folder / name for name in TEXT_FILES]
         return sha256_json({path.name: sha256_file(path) for path in paths if path.is_file()})
 

@@ -14,6 +14,8 @@ from typing import Any
 from ...packages import require
 
 TOKENIZER = "tokenizer.json"
+#: How a checkpoint says how it reads conversations: a Jinja template, or DeepSeek-V4's encoding as Python.
+TEMPLATE, ENCODING = "chat_template.jinja", "encoding/encoding_dsv4.py"
 #: Files of a checkpoint that define how its texts begin, end and are read.
 TEXT_FILES = (
     TOKENIZER,
@@ -21,6 +23,8 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    TEMPLATE,
+    ENCODING,
 )
 #: Texts whose ids are compared; special tokens are added.
 _PROBES = ("", "a", " The quick\n\tfox's 12345 é 中文 😀  ")

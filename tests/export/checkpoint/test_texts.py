@@ -140,7 +140,7 @@ def test_a_pipeline_exports_again_when_the_tokenizer_or_what_ends_a_text_has_cha
     assert not export_changes(config, Checkpoint(tmp_path), tiny_graph, manifest)
     for name in ("tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).write_text("{}")
-        assert "the tokenizer or the generation_config.json" in export_changes(
+        assert "the tokenizer, the chat encoding or the generation_config.json" in export_changes(
             config, Checkpoint(tmp_path), tiny_graph, manifest
         )
         (tmp_path / name).unlink()
