@@ -94,7 +94,7 @@ class ChatFormat:
         return self.prompt(messages, **options).text
 
     def parser(self, *, thinking: bool = True, new_id: Callable[[], str] = random_id) -> Parser:
-        """A parser for one answer to a prompt with this ``thinking``. ``new_id`` makes the ids of calls."""
+        """A parser for one answer. ``thinking``: what the prompt's ``thinks`` says. ``new_id`` makes the ids of calls."""
         if self.file.encoding == DEEPSEEK:
             return DeepseekParser(_RULES[self.name], thinking=thinking, new_id=new_id)
         return PlainParser()

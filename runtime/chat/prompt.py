@@ -30,6 +30,11 @@ class Prompt:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def thinks(self) -> bool:
+        """Whether it ends inside the reasoning of an answer, which is then what the model writes first."""
+        return bool(self.marks) and self.marks[-1][1] == len(self.text) and self.text.endswith("<think>")
+
     def token_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The ids to feed, as ``generate_text`` and ``Session`` take them; nothing is added at either end.
 

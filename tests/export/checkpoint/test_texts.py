@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from foldkv.config import PipelineConfig
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.export.checkpoint.texts import tokenizer_json
+from foldkv.export.checkpoint.texts import ENCODING, tokenizer_json
+from foldkv.export.checkpoint.texts import TEMPLATE as TEMPLATE_FILE
 from foldkv.manifests import GraphManifest, read
 from foldkv.pipeline import export_changes
 from foldkv.runtime.tokenizer import Tokenizer as Ours
@@ -138,7 +139,8 @@ def test_a_pipeline_exports_again_when_the_tokenizer_or_what_ends_a_text_has_cha
     config = PipelineConfig.model_validate({"version": 1, "checkpoint": str(tmp_path), "output": "out"})
     manifest = read(GraphManifest, tiny_graph)
     assert not export_changes(config, Checkpoint(tmp_path), tiny_graph, manifest)
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    (tmp_path / "encoding").mkdir()
+    for name in ("tokenizer_config.json", "generation_config.json", TEMPLATE_FILE, ENCODING):
         (tmp_path / name).write_text("{}")
         assert "the tokenizer, the chat encoding or the generation_config.json" in export_changes(
             config, Checkpoint(tmp_path), tiny_graph, manifest

@@ -320,6 +320,19 @@ def test_reasoning_stays_where_it_is_not_to_be_dropped() -> None:
     assert V4.encode(messages, drop_reasoning=False) == f"{BOS}{U}1{A}<think>Hm</think>one{EOS}{U}2{A}<think>"
 
 
+@pytest.mark.parametrize(
+    ("messages", "options", "thinks"),
+    [
+        ([user("Hi")], {}, True), ([user("Hi")], {"thinking": False}, False), ([user("Hi", task="action")], {}, False),
+        ([user("Hi"), said("Yo", prefix=True)], {}, False), ([user("<think>")], {"add_generation_prompt": False}, False),
+    ],
+)  # fmt: skip
+def test_a_prompt_says_whether_reasoning_comes_next(
+    messages: list[dict[str, Any]], options: dict[str, Any], thinks: bool
+) -> None:
+    assert V4.prompt(messages, **options).thinks == thinks
+
+
 def test_typed_messages_and_dictionaries_are_the_same() -> None:
     typed = [
         Message("user", "Hi"), Message("assistant", "", "Hm", (ToolCall("add", '{"a": 2}', "x"),)),
