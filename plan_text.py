@@ -14,7 +14,7 @@ from .optimize.fit import TargetPlan, export_estimate, graph_bytes, plan_targets
 from .optimize.history import Estimate, read_runs
 from .optimize.kept_weights import FORMATS
 from .optimize.targets import resolve_targets
-from .runtime.stacks import made_here, stacks_folder
+from .runtime.stacks_made import made_here, stacks_folder
 from .tables import table
 from .units import duration_text, size_text
 

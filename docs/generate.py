@@ -177,6 +177,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
             result_tables.decode,
             result_tables.experts,
             result_tables.expert_layer,
+            result_tables.full_width,
             result_tables.million,
             result_tables.stages,
             result_tables.real_size,

@@ -179,6 +179,14 @@ def experts() -> str:
     return _table(heads, map(line, result("moe-cpu")["rows"]))
 
 
+def full_width() -> str:
+    """Differences of the streams after layers of full width."""
+    head = ("layer", "prompt: largest", "prompt: middle token", "decoded: largest", "decoded: middle token")
+    keys = ("prompt_largest", "prompt_median", "decoded_largest", "decoded_median")
+    rows = result("full-width-cpu")["layers"]
+    return _table(head, ((row["kind"], *(f"{row[key]:.1e}" for key in keys)) for row in rows))
+
+
 def expert_layer() -> str:
     """One layer of experts at the width of V4-Flash, in both forms."""
 

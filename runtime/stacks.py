@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..artifact import free_bytes, only_writer, sha256_json, write_whole
-from ..caches import cache_folder
 from ..errors import InputError, SystemFailure, listing, system_failure
 from ..export.contract.chain import CHAIN, ChainTable, stacks_file
 from ..export.contract.lock import Weight, WeightsLock
@@ -35,11 +33,11 @@ from ..export.contract.stacks import DIGEST, HEADER, Stack, facts_in, file_bytes
 from ..inputs import file_identity
 from ..progress import BYTES, Progress, Say, silent
 from ..units import size_text
+from .stacks_made import SOURCES, stacks_folder
 from .weight_files import WeightFiles
 
 #: Stacks of this many bytes or fewer are made in memory.
 IN_MEMORY = 64 << 20
-_SOURCES = "sources.json"
 _PART = ".part"
 _BLOCK = 16 << 20
 _JOBS = 4  # layers at once; more wait for the disk
@@ -47,29 +45,6 @@ _ADVICE = (
     "Let FOLDKV_CACHE name a folder on a disk with room, or leave the experts where they are (`generate --no-place`, "
     "`build --no-place`, or place=False in Python): every step then decodes them, which takes many times as long."
 )
-
-
-@dataclass(frozen=True)
-class Made:
-    """Stacks that were made on this machine: their bytes, and the seconds that it took."""
-
-    bytes: int
-    seconds: float
-
-
-def stacks_folder() -> Path:
-    """Where stacks are kept."""
-    return cache_folder() / "stacks"
-
-
-def made_here() -> list[Made]:
-    """The stacks that were made on this machine in one go and are still there."""
-    found = []
-    for file in sorted(stacks_folder().glob(f"*/{_SOURCES}")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            row = json.loads(file.read_bytes())["made"]
-            found.append(Made(int(row["bytes"]), float(row["seconds"])))
-    return [one for one in found if one.bytes > 0 and one.seconds > 0]
 
 
 class Stacks:
@@ -188,7 +163,7 @@ class Stacks:
             )
         report(f"stacking {size_text(total)} of experts in {self.folder}, once for all bundles of this checkpoint")
         sources = {name: {"path": str(path), "who": who} for name, (path, who) in self._sources.items()}
-        write_whole(self.folder / _SOURCES, json.dumps({"sources": sources, "made": None}))
+        write_whole(self.folder / SOURCES, json.dumps({"sources": sources, "made": None}))
 
         def advance(size: int) -> None:
             with counting:
@@ -205,7 +180,7 @@ class Stacks:
             pool.shutdown(cancel_futures=True)
         if len(missing) == len(self.by_owner):
             made = {"bytes": total, "seconds": round(time.monotonic() - start, 3)}
-            write_whole(self.folder / _SOURCES, json.dumps({"sources": sources, "made": made}))
+            write_whole(self.folder / SOURCES, json.dumps({"sources": sources, "made": made}))
 
     def _write_one(self, owner: str, advance: Callable[[int], None], stop: threading.Event) -> None:
         """Write the file of one call beside its place, and move it there."""
@@ -257,7 +232,7 @@ class Stacks:
 
     def _remove_outdated(self, report: Progress) -> None:
         """Remove stacks of files that were written again since: nobody can use them any more."""
-        for file in self.folder.parent.glob(f"*/{_SOURCES}"):
+        for file in self.folder.parent.glob(f"*/{SOURCES}"):
             if file.parent == self.folder:
                 continue
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):

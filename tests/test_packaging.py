@@ -55,7 +55,7 @@ heavy = (
     "torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors", "pydantic", "click", "jinja2", "triton",
 )
 # The contract, where weights lie, plain declarations, and what launches kernels.
-own = ["foldkv.export", "foldkv.export.locate", "foldkv.plugins"] + [name for name in sys.modules if name.startswith("foldkv.export.contract")]
+own = ["foldkv.export", "foldkv.export.locate", "foldkv.export.weight_digests", "foldkv.plugins"] + [name for name in sys.modules if name.startswith("foldkv.export.contract")]
 own += [f"foldkv.plugins.{{name}}" for name in ("cuda", "declarations", "launch", "launch_experts", "launch_sublayers", "plans", "tensorrt")]
 made = tuple(f"foldkv.{{name}}" for name in ("export", "plugins", "optimize", "validation", "cli"))
 print([name for name in sys.modules if name in heavy or name.startswith(made) and name not in own])

@@ -26,7 +26,8 @@ from foldkv.optimize.build import build_bundles
 from foldkv.plan_text import Sizes, plan_on_targets
 from foldkv.runtime import Model, Session, stacks
 from foldkv.runtime.bundle import load_bundle
-from foldkv.runtime.stacks import Stacks, made_here
+from foldkv.runtime.stacks import Stacks
+from foldkv.runtime.stacks_made import made_here
 from foldkv.runtime.weight_files import WeightFiles
 
 EXPERTS, ROWS, WIDTH, LAYERS = 3, 4, 16, 4
