@@ -437,7 +437,7 @@ def test_the_command_shows_what_would_be_done(finished: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = {line.split("  ")[0]: line for line in result.output.splitlines()}
     assert "unchanged" in rows["export"] and "shapes.batch was [1, 1, 64], is [1, 2, 8]" in rows["build cpu"]
-    assert "the bundle is rebuilt" in rows["validate"] and "free there: " in result.output
+    assert "the bundle is rebuilt" in rows["validate cpu"] and "free there: " in result.output
     facts = json.loads(CliRunner().invoke(main, ["run", str(path), "--dry-run", "--json"]).stdout)
     assert [step["runs"] for step in facts["steps"]] == [False, True, True]
     assert facts["bytes"] == facts["steps"][1]["bytes"] < facts["free_bytes"]
