@@ -95,7 +95,7 @@ def deepened(session: Session, snapshot: Snapshot, tokens: int) -> Snapshot:
         for tensor, row in zip(session.bundle.state.tensors, snapshot.rows[0], strict=True)
     )
     batch = session.batch
-    return Snapshot(snapshot.digest, snapshot.context, (tokens,) * batch, (None,) * batch, (rows,) * batch)
+    return Snapshot(snapshot.meaning, snapshot.context, (tokens,) * batch, (None,) * batch, (rows,) * batch)
 
 
 class LayerTimes:
