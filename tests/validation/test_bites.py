@@ -35,7 +35,7 @@ from foldkv.validation.validate import validate
 
 pytestmark = pytest.mark.slow
 
-SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=25)
+SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=12)
 Damage = Callable[["Model"], None]
 
 
