@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .contract.geometry import INDEXED, ModelSpec
-from .contract.profiles import HF, SERVED
+from .contract.geometry import ModelSpec
+from .contract.profiles import HF
 from .contract.state import state_tensors
 from .model.decoder import Layer
-from .model.hadamard import hadamard_matrix
 from .model.hyper_connections import collapse_last
 from .model.norm import RMSNorm
-from .model.rope import inverse_frequencies
 from .operators.registry import ONNX_OPSET, translation_table
 from .trace import quiet, tidy
 
@@ -75,10 +73,6 @@ def trace_attention(spec: ModelSpec, layer: int, profile: str = HF) -> ir.Model:
     """Streams, positions, num_tokens, tokens, active_context, state -> streams, state."""
     with torch.device("meta"):
         module = Layer(spec, layer, profile)
-    kind = spec.layer_types[layer]
-    module.attn.inv_freq = inverse_frequencies(spec, kind)
-    if kind in INDEXED and profile == SERVED:
-        module.attn.indexer.hadamard = hadamard_matrix(spec.index_head_dim)
     dim, rows = _dimensions(), [row for row in state_tensors(spec) if row.layer == layer]
     context = _CAPACITY * max(1, spec.ratios[layer]) + 1
     arguments = (

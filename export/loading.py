@@ -10,11 +10,8 @@ from .checkpoint.formats import PLAIN
 from .checkpoint.names import scale_name
 from .checkpoint.reader import Checkpoint
 from .checkpoint.values import dequantised, read_tensor, scale_values
-from .contract.geometry import INDEXED
-from .contract.profiles import HF, SERVED
-from .model.decoder import Decoder, Layer, parameter_shapes
-from .model.hadamard import hadamard_matrix
-from .model.rope import inverse_frequencies
+from .contract.profiles import HF
+from .model.decoder import Decoder, parameter_shapes
 from .tensor_table import check_tensors, expert_parts
 
 
@@ -54,12 +51,6 @@ def decoder_from_checkpoint(checkpoint: Checkpoint, profile: str = HF) -> Decode
             listing(f"{checkpoint.folder} has unusable weights", problems, "Download the weights again.")
         )
     model.load_state_dict(values, assign=True)
-    # Frequencies and rotations are not in a checkpoint, and the model was made without storage.
-    for kind, block in zip(checkpoint.spec.layer_types, model.layers, strict=True):
-        assert isinstance(block, Layer)
-        block.attn.inv_freq = inverse_frequencies(checkpoint.spec, kind)
-        if kind in INDEXED and profile == SERVED:
-            block.attn.indexer.hadamard = hadamard_matrix(checkpoint.spec.index_head_dim)
     return model.eval().requires_grad_(False)
 
 

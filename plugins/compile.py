@@ -90,9 +90,10 @@ _KERNELS = Path(__file__).parent / "kernels"
 
 
 def _sources_digest(module: str = "") -> str:
-    """Digest of the sources of a kernel module and of those that it imports; without a name, of all kernel modules."""
+    """Digest of the sources of a kernel module and of those that it imports; without a name, of all kernel modules. This file,
+    which settles how they are compiled, is one of the sources."""
     names = _imported(module) if module else {path.stem for path in _KERNELS.glob("*.py")}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(__file__).read_bytes())
     for name in sorted(names):
         digest.update((_KERNELS / f"{name}.py").read_bytes())
     return digest.hexdigest()

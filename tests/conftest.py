@@ -27,10 +27,10 @@ from foldkv.optimize.build import build_bundles
 
 ROOT = Path(__file__).parents[1]
 
-#: Test files in the order of how long they take, the longest first, so that processes end together. The first ones need no
-#: export, which others wait for. Files that are not listed follow; they take less than the last.
+#: Test files in the order of how long they take, the longest first, so that processes end together. The real
+#: size builds with kernels that the first file compiles. Files that are not listed follow; they take less than the last.
 LONGEST_FIRST = (
-    "plugins/test_compile.py", "test_real_size.py", "validation/test_bites.py", "plugins/test_kernels.py", "export/test_package.py",
+    "plugins/test_compile.py", "validation/test_bites.py", "test_real_size.py", "plugins/test_kernels.py", "export/test_package.py",
     "test_pipeline.py", "export/test_stitch.py", "optimize/test_build.py", "plugins/test_torch_ops.py", "test_packages.py",
     "export/test_served.py", "test_shell.py", "test_bad_inputs.py", "export/test_parity.py", "runtime/test_session.py",
     "validation/test_validate.py", "export/checkpoint/test_formats.py", "optimize/test_choices.py", "test_cli.py",
