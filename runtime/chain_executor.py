@@ -59,12 +59,7 @@ class ChainExecutor:
         Raises:
             FoldkvError: ONNX Runtime failed; the state may be half updated.
         """
-        decode = input_ids.shape[1] == 1
-        if decode not in self._lanes:
-            sessions = self._model.decode_sessions if decode else self._model.sessions
-            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._context, self._batch)
-        lane = self._lanes[decode]
-        lane.fit(input_ids.shape[1], logit_indices.shape[1])
+        lane = self._lane(input_ids.shape[1], logit_indices.shape[1])
         lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
         owner = STEP
         try:
@@ -73,12 +68,56 @@ class ChainExecutor:
                 if observe is not None:
                     lane.show(owner, observe)
         except Exception as error:
-            raise FoldkvError(
-                f"ONNX Runtime failed in {owner} on a chunk of {input_ids.shape[1]} tokens in a batch of {self._batch} with "
-                f"{self._model.bundle.folder}: {first_line(error)}. Reset the session or restore a snapshot; "
-                "if memory ran out, use a smaller chunk."
-            ) from error
+            raise self._failure(owner, input_ids.shape[1], error) from error
         return lane.logits()
+
+    def run_call(
+        self,
+        owner: str,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        streams: FloatArray | None,
+    ) -> tuple[FloatArray, dict[str, npt.NDArray[Any]]]:
+        """Run one call of the chain alone: what :meth:`run` does there, given what the call before it made.
+
+        Only the state of the call's own layer is read and updated. So many chunks can go through one layer before any goes through
+        the next, and each weight is read once for all of them.
+
+        Args:
+            owner: name of the call: ``embed``, ``layers.0`` and so on, ``head``.
+            input_ids, positions, num_tokens, active_context, logit_indices: as of :meth:`run`.
+            streams: [B, S, N, C] after the call before it; None for ``embed``.
+
+        Returns:
+            Streams [B, S, N, C] after it, or the logits [B, L, V] of ``head``; and copies of outputs that nothing else takes.
+
+        Raises:
+            FoldkvError: ONNX Runtime failed; the layer's state may be half updated.
+        """
+        lane = self._lane(input_ids.shape[1], logit_indices.shape[1])
+        lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
+        try:
+            return lane.run_call(owner, streams)
+        except Exception as error:
+            raise self._failure(owner, input_ids.shape[1], error) from error
+
+    def _lane(self, chunk: int, kept: int) -> _Lane:
+        decode = chunk == 1
+        if decode not in self._lanes:
+            sessions = self._model.decode_sessions if decode else self._model.sessions
+            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._context, self._batch)
+        self._lanes[decode].fit(chunk, kept)
+        return self._lanes[decode]
+
+    def _failure(self, owner: str, chunk: int, error: Exception) -> FoldkvError:
+        return FoldkvError(
+            f"ONNX Runtime failed in {owner} on a chunk of {chunk} tokens in a batch of {self._batch} with "
+            f"{self._model.bundle.folder}: {first_line(error)}. Reset the session or restore a snapshot; "
+            "if memory ran out, use a smaller chunk."
+        )
 
     def forget(self) -> None:
         """See :meth:`foldkv.runtime.backend.Executor.forget`."""
@@ -140,6 +179,22 @@ class _Lane:
         for call, binding in self._calls:
             yield call.owner, partial(self._sessions[call.segment].run_with_iobinding, binding)
 
+    def run_call(self, owner: str, streams: FloatArray | None) -> tuple[FloatArray, dict[str, npt.NDArray[Any]]]:
+        """See :meth:`ChainExecutor.run_call`."""
+        self._run_step(None)
+        number, call, binding = self._numbered(owner)
+        if streams is not None:
+            before = self._made[f"{STREAMS}.{(number + 1) % 2}"]
+            before.host[...] = streams
+            before.push()
+        self._sessions[call.segment].run_with_iobinding(binding, None)
+        more = {name: value.copy() for name, value in self._more(owner, binding).items()}
+        if not self._gives_streams(call):
+            return self.logits().copy(), more
+        after = self._made[f"{STREAMS}.{number % 2}"]
+        after.pull()
+        return after.host.copy(), more
+
     def _run_step(self, options: Any) -> None:
         self._sessions[STEP].run_with_iobinding(self._step, options)
         for name in self._read:
@@ -170,15 +225,28 @@ class _Lane:
 
     def show(self, owner: str, observe: Observer) -> None:
         """Tell an observer what a call gave, if it gave streams."""
-        found = [(n, call, binding) for n, (call, binding) in enumerate(self._calls) if call.owner == owner]
-        if not found or not {STREAMS, AFTER} & self._model.outputs[found[0][1].segment].keys():
+        if owner == STEP:
             return
-        [(number, call, binding)] = found
-        values = binding.get_outputs()  # in the order in which they were first bound
-        more = {name: values[at].numpy() for name, at in self._extra[owner].items()}
+        number, call, binding = self._numbered(owner)
+        if not self._gives_streams(call):
+            return
         streams = self._made[f"{STREAMS}.{number % 2}"]
         streams.pull()
-        observe(Observed(call.layer, None, streams.host, more))
+        observe(Observed(call.layer, None, streams.host, self._more(owner, binding)))
+
+    def _numbered(self, owner: str) -> tuple[int, Call, Any]:
+        [found] = [(n, call, binding) for n, (call, binding) in enumerate(self._calls) if call.owner == owner]
+        return found
+
+    def _gives_streams(self, call: Call) -> bool:
+        return bool({STREAMS, AFTER} & self._model.outputs[call.segment].keys())
+
+    def _more(self, owner: str, binding: Any) -> dict[str, npt.NDArray[Any]]:
+        """Outputs of a call that nothing else takes."""
+        if not self._extra[owner]:
+            return {}
+        values = binding.get_outputs()  # in the order in which they were first bound
+        return {name: values[at].numpy() for name, at in self._extra[owner].items()}
 
     def tensors(self) -> Iterator[Tensor]:
         """All buffers but the state's."""

@@ -23,22 +23,28 @@ from ..export.contract.layouts import cache_layout
 from ..export.contract.rows import row_format_named
 from ..export.operators.row_formats import unpack
 from ..export.segments import CHOSEN
+from ..progress import Say, silent
 from ..runtime.backend import Observed
 from ..runtime.bundle import Bundle
 from ..runtime.chain import ChainModel
 from ..runtime.chain_executor import ChainExecutor
+from .jobs import Job, in_batches
+from .layered import read_layered
+from .layered_subject import LayeredSubject
 from .selection import Ints
 
 
 class GraphChoices:
-    """The entries that the indexers of a chain of graphs chose. All texts use one copy of the chain.
-
-    Raises:
-        ArtifactError: a segment with an indexer does not name what it chose.
-    """
+    """The entries that the indexers of a chain of graphs chose. All texts use one copy of the chain."""
 
     def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int) -> None:
-        self._csa = list(csa_layers)
+        """Open the chain with what its indexers choose as outputs.
+
+        Raises:
+            ArtifactError: a segment with an indexer does not name what it chose.
+        """
+        self._csa, self._bundle, self._threads = list(csa_layers), bundle, threads
+        self._known: dict[tuple[int, ...], dict[int, Ints]] = {}
         table = ChainTable.read(bundle.folder / CHAIN).in_stacks()
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
         opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
@@ -46,6 +52,8 @@ class GraphChoices:
 
     def chosen(self, tokens: Sequence[int]) -> dict[int, Ints]:
         """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""
+        if tuple(tokens) in self._known:
+            return self._known[tuple(tokens)]
         found: dict[int, Ints] = {}
 
         def keep(seen: Observed) -> None:
@@ -60,6 +68,22 @@ class GraphChoices:
         )  # fmt: skip
         executor.close()
         return found
+
+    def prepare(self, texts: Sequence[Sequence[int]], *, folder: Path | None = None, progress: Say = silent) -> None:
+        """Find out now what is chosen in these texts, a layer at a time over all of them (layered_subject.py).
+
+        Args:
+            texts: [n] tokens each.
+            folder: where a pass keeps what it has after every layer.
+            progress: a :class:`~foldkv.progress.Progress` gets the bytes of weights.
+        """
+        for batch in in_batches([Job(tokens, edges=[]) for tokens in texts]):
+            executor = ChainExecutor(self._model, max(len(job.tokens) for job in batch), 1)
+            side = LayeredSubject(self._bundle, executor, name="choices", threads=self._threads)
+            read_layered(side, batch, folder=folder, progress=progress)
+            executor.close()
+            for job in batch:
+                self._known[tuple(job.tokens)] = {layer: job.entries[layer] for layer in self._csa}
 
     def close(self) -> None:
         """Free the chain."""

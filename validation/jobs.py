@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from ..artifact import sha256_json
 from .selection import Ints, Selection
 
 Floats = npt.NDArray[np.float32]
+#: Tokens that go through the layers in one pass: each takes streams, attention's output and the answers of its experts, about 200 KB
+#: at V4-Flash's width.
+TOKENS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass
@@ -30,10 +33,12 @@ class Job:
             layer made of them.
         keys: by layer, values of index rows [entries, D] that the indexer takes instead of its own.
         keep_streams: keep the streams after every layer.
+        keep_rows: keep the rows of a subject's state.
         last: tokens at the end whose logits are wanted; None for all.
         streams: kept, [n, N, C] by layer.
         selections: kept, by layer with an indexer.
-        entries: likewise, the entries [n, k] that an indexer chose itself, of a job with ``given``.
+        entries: likewise, the entries [n, k] that an indexer chose itself: of a job with ``given``, or of a subject whose segments say it.
+        rows: kept, by state tensor [used, width], as they are stored.
     """
 
     tokens: Sequence[int]
@@ -42,16 +47,20 @@ class Job:
     given: Sequence[Floats] | None = None
     keys: Mapping[int, Tensor] | None = None
     keep_streams: bool = False
+    keep_rows: bool = False
     last: int | None = None
     streams: list[Floats] = dataclasses.field(default_factory=list)
     selections: dict[int, Selection] = dataclasses.field(default_factory=dict)
     entries: dict[int, Ints] = dataclasses.field(default_factory=dict)
+    rows: dict[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """A digest of what is asked."""
         rows = [_digest(one) for one in (self.chosen, self.given, self.keys)]
-        return sha256_json([list(self.tokens), list(self.edges or ()), *rows, self.keep_streams, self.last])
+        return sha256_json(
+            [list(self.tokens), list(self.edges or ()), *rows, self.keep_streams, self.keep_rows, self.last]
+        )
 
 
 def _digest(values: Mapping[int, Any] | Sequence[Any] | None) -> str | None:
@@ -61,3 +70,15 @@ def _digest(values: Mapping[int, Any] | Sequence[Any] | None) -> str | None:
     return sha256_json(
         [[key, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()] for key, value in rows]
     )
+
+
+def in_batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs in order, as many together as may be in memory; one at least."""
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and sum(len(one.tokens) for one in (*batch, job)) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch

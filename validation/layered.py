@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,28 @@ from .selection import Selection, settle_ties, visible_scores
 GROUP_BYTES = 1 << 30
 #: Called with a layer and, for every job, its streams [n, N, C] after it.
 Observer = Callable[[int, Sequence[Tensor]], None]
+
+
+class Layered(Protocol):
+    """A model of which one layer is in memory at a time: a reference, or a subject (layered_subject.py)."""
+
+    num_layers: int
+
+    def key(self, jobs: Sequence[Job]) -> str:
+        """A digest of everything that the streams of these jobs depend on."""
+        ...
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of a layer's weights."""
+        ...
+
+    def embedded(self, job: Job) -> Tensor:
+        """The streams [n, N, C] before the first layer."""
+        ...
+
+    def layers(self, jobs: Sequence[Job], streams: Sequence[Tensor], *, first: int = 0) -> Iterator[list[Tensor]]:
+        """As :meth:`LayeredReference.layers`."""
+        ...
 
 
 class LayeredReference:
@@ -68,10 +90,10 @@ class LayeredReference:
         self._config = config
         self.num_layers: int = config.num_hidden_layers
 
-    def embedded(self, tokens: Sequence[int]) -> Tensor:
+    def embedded(self, job: Job) -> Tensor:
         """The streams [n, N, C] before the first layer."""
         table = self._value("embed.weight")
-        rows = torch.nn.functional.embedding(torch.tensor(list(tokens)), table)
+        rows = torch.nn.functional.embedding(torch.tensor(list(job.tokens)), table)
         return rows[:, None].expand(-1, self._config.hc_mult, -1).contiguous()
 
     def layers(self, jobs: Sequence[Job], streams: Sequence[Tensor], *, first: int = 0) -> Iterator[list[Tensor]]:
@@ -365,13 +387,13 @@ class _Layer:
 
 
 def read_layered(
-    reference: LayeredReference, jobs: Sequence[Job], *, observe: Observer | None = None, folder: Path | None = None,
+    side: Layered, jobs: Sequence[Job], *, observe: Observer | None = None, folder: Path | None = None,
     progress: Say = silent, pass_: tuple[int, int] = (0, 1),
 ) -> list[Tensor]:  # fmt: skip
     """The streams [n, N, C] float32 of every job after the last layer.
 
     Args:
-        reference: the model.
+        side: the model.
         jobs: the texts.
         observe: called after every layer, also again for the layer after which an earlier run ended.
         folder: where streams are kept after every layer, and what else jobs keep, so that a run which was interrupted goes on after
@@ -380,20 +402,21 @@ def read_layered(
         pass_: number of this pass through the weights, and of all passes of the work.
 
     Raises:
-        CheckpointError: a weight cannot be read or is no number.
+        CheckpointError: a weight of a reference cannot be read or is no number.
+        FoldkvError: ONNX Runtime failed.
         SystemFailure: the folder cannot be written.
     """
     report = Progress.of(progress)
-    kept = None if folder is None else Kept(folder, reference.key(jobs))
+    kept = None if folder is None else Kept(folder, side.key(jobs))
     done, streams = (-1, None) if kept is None else kept.read(jobs)
     if streams is None:
-        streams = [reference.embedded(job.tokens) for job in jobs]
+        streams = [side.embedded(job) for job in jobs]
     else:
         report(f"going on after layer {done}")
         if observe is not None:
             observe(done, streams)
-    sizes = [reference.layer_bytes(layer) for layer in range(reference.num_layers)]
-    for layer, after in enumerate(reference.layers(jobs, streams, first=done + 1), done + 1):
+    sizes = [side.layer_bytes(layer) for layer in range(side.num_layers)]
+    for layer, after in enumerate(side.layers(jobs, streams, first=done + 1), done + 1):
         streams = after
         report.steps(pass_[0] * sum(sizes) + sum(sizes[: layer + 1]), pass_[1] * sum(sizes), BYTES)
         if kept is not None:

@@ -44,6 +44,7 @@ class Kept:
             return -1, None
         for parts, job in zip(found, jobs, strict=True):
             job.streams[:], job.selections, job.entries = parts.streams, parts.selections, parts.entries
+            job.rows = parts.rows
         return layer, streams
 
     def write(self, layer: int, jobs: Sequence[Job], streams: Sequence[Tensor]) -> None:
@@ -79,6 +80,8 @@ def _named(number: int, job: Job) -> Iterator[tuple[str, Any]]:
             yield f"{number}.selection.{layer}.{name}", getattr(one, name)
     for layer, entries in job.entries.items():
         yield f"{number}.entries.{layer}", entries
+    for name, rows in job.rows.items():
+        yield f"{number}.rows.{name}", rows
 
 
 class _Parts:
@@ -94,3 +97,5 @@ class _Parts:
         }
         at_entries = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{number}.entries.")}
         self.entries = {at: tensors[f"{number}.entries.{at}"].numpy() for at in sorted(at_entries)}
+        rows = f"{number}.rows."
+        self.rows = {name.removeprefix(rows): value.numpy() for name, value in tensors.items() if name.startswith(rows)}

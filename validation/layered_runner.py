@@ -5,7 +5,7 @@ A question that was not announced costs a pass through all weights of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ from torch import Tensor
 
 from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress, Say, silent
-from .jobs import Job
+from .jobs import Job, in_batches
 from .layered import LayeredReference, edges_of, read_layered
 from .runners import Alone, Logits, Reading
 from .selection import Ints
 
-#: Tokens that go through the layers in one pass: each takes streams, attention's output and the answers of its experts, about 200 KB
-#: at V4-Flash's width.
-TOKENS_AT_ONCE = 8192
 _CHUNK = 256
 
 
@@ -47,7 +44,7 @@ class LayeredRunner:
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Answer these questions now, in as few passes through the weights as memory allows."""
         new = {job.key: job for job in jobs if job.key not in self._known}
-        batches = list(_batches(list(new.values())))
+        batches = list(in_batches(list(new.values())))
         for number, batch in enumerate(batches):
             self._progress(
                 f"the reference, layer by layer: pass {number + 1} of {len(batches)}, {sum(len(job.tokens) for job in batch)} tokens"
@@ -85,15 +82,3 @@ class LayeredRunner:
     def _logits(self, streams: Tensor) -> Logits:
         result: Logits = self._reference.logits(streams).numpy()
         return result
-
-
-def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs in order, as many together as may be in memory; one at least."""
-    batch: list[Job] = []
-    for job in jobs:
-        if batch and sum(len(one.tokens) for one in (*batch, job)) > TOKENS_AT_ONCE:
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch

@@ -22,6 +22,8 @@ from .jobs import Job
 from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
 
 Logits = npt.NDArray[np.float32]
+#: Tokens of a chunk in which a subject is fed.
+CHUNK = 64
 
 
 @dataclass
@@ -297,9 +299,10 @@ class OracleRunner:
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
-    def __init__(self, model: Model, *, context: int, chunk: int = 64) -> None:
+    def __init__(self, model: Model, *, context: int, chunk: int = CHUNK) -> None:
         self.session = Session(model, context=max(context, model.bundle.smallest("context")), chunk=chunk)
-        self.name = f"{self.session.bundle.target} bundle"
+        self.model, self.bundle, self._chunk = model, model.bundle, chunk
+        self.name = f"{self.bundle.target} bundle"
 
     def __enter__(self) -> Self:
         return self
@@ -308,6 +311,10 @@ class SessionRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.session.close()
+
+    def at(self, context: int) -> SessionRunner:
+        """The same in a session of its own for ``context`` tokens."""
+        return SessionRunner(self.model, context=context, chunk=self._chunk)
 
     def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
         """Prefill from an empty state in chunks."""

@@ -9,11 +9,11 @@ import pytest
 
 from foldkv.errors import InputError
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.validation import layered_runner
+from foldkv.validation import jobs
 from foldkv.validation import validate as validate_module
-from foldkv.validation.jobs import Job
+from foldkv.validation.jobs import Job, in_batches
 from foldkv.validation.layered import LayeredReference
-from foldkv.validation.layered_runner import LayeredRunner, _batches
+from foldkv.validation.layered_runner import LayeredRunner
 from foldkv.validation.runners import TransformersRunner
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
@@ -79,8 +79,8 @@ def test_a_question_that_was_not_announced_is_answered_too(tiny_checkpoint: Path
 
 
 def test_a_pass_takes_as_many_tokens_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layered_runner, "TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(jobs, "TOKENS_AT_ONCE", 10)
     sizes = [
-        [len(job.tokens) for job in batch] for batch in _batches([Job([0] * size) for size in (4, 6, 1, 12, 3, 7)])
+        [len(job.tokens) for job in batch] for batch in in_batches([Job([0] * size) for size in (4, 6, 1, 12, 3, 7)])
     ]
     assert sizes == [[4, 6], [1], [12], [3, 7]]

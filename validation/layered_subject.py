@@ -1,0 +1,216 @@
+"""A chain of graphs on the CPU, one layer at a time over all texts, as the reference goes (layered.py).
+
+A model that is larger than memory is read from the disk again for every chunk, because a chunk asks for most of the experts. Here all
+chunks of all texts go through a layer before any goes through the next, so each weight is read once. The segments, their weights and
+the chunks are those of a session; so are the results, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..artifact import MANIFEST, sha256_file, sha256_json
+from ..export.contract.chain import CHAIN, ChainTable
+from ..export.roles import EMBED, HEAD
+from ..export.segments import CHOSEN
+from ..progress import Progress, Say, silent
+from ..runtime.bundle import Bundle
+from ..runtime.chain_executor import ChainExecutor
+from ..runtime.model import Model
+from .jobs import Job, in_batches
+from .layered import edges_of, read_layered
+from .runners import CHUNK, Logits, Look
+
+
+class LayeredSubject:
+    """What a bundle's chain makes of texts; read by :func:`~foldkv.validation.layered.read_layered`."""
+
+    def __init__(self, bundle: Bundle, executor: ChainExecutor, *, name: str, threads: int) -> None:
+        """Take an opened chain.
+
+        Args:
+            bundle: the bundle.
+            executor: runs its segments, with state for one sequence that is as long as the longest text.
+            name: tells apart what is kept of it.
+            threads: of the chain; they change the last bits, and so what may be kept.
+        """
+        self._bundle, self._executor = bundle, executor
+        self._name, self._threads = name, threads
+        table = ChainTable.read(bundle.folder / CHAIN)
+        self._sizes = {owner: sum(one.bytes for one in roles.values()) for owner, roles in table.weights.items()}
+        self.num_layers: int = bundle.model.num_layers
+
+    def key(self, jobs: Sequence[Job]) -> str:
+        """A digest of everything that the streams of these jobs depend on."""
+        manifest = sha256_file(self._bundle.folder / MANIFEST)
+        return sha256_json([self._name, manifest, self._threads, [job.key for job in jobs]])
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of a layer's weights."""
+        return self._sizes.get(_owner(layer), 0)
+
+    def embedded(self, job: Job) -> Tensor:
+        """The streams [n, N, C] before the first layer."""
+        return self._run(EMBED, job, None)[0]
+
+    def layers(self, jobs: Sequence[Job], streams: Sequence[Tensor], *, first: int = 0) -> Iterator[list[Tensor]]:
+        """The streams of every job after each layer; what else jobs keep is added to them.
+
+        Args:
+            jobs: the texts.
+            streams: of each, before the layer ``first``: float32 [n, N, C].
+            first: the layer to begin with.
+
+        Yields:
+            The streams after the next layer, [n, N, C] of every job.
+
+        Raises:
+            FoldkvError: ONNX Runtime failed.
+        """
+        now = list(streams)
+        for layer in range(first, self.num_layers):
+            for at, job in enumerate(jobs):
+                self._executor.buffers.clear(0, len(job.tokens))
+                now[at], more = self._run(_owner(layer), job, now[at])
+                if job.keep_streams:
+                    job.streams.append(now[at].numpy())
+                if CHOSEN in more:
+                    job.entries[layer] = more[CHOSEN]
+                if job.keep_rows:
+                    self._keep_rows(layer, job)
+            yield now
+
+    def logits(self, job: Job, streams: Tensor) -> npt.NDArray[np.float32]:
+        """Logits [n, V], or those of the last tokens [job.last, V], from the streams [n, N, C] after the last layer."""
+        start = 0 if job.last is None else len(job.tokens) - job.last
+        logits: npt.NDArray[np.float32] = self._run(HEAD, job, streams, after=start)[0].numpy()
+        return logits[start - len(job.tokens) :]
+
+    def _run(
+        self, owner: str, job: Job, streams: Tensor | None, *, after: int = 0
+    ) -> tuple[Tensor, dict[str, npt.NDArray[Any]]]:
+        """One call over the chunks of a text that reach beyond the first ``after`` tokens."""
+        count = len(job.tokens)
+        ids, made, more = np.array([job.tokens], np.int64), [], dict[str, list[npt.NDArray[Any]]]()
+        for start, end in itertools.pairwise([0, *(job.edges or ()), count]):
+            if start == end or end <= after:
+                continue
+            size = end - start
+            out, extra = self._executor.run_call(
+                owner, ids[:, start:end], np.array([start]), np.array([size]), end, np.arange(size)[None],
+                None if streams is None else streams[None, start:end].numpy(),
+            )  # fmt: skip
+            made.append(torch.from_numpy(out[0]))
+            for name, value in extra.items():
+                more.setdefault(name, []).append(value[0])
+        return torch.cat(made), {name: np.concatenate(parts) for name, parts in more.items()}
+
+    def _keep_rows(self, layer: int, job: Job) -> None:
+        [rows] = self._executor.buffers.copy_used([len(job.tokens)])
+        tensors = self._bundle.state.tensors
+        job.rows |= {one.name: copy for one, copy in zip(tensors, rows, strict=True) if one.layer == layer}
+
+
+def _owner(layer: int) -> str:
+    return f"layers.{layer}"
+
+
+class LayeredSubjectRunner:
+    """A bundle whose chain goes a layer at a time; what it is asked is announced first, as for the reference (layered_runner.py)."""
+
+    def __init__(
+        self, model: Model, *, context: int, threads: int, folder: Path | None = None, progress: Say = silent, chunk: int = CHUNK
+    ) -> None:  # fmt: skip
+        """Open a chain for texts of up to ``context`` tokens, in chunks of ``chunk``.
+
+        Args:
+            model: a bundle for ONNX Runtime.
+            context: tokens of the longest text.
+            threads: of the model.
+            folder: where a pass keeps what it has after every layer, so that it goes on after an interruption.
+            progress: a :class:`~foldkv.progress.Progress` gets the bytes of weights.
+            chunk: tokens of a chunk, where a question does not say it.
+
+        Raises:
+            InputError: the state does not fit into memory.
+        """
+        self.model, self.bundle, self._chunk = model, model.bundle, chunk
+        self.name = f"{self.bundle.target} bundle"
+        self._threads, self._folder, self._progress = threads, folder, Progress.of(progress)
+        _, executor = model.open(max(context, self.bundle.smallest("context")), 1)
+        assert isinstance(executor, ChainExecutor)
+        self._executor = executor
+        self._side = LayeredSubject(self.bundle, executor, name="subject", threads=threads)
+        self._known: dict[str, tuple[Job, Logits]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._executor.close()
+
+    def at(self, context: int) -> LayeredSubjectRunner:
+        """The same for texts of up to ``context`` tokens."""
+        return LayeredSubjectRunner(
+            self.model, context=context, threads=self._threads, folder=self._folder, progress=self._progress,
+            chunk=self._chunk,
+        )  # fmt: skip
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Answer these questions now, in as few passes through the weights as memory allows."""
+        new = {job.key: job for job in jobs if job.key not in self._known}
+        batches = list(in_batches(list(new.values())))
+        for number, batch in enumerate(batches):
+            tokens = sum(len(job.tokens) for job in batch)
+            self._progress(f"the bundle, layer by layer: pass {number + 1} of {len(batches)}, {tokens} tokens")
+            streams = read_layered(
+                self._side, batch, folder=self._folder, progress=self._progress, pass_=(number, len(batches))
+            )
+            for job, one in zip(batch, streams, strict=True):
+                self._known[job.key] = job, self._side.logits(job, one)
+
+    def job(self, tokens: Sequence[int], *, sizes: Sequence[int] | None = None, inside: bool = False) -> Job:
+        """The question that :meth:`look`, :meth:`logits_in` (with ``sizes``) or, without either, :meth:`logits` asks."""
+        return Job(tokens, edges=self._edges(sizes or [len(tokens)]), keep_streams=inside, keep_rows=inside)
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """As :meth:`foldkv.validation.runners.SessionRunner.logits`."""
+        return self._answer(self.job(tokens))[1][0 if last is None else -last :]
+
+    def look(self, tokens: Sequence[int]) -> Look:
+        """As :meth:`foldkv.validation.runners.SessionRunner.look`."""
+        job, logits = self._answer(self.job(tokens, inside=True))
+        return Look(logits, job.streams, job.rows)
+
+    def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
+        """As :meth:`foldkv.validation.runners.SessionRunner.logits_in`."""
+        return self._answer(self.job(tokens, sizes=sizes))[1]
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        """As :meth:`foldkv.validation.runners.SessionRunner.tail_logits`."""
+        edges = self._edges([len(tokens), len(tail)])
+        return self._answer(Job([*tokens, *tail], edges=edges, last=len(tail)))[1]
+
+    def _edges(self, sizes: Sequence[int]) -> list[int]:
+        """Where chunks end when pieces of these sizes are fed one after the other, as a session cuts them; without the last."""
+        edges, start = [], 0
+        for size in sizes:
+            edges += [start + edge for edge in (*edges_of(self._chunk, size), size)]
+            start += size
+        return edges[:-1]
+
+    def _answer(self, job: Job) -> tuple[Job, Logits]:
+        if job.key not in self._known:
+            self.prepare([job])
+        return self._known[job.key]
