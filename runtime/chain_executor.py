@@ -177,6 +177,7 @@ class _Lane:
         """What to call, in order, with options of a run; and the name of each call."""
         yield STEP, self._run_step
         for call, binding in self._calls:
+            self._free_extra(binding, call.owner)
             yield call.owner, partial(self._sessions[call.segment].run_with_iobinding, binding)
 
     def run_call(self, owner: str, streams: FloatArray | None) -> tuple[FloatArray, dict[str, npt.NDArray[Any]]]:
@@ -187,6 +188,7 @@ class _Lane:
             before = self._made[f"{STREAMS}.{(number + 1) % 2}"]
             before.host[...] = streams
             before.push()
+        self._free_extra(binding, owner)
         self._sessions[call.segment].run_with_iobinding(binding, None)
         more = {name: value.copy() for name, value in self._more(owner, binding).items()}
         if not self._gives_streams(call):
@@ -265,6 +267,11 @@ class _Lane:
         for name in extra:
             binding.bind_output(name, "cpu")
         return {name: len(state) + number for number, name in enumerate(extra)}
+
+    def _free_extra(self, binding: Any, owner: str) -> None:
+        """Let ONNX Runtime allocate such outputs anew: those of the run before may have another shape."""
+        for name in self._extra[owner]:
+            binding.bind_output(name, "cpu")
 
     def fit(self, chunk: int, kept: int) -> None:
         """Make and bind buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
