@@ -424,7 +424,9 @@ def generate_command(
 @main.command("validate")
 @click.argument("bundle", type=_folder)
 @click.option("--reference", type=_folder, required=True, help="The checkpoint the bundle was made from.")
-@click.option("--report", type=_folder, required=True, help="Folder for report.html, report.json and junit.xml.")
+@click.option(
+    "--report", type=_folder, required=True, help="Folder for report.html, report.md, report.json and junit.xml."
+)
 @click.option(
     "--gate",
     "gates",

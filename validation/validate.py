@@ -27,7 +27,7 @@ from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
 from ..units import size_text
-from .baseline import JSON, KIND, compare, read_report
+from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
@@ -68,7 +68,7 @@ def validate(
     Args:
         bundle: folder of one target.
         reference: the checkpoint folder that the bundle was made from.
-        report: folder for report.html, report.json and junit.xml; replaced if it holds an older report.
+        report: folder for report.html, report.md, report.json and junit.xml; replaced if it holds an older report.
         gates: thresholds by gate name that replace the defaults.
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
@@ -190,7 +190,8 @@ def _measured_key(bundle: Bundle, plan: Plan, text: Text, devices: Sequence[int]
     """A digest of everything that the figures depend on; thresholds are not part of it."""
     versions = {name: version_of(name) for name in ("transformers", "torch", bundle.backend.module)}
     places = None if devices is None else list(devices)
-    return sha256_json([__version__, versions, vars(plan), text.sha256, sha256_file(bundle.folder / MANIFEST), places])
+    what = [__version__, SCHEMA_VERSION, versions, vars(plan), text.sha256]
+    return sha256_json([*what, sha256_file(bundle.folder / MANIFEST), places])
 
 
 def _stored(report: Path, measured: str) -> tuple[ReportManifest | None, Measurements | None]:

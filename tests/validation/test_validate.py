@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -30,7 +31,8 @@ from foldkv.validation.baseline import KIND, compare, read_report
 from foldkv.validation.binding import not_validated
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
-from foldkv.validation.report import format_beside, report_html, report_junit
+from foldkv.validation.kl_table import METRICS, TABLE
+from foldkv.validation.report import format_beside, format_with_error, report_html, report_junit
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
@@ -127,6 +129,12 @@ def test_marked_in_every_form_loosened_gates_and_targets_that_nobody_validated(w
     assert content(world)["not_validated"] == [{"target": "rtx9090", "folder": "rtx9090", "why": "another copy"}]
     page = (world / "report" / "report.html").read_text(encoding="utf-8")
     assert "kl-mean is loosened</b> to 0.001; the default is 1.0e-06" in page and "not validated: rtx9090" in page
+    brief = (world / "report" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "| `kl-mean` | holds |" in brief
+        and "(loosened, default 1.0e-06)" in brief
+        and "not validated: rtx9090" in brief
+    )
     junit = (world / "report" / "junit.xml").read_text(encoding="utf-8")
     assert "loosened: &lt;= 0.001, by default &lt;= 1e-06" in junit and "not validated: rtx9090" in junit
 
@@ -171,6 +179,18 @@ def test_the_report_names_its_text_and_shows_characters_as_they_are(world: Path)
     result.worst[0] |= {"next": "it's <b>\u201cso\u201d</b>\n", "reference_top": [["'", 1.0]]}
     page = report_html(result)
     assert "&#34;it&#39;s &lt;b&gt;\u201cso\u201d&lt;/b&gt;\\n&#34;" in page and "\\u0027" not in page
+
+
+def test_both_forms_for_people_have_every_line_of_llama_cpps_table(world: Path) -> None:
+    metrics = content(world)["metrics"]
+    assert metrics.keys() >= METRICS
+    pages = [
+        html.unescape((world / "report" / f"report.{form}").read_text(encoding="utf-8")) for form in ("html", "md")
+    ]
+    for row in (row for rows in TABLE.values() for row in rows):
+        shown = format_with_error(row, metrics)
+        assert ("±" in shown) == (row.error is not None)
+        assert all(row.title in page and shown in page for page in pages), row.title
 
 
 def test_the_page_does_not_scroll_sideways(world: Path) -> None:
@@ -275,11 +295,11 @@ def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | 
         ("absent", None, "is not a report: .* cannot be read"),
         ("r.json", "not json", "it is not JSON"),
         ("r.json", "[]", "is not a report that this version reads"),
-        ("r.json", '{"schema_version": 3, "passed": true}', "is not a report that this version reads"),
+        ("r.json", '{"schema_version": 4, "passed": true}', "is not a report that this version reads"),
         (
             "r.json",
-            '{"schema_version": 2, "passed": true}',
-            "is a report of version 2; this foldkv compares with .* version 3",
+            '{"schema_version": 3, "passed": true}',
+            "is a report of version 3; this foldkv compares with .* version 4",
         ),
     ],
 )
