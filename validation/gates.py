@@ -14,7 +14,7 @@ from ..export.contract.profiles import HF, SERVED
 HOLDS, FAILS, NOT_INFORMATIVE = "holds", "fails", "not informative"
 LOOSENED, TIGHTENED = "loosened", "tightened"
 #: What a gate's figure comes from; two reports can be compared only if it is the same.
-TEXT, RETRIEVAL, CONTEXTS = "text", "retrieval", "contexts"
+TEXT, RETRIEVAL, CONTEXTS, BEHAVIOUR = "text", "retrieval", "contexts", "behaviour"
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,20 @@ SERVED_GATES = (
     Gate("retrieval", "retrieval_loss", "<=", 0.03, "Quantised rows put exact values at a distance at risk; three points are the smallest loss that the default number of cases can tell from none.", _RETRIEVED, RETRIEVAL, 1),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases.", (_TESTED, _RETRIEVED[1]), RETRIEVAL),
 )  # fmt: skip
+_ON_SWEEP = (Need("sweep_lengths", 8, "prompts of chosen lengths", "give more tokens for the sweep (--case-tokens)."),)
+#: Judged if cases of behaviour were asked for.
+_BEHAVIOUR = Gate("behaviour", "behaviour_p", ">=", 0.01, "An exact paired test over all cases of behaviour and of the sweep: fewer than 1 in 100 equally good subjects would lose as many. Each kind has its own line in the report.", (replace(_TESTED, metric="behaviour_answered", what="cases that the reference answers", remedy="give more cases (--cases-per-kind, --sweep-cases), or a model that answers them."),), BEHAVIOUR)  # fmt: skip
+_SWEEP = Gate("sweep", "sweep_kl_max", "<=", 1e-4, "Deployed engines have lost digits for prompts of one residue mod 4 alone. Compared are the tokens of the answers, for every residue and around multiples of 128 and of the window; rounding gives about 1e-10 nats.", _ON_SWEEP, BEHAVIOUR)  # fmt: skip
+_SERVED_SWEEP = replace(_SWEEP, metric="sweep_oracle_kl", default=1e-4, reason="Deployed engines have lost digits for prompts of one residue mod 4 alone. Compared with the oracle are the tokens of the answers: the median of each residue, place and distance, of which the largest counts.")  # fmt: skip
 LONG_CONTEXT = "long-context"
+#: Gates that do not apply to every plan.
+OPTIONAL = (LONG_CONTEXT, _BEHAVIOUR.name, _SWEEP.name)
 #: Judged if long contexts were measured and the reference read them too.
 _LONG = Gate(LONG_CONTEXT, "long_context_loss", "<=", 0.04, "The share of the values planted in the worst context that the reference answers and the subject does not: one of 28 is the resolution, and a near tie may fall either way.", _LONG_ANSWERED, CONTEXTS, 1)  # fmt: skip
-PROFILE_GATES = {HF: (*DEFAULT_GATES, _LONG), SERVED: (*SERVED_GATES, _LONG)}
+PROFILE_GATES = {
+    HF: (*DEFAULT_GATES, _BEHAVIOUR, _SWEEP, _LONG),
+    SERVED: (*SERVED_GATES, _BEHAVIOUR, _SERVED_SWEEP, _LONG),
+}
 
 #: In bfloat16, by gate: an error may be two times PyTorch's own, beside what it may be in float32. KL grows with the square of an
 #: error, hence four times.
@@ -223,6 +233,7 @@ _YARDSTICKS = {
     "oracle": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
     "chunks": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
     "kl-tail": Yardstick("yardstick_kl_p999", 4, 0, 5),
+    "sweep": Yardstick("yardstick_kl_max", 4, 0, 5),
     "top1": Yardstick("yardstick_top1_agreement", 2, 1, 0.5),
     "perplexity": Yardstick("yardstick_perplexity_ratio", 2, 1, 1.2),
     "logits": Yardstick("yardstick_logit_error_max", 2, 0, math.inf),
@@ -279,4 +290,4 @@ def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:
 
 def not_measured(gates: list[Gate], reason: str) -> list[Verdict]:
     """Verdicts of a subject that could not be executed."""
-    return [Verdict(gate, None, reason) for gate in gates if gate.name != LONG_CONTEXT]
+    return [Verdict(gate, None, reason) for gate in gates if gate.name not in OPTIONAL]

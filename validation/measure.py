@@ -12,6 +12,9 @@ from ..errors import InputError
 from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
+from .behaviour import BehaviourFigure, ask, is_answer
+from .behaviour import metrics as behaviour_metrics
+from .behaviour_cases import BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
 from .divergence import LayerFigure, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
@@ -50,8 +53,8 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measurements:
-    """Measure everything except long contexts.
+def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress) -> Measurements:
+    """Measure everything except long contexts; ``behaviour`` is what :func:`behaviour_cases` gave.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -94,6 +97,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
     ]
     jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions]
+    jobs += [Job(case.tokens, last=len(case.answer)) for case in behaviour]
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
     )
@@ -130,20 +134,25 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         progress.steps(number, len(cases), "values")
         solved[0, number] = _answers(reference, *questions[number])
         solved[1, number] = _answers(subject, *questions[number])
-    metrics = summary(total) | {
-        "not_finite": float(not_finite),
-        "chunk_error_max": chunk_error,
-        "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
-        "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
-        "layer_error_max": max(figure.error for figure in layers),
-        "layer_own_max": max(figure.own for figure in layers),
-        "layer_excess": max(figure.excess for figure in layers),
-        "retrieval_reference": float(solved[0].mean()),
-        "retrieval_answered": float(solved[0].sum()),
-        "retrieval_subject": float(solved[1].mean()),
-        "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
-        "retrieval_p": mcnemar(solved[0], solved[1]),
-    }
+    asked = _ask(sides, behaviour, progress)
+    metrics = (
+        summary(total)
+        | behaviour_metrics(asked)
+        | {
+            "not_finite": float(not_finite),
+            "chunk_error_max": chunk_error,
+            "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
+            "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
+            "layer_error_max": max(figure.error for figure in layers),
+            "layer_own_max": max(figure.own for figure in layers),
+            "layer_excess": max(figure.excess for figure in layers),
+            "retrieval_reference": float(solved[0].mean()),
+            "retrieval_answered": float(solved[0].sum()),
+            "retrieval_subject": float(solved[1].mean()),
+            "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
+            "retrieval_p": mcnemar(solved[0], solved[1]),
+        }
+    )
     if selection:
         metrics |= {
             "queries_with_choice": float(min(figure.queries for figure in selection)),
@@ -165,7 +174,34 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         by_position=_by_position(figures),
         layers=layers,
         selection=selection,
+        behaviour=asked,
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
+    )
+
+
+def behaviour_cases(tokenizer: Tokenizer, window: int, plan: Plan) -> list[BehaviourCase]:
+    """The cases of behaviour that a plan asks for, of a model with this sliding window.
+
+    Raises:
+        InputError: a kind needs more tokens than the plan gives.
+    """
+    cases = kind_cases(tokenizer, plan.cases_per_kind, plan.case_tokens, seed=plan.seed)
+    return cases + sweep_cases(tokenizer, window, plan.case_tokens, plan.distances, plan.sweep_cases, seed=plan.seed)
+
+
+def _ask(sides: Sides, cases: list[BehaviourCase], progress: Progress) -> list[BehaviourFigure]:
+    def told(kind: str, number: int, count: int) -> None:
+        if number == 0 or cases[number - 1].kind != kind:
+            progress(f"behaviour: {kind}")
+        progress.steps(number, count, "cases")
+
+    oracle = sides.oracle
+    return ask(
+        cases,
+        lambda tokens, last: sides.reference.logits(tokens, last=last),
+        lambda tokens, last: sides.subject.logits(tokens, last=last),
+        None if oracle is None else lambda tokens, last: oracle.read(tokens).logits[-last:],
+        told,
     )
 
 
@@ -268,8 +304,7 @@ def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], lis
 
 def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
     """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    logits = runner.logits(tokens, last=len(answer))
-    return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
+    return is_answer(answer, runner.logits(tokens, last=len(answer)))
 
 
 def _odd_sizes(length: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .baseline import JSON
+from .behaviour_cases import KINDS
 from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
 from .kl_table import METRICS, TABLE, Row
@@ -98,7 +99,9 @@ def _rendered(template: str, result: ValidationResult, **values: Any) -> str:
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     verdicts = sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word])
-    return environment.from_string(source).render(result=result, verdicts=verdicts, kl_table=TABLE, **values)
+    return environment.from_string(source).render(
+        result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, **values
+    )
 
 
 #: In the table, gates that need attention come first.

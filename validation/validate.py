@@ -33,7 +33,7 @@ from .cases import Text, load_text
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
 from .layered_runner import LayeredRunner
 from .long_context import REFERENCE_CONTEXT, planted_stream
-from .measure import Sides, measure, measure_contexts
+from .measure import Sides, behaviour_cases, measure, measure_contexts
 from .provenance import about, executed
 from .report import write_report
 from .result import Measurements, ValidationResult, measurements_from_json
@@ -86,7 +86,7 @@ def validate(
 
     Raises:
         InputError: the bundle was made from another checkpoint or has no tokenizer; a gate is unknown or its threshold out of
-            range; the text cannot be read or has nothing to predict; the baseline is not a report; a case is too long for the
+            range; the text cannot be read or has nothing to predict; cases of behaviour need more tokens; the baseline is not a report; a case is too long for the
             bundle, a context too short, or the gate of long contexts has none; there are no such GPUs.
         ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
@@ -223,6 +223,7 @@ def _measure(
     layered: bool | None, scratch: Path, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
+    behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
     progress("loading the subject and the reference")
     folder, allowed = checkpoint.folder, checkpoint.allowed_keys
     room = max([plan.longest(), *plan.contexts])
@@ -245,7 +246,7 @@ def _measure(
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        found = measure(sides, plan, text, progress)
+        found = measure(sides, plan, text, behaviour, progress)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

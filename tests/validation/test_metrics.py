@@ -157,7 +157,7 @@ def test_changed_thresholds_are_told_apart() -> None:
 
 ENOUGH = {
     "tokens": 32.0, "text_windows": 2.0, "queries_with_choice": 32.0, "retrieval_answered": 7.0, "retrieval_reference": 0.1,
-    "long_context_answered": 7.0,
+    "long_context_answered": 7.0, "behaviour_answered": 7.0, "sweep_lengths": 8.0,
 }  # fmt: skip
 
 

@@ -28,16 +28,17 @@ from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.targets import resolve_targets
 from foldkv.validation.baseline import KIND, compare, read_report
+from foldkv.validation.behaviour import BehaviourFigure
 from foldkv.validation.binding import not_validated
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
 from foldkv.validation.kl_table import METRICS, TABLE
-from foldkv.validation.report import format_beside, format_with_error, report_html, report_junit
+from foldkv.validation.report import format_beside, format_with_error, report_html, report_junit, report_markdown
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
-PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5)
+PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5, cases_per_kind=0, sweep_cases=0)
 SCHEMA = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
 TEXT = "It\u2019s a \u00abtext\u00bb \u2013 of 'some' <b>kinds</b> & \"quotes\".\n" * 6
 
@@ -88,7 +89,7 @@ def test_the_line_that_reproduces_a_report_does(world: Path) -> None:
 
 
 def test_every_setting_of_a_plan_is_an_option_of_the_command() -> None:
-    plan = Plan(3, 2, 99, (4, 8), 7, (1024, 2048))
+    plan = Plan(3, 2, 99, (4, 8), 7, (1024, 2048), 5, 300, 2)
     names = {option.lstrip("-").replace("-", "_") for option in plan.options() if option.startswith("--")}
     names = {{"distance": "distances", "context": "contexts"}.get(name, name) for name in names}
     assert names == set(vars(plan))
@@ -113,8 +114,14 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     result.layers = [LayerFigure(0, "sliding_attention", math.inf, math.inf, 1.0)]
     result.worst[0] |= {"kl": math.inf, "context": "inf", "reference_top": [["nan", -math.inf], ["inf", 1.5]]}
     result.by_position[0]["kl_mean"] = math.inf
+    lost = BehaviourFigure("sweep", "length mod 4 = 3", 9, 258, 0.01, 8, 0, 8, 0, 2.0**-8, math.inf, math.inf, None)
+    result.behaviour = [replace(lost, group=""), lost, replace(lost, kind="code", group="", reference=0, lost=0, p=1.0)]
     written = json.loads(json.dumps(to_json(result), allow_nan=False))
     jsonschema.validate(written, SCHEMA)
+    assert [row["word"] for row in written["behaviour"]] == ["worse", "worse", "no statement"]
+    for page in (report_html(result), report_markdown(result)):
+        assert "length mod 4 = 3" in page and "9" in page and "signature of a named function" in page
+        assert "the reference answers 0 of 9, which guessing does too" in page
     again = measurements_from_json(written)
     assert math.isnan(again.metrics.pop("delta_p_rms")) and math.isnan(result.metrics.pop("delta_p_rms"))
     assert vars(again) == {name: vars(result)[name] for name in vars(again)}
