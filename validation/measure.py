@@ -16,6 +16,7 @@ from .behaviour import BehaviourFigure, ask, is_answer
 from .behaviour import metrics as behaviour_metrics
 from .behaviour_cases import BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
+from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
 from .divergence import LayerFigure, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
 from .jobs import Job
@@ -75,6 +76,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
     not_finite, chunk_error = 0, 0.0
     chunked: list[TokenFigures] = []
     against_oracle: list[TokenFigures] = []
+    deployed: dict[str, list[TokenFigures]] = {}
     expected_choices = []
     yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
     layers: list[LayerFigure] = []
@@ -89,6 +91,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         not_finite += int((~np.isfinite(actual)).sum())
         chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
         chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
+    once, again = subject.again(texts[0])
     inside.prepare(texts, looks)
     actual_choices = [inside.chosen(tokens, look) for tokens, look in zip(texts, looks, strict=True)]
     # All that the reference will be asked: one that reads its weights again for every question reads them once.
@@ -112,6 +115,9 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         if oracle is not None:
             reading = oracle.read(tokens)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
+            for name in oracle.deployments:
+                other = oracle.read(tokens, deployment=name).logits
+                deployed.setdefault(name, []).append(compare_logits(other[:-1], actual[:-1], targets))
         if yardstick is not None:
             rounded = yardstick.read(tokens, {})
             choices = {layer: one.chosen for layer, one in rounded.selections.items()}
@@ -141,6 +147,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         | {
             "not_finite": float(not_finite),
             "chunk_error_max": chunk_error,
+            "restore_error_max": _largest(np.abs(once - again)),
             "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
             "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
             "layer_error_max": max(figure.error for figure in layers),
@@ -175,6 +182,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         layers=layers,
         selection=selection,
         behaviour=asked,
+        deployments=_deployments(deployed) if oracle is not None else [],
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
     )
 
@@ -270,6 +278,13 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
             typical=sides.oracle is not None,
         )
         for layer, (kind, total, own, streams, step) in enumerate(rows)
+    ]
+
+
+def _deployments(found: dict[str, list[TokenFigures]]) -> list[DeploymentFigure]:
+    return [
+        deployment_figure(name, found[name]) if name in found else DeploymentFigure(name, NO_QUANTISED_WEIGHTS)
+        for name in MEASURED
     ]
 
 

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from .baseline import JSON
 from .behaviour_cases import KINDS
+from .deployments import MEASURED
 from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
 from .kl_table import METRICS, TABLE, Row
@@ -100,7 +101,7 @@ def _rendered(template: str, result: ValidationResult, **values: Any) -> str:
     }
     verdicts = sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word])
     return environment.from_string(source).render(
-        result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, **values
+        result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, deployments=MEASURED, **values
     )
 
 

@@ -30,6 +30,7 @@ from foldkv.optimize.targets import resolve_targets
 from foldkv.validation.baseline import KIND, compare, read_report
 from foldkv.validation.behaviour import BehaviourFigure
 from foldkv.validation.binding import not_validated
+from foldkv.validation.deployments import DeploymentFigure
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
 from foldkv.validation.kl_table import METRICS, TABLE
@@ -115,6 +116,10 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     result.worst[0] |= {"kl": math.inf, "context": "inf", "reference_top": [["nan", -math.inf], ["inf", 1.5]]}
     result.by_position[0]["kl_mean"] = math.inf
     lost = BehaviourFigure("sweep", "length mod 4 = 3", 9, 258, 0.01, 8, 0, 8, 0, 2.0**-8, math.inf, math.inf, None)
+    result.deployments = [
+        DeploymentFigure("rows", None, math.inf, math.nan, 1.0, math.inf, 0.75, 1.5),
+        DeploymentFigure("w8a8", "no weight of this checkpoint is stored in fp8 or fp4"),
+    ]
     result.behaviour = [replace(lost, group=""), lost, replace(lost, kind="code", group="", reference=0, lost=0, p=1.0)]
     written = json.loads(json.dumps(to_json(result), allow_nan=False))
     jsonschema.validate(written, SCHEMA)
@@ -122,7 +127,10 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     for page in (report_html(result), report_markdown(result)):
         assert "length mod 4 = 3" in page and "9" in page and "signature of a named function" in page
         assert "the reference answers 0 of 9, which guessing does too" in page
+        assert "75.00 %" in page and "not measured: no weight of this checkpoint is stored in fp8 or fp4" in page
     again = measurements_from_json(written)
+    assert math.isnan(again.deployments[0].kl_mean_error or 0) and written["not_reproduced"] == []
+    again.deployments[0] = result.deployments[0] = replace(result.deployments[0], kl_mean_error=1.0)
     assert math.isnan(again.metrics.pop("delta_p_rms")) and math.isnan(result.metrics.pop("delta_p_rms"))
     assert vars(again) == {name: vars(result)[name] for name in vars(again)}
 
@@ -214,9 +222,9 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
     result = made(world, "short", text=short, plan=replace(PLAN, distances=(16,), cases_per_distance=2))
     words = {verdict.gate.name: verdict.word for verdict in result.verdicts}
     assert set(words.values()) == {"not informative"} and result.exit_code == EXIT_GATE_FAILED
-    assert result.headline == "10 of 10 gates are not informative" and not content(world, "short")["passed"]
+    assert result.headline == "11 of 11 gates are not informative" and not content(world, "short")["passed"]
     page = (world / "short" / "report.html").read_text()
-    assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="10"' in report_junit(result)
+    assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="11"' in report_junit(result)
     assert any(
         "how entries are chosen there was not measured. That needs texts of more than 67 tokens" in n
         for n in result.notes()
@@ -243,7 +251,7 @@ def test_kept_figures_are_judged_again_by_other_thresholds_and_only_by_those(
     assert (
         strict.source == "judged again" and not strict.passed and strict.provenance["date"] == old["provenance"]["date"]
     )
-    assert content(world, "kept")["headline"] == "1 of 10 gates fails"
+    assert content(world, "kept")["headline"] == "1 of 11 gates fails"
     assert "--gate logits=1e-12" in content(world, "kept")["provenance"]["command"]
     # A bundle built since then is named without measuring; another plan, text or bundle is measured.
     shutil.copytree(world / "bundles" / "rtx9090", world / "bundles" / "another")
