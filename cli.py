@@ -424,7 +424,9 @@ def generate_command(
 @main.command("validate")
 @click.argument("bundle", type=_folder)
 @click.option("--reference", type=_folder, required=True, help="The checkpoint the bundle was made from.")
-@click.option("--report", type=_folder, required=True, help="Folder for report.html, report.json and junit.xml.")
+@click.option(
+    "--report", type=_folder, required=True, help="Folder for report.html, report.md, report.json and junit.xml."
+)
 @click.option(
     "--gate",
     "gates",
@@ -447,6 +449,27 @@ def generate_command(
 )
 @click.option(
     "--cases-per-distance", type=int, default=20, show_default=True, help="Values to retrieve at each distance."
+)
+@click.option(
+    "--cases-per-kind",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Cases of each kind of behaviour: dense, code, clauses, hops, aggregation; 0 for none.",
+)
+@click.option(
+    "--case-tokens",
+    type=_Tokens(),
+    default=256,
+    show_default=True,
+    help="Tokens of such a case, and of the sweep's longest prompt, at most.",
+)
+@click.option(
+    "--sweep-cases",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Values to retrieve with prompts of each length around multiples of 128 and of the window; 0 for none.",
 )
 @click.option(
     "--context",
@@ -478,7 +501,8 @@ def generate_command(
 @_json
 def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
-    text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
+    text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, cases_per_kind: int,
+    case_tokens: int, sweep_cases: int, contexts: tuple[int, ...],
     baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, layered: bool | None,
     allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
@@ -498,7 +522,9 @@ def validate_command(
         reference,
         report,
         gates=_thresholds(gates),
-        plan=Plan(seed, texts, text_tokens, distances, cases_per_distance, contexts),
+        plan=Plan(
+            seed, texts, text_tokens, distances, cases_per_distance, contexts, cases_per_kind, case_tokens, sweep_cases
+        ),
         text=text,
         allow_unknown_keys=allow_unknown_keys,
         baseline=baseline,

@@ -77,6 +77,9 @@ class ValidateConfig(_Strict):
     texts: int = Field(default=6, ge=1)
     distances: list[Tokens] = Field(default=[16, 64, 128, 256, 512], min_length=1)
     cases_per_distance: int = Field(default=20, ge=1)
+    cases_per_kind: int = Field(default=8, ge=0)
+    case_tokens: Tokens = Field(default=256, ge=1)
+    sweep_cases: int = Field(default=1, ge=0)
     contexts: list[Tokens] = []
     baseline: str | None = None
     threads: int | None = Field(default=None, ge=1)

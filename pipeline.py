@@ -312,6 +312,9 @@ class _Pipeline:
             tuple(wanted.distances),
             wanted.cases_per_distance,
             tuple(wanted.contexts),
+            wanted.cases_per_kind,
+            wanted.case_tokens,
+            wanted.sweep_cases,
         )
 
     def devices(self, target: str) -> tuple[int, ...] | None:

@@ -53,6 +53,9 @@ texts = 6
 text_tokens = 384
 distances = [16, 64, 128, 256, 512]
 cases_per_distance = 20
+cases_per_kind = 8                 # of each kind of behaviour; 0 for none
+case_tokens = 256                  # of such a case, at most
+sweep_cases = 1                    # values with prompts of each length around multiples of 128 and of the window
 contexts = ["64k"]                 # long streams with planted values; default: none
 gates = { kl-mean = 1e-6 }         # thresholds that replace the defaults below
 baseline = "release-1/report"      # an older report, or the folder of several: shows what has changed since; default: none
@@ -76,11 +79,19 @@ VERDICTS = """## The gates of `validate`
 A gate *holds*, *fails*, or is *not informative*: its figure is within the threshold, but was measured on less than the gate needs. Such a
 gate does not pass: the exit code is 1 and `junit.xml` has an error, with the reason and what to change. A figure beyond its threshold
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
-`topk-overlap` and `mass-recalled` for a model without indexers.
+`topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for.
+
+**Behaviour** is reported by kind: `dense` (one of many different key-value pairs), `code` (the exact signature of a named function), `clauses` (which of
+several near-duplicate licence clauses), `hops` (a value behind two references), `aggregation` (the most frequent word), and the `sweep` (exact values
+with prompts of every length mod 4 and around multiples of 128 and of the window, by distance). Each line has the cases, what the reference and the
+bundle answer exactly, with Wilson intervals, and an exact McNemar test. A kind in which the reference does no better than guessing, or answers so
+few that losing all of them could be chance, says "no statement". The gate `behaviour` tests all cases together; `sweep` compares distributions, so it
+sees lengths at which the model itself answers nothing. The default is a few cases; for a release ask for more: `--cases-per-kind 100
+--case-tokens 8k --sweep-cases 20`.
 
 **A reference that does not fit into memory** is computed a layer at a time (`--layered`; the default if the model takes more than 60 % of the
 machine's memory in float32): transformers' layers, one after the other, over all texts; experts in groups of 1 GiB; weights dequantised as they
-are read. The figures are those of the whole model, to the bit. A pass through all weights takes 8,192 tokens of texts and cases, and a run that was
+are read. The figures are those of the whole model, to the bit; KL at the answers of cases up to rounding. A pass through all weights takes 8,192 tokens of texts and cases, and a run that was
 interrupted goes on after its last layer, from `REPORT.foldkv-reference`. The oracle of the profile `served` and the yardstick of bundles in bfloat16
 must still be in memory whole.
 

@@ -6,12 +6,14 @@ every key through a mask. It shares with the exported model only what the profil
 and the hyper-connections. It computes in float32; among equal index scores it chooses the lowest entry.
 
 The released code rounds some intermediate results to bfloat16 (index scores, query norms, the rotation). This module does
-not: engines disagree on them, and keep them in float32 where they can.
+not: engines disagree on them, and keep them in float32 where they can. Two things that deployed systems round beside the profile
+can be asked for (:class:`Rounding`), so that their distance from a bundle can be measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,12 +21,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .checkpoint import formats
+from .checkpoint.reader import Checkpoint
 from .contract.geometry import CSA, SLIDING, ModelSpec
 from .model.attention import Attention
 from .model.compressor import Compressor
 from .model.decoder import Decoder, Layer
 from .model.hyper_connections import collapse, collapse_last, expand
 from .model.indexer import Indexer
+from .model.moe import MixtureOfExperts
 from .model.norm import split_last
 
 _LEAST = 1e-4  # floor of a tile's largest magnitude (export/operators/rows.py has its source)
@@ -34,6 +38,43 @@ E4M3 = torch.tensor(
     dtype=torch.float64,
 )
 E2M1 = torch.tensor(formats.E2M1[:8], dtype=torch.float64)
+
+
+#: Channels of an activation that share a scale in front of a product with quantised weights.
+ACTIVATION_TILE = 128
+_EXPERTS = ".experts"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What is rounded beside the profile, as in the released code.
+
+    Attributes:
+        rows: window rows and entries are rounded to bfloat16 before they are quantised to e4m3.
+        activations: modules whose inputs are quantised to e4m3 in tiles of 128 with a power of two each: linears by name
+            (``layers.0.attn.wq_a``), and routed experts by the name of their stack (``layers.0.ffn.experts``). See
+            :func:`quantised_modules`.
+    """
+
+    rows: bool = False
+    activations: Collection[str] = ()
+
+
+NO_ROUNDING = Rounding()
+
+
+def quantised_modules(checkpoint: Checkpoint) -> list[str]:
+    """The modules whose weights the checkpoint stores in e4m3 or e2m1 and whose inputs the released code quantises.
+
+    That is all of them but ``wo_a``, which the released code dequantises to bfloat16 when it loads.
+    """
+    found = dict[str, None]()
+    for name in checkpoint.headers:
+        module = name.removesuffix(".weight")
+        stored = checkpoint.format(name) if module != name else None
+        if stored is not None and stored.name != formats.PLAIN and not module.endswith(".wo_a"):
+            found[module.split(f"{_EXPERTS}.")[0] + _EXPERTS if f"{_EXPERTS}." in module else module] = None
+    return list(found)
 
 
 @dataclass
@@ -54,7 +95,12 @@ class OracleRun:
 
 
 def served_forward(
-    decoder: Decoder, tokens: Tensor, *, given: Sequence[Tensor] | None = None, keys: Mapping[int, Tensor] | None = None
+    decoder: Decoder,
+    tokens: Tensor,
+    *,
+    given: Sequence[Tensor] | None = None,
+    keys: Mapping[int, Tensor] | None = None,
+    rounding: Rounding = NO_ROUNDING,
 ) -> OracleRun:
     """Run a prompt through the served model.
 
@@ -63,7 +109,19 @@ def served_forward(
         tokens: [n] int64.
         given: streams [n, N, C] after every layer, which every later layer takes instead of those that the one before it made.
         keys: by CSA layer, values of index rows [entries, D] that its indexer takes instead of its own.
+        rounding: what is rounded beside the profile.
     """
+    with _quantised_inputs(decoder, rounding.activations):
+        return _forward(decoder, tokens, given, keys, rounding)
+
+
+def _forward(
+    decoder: Decoder,
+    tokens: Tensor,
+    given: Sequence[Tensor] | None,
+    keys: Mapping[int, Tensor] | None,
+    rounding: Rounding,
+) -> OracleRun:
     run = OracleRun(torch.empty(0))
     spec = decoder.spec
     streams = decoder.embed(tokens)[:, None].expand(-1, spec.hc_mult, -1)
@@ -73,14 +131,50 @@ def served_forward(
             streams = given[index - 1]
         x, post, comb = collapse(streams[None], layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale, spec)
         own = None if keys is None else keys.get(index)
-        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run, own)
+        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run, own, rounding)
         streams = expand(streams[None], out[None], post, comb)[0]
         x, post, comb = collapse(streams[None], layer.hc_ffn_fn, layer.hc_ffn_base, layer.hc_ffn_scale, spec)
-        streams = expand(streams[None], layer.ffn(layer.ffn_norm(x), tokens[None]), post, comb)[0]
+        mixed = _experts(
+            layer.ffn, layer.ffn_norm(x), tokens[None], f"layers.{index}.ffn{_EXPERTS}" in rounding.activations
+        )
+        streams = expand(streams[None], mixed, post, comb)[0]
         run.streams.append(streams)
     last = collapse_last(streams[None], decoder.hc_head_fn, decoder.hc_head_base, decoder.hc_head_scale, spec)
     run.logits = functional.linear(decoder.norm(last)[0], decoder.head.weight)
     return run
+
+
+@contextlib.contextmanager
+def _quantised_inputs(decoder: Decoder, names: Collection[str]) -> Iterator[None]:
+    """Let these linears quantise what they are given; stacks of experts are left to :func:`_experts`."""
+    linears = [decoder.get_submodule(name) for name in names if not name.endswith(_EXPERTS)]
+    hooks = [one.register_forward_pre_hook(lambda _, given: (quantize_activation(given[0]),)) for one in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def quantize_activation(x: Tensor) -> Tensor:
+    """x [..., C] -> the values that a product with quantised weights sees: e4m3 in tiles of 128, a power of two for each."""
+    return quantize(x, ACTIVATION_TILE, E4M3)
+
+
+def _experts(mixture: MixtureOfExperts, x: Tensor, tokens: Tensor, quantised: bool) -> Tensor:
+    """x [1, n, C], tokens [1, n] -> [1, n, C]. Quantised as the released code does it, which multiplies a hidden value by its expert's
+    weight before the second product's input is quantised."""
+    if not quantised:
+        result: Tensor = mixture(x, tokens)
+        return result
+    flat, limit = x.flatten(0, 1), mixture.limit
+    chosen, weights = mixture.gate(flat, tokens.flatten())
+    seen = quantize_activation(flat)
+    gate, up = torch.einsum("tkic,tc->tki", mixture.experts.w13[chosen], seen).chunk(2, dim=-1)
+    hidden = functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weights[..., None]
+    routed = torch.einsum("tkci,tki->tc", mixture.experts.w2[chosen], quantize_activation(hidden))
+    mixed: Tensor = routed.view_as(x) + mixture.shared_experts(x)
+    return mixed
 
 
 def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -91,8 +185,8 @@ def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """x [n, ..., D], turn [n, rope/2] complex -> x with its last channels turned, in neighbouring pairs."""
     width = 2 * turn.shape[-1]
-    pairs = torch.view_as_complex(x[..., -width:].reshape(*x.shape[:-1], -1, 2).contiguous())
-    turned = torch.view_as_real(pairs * turn.reshape(len(turn), *[1] * (x.dim() - 2), -1)).flatten(-2)
+    pairs = torch.view_as_complex(x[..., -width:].reshape(*x.shape[:-1], width // 2, 2).contiguous())
+    turned = torch.view_as_real(pairs * turn.reshape(len(turn), *[1] * (x.dim() - 2), width // 2)).flatten(-2)
     return torch.cat((x[..., :-width], turned), dim=-1)
 
 
@@ -113,7 +207,7 @@ def quantize(x: Tensor, tile: int, codes: Tensor) -> Tensor:
     The power is the smallest that brings the tile into the codes' range.
     """
     tiles = functional.pad(x, (0, -x.shape[-1] % tile)).double()
-    tiles = split_last(tiles, -1, tile)
+    tiles = split_last(tiles, tiles.shape[-1] // tile, tile)
     largest = tiles.abs().amax(-1, keepdim=True).clamp(min=torch.tensor(_LEAST).double())
     scale = torch.exp2(torch.ceil(torch.log2(largest / codes[-1])))
     magnitude = tiles.abs() / scale
@@ -129,13 +223,23 @@ def quantize_row(x: Tensor, rope_dim: int) -> Tensor:
     return torch.cat((quantize(x[..., :-rope_dim], 64, E4M3), x[..., -rope_dim:].bfloat16().float()), dim=-1)
 
 
+def _row(x: Tensor, rope_dim: int, rounding: Rounding) -> Tensor:
+    return quantize_row(x.bfloat16().float() if rounding.rows else x, rope_dim)
+
+
 def quantize_index(x: Tensor) -> Tensor:
     """x [..., D], turned -> the values that the indexer computes with: Hadamard, then e2m1 in tiles of 32."""
     return quantize(hadamard(x), 32, E2M1)
 
 
 def _attention(
-    attn: Attention, x: Tensor, layer: int, spec: ModelSpec, run: OracleRun, keys_given: Tensor | None
+    attn: Attention,
+    x: Tensor,
+    layer: int,
+    spec: ModelSpec,
+    run: OracleRun,
+    keys_given: Tensor | None,
+    rounding: Rounding,
 ) -> Tensor:
     """x [n, C] normed -> [n, C]."""
     count, kind, ratio = len(x), spec.layer_types[layer], spec.ratios[layer]
@@ -143,13 +247,13 @@ def _attention(
     latent = attn.q_norm(attn.wq_a(x))
     q = split_last(attn.wq_b(latent), spec.num_heads, spec.head_dim)
     q = rotate(q * torch.rsqrt(q.square().mean(-1, keepdim=True) + spec.rms_norm_eps), turn)
-    keys = quantize_row(rotate(attn.kv_norm(attn.wkv(x)), turn), spec.rope_dim)
+    keys = _row(rotate(attn.kv_norm(attn.wkv(x)), turn), spec.rope_dim, rounding)
     run.caches[f"{layer}.window"] = keys
     age = torch.arange(count)[:, None] - torch.arange(count)
     seen = (age >= 0) & (age < spec.sliding_window)
     if kind != SLIDING:
         turned = rotate(*_compressed(attn.compressor, x, attn.inv_freq, overlap=kind == CSA))
-        entries = quantize_row(turned, spec.rope_dim)
+        entries = _row(turned, spec.rope_dim, rounding)
         run.caches[f"{layer}.entries"] = entries
         visible = torch.arange(len(entries)) < ((torch.arange(count) + 1) // ratio)[:, None]
         if kind == CSA:

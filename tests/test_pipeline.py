@@ -44,6 +44,8 @@ texts = 1
 text_tokens = 64
 distances = [64]
 cases_per_distance = 10
+cases_per_kind = 0
+sweep_cases = 0
 """
 ARTIFACTS = {"graph": "foldkv.graph", "bundles/cpu": "foldkv.bundle", "report": "foldkv.report"}
 

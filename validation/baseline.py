@@ -13,11 +13,11 @@ from ..artifact import MANIFEST
 from ..errors import InputError
 from ..inputs import refuse_unreadable_name
 from ..manifests import ReportManifest, read
-from .gates import CONTEXTS, RETRIEVAL, TEXT, Gate, Verdict
+from .gates import BEHAVIOUR, CONTEXTS, RETRIEVAL, TEXT, Gate, Verdict
 
 KIND = ReportManifest.KIND
 #: Of the report's JSON (schema/report.schema.json).
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 JSON = "report.json"
 
 #: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.
@@ -26,6 +26,7 @@ _PLANNED = {
     TEXT: ("other windows of the text", ("seed", "texts", "text_tokens")),
     RETRIEVAL: ("other values", ("seed", "distances", "cases_per_distance")),
     CONTEXTS: ("other contexts", ("seed", "contexts")),
+    BEHAVIOUR: ("other cases", ("seed", "distances", "cases_per_kind", "case_tokens", "sweep_cases")),
 }
 #: Facts that may differ between releases, and are shown.
 _TOLD = ("foldkv", "subject", "profile", "layout", "precision", "backend", "reference", "yardstick", "machine")

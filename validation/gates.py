@@ -14,7 +14,7 @@ from ..export.contract.profiles import HF, SERVED
 HOLDS, FAILS, NOT_INFORMATIVE = "holds", "fails", "not informative"
 LOOSENED, TIGHTENED = "loosened", "tightened"
 #: What a gate's figure comes from; two reports can be compared only if it is the same.
-TEXT, RETRIEVAL, CONTEXTS = "text", "retrieval", "contexts"
+TEXT, RETRIEVAL, CONTEXTS, BEHAVIOUR = "text", "retrieval", "contexts", "behaviour"
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ DEFAULT_GATES = (
     Gate("perplexity", "perplexity_ratio", "<=", 1.001, "0.1 % is below what a change of test text gives, and any real loss is above it.", _ON_TEXT),
     Gate("logits", "logit_error_max", "<=", 5e-3, "Float32 sums in another order differ by about 1e-5; the bar is 500 times that, and a wrong entry is above it.", _ON_TEXT),
     Gate("chunks", "chunk_error_max", "<=", 1e-3, "Deployed engines have lost digits at chunk edges inside a compression window.", _ON_TEXT),
+    Gate("restore", "restore_error_max", "<=", 0, "A snapshot that is restored must give the same steps the same bits; rings and carries that stayed as they were answer from the text after it.", _ON_TEXT),
     Gate("layers", "layer_error_max", "<=", 1e-3, "Largest difference of the residual streams after a layer, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
     Gate("retrieval", "retrieval_loss", "<=", 0.01, "Compression puts exact values at a distance at risk; one point is the resolution of the default number of cases.", _RETRIEVED, RETRIEVAL, 1),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases.", (_TESTED, _RETRIEVED[1]), RETRIEVAL),
@@ -202,6 +203,7 @@ SERVED_GATES = (
     Gate("finite", "not_finite", "<=", 0, "One NaN or infinite logit means an overflow, or that unwritten memory was read.", _ON_TEXT),
     Gate("oracle", "oracle_kl_mean", "<=", 1e-6, "A bundle computes its profile, but values on the border of two codes may round either way: that gives 1e-11 to 3e-8 nats. Leaving out the profile gives 1e-4 and more.", _ON_TEXT),
     Gate("chunks", "chunk_kl_mean", "<=", 1e-6, "Deployed engines have lost digits at chunk edges inside a compression window. Sums in another order move values across borders of codes, as above.", _ON_TEXT),
+    Gate("restore", "restore_error_max", "<=", 0, "A snapshot that is restored must give the same steps the same bits; rings and carries that stayed as they were answer from the text after it.", _ON_TEXT),
     Gate("layers", "layer_error_max", "<=", 1e-3, "The median token's largest difference of the residual streams from the oracle's, over their root mean square: float32 gives about 1e-5, and the first layer above the bar is where to look.", _ON_TEXT),
     Gate("kl-mean", "kl_mean", "<=", 5e-3, "fp8 rows and an fp4 index cost 1e-4 to 5e-4 nats on the model of this repository; ten times as much is damage, not rounding.", _ON_TEXT),
     Gate("top1", "top1_agreement", ">=", 0.97, "Rounding changes the likeliest token where two are nearly as likely: 0.3 to 1.6 % of the time on the model of this repository.", _ON_TEXT),
@@ -211,10 +213,20 @@ SERVED_GATES = (
     Gate("retrieval", "retrieval_loss", "<=", 0.03, "Quantised rows put exact values at a distance at risk; three points are the smallest loss that the default number of cases can tell from none.", _RETRIEVED, RETRIEVAL, 1),
     Gate("retrieval-test", "retrieval_p", ">=", 0.01, "An exact paired test: fewer than 1 in 100 equally good subjects would lose as many cases.", (_TESTED, _RETRIEVED[1]), RETRIEVAL),
 )  # fmt: skip
+_ON_SWEEP = (Need("sweep_lengths", 8, "prompts of chosen lengths", "give more tokens for the sweep (--case-tokens)."),)
+#: Judged if cases of behaviour were asked for.
+_BEHAVIOUR = Gate("behaviour", "behaviour_p", ">=", 0.01, "An exact paired test over all cases of behaviour and of the sweep: fewer than 1 in 100 equally good subjects would lose as many. Each kind has its own line in the report.", (replace(_TESTED, metric="behaviour_answered", what="cases that the reference answers", remedy="give more cases (--cases-per-kind, --sweep-cases), or a model that answers them."),), BEHAVIOUR)  # fmt: skip
+_SWEEP = Gate("sweep", "sweep_kl_max", "<=", 1e-4, "Deployed engines have lost digits for prompts of one residue mod 4 alone. Compared are the tokens of the answers, for every residue and around multiples of 128 and of the window; rounding gives about 1e-10 nats.", _ON_SWEEP, BEHAVIOUR)  # fmt: skip
+_SERVED_SWEEP = replace(_SWEEP, metric="sweep_oracle_kl", default=1e-4, reason="Deployed engines have lost digits for prompts of one residue mod 4 alone. Compared with the oracle are the tokens of the answers: the median of each residue, place and distance, of which the largest counts.")  # fmt: skip
 LONG_CONTEXT = "long-context"
+#: Gates that do not apply to every plan.
+OPTIONAL = (LONG_CONTEXT, _BEHAVIOUR.name, _SWEEP.name)
 #: Judged if long contexts were measured and the reference read them too.
 _LONG = Gate(LONG_CONTEXT, "long_context_loss", "<=", 0.04, "The share of the values planted in the worst context that the reference answers and the subject does not: one of 28 is the resolution, and a near tie may fall either way.", _LONG_ANSWERED, CONTEXTS, 1)  # fmt: skip
-PROFILE_GATES = {HF: (*DEFAULT_GATES, _LONG), SERVED: (*SERVED_GATES, _LONG)}
+PROFILE_GATES = {
+    HF: (*DEFAULT_GATES, _BEHAVIOUR, _SWEEP, _LONG),
+    SERVED: (*SERVED_GATES, _BEHAVIOUR, _SERVED_SWEEP, _LONG),
+}
 
 #: In bfloat16, by gate: an error may be two times PyTorch's own, beside what it may be in float32. KL grows with the square of an
 #: error, hence four times.
@@ -223,6 +235,7 @@ _YARDSTICKS = {
     "oracle": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
     "chunks": Yardstick("yardstick_kl_mean", 4, 0, 0.1),
     "kl-tail": Yardstick("yardstick_kl_p999", 4, 0, 5),
+    "sweep": Yardstick("yardstick_kl_max", 4, 0, 5),
     "top1": Yardstick("yardstick_top1_agreement", 2, 1, 0.5),
     "perplexity": Yardstick("yardstick_perplexity_ratio", 2, 1, 1.2),
     "logits": Yardstick("yardstick_logit_error_max", 2, 0, math.inf),
@@ -279,4 +292,4 @@ def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[Verdict]:
 
 def not_measured(gates: list[Gate], reason: str) -> list[Verdict]:
     """Verdicts of a subject that could not be executed."""
-    return [Verdict(gate, None, reason) for gate in gates if gate.name != LONG_CONTEXT]
+    return [Verdict(gate, None, reason) for gate in gates if gate.name not in OPTIONAL]

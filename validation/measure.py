@@ -12,7 +12,11 @@ from ..errors import InputError
 from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
+from .behaviour import BehaviourFigure, ask, is_answer
+from .behaviour import metrics as behaviour_metrics
+from .behaviour_cases import BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
+from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
 from .divergence import LayerFigure, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
 from .jobs import Job
@@ -50,8 +54,8 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measurements:
-    """Measure everything except long contexts.
+def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress) -> Measurements:
+    """Measure everything except long contexts; ``behaviour`` is what :func:`behaviour_cases` gave.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -72,6 +76,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
     not_finite, chunk_error = 0, 0.0
     chunked: list[TokenFigures] = []
     against_oracle: list[TokenFigures] = []
+    deployed: dict[str, list[TokenFigures]] = {}
     expected_choices = []
     yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
     layers: list[LayerFigure] = []
@@ -86,6 +91,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         not_finite += int((~np.isfinite(actual)).sum())
         chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
         chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
+    once, again = subject.again(texts[0])
     inside.prepare(texts, looks)
     actual_choices = [inside.chosen(tokens, look) for tokens, look in zip(texts, looks, strict=True)]
     # All that the reference will be asked: one that reads its weights again for every question reads them once.
@@ -94,6 +100,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
     ]
     jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions]
+    jobs += [Job(case.tokens, last=len(case.answer)) for case in behaviour]
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
     )
@@ -108,6 +115,9 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         if oracle is not None:
             reading = oracle.read(tokens)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
+            for name in oracle.deployments:
+                other = oracle.read(tokens, deployment=name).logits
+                deployed.setdefault(name, []).append(compare_logits(other[:-1], actual[:-1], targets))
         if yardstick is not None:
             rounded = yardstick.read(tokens, {})
             choices = {layer: one.chosen for layer, one in rounded.selections.items()}
@@ -130,20 +140,26 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         progress.steps(number, len(cases), "values")
         solved[0, number] = _answers(reference, *questions[number])
         solved[1, number] = _answers(subject, *questions[number])
-    metrics = summary(total) | {
-        "not_finite": float(not_finite),
-        "chunk_error_max": chunk_error,
-        "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
-        "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
-        "layer_error_max": max(figure.error for figure in layers),
-        "layer_own_max": max(figure.own for figure in layers),
-        "layer_excess": max(figure.excess for figure in layers),
-        "retrieval_reference": float(solved[0].mean()),
-        "retrieval_answered": float(solved[0].sum()),
-        "retrieval_subject": float(solved[1].mean()),
-        "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
-        "retrieval_p": mcnemar(solved[0], solved[1]),
-    }
+    asked = _ask(sides, behaviour, progress)
+    metrics = (
+        summary(total)
+        | behaviour_metrics(asked)
+        | {
+            "not_finite": float(not_finite),
+            "chunk_error_max": chunk_error,
+            "restore_error_max": _largest(np.abs(once - again)),
+            "chunk_kl_mean": float(concatenate(chunked).kl.mean()),
+            "text_windows": len(texts[0]) / max(1, *sides.checkpoint.spec.ratios),
+            "layer_error_max": max(figure.error for figure in layers),
+            "layer_own_max": max(figure.own for figure in layers),
+            "layer_excess": max(figure.excess for figure in layers),
+            "retrieval_reference": float(solved[0].mean()),
+            "retrieval_answered": float(solved[0].sum()),
+            "retrieval_subject": float(solved[1].mean()),
+            "retrieval_loss": float(solved[0].mean() - solved[1].mean()),
+            "retrieval_p": mcnemar(solved[0], solved[1]),
+        }
+    )
     if selection:
         metrics |= {
             "queries_with_choice": float(min(figure.queries for figure in selection)),
@@ -165,7 +181,35 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         by_position=_by_position(figures),
         layers=layers,
         selection=selection,
+        behaviour=asked,
+        deployments=_deployments(deployed) if oracle is not None else [],
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
+    )
+
+
+def behaviour_cases(tokenizer: Tokenizer, window: int, plan: Plan) -> list[BehaviourCase]:
+    """The cases of behaviour that a plan asks for, of a model with this sliding window.
+
+    Raises:
+        InputError: a kind needs more tokens than the plan gives.
+    """
+    cases = kind_cases(tokenizer, plan.cases_per_kind, plan.case_tokens, seed=plan.seed)
+    return cases + sweep_cases(tokenizer, window, plan.case_tokens, plan.distances, plan.sweep_cases, seed=plan.seed)
+
+
+def _ask(sides: Sides, cases: list[BehaviourCase], progress: Progress) -> list[BehaviourFigure]:
+    def told(kind: str, number: int, count: int) -> None:
+        if number == 0 or cases[number - 1].kind != kind:
+            progress(f"behaviour: {kind}")
+        progress.steps(number, count, "cases")
+
+    oracle = sides.oracle
+    return ask(
+        cases,
+        lambda tokens, last: sides.reference.logits(tokens, last=last),
+        lambda tokens, last: sides.subject.logits(tokens, last=last),
+        None if oracle is None else lambda tokens, last: oracle.read(tokens).logits[-last:],
+        told,
     )
 
 
@@ -237,6 +281,13 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
     ]
 
 
+def _deployments(found: dict[str, list[TokenFigures]]) -> list[DeploymentFigure]:
+    return [
+        deployment_figure(name, found[name]) if name in found else DeploymentFigure(name, NO_QUANTISED_WEIGHTS)
+        for name in MEASURED
+    ]
+
+
 def _measured(figures: TokenFigures, selection: list[SelectionFigure]) -> dict[str, float]:
     """The yardstick: what PyTorch's bfloat16 loses on the same texts."""
     found = summary(figures)
@@ -268,8 +319,7 @@ def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], lis
 
 def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
     """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    logits = runner.logits(tokens, last=len(answer))
-    return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
+    return is_answer(answer, runner.logits(tokens, last=len(answer)))
 
 
 def _odd_sizes(length: int) -> list[int]:

@@ -1,22 +1,25 @@
-"""The report: HTML for a person, JSON for a program, JUnit XML for a CI server."""
+"""The report: HTML and Markdown for a person, JSON for a program, JUnit XML for a CI server."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from .baseline import JSON
+from .behaviour_cases import KINDS
+from .deployments import MEASURED
 from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
+from .kl_table import METRICS, TABLE, Row
 from .long_context import REFERENCE_CONTEXT
 from .result import ValidationResult, to_json
 
-HTML, JUNIT = "report.html", "junit.xml"
+HTML, MARKDOWN, JUNIT = "report.html", "report.md", "junit.xml"
 
 
 def report_junit(result: ValidationResult) -> str:
@@ -55,13 +58,6 @@ def threshold_words(verdict: Verdict) -> str:
 
 def report_html(result: ValidationResult) -> str:
     """A page that needs nothing from the network: styles and plots are in it."""
-    import jinja2
-
-    source = resources.files("foldkv.validation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": format_figure, "beside": format_beside, "quoted": _quoted}
     positions, plots = [row["position"] for row in result.by_position], dict[str, Any]()
     if not result.not_executed:
         plots = {
@@ -71,14 +67,41 @@ def report_html(result: ValidationResult) -> str:
                 positions, [row["logit_error_max"] for row in result.by_position], "largest logit error"
             ),
         }
-    return environment.from_string(source).render(
-        result=result,
-        verdicts=sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word]),
+    return _rendered(
+        "report.html.j2",
+        result,
         classes={HOLDS: "good", FAILS: "bad", NOT_INFORMATIVE: "unsure"},
         loosened=LOOSENED,
         diverged_above=DIVERGED,
         reference_context=REFERENCE_CONTEXT,
+        kl_metrics=METRICS,
         **plots,
+    )
+
+
+def report_markdown(result: ValidationResult) -> str:
+    """Verdicts and tables for a pull request or the summary of a CI run."""
+    return _rendered("report.md.j2", result)
+
+
+def _rendered(template: str, result: ValidationResult, **values: Any) -> str:
+    """A template with what all forms show. Only pages are escaped; in Markdown, cells are by ``|cell``."""
+    import jinja2
+
+    source = resources.files("foldkv.validation").joinpath(f"templates/{template}").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape="html" in template, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "figure": format_figure,
+        "beside": format_beside,
+        "quoted": _quoted,
+        "with_error": format_with_error,
+        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
+    }
+    verdicts = sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word])
+    return environment.from_string(source).render(
+        result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, deployments=MEASURED, **values
     )
 
 
@@ -102,6 +125,13 @@ def format_figure(value: float | None, digits: int = 4) -> str:
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits}g}"
     return f"{value:.{digits - 3}e}"
+
+
+def format_with_error(row: Row, metrics: Mapping[str, float]) -> str:
+    """A line of the table of metrics: its value, with ``±`` and one standard error, in per cent if it is a share."""
+    factor, unit = (100, " %") if row.percent else (1, "")
+    error = "" if row.error is None else f" ± {format_figure(factor * metrics[row.error], 3)}"
+    return f"{format_figure(factor * metrics[row.metric])}{error}{unit}"
 
 
 def format_beside(value: float | None, threshold: float) -> str:
@@ -159,8 +189,9 @@ def _retrieval_plot(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_report(result: ValidationResult, folder: Path) -> None:
-    """Write report.html, report.json and junit.xml into ``folder``."""
+    """Write report.html, report.md, report.json and junit.xml into ``folder``."""
     (folder / HTML).write_text(report_html(result), encoding="utf-8")
+    (folder / MARKDOWN).write_text(report_markdown(result), encoding="utf-8")
     content = json.dumps(to_json(result), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / JSON).write_text(content + "\n", encoding="utf-8")
     (folder / JUNIT).write_text(report_junit(result), encoding="utf-8")

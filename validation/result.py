@@ -9,6 +9,8 @@ from typing import Any
 
 from ..errors import EXIT_ENVIRONMENT, EXIT_GATE_FAILED, EXIT_OK
 from .baseline import SCHEMA_VERSION, Comparison
+from .behaviour import NO_STATEMENT, BehaviourFigure
+from .deployments import DeploymentFigure, not_reproduced
 from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
@@ -24,7 +26,7 @@ class Measurements:
         retrieval: by distance, the shares that were answered, with their intervals.
         by_position: errors by position in the texts.
         worst: the token of each text where the distributions differ most.
-        layers, selection, long_context: see their classes.
+        layers, selection, long_context, behaviour, deployments: see their classes.
         provenance: what was compared with what, when, by which versions, on which text.
     """
 
@@ -35,6 +37,8 @@ class Measurements:
     layers: list[LayerFigure] = field(default_factory=list)
     selection: list[SelectionFigure] = field(default_factory=list)
     long_context: list[ContextFigure] = field(default_factory=list)
+    behaviour: list[BehaviourFigure] = field(default_factory=list)
+    deployments: list[DeploymentFigure] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -99,6 +103,11 @@ class ValidationResult(Measurements):
             parts.append(f"{loose} {'is' if loose == 1 else 'are'} loosened")
         return ", ".join(parts)
 
+    @property
+    def not_reproduced(self) -> list[str]:
+        """What the bundle's profile leaves out of what deployed systems compute."""
+        return not_reproduced(self.provenance["profile"])
+
     def notes(self) -> list[str]:
         """What a reader must know to read the figures correctly."""
         notes = []
@@ -125,6 +134,21 @@ class ValidationResult(Measurements):
             notes.append(
                 f"Contexts of {sizes} tokens are shown but not judged: the reference reads at most {REFERENCE_CONTEXT:,}."
             )
+        if missing := self.not_reproduced:
+            notes.append(f"A bundle of the profile served does not reproduce: {'; '.join(missing)}.")
+        silent = [f"{row.kind} ({row.lack})" for row in self.behaviour if not row.group and row.word == NO_STATEMENT]
+        if silent:
+            notes.append(
+                f"Too weak for a statement about behaviour: {'; '.join(silent)}. Nothing is known about the bundle there; a reference that "
+                "answers is needed, or more cases (--cases-per-kind, --sweep-cases)."
+            )
+        if mute := sorted(
+            {row.group[-1] for row in self.behaviour if "mod 4" in row.group and row.word == NO_STATEMENT}
+        ):
+            notes.append(
+                f"Of prompts with lengths of {', '.join(mute)} mod 4 too few are answered for a statement by answers; the distributions were "
+                "compared at all lengths (gate sweep)."
+            )
         if self.not_validated:
             names = ", ".join(f"{row['folder']} ({row['why']})" for row in self.not_validated)
             notes.append(
@@ -150,6 +174,9 @@ def to_json(result: ValidationResult) -> dict[str, Any]:
         "layers": [asdict(figure) for figure in result.layers],
         "selection": [vars(figure) for figure in result.selection],
         "long_context": [asdict(figure) for figure in result.long_context],
+        "behaviour": [_behaviour_json(figure) for figure in result.behaviour],
+        "deployments": [asdict(figure) for figure in result.deployments],
+        "not_reproduced": result.not_reproduced,
         "first_divergence": result.first_divergence,
         "by_position": result.by_position,
         "worst_cases": result.worst,
@@ -170,6 +197,11 @@ def gate_json(verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _behaviour_json(figure: BehaviourFigure) -> dict[str, Any]:
+    derived = ("reference_interval", "subject_interval", "word", "lack")
+    return asdict(figure) | {name: getattr(figure, name) for name in derived}
+
+
 def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
     """What :func:`to_json` wrote, without the verdicts: they are judged again from the figures."""
     return Measurements(
@@ -180,6 +212,8 @@ def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
         layers=[_layer(row) for row in content["layers"]],
         selection=[SelectionFigure(**row) for row in content["selection"]],
         long_context=[_context(row) for row in content["long_context"]],
+        deployments=[_deployment(row) for row in content["deployments"]],
+        behaviour=[_behaviour(row) for row in content["behaviour"]],
         provenance=dict(content["provenance"]),
     )
 
@@ -187,6 +221,17 @@ def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
 def _layer(row: Mapping[str, Any]) -> LayerFigure:
     figures = {name: None if row[name] is None else float(row[name]) for name in row.keys() - {"layer", "kind"}}
     return LayerFigure(**{**row, **figures})
+
+
+def _deployment(row: Mapping[str, Any]) -> DeploymentFigure:
+    numbers = {name: None if row[name] is None else float(row[name]) for name in row.keys() - {"name", "lack"}}
+    return DeploymentFigure(**{**row, **numbers})
+
+
+def _behaviour(row: Mapping[str, Any]) -> BehaviourFigure:
+    kept = {name: row[name] for name in BehaviourFigure.__dataclass_fields__}
+    numbers = {name: None if row[name] is None else float(row[name]) for name in kept if "kl" in name}
+    return BehaviourFigure(**{**kept, **numbers})
 
 
 def _context(row: Mapping[str, Any]) -> ContextFigure:

@@ -18,6 +18,7 @@ from ..packages import require
 from ..runtime.backend import Observed
 from ..runtime.model import Model
 from ..runtime.session import Session
+from .deployments import BOTH, ROWS, W8A8
 from .jobs import Job
 from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
 
@@ -270,17 +271,31 @@ class OracleRunner:
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         from ..export.loading import decoder_from_checkpoint
+        from ..export.served import NO_ROUNDING, Rounding, quantised_modules
 
-        self._decoder = decoder_from_checkpoint(Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys))
+        opened = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
+        self._decoder = decoder_from_checkpoint(opened)
+        modules = quantised_modules(opened)
+        self._roundings = {"": NO_ROUNDING, ROWS: Rounding(rows=True)}
+        if modules:
+            self._roundings |= {W8A8: Rounding(activations=modules), BOTH: Rounding(rows=True, activations=modules)}
 
-    def read(self, tokens: Sequence[int]) -> Reading:
-        """Logits and streams from one pass over all tokens, without a cache. Ties go to the lowest entry, as in a bundle."""
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        """The names in :mod:`.deployments` that it can compute."""
+        return tuple(name for name in self._roundings if name)
+
+    def read(self, tokens: Sequence[int], *, deployment: str = "") -> Reading:
+        """Logits and streams from one pass over all tokens, without a cache. Ties go to the lowest entry, as in a bundle.
+
+        With a name in :mod:`.deployments`, as that deployment rounds.
+        """
         import torch
 
         from ..export.served import served_forward
 
         with torch.no_grad():
-            run = served_forward(self._decoder, torch.tensor(list(tokens)))
+            run = served_forward(self._decoder, torch.tensor(list(tokens)), rounding=self._roundings[deployment])
         return Reading(run.logits.numpy(), [streams.numpy() for streams in run.streams])
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
@@ -341,6 +356,16 @@ class SessionRunner:
             parts.append(self.session.forward([list(tokens[start : start + size])], logits="all")[0])
             start += size
         return np.concatenate(parts)
+
+    def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
+        """Logits [m, V] of the second half of the tokens after a snapshot of the first, and once more after restoring it."""
+        half = max(1, len(tokens) // 2)
+        self.session.reset()
+        self.session.prefill([list(tokens[:half])])
+        snapshot = self.session.snapshot()
+        once = self.session.forward([list(tokens[half:])], logits="all")[0]
+        self.session.restore(snapshot)
+        return once, self.session.forward([list(tokens[half:])], logits="all")[0]
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
         """The tokens in chunks, of which only the state is kept, then the tail."""

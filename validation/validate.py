@@ -27,13 +27,13 @@ from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
 from ..units import size_text
-from .baseline import JSON, KIND, compare, read_report
+from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
 from .layered_runner import LayeredRunner
 from .long_context import REFERENCE_CONTEXT, planted_stream
-from .measure import Sides, measure, measure_contexts
+from .measure import Sides, behaviour_cases, measure, measure_contexts
 from .provenance import about, executed
 from .report import write_report
 from .result import Measurements, ValidationResult, measurements_from_json
@@ -68,7 +68,7 @@ def validate(
     Args:
         bundle: folder of one target.
         reference: the checkpoint folder that the bundle was made from.
-        report: folder for report.html, report.json and junit.xml; replaced if it holds an older report.
+        report: folder for report.html, report.md, report.json and junit.xml; replaced if it holds an older report.
         gates: thresholds by gate name that replace the defaults.
         plan: which cases.
         text: a UTF-8 file to measure on; the default is some of the standard library's sources.
@@ -86,7 +86,7 @@ def validate(
 
     Raises:
         InputError: the bundle was made from another checkpoint or has no tokenizer; a gate is unknown or its threshold out of
-            range; the text cannot be read or has nothing to predict; the baseline is not a report; a case is too long for the
+            range; the text cannot be read or has nothing to predict; cases of behaviour need more tokens; the baseline is not a report; a case is too long for the
             bundle, a context too short, or the gate of long contexts has none; there are no such GPUs.
         ArtifactError: the bundle is damaged, or of a profile that this version does not know.
         CheckpointError: the reference cannot be loaded.
@@ -190,7 +190,8 @@ def _measured_key(bundle: Bundle, plan: Plan, text: Text, devices: Sequence[int]
     """A digest of everything that the figures depend on; thresholds are not part of it."""
     versions = {name: version_of(name) for name in ("transformers", "torch", bundle.backend.module)}
     places = None if devices is None else list(devices)
-    return sha256_json([__version__, versions, vars(plan), text.sha256, sha256_file(bundle.folder / MANIFEST), places])
+    what = [__version__, SCHEMA_VERSION, versions, vars(plan), text.sha256]
+    return sha256_json([*what, sha256_file(bundle.folder / MANIFEST), places])
 
 
 def _stored(report: Path, measured: str) -> tuple[ReportManifest | None, Measurements | None]:
@@ -222,6 +223,7 @@ def _measure(
     layered: bool | None, scratch: Path, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
+    behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
     progress("loading the subject and the reference")
     folder, allowed = checkpoint.folder, checkpoint.allowed_keys
     room = max([plan.longest(), *plan.contexts])
@@ -244,7 +246,7 @@ def _measure(
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        found = measure(sides, plan, text, progress)
+        found = measure(sides, plan, text, behaviour, progress)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

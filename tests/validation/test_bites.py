@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import jsonschema
@@ -18,126 +13,28 @@ import onnx
 import pytest
 import torch
 from checkpoints import random_checkpoint
+from damage import Damage, Model, constant, damaged_bundle, functions, insert_after, nodes
 from onnx import numpy_helper
-from safetensors.torch import load_file, save_file
+from onnxscript import FLOAT, INT64, script
+from onnxscript import opset20 as op
+from safetensors.torch import load_file
 
-from foldkv.artifact import MANIFEST, staged
+from foldkv.artifact import MANIFEST
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
-from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.export.package import export_checkpoint, read_package
-from foldkv.export.roles import lock_of, sources_of
-from foldkv.manifests import GraphInputs, write
+from foldkv.export.operators.registry import OPSET
+from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import build_bundles
+from foldkv.validation.behaviour_cases import KINDS
 from foldkv.validation.result import ValidationResult
-from foldkv.validation.runners import OracleRunner, TransformersRunner
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_answer")]
 
-SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=12)
-Damage = Callable[["Model"], None]
+SMALL = Plan(texts=2, text_tokens=160, distances=(64, 128), cases_per_distance=12, cases_per_kind=0, sweep_cases=0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_answer() -> Iterator[None]:
-    """Let a reference answer a question once: its answers follow from the checkpoint, the tokens and the choices alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        for runner in (TransformersRunner, OracleRunner):
-            for name in ("logits", "read"):
-                if hasattr(runner, name):
-                    patch.setattr(runner, name, _answered_once(getattr(runner, name)))
-        yield
-
-
-def _answered_once(method: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[Any, Any] = {}
-
-    @functools.wraps(method)
-    def answer(self: Any, tokens: Sequence[int], *choices: dict[int, np.ndarray], **options: Any) -> Any:
-        # There is more than one checkpoint, and how a reference settles ties depends on what the subject chose.
-        key = (
-            _weights(self),
-            tuple(tokens),
-            *(chosen.tobytes() for one in choices for chosen in one.values()),
-            *options.items(),
-        )
-        if key not in known:
-            known[key] = method(self, tokens, *choices, **options)
-        return copy.deepcopy(known[key])
-
-    return answer
-
-
-def _weights(runner: Any) -> float:
-    model = getattr(runner, "model", None) or runner._decoder
-    return float(next(model.parameters()).sum())
-
-
-class Model:
-    """A package that is to be damaged: its segments by name, and changes to the values of its weights."""
-
-    def __init__(self, graph: Path) -> None:
-        self.package = read_package(graph)
-        files = {name: row.file for name, row in self.package.manifest.segments.items()}
-        self.files = files
-        self.segments = {name: onnx.load(graph / file) for name, file in files.items()}
-        self.values: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-
-    def of_kind(self, start: str) -> list[onnx.ModelProto]:
-        """The segments whose name starts like this; all with an empty one."""
-        return [model for name, model in self.segments.items() if name.startswith(start)]
-
-
-def damaged_bundle(graph: Path, folder: Path, damage: Damage) -> Path:
-    """A bundle of a package that was changed and whose manifest was written for the changed package."""
-    model = Model(graph)
-    damage(model)
-    checkpoint = folder / "checkpoint"
-    shutil.copytree(model.package.checkpoint, checkpoint)
-    for file in checkpoint.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in model.values.keys() & tensors.keys():
-            tensors[name] = model.values[name](tensors[name].clone()).contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
-    source = Checkpoint(checkpoint)
-    with staged(folder / "graph", kind="foldkv.graph") as work:
-        shutil.copytree(graph, work, dirs_exist_ok=True)
-        for name, file in model.files.items():
-            onnx.save(model.segments[name], work / file)
-        lock_of(source, sources_of(source)).write(work / "weights.lock.json")
-        (work / "manifest.json").unlink()
-        made = replace(model.package.manifest.inputs.checkpoint, path=str(checkpoint), files=None)
-        write(work, replace(model.package.manifest, inputs=GraphInputs(made)))
-    report = build_bundles(folder / "graph", folder, ["cpu"])
-    assert report.exit_code == EXIT_OK, report.results
-    return report.results[0].folder
-
-
-def functions(model: Model, name: str) -> list[onnx.FunctionProto]:
-    """The bodies with that name, one in each segment that uses it."""
-    found = [function for one in model.of_kind("") for function in one.functions if function.name == name]
-    assert found
-    return found
-
-
-def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type == op_type]
-
-
-def insert_after(function: onnx.FunctionProto, output: str, op_type: str, operand: onnx.NodeProto) -> None:
-    """Let ``op_type(value, operand)`` stand wherever the value ``output`` of a function was read."""
-    at = next(i for i, node in enumerate(function.node) if output in node.output)
-    for node in list(function.node)[at + 1 :]:
-        for place, name in enumerate(node.input):
-            if name == output:
-                node.input[place] = f"{output}_damaged"
-    function.node.insert(at + 1, operand)
-    function.node.insert(at + 2, onnx.helper.make_node(op_type, [output, operand.output[0]], [f"{output}_damaged"]))
-
-
-def constant(value: int, name: str) -> onnx.NodeProto:
-    return onnx.helper.make_node("Constant", [], [name], value_int=value)
+#: For damage that is not looked for in retrieved values.
+FEW = {"cases_per_distance": 1}
 
 
 def entries_off_by_one(model: Model) -> None:
@@ -226,7 +123,7 @@ def run(bundle: Path, checkpoint: Path, folder: Path, **changes: int) -> Validat
 def test_the_whole_bundle_passes_and_its_report_is_complete(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    result = run(tiny_bundle, tiny_checkpoint, tmp_path / "report")
+    result = run(tiny_bundle, tiny_checkpoint, tmp_path / "report", cases_per_kind=4, sweep_cases=1)
     assert result.exit_code == EXIT_OK and result.passed
     assert result.metrics["retrieval_reference"] > 0.5, "the gates on retrieval mean nothing if nothing is retrieved"
     content = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -234,6 +131,13 @@ def test_the_whole_bundle_passes_and_its_report_is_complete(
     jsonschema.validate(content, json.loads(schema.read_text()))
     page = (tmp_path / "report" / "report.html").read_text()
     assert "All gates hold" in page and result.provenance["checkpoint_sha256"] in page
+    # The model knows key-value streams alone, aligned as it was trained; of the rest the report claims nothing.
+    words = {row.kind: row.word for row in result.behaviour if not row.group}
+    assert set(words) == set(KINDS) and words["code"] == words["hops"] == "no statement"
+    residues = {row.group: row for row in result.behaviour if "mod 4" in row.group}
+    assert len(residues) == 4 and residues["length mod 4 = 1"].reference == residues["length mod 4 = 1"].cases
+    assert any("Too weak for a statement about behaviour: " in note and "code (" in note for note in result.notes())
+    assert result.metrics["sweep_lengths"] == 16 and result.metrics["sweep_kl_max"] < 1e-8
     assert "http://" not in page and "https://" not in page and "src=" not in page
     suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
     assert suite.get("failures") == suite.get("errors") == "0" and len(suite.findall("testcase")) == len(
@@ -260,8 +164,8 @@ def test_damage_fails_the_gate_that_guards_against_it(
     tiny_graph: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str], layer: int | None
 ) -> None:
     bundle = damaged_bundle(tiny_graph, tmp_path / "bundle", damage)
-    result = run(bundle, tiny_checkpoint, tmp_path / "report")
-    failed = {verdict.gate.name for verdict in result.verdicts if not verdict.passed}
+    result = run(bundle, tiny_checkpoint, tmp_path / "report", **({} if "retrieval" in gates else FEW))
+    failed = {verdict.gate.name for verdict in result.verdicts if verdict.word == "fails"}
     assert gates <= failed
     # The damage is found in the layer where it was planted; a poisoned head lies behind all layers.
     assert json.loads((tmp_path / "report" / "report.json").read_text())["first_divergence"] == layer
@@ -301,6 +205,10 @@ def test_served_bundles_compute_their_profile_and_the_report_says_what_it_costs(
     schema = Path(__file__).parents[2] / "validation" / "schema" / "report.schema.json"
     jsonschema.validate(content, json.loads(schema.read_text()))
     assert content["provenance"]["layout"] == "fp8+fp4" and [row["layer"] for row in content["selection"]] == [1, 3]
+    rows, *others = content["deployments"]
+    assert 0 < rows["kl_mean"] < 5e-3 and 0.97 < rows["top1_agreement"] <= 1
+    assert all("no weight of this checkpoint is stored in fp8 or fp4" in row["lack"] for row in others)
+    assert any("W8A8" in one for one in content["not_reproduced"]) and any("W8A8" in one for one in content["notes"])
     assert "attention recalled" in (tmp_path / "fp8+fp4" / "report.html").read_text()
 
 
@@ -312,7 +220,7 @@ def test_served_bundles_compute_their_profile_and_the_report_says_what_it_costs(
 def test_damage_to_the_served_profile_fails_its_gates(
     served_graph: Path, tiny_checkpoint: Path, tmp_path: Path, damage: Damage, gates: set[str], layer: int
 ) -> None:
-    result = run(damaged_bundle(served_graph, tmp_path / "bundle", damage), tiny_checkpoint, tmp_path / "report")
+    result = run(damaged_bundle(served_graph, tmp_path / "bundle", damage), tiny_checkpoint, tmp_path / "report", **FEW)
     assert gates <= {verdict.gate.name for verdict in result.verdicts if not verdict.passed}
     assert json.loads((tmp_path / "report" / "report.json").read_text())["first_divergence"] == layer
 
@@ -377,9 +285,36 @@ def worst_chosen(model: Model) -> None:
 @pytest.mark.parametrize("damage", [worst_chosen, entries_off_by_one, topk_halved], ids=lambda value: value.__name__)
 def test_ties_excuse_no_wrong_choice(tied: tuple[Path, Path], tmp_path: Path, damage: Damage) -> None:
     checkpoint, graph = tied
-    result = run(damaged_bundle(graph, tmp_path / "bundle", damage), checkpoint, tmp_path / "report")
+    result = run(
+        damaged_bundle(graph, tmp_path / "bundle", damage), checkpoint, tmp_path / "report", cases_per_distance=1
+    )
     assert {"kl-mean", "logits", "layers"} <= {v.gate.name for v in result.verdicts if v.word == "fails"}
     assert result.metrics["queries_tied"] > 50 and result.first_divergence == 0
     # Where the choice itself is right, it is found right in the first layer; later ones inherit another input.
     first = result.selection[0].overlap
     assert first < 0.9 if damage is worst_chosen else first == 1
+
+
+@script(OPSET, default_opset=op)
+def FoldkvKeepBest(best: FLOAT, chosen: INT64, scores: FLOAT, start: INT64, k: INT64):  # type: ignore[no-untyped-def]
+    # The merge of blocks, where among equal scores later entries come first; where blocks end depends on the chunk.
+    count = op.Shape(scores, start=2, end=3)
+    kept, place = op.TopK(op.Concat(scores, best, axis=-1), k, axis=-1)
+    old = op.GatherElements(chosen, op.Max(place - count, 0), axis=-1)
+    return kept, op.Where(place < count, place + start, old)
+
+
+def ties_reversed_in_the_merge(damaged: Model) -> None:
+    """Within a block the first of equal scores is kept, between blocks the last."""
+    [model] = damaged.of_kind("csa")
+    model.functions.append(FoldkvKeepBest.to_function_proto())
+
+
+def test_ties_that_are_broken_otherwise_in_another_chunk_fail_the_gate_of_chunks(
+    tied: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint, graph = tied
+    bundle = damaged_bundle(graph, tmp_path / "bundle", ties_reversed_in_the_merge)
+    result = run(bundle, checkpoint, tmp_path / "report", **FEW)
+    # What the indexers chose was observed in a chunk of another length, so that it does not explain the logits either.
+    assert {"chunks", "kl-mean"} <= {v.gate.name for v in result.verdicts if v.word == "fails"}

@@ -34,7 +34,7 @@ from foldkv.validation.validate import NOT_EXECUTED, validate
 pytestmark = pytest.mark.slow
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-PLAN = Plan(texts=1, text_tokens=48, distances=(4,), cases_per_distance=1)
+PLAN = Plan(texts=1, text_tokens=48, distances=(4,), cases_per_distance=1, cases_per_kind=0, sweep_cases=0)
 SCHEMA = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
 #: A random model answers nothing.
 SILENT = {"retrieval", "retrieval-test"}

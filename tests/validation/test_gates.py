@@ -17,7 +17,7 @@ from foldkv.validation.gates import Verdict, gates_for, judge, not_measured, res
 MEASURED = {
     "tokens": 1000.0, "text_windows": 9.0, "retrieval_answered": 50.0, "retrieval_reference": 0.9, "not_finite": 0.0,
     "kl_mean": 2e-3, "kl_p999": 0.1, "top1_agreement": 0.98, "perplexity_ratio": 0.997, "logit_error_max": 1.0,
-    "chunk_kl_mean": 3e-3, "chunk_error_max": 0.9, "layer_excess": 0.5, "layer_error_max": 0.3,
+    "chunk_kl_mean": 3e-3, "chunk_error_max": 0.9, "restore_error_max": 0.0, "layer_excess": 0.5, "layer_error_max": 0.3,
     "retrieval_loss": 0.02, "retrieval_p": 0.5,
     "yardstick_kl_mean": 2e-3, "yardstick_kl_p999": 0.1, "yardstick_top1_agreement": 0.98,
     "yardstick_perplexity_ratio": 0.996, "yardstick_logit_error_max": 1.0,
@@ -31,7 +31,7 @@ def judged(changes: dict[str, float] | None = None, gates: dict[str, float] | No
 
 def test_what_is_as_far_from_float32_as_pytorchs_bfloat16_holds_and_what_is_further_does_not() -> None:
     found = judged()
-    assert {verdict.word for verdict in found.values()} == {"holds"} and len(found) == 10
+    assert {verdict.word for verdict in found.values()} == {"holds"} and len(found) == 11
     limits = {name: verdict.gate.threshold for name, verdict in found.items()}
     assert limits["kl-mean"] == pytest.approx(1e-6 + 4 * 2e-3) and limits["chunks"] == limits["kl-mean"]
     assert limits["top1"] == pytest.approx(0.999 - 2 * 0.02) and limits["logits"] == pytest.approx(5e-3 + 2)

@@ -22,7 +22,14 @@ from foldkv.validation.long_context import (
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
-SHORT = {"texts": 1, "text_tokens": 64, "distances": (64,), "cases_per_distance": 4}
+SHORT = {
+    "texts": 1,
+    "text_tokens": 64,
+    "distances": (64,),
+    "cases_per_distance": 4,
+    "cases_per_kind": 0,
+    "sweep_cases": 0,
+}
 
 
 @pytest.mark.parametrize("context", [1024, 4096, 65536])

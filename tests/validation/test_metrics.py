@@ -10,7 +10,16 @@ import torch
 
 from foldkv.errors import InputError
 from foldkv.validation.gates import DEFAULT_GATES, Verdict, judge, resolve_gates
-from foldkv.validation.metrics import compare_logits, mcnemar, summary, wilson
+from foldkv.validation.kl_table import METRICS
+from foldkv.validation.metrics import (
+    DELTA_QUANTILES,
+    KL_QUANTILES,
+    compare_logits,
+    mcnemar,
+    standard_error,
+    summary,
+    wilson,
+)
 
 
 def random_logits(seed: int, noise: float = 0.0) -> np.ndarray:
@@ -32,6 +41,55 @@ def test_kl_and_losses_equal_torch() -> None:
     assert result["perplexity_ratio"] == pytest.approx(
         float(np.exp(loss.mean().item()) / np.exp(figures.loss_reference.mean()))
     )
+
+
+def test_llama_cpps_table_is_that_of_its_own_formulas() -> None:
+    """Sums, sums of squares and covariances over tokens, as its perplexity tool accumulates them."""
+    reference, subject, targets = random_logits(0), random_logits(1, 0.3), np.arange(40) % 17
+    found, count = summary(compare_logits(reference, subject, targets)), 40
+    p, q = (torch.from_numpy(x).double().softmax(-1).numpy() for x in (reference, subject))
+    rows = np.arange(count)
+
+    def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+        mean, square = values.sum() / count, (values**2).sum() / count
+        return mean, math.sqrt((square - mean**2) / (count - 1))
+
+    kl = (p * np.log(p / q)).sum(-1)
+    base, other = -np.log(p[rows, targets]), -np.log(q[rows, targets])
+    delta = q[rows, targets] - p[rows, targets]
+    (base_mean, base_error), (other_mean, other_error) = mean_and_error(base), mean_and_error(other)
+    covariance = ((base * other).sum() / count - base_mean * other_mean) / (count - 1)
+    ratio = math.sqrt(base_error**2 + other_error**2 - 2 * covariance)
+    ppl, ppl_base = math.exp(other_mean), math.exp(base_mean)
+    square, square_error = mean_and_error(delta**2)
+    same = float((p.argmax(-1) == q.argmax(-1)).mean())
+    expected = {
+        "kl_mean": mean_and_error(kl)[0], "kl_mean_error": mean_and_error(kl)[1], "kl_max": kl.max(), "kl_min": kl.min(),
+        "perplexity_subject": ppl, "perplexity_subject_error": ppl * other_error,
+        "perplexity_reference": ppl_base, "perplexity_reference_error": ppl_base * base_error,
+        "loss_correlation": covariance / (base_error * other_error),
+        "log_perplexity_ratio": other_mean - base_mean, "log_perplexity_ratio_error": ratio,
+        "perplexity_ratio": ppl / ppl_base, "perplexity_ratio_error": ppl / ppl_base * ratio,
+        "perplexity_difference": ppl - ppl_base,
+        "perplexity_difference_error": math.sqrt(
+            (ppl * other_error) ** 2 + (ppl_base * base_error) ** 2 - 2 * ppl * ppl_base * covariance
+        ),
+        "delta_p_mean": mean_and_error(delta)[0], "delta_p_mean_error": mean_and_error(delta)[1],
+        "delta_p_max": delta.max(), "delta_p_min": delta.min(),
+        "delta_p_rms": math.sqrt(square), "delta_p_rms_error": 0.5 / math.sqrt(square) * square_error,
+        "top1_agreement": same, "top1_agreement_error": math.sqrt(same * (1 - same) / (count - 1)),
+    }  # fmt: skip
+    for values, names in ((kl, KL_QUANTILES), (delta, DELTA_QUANTILES)):
+        ordered = sorted(values)
+        expected |= {name: ordered[math.ceil(share * (count - 1))] for name, share in names.items()}
+    assert expected.keys() == METRICS
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
+
+
+def test_a_single_token_and_infinite_losses_have_no_standard_error() -> None:
+    assert math.isnan(standard_error(np.array([1.0]))) and math.isnan(standard_error(np.array([1.0, np.inf])))
+    assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)
 
 
 def test_equal_logits_have_no_error() -> None:
@@ -99,7 +157,7 @@ def test_changed_thresholds_are_told_apart() -> None:
 
 ENOUGH = {
     "tokens": 32.0, "text_windows": 2.0, "queries_with_choice": 32.0, "retrieval_answered": 7.0, "retrieval_reference": 0.1,
-    "long_context_answered": 7.0,
+    "long_context_answered": 7.0, "behaviour_answered": 7.0, "sweep_lengths": 8.0,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -27,15 +28,18 @@ from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.build import build_bundles
 from foldkv.optimize.targets import resolve_targets
 from foldkv.validation.baseline import KIND, compare, read_report
+from foldkv.validation.behaviour import BehaviourFigure
 from foldkv.validation.binding import not_validated
+from foldkv.validation.deployments import DeploymentFigure
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
-from foldkv.validation.report import format_beside, report_html, report_junit
+from foldkv.validation.kl_table import METRICS, TABLE
+from foldkv.validation.report import format_beside, format_with_error, report_html, report_junit, report_markdown
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
-PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5)
+PLAN = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5, cases_per_kind=0, sweep_cases=0)
 SCHEMA = json.loads(resources.files("foldkv.validation").joinpath("schema/report.schema.json").read_text())
 TEXT = "It\u2019s a \u00abtext\u00bb \u2013 of 'some' <b>kinds</b> & \"quotes\".\n" * 6
 
@@ -86,7 +90,7 @@ def test_the_line_that_reproduces_a_report_does(world: Path) -> None:
 
 
 def test_every_setting_of_a_plan_is_an_option_of_the_command() -> None:
-    plan = Plan(3, 2, 99, (4, 8), 7, (1024, 2048))
+    plan = Plan(3, 2, 99, (4, 8), 7, (1024, 2048), 5, 300, 2)
     names = {option.lstrip("-").replace("-", "_") for option in plan.options() if option.startswith("--")}
     names = {{"distance": "distances", "context": "contexts"}.get(name, name) for name in names}
     assert names == set(vars(plan))
@@ -111,9 +115,22 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     result.layers = [LayerFigure(0, "sliding_attention", math.inf, math.inf, 1.0)]
     result.worst[0] |= {"kl": math.inf, "context": "inf", "reference_top": [["nan", -math.inf], ["inf", 1.5]]}
     result.by_position[0]["kl_mean"] = math.inf
+    lost = BehaviourFigure("sweep", "length mod 4 = 3", 9, 258, 0.01, 8, 0, 8, 0, 2.0**-8, math.inf, math.inf, None)
+    result.deployments = [
+        DeploymentFigure("rows", None, math.inf, math.nan, 1.0, math.inf, 0.75, 1.5),
+        DeploymentFigure("w8a8", "no weight of this checkpoint is stored in fp8 or fp4"),
+    ]
+    result.behaviour = [replace(lost, group=""), lost, replace(lost, kind="code", group="", reference=0, lost=0, p=1.0)]
     written = json.loads(json.dumps(to_json(result), allow_nan=False))
     jsonschema.validate(written, SCHEMA)
+    assert [row["word"] for row in written["behaviour"]] == ["worse", "worse", "no statement"]
+    for page in (report_html(result), report_markdown(result)):
+        assert "length mod 4 = 3" in page and "9" in page and "signature of a named function" in page
+        assert "the reference answers 0 of 9, which guessing does too" in page
+        assert "75.00 %" in page and "not measured: no weight of this checkpoint is stored in fp8 or fp4" in page
     again = measurements_from_json(written)
+    assert math.isnan(again.deployments[0].kl_mean_error or 0) and written["not_reproduced"] == []
+    again.deployments[0] = result.deployments[0] = replace(result.deployments[0], kl_mean_error=1.0)
     assert math.isnan(again.metrics.pop("delta_p_rms")) and math.isnan(result.metrics.pop("delta_p_rms"))
     assert vars(again) == {name: vars(result)[name] for name in vars(again)}
 
@@ -127,6 +144,12 @@ def test_marked_in_every_form_loosened_gates_and_targets_that_nobody_validated(w
     assert content(world)["not_validated"] == [{"target": "rtx9090", "folder": "rtx9090", "why": "another copy"}]
     page = (world / "report" / "report.html").read_text(encoding="utf-8")
     assert "kl-mean is loosened</b> to 0.001; the default is 1.0e-06" in page and "not validated: rtx9090" in page
+    brief = (world / "report" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "| `kl-mean` | holds |" in brief
+        and "(loosened, default 1.0e-06)" in brief
+        and "not validated: rtx9090" in brief
+    )
     junit = (world / "report" / "junit.xml").read_text(encoding="utf-8")
     assert "loosened: &lt;= 0.001, by default &lt;= 1e-06" in junit and "not validated: rtx9090" in junit
 
@@ -173,6 +196,18 @@ def test_the_report_names_its_text_and_shows_characters_as_they_are(world: Path)
     assert "&#34;it&#39;s &lt;b&gt;\u201cso\u201d&lt;/b&gt;\\n&#34;" in page and "\\u0027" not in page
 
 
+def test_both_forms_for_people_have_every_line_of_llama_cpps_table(world: Path) -> None:
+    metrics = content(world)["metrics"]
+    assert metrics.keys() >= METRICS
+    pages = [
+        html.unescape((world / "report" / f"report.{form}").read_text(encoding="utf-8")) for form in ("html", "md")
+    ]
+    for row in (row for rows in TABLE.values() for row in rows):
+        shown = format_with_error(row, metrics)
+        assert ("±" in shown) == (row.error is not None)
+        assert all(row.title in page and shown in page for page in pages), row.title
+
+
 def test_the_page_does_not_scroll_sideways(world: Path) -> None:
     page = (world / "report" / "report.html").read_text(encoding="utf-8")
     assert 'name="viewport"' in page
@@ -187,9 +222,9 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
     result = made(world, "short", text=short, plan=replace(PLAN, distances=(16,), cases_per_distance=2))
     words = {verdict.gate.name: verdict.word for verdict in result.verdicts}
     assert set(words.values()) == {"not informative"} and result.exit_code == EXIT_GATE_FAILED
-    assert result.headline == "10 of 10 gates are not informative" and not content(world, "short")["passed"]
+    assert result.headline == "11 of 11 gates are not informative" and not content(world, "short")["passed"]
     page = (world / "short" / "report.html").read_text()
-    assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="10"' in report_junit(result)
+    assert "measured on 4 predicted tokens; it needs 32" in page and 'errors="11"' in report_junit(result)
     assert any(
         "how entries are chosen there was not measured. That needs texts of more than 67 tokens" in n
         for n in result.notes()
@@ -216,7 +251,7 @@ def test_kept_figures_are_judged_again_by_other_thresholds_and_only_by_those(
     assert (
         strict.source == "judged again" and not strict.passed and strict.provenance["date"] == old["provenance"]["date"]
     )
-    assert content(world, "kept")["headline"] == "1 of 10 gates fails"
+    assert content(world, "kept")["headline"] == "1 of 11 gates fails"
     assert "--gate logits=1e-12" in content(world, "kept")["provenance"]["command"]
     # A bundle built since then is named without measuring; another plan, text or bundle is measured.
     shutil.copytree(world / "bundles" / "rtx9090", world / "bundles" / "another")
@@ -275,11 +310,11 @@ def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | 
         ("absent", None, "is not a report: .* cannot be read"),
         ("r.json", "not json", "it is not JSON"),
         ("r.json", "[]", "is not a report that this version reads"),
-        ("r.json", '{"schema_version": 3, "passed": true}', "is not a report that this version reads"),
+        ("r.json", '{"schema_version": 4, "passed": true}', "is not a report that this version reads"),
         (
             "r.json",
-            '{"schema_version": 2, "passed": true}',
-            "is a report of version 2; this foldkv compares with .* version 3",
+            '{"schema_version": 3, "passed": true}',
+            "is a report of version 3; this foldkv compares with .* version 4",
         ),
     ],
 )
