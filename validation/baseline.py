@@ -17,7 +17,7 @@ from .gates import CONTEXTS, RETRIEVAL, TEXT, Gate, Verdict
 
 KIND = ReportManifest.KIND
 #: Of the report's JSON (schema/report.schema.json).
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 JSON = "report.json"
 
 #: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.

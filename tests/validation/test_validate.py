@@ -275,11 +275,11 @@ def test_what_does_not_compare_is_said_to(world: Path, change: Any, text: str | 
         ("absent", None, "is not a report: .* cannot be read"),
         ("r.json", "not json", "it is not JSON"),
         ("r.json", "[]", "is not a report that this version reads"),
-        ("r.json", '{"schema_version": 3, "passed": true}', "is not a report that this version reads"),
+        ("r.json", '{"schema_version": 4, "passed": true}', "is not a report that this version reads"),
         (
             "r.json",
-            '{"schema_version": 2, "passed": true}',
-            "is a report of version 2; this foldkv compares with .* version 3",
+            '{"schema_version": 3, "passed": true}',
+            "is a report of version 3; this foldkv compares with .* version 4",
         ),
     ],
 )
