@@ -51,7 +51,7 @@ def _builds() -> dict[str, Feature]:
     }
 
 
-_VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema")
+_VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema", "polygraphy")
 #: model-signing imports pyOpenSSL and does not ask for it.
 _SIGN = ("model_signing", "OpenSSL", "cryptography", "pydantic")
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import InputError, short
 from ..plugins.cuda import device_name
@@ -17,6 +17,9 @@ from ..progress import Say, silent
 from .backend import Executor
 from .buffers import Buffers
 from .bundle import Bundle, load_bundle, require_backend
+
+if TYPE_CHECKING:
+    from .chain import ChainModel
 
 
 class Model:
@@ -109,6 +112,11 @@ class Model:
             self._loaded = ChainModel(
                 self.bundle, threads=threads, weights_from=source, verify=verify, place=place, progress=progress
             )
+
+    @property
+    def chain(self) -> ChainModel | None:
+        """The opened segments of a bundle of graphs, for tools that look inside; None for engines."""
+        return None if self.bundle.backend.engine else self._loaded
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

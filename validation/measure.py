@@ -13,11 +13,12 @@ from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
-from .divergence import LayerFigure, layer_figure, token_errors
+from .divergence import LayerFigure, Streams, first_divergence, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
 from .jobs import Job
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from .reproducers import Reproducers
 from .result import Measurements
 from .runners import Look, OracleRunner, Reading, Reference, Runner, SessionRunner, TransformersRunner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
@@ -50,8 +51,8 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measurements:
-    """Measure everything except long contexts.
+def measure(sides: Sides, plan: Plan, text: Text, progress: Progress, reproducers: Reproducers) -> Measurements:
+    """Measure everything except long contexts, and save the layers that tell most.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -75,6 +76,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
     expected_choices = []
     yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
     layers: list[LayerFigure] = []
+    alone: list[Streams] = []
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     questions = [_question(tokenizer, case) for case in cases]
     looks = []
@@ -116,11 +118,12 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
             measures.append(compare_logits(exact.logits[:-1], rounded.logits[:-1], targets))
             yardstick_choices.append((exact.selections, choices))
         if first:
-            layers = _layers(sides, tokens, look, reading)
+            layers, alone = _layers(sides, tokens, look, reading)
         part = compare_logits(expected[:-1], actual[:-1], targets)
         figures.append(part)
         worst.append(_worst_case(tokenizer, tokens, int(np.argmax(part.kl)), part, expected, actual))
     inside.close()
+    _reproduce(sides, reproducers, texts, looks[0], layers, alone, worst)
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
     solved = np.zeros((2, len(cases)), bool)
@@ -165,6 +168,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress) -> Measure
         by_position=_by_position(figures),
         layers=layers,
         selection=selection,
+        reproducers=reproducers.rows,
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
     )
 
@@ -214,8 +218,9 @@ class _Inside:
             self._graph.close()
 
 
-def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> list[LayerFigure]:
-    """What every layer computes on the first text; ``reading`` is the reference's or, if there is one, the oracle's."""
+def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> tuple[list[LayerFigure], list[Streams]]:
+    """What every layer computes on the first text, and what ``reading``'s side makes of the subject's streams there. It is the
+    reference's or, if there is one, the oracle's."""
     alone = (sides.oracle or sides.reference).alone(tokens, look.streams).streams
     steps: list[Any] = [None] * len(look.streams)
     if sides.yardstick is not None:
@@ -224,7 +229,7 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
         steps = [token_errors(*both) for both in zip(exact, rounded, strict=True)]
     kinds = sides.subject.session.bundle.model.layer_types
     rows = zip(kinds, reading.streams, alone, look.streams, steps, strict=True)
-    return [
+    figures = [
         layer_figure(
             layer,
             kind,
@@ -235,6 +240,37 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
         )
         for layer, (kind, total, own, streams, step) in enumerate(rows)
     ]
+    return figures, alone
+
+
+def _reproduce(
+    sides: Sides, reproducers: Reproducers, texts: list[list[int]], look: Look, layers: list[LayerFigure],
+    alone: list[Streams], worst: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Save the first layer that diverges on the first text, and the layer that adds most before the worst token of all texts.
+
+    A reference that is computed layer by layer is asked nothing more: each question would cost a pass through its weights. Then the
+    worst layer is that of the first text.
+    """
+    side = sides.oracle or sides.reference
+    tokens, first = texts[0], first_divergence(layers)
+    if first is not None:
+        why = "the first that diverges from the reference"
+        reproducers.save(
+            "first-divergence", why, layer=first, tokens=tokens, before=look.before(first), expected=alone[first],
+            reference=side.name,
+        )  # fmt: skip
+    if reproducers.possible and sides.reference.in_memory:
+        number = int(np.argmax([case["kl"] for case in worst]))
+        tokens = texts[number][: worst[number]["position"] + 1]
+        look = sides.subject.look(tokens)
+        alone = side.alone(tokens, look.streams).streams
+    errors = [float(np.max(token_errors(*both))) for both in zip(alone, look.streams, strict=True)]
+    layer = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+    reproducers.save(
+        "worst-case", f"the one that adds the largest error, {errors[layer]:.2g}, before the worst token", layer=layer, tokens=tokens,
+        before=look.before(layer), expected=alone[layer], reference=side.name,
+    )  # fmt: skip
 
 
 def _measured(figures: TokenFigures, selection: list[SelectionFigure]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from .baseline import SCHEMA_VERSION, Comparison
 from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
+from .reproducers import Reproducer
 from .selection import RECOMPUTED, SelectionFigure
 
 
@@ -24,7 +25,7 @@ class Measurements:
         retrieval: by distance, the shares that were answered, with their intervals.
         by_position: errors by position in the texts.
         worst: the token of each text where the distributions differ most.
-        layers, selection, long_context: see their classes.
+        layers, selection, long_context, reproducers: see their classes.
         provenance: what was compared with what, when, by which versions, on which text.
     """
 
@@ -35,6 +36,7 @@ class Measurements:
     layers: list[LayerFigure] = field(default_factory=list)
     selection: list[SelectionFigure] = field(default_factory=list)
     long_context: list[ContextFigure] = field(default_factory=list)
+    reproducers: list[Reproducer] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -153,6 +155,7 @@ def to_json(result: ValidationResult) -> dict[str, Any]:
         "first_divergence": result.first_divergence,
         "by_position": result.by_position,
         "worst_cases": result.worst,
+        "reproducers": [asdict(row) for row in result.reproducers],
         "provenance": result.provenance,
     }
     return _plain(content)  # type: ignore[no-any-return]
@@ -180,6 +183,10 @@ def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
         layers=[_layer(row) for row in content["layers"]],
         selection=[SelectionFigure(**row) for row in content["selection"]],
         long_context=[_context(row) for row in content["long_context"]],
+        reproducers=[
+            Reproducer(**{**row, "atol": float(row["atol"]), "commands": tuple(row["commands"])})
+            for row in content["reproducers"]
+        ],
         provenance=dict(content["provenance"]),
     )
 

@@ -36,6 +36,8 @@ from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import Sides, measure, measure_contexts
 from .provenance import about, executed
 from .report import write_report
+from .reproducers import FOLDER as REPRODUCERS
+from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
 from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 from .settings import Plan
@@ -134,6 +136,8 @@ def validate(
     with staged(report, kind=KIND) as folder:
         if stored is not None:
             result = judged_result(stored, JUDGED_AGAIN)
+            if (report / REPRODUCERS).is_dir():
+                shutil.copytree(report / REPRODUCERS, folder / REPRODUCERS)
         else:
             assert checkpoint is not None
             facts = about(loaded, checkpoint, plan, words, threads)
@@ -144,7 +148,7 @@ def validate(
                 # Outside of the folder that an interruption removes: the next run goes on with what is there.
                 scratch = report.absolute().with_name(f"{report.name}.foldkv-reference")
                 found = _measure(
-                    loaded, checkpoint, plan, words, threads, devices, layered, scratch, Progress.of(progress)
+                    loaded, checkpoint, plan, words, threads, devices, layered, scratch, folder, Progress.of(progress)
                 )
                 shutil.rmtree(scratch, ignore_errors=True)
                 found.provenance = facts | found.provenance
@@ -219,7 +223,7 @@ def _command(
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    layered: bool | None, scratch: Path, progress: Progress,
+    layered: bool | None, scratch: Path, report: Path, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     progress("loading the subject and the reference")
@@ -244,7 +248,7 @@ def _measure(
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        found = measure(sides, plan, text, progress)
+        found = measure(sides, plan, text, progress, Reproducers(report, model))
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():
