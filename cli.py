@@ -616,6 +616,31 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
     return values
 
 
+@main.command("trends")
+@click.argument("folder", type=_folder)
+@click.option(
+    "-o", "--output", type=_folder, metavar="FILE", help="Write a page, FILE.html, with a plot per gate and target."
+)
+@_json
+def trends_command(folder: Path, output: Path | None, as_json: bool) -> None:
+    """Show how the figures of one model moved: all reports in FOLDER, by date, per gate and target.
+
+    Values are compared only where they were measured alike: the same checkpoint, profile, text and plan.
+    """
+    from .report_text import trend_lines
+    from .validation.trends import facts, read_trends, write_page
+
+    trends = read_trends(folder)
+    if output is not None:
+        write_page(trends, output, folder)
+    if as_json:
+        _show(facts(trends), True)
+        return
+    _print(trend_lines(trends))
+    if output is not None:
+        click.echo(f"page: {output}")
+
+
 @main.command("run")
 @click.argument("pipeline", type=_folder)
 @click.option("--dry-run", is_flag=True, help="Show what would be done and why, with estimates. Nothing is written.")

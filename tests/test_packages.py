@@ -59,6 +59,7 @@ def test_commands_need_what_the_table_says_and_no_more(
     only("inject", "inject", tiny_graph, "-o", tmp_path / "injected", "--target", "a100")
     only("build cpu", "build", tiny_graph, "-o", tmp_path / "bundles", "--target", "cpu")
     only("generate", "generate", tiny_bundle, "def", "-n", 2)
+    only("trends", "trends", tiny_report, "-o", tmp_path / "trends.html")
     key, _ = write_keys(tmp_path / "keys")
     only("evidence", "evidence", tiny_bundle, tiny_report, "-o", tmp_path / "evidence", "--key", key)
 

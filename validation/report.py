@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ from .baseline import JSON
 from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
 from .long_context import REFERENCE_CONTEXT
+from .pages import format_beside, render
 from .result import ValidationResult, to_json
 
 HTML, JUNIT = "report.html", "junit.xml"
@@ -55,13 +55,6 @@ def threshold_words(verdict: Verdict) -> str:
 
 def report_html(result: ValidationResult) -> str:
     """A page that needs nothing from the network: styles and plots are in it."""
-    import jinja2
-
-    source = resources.files("foldkv.validation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": format_figure, "beside": format_beside, "quoted": _quoted}
     positions, plots = [row["position"] for row in result.by_position], dict[str, Any]()
     if not result.not_executed:
         plots = {
@@ -71,7 +64,8 @@ def report_html(result: ValidationResult) -> str:
                 positions, [row["logit_error_max"] for row in result.by_position], "largest logit error"
             ),
         }
-    return environment.from_string(source).render(
+    return render(
+        "report.html.j2",
         result=result,
         verdicts=sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word]),
         classes={HOLDS: "good", FAILS: "bad", NOT_INFORMATIVE: "unsure"},
@@ -84,32 +78,6 @@ def report_html(result: ValidationResult) -> str:
 
 #: In the table, gates that need attention come first.
 _FIRST = {FAILS: 0, NOT_INFORMATIVE: 1, HOLDS: 2}
-
-
-def _quoted(text: str) -> str:
-    """The text in quotation marks. Characters that cannot be seen are escaped, all others are not."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def format_figure(value: float | None, digits: int = 4) -> str:
-    """A value with ``digits`` significant digits; small and large values in powers of ten; a dash for none."""
-    if value is None:
-        return "\u2013"
-    if not math.isfinite(value):
-        return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{value:,.0f}"
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits}g}"
-    return f"{value:.{digits - 3}e}"
-
-
-def format_beside(value: float | None, threshold: float) -> str:
-    """A figure with enough digits to tell it from its threshold."""
-    for digits in range(4, 18):
-        if (text := format_figure(value, digits)) != format_figure(threshold, digits):
-            return text
-    return format_figure(value)
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 64, 16, 16, 40

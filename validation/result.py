@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from .baseline import SCHEMA_VERSION, Comparison
 from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
+from .pages import plain
 from .reproducers import Reproducer
 from .selection import RECOMPUTED, SelectionFigure
 
@@ -158,7 +158,7 @@ def to_json(result: ValidationResult) -> dict[str, Any]:
         "reproducers": [asdict(row) for row in result.reproducers],
         "provenance": result.provenance,
     }
-    return _plain(content)  # type: ignore[no-any-return]
+    return plain(content)  # type: ignore[no-any-return]
 
 
 def gate_json(verdict: Verdict) -> dict[str, Any]:
@@ -204,13 +204,3 @@ def _context(row: Mapping[str, Any]) -> ContextFigure:
 def _worst(case: Mapping[str, Any]) -> dict[str, Any]:
     tops = {name: [[token, float(value)] for token, value in case[name]] for name in ("reference_top", "subject_top")}
     return {**case, **tops, "kl": float(case["kl"]), "logit_error": float(case["logit_error"])}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

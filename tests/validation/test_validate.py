@@ -30,7 +30,8 @@ from foldkv.validation.baseline import KIND, compare, read_report
 from foldkv.validation.binding import not_validated
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
-from foldkv.validation.report import format_beside, report_html, report_junit
+from foldkv.validation.pages import format_beside
+from foldkv.validation.report import report_html, report_junit
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
