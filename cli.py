@@ -554,13 +554,18 @@ def generate_command(
     default=None,
     help="Compute the reference a layer at a time, with little memory, or with the whole model in memory; default: whole if it fits.",
 )
+@click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Let the workers of this Ray cluster answer the cases; local: one of this machine's processors. The figures are the same.",
+)
 @_allow_unknown_key
 @_json
 def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, contexts: tuple[int, ...],
     baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, layered: bool | None,
-    allow_unknown_keys: tuple[str, ...], as_json: bool,
+    ray: str | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE can be of any target that this machine executes.
 
@@ -585,6 +590,7 @@ def validate_command(
         threads=threads,
         devices=devices,
         layered=layered,
+        ray=ray,
         progress=progress(),
     )
     if as_json:

@@ -64,6 +64,7 @@ FEATURES = {
     "validate": Feature(_VALIDATE, "validate"),
     "evidence": Feature(("numpy", "jsonschema", "cyclonedx", "in_toto_attestation", *_SIGN), "evidence"),
     "verify signatures": Feature(_SIGN),
+    "validate with Ray": Feature(("ray",)),
     "trends": Feature(("jinja2", "jsonschema"), "trends"),
     "chat templates": Feature(("jinja2",)),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),

@@ -20,9 +20,10 @@ from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measu
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .reproducers import Reproducers
 from .result import Measurements
-from .runners import Look, OracleRunner, Reading, Reference, Runner, SessionRunner, TransformersRunner
+from .runners import Look, OracleRunner, Reading, Reference, SessionRunner, TransformersRunner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
+from .spread import Cluster, answers
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
 _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
@@ -51,8 +52,10 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, progress: Progress, reproducers: Reproducers) -> Measurements:
-    """Measure everything except long contexts, and save the layers that tell most.
+def measure(
+    sides: Sides, plan: Plan, text: Text, progress: Progress, reproducers: Reproducers, cluster: Cluster | None = None
+) -> Measurements:
+    """Measure everything except long contexts, and save the layers that tell most. A cluster answers the questions, if there is one.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -79,6 +82,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress, reproducer
     alone: list[Streams] = []
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     questions = [_question(tokenizer, case) for case in cases]
+    shares = None if cluster is None else cluster.ask(questions)
     looks = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the bundle")
@@ -95,7 +99,7 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress, reproducer
         Job(tokens, chosen=chosen, keep_streams=number == 0 and oracle is None)
         for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
     ]
-    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions]
+    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions] if cluster is None else []
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
     )
@@ -126,13 +130,15 @@ def measure(sides: Sides, plan: Plan, text: Text, progress: Progress, reproducer
     _reproduce(sides, reproducers, texts, looks[0], layers, alone, worst)
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
-    solved = np.zeros((2, len(cases)), bool)
-    for number, case in enumerate(cases):
-        if number % plan.cases_per_distance == 0:
-            progress(f"retrieval at distance {case.distance}")
-        progress.steps(number, len(cases), "values")
-        solved[0, number] = _answers(reference, *questions[number])
-        solved[1, number] = _answers(subject, *questions[number])
+    if cluster is not None and shares is not None:
+        solved = cluster.collect(shares, progress)
+    else:
+        solved = np.zeros((2, len(cases)), bool)
+        for number, case in enumerate(cases):
+            if number % plan.cases_per_distance == 0:
+                progress(f"retrieval at distance {case.distance}")
+            progress.steps(number, len(cases), "values")
+            solved[:, number] = [answers(side, *questions[number]) for side in (reference, subject)]
     metrics = summary(total) | {
         "not_finite": float(not_finite),
         "chunk_error_max": chunk_error,
@@ -300,12 +306,6 @@ def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], lis
     """The tokens that are fed, and those that should be the likeliest after the last of them."""
     prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
     return [*prompt, *answer[:-1]], answer
-
-
-def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
-    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    logits = runner.logits(tokens, last=len(answer))
-    return bool(np.isfinite(logits).all()) and logits.argmax(axis=-1).tolist() == answer
 
 
 def _odd_sizes(length: int) -> list[int]:

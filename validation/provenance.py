@@ -8,10 +8,11 @@ from typing import Any
 
 from .. import __version__
 from ..export.checkpoint.reader import Checkpoint
-from ..packages import FEATURES, package_of, version_of
+from ..packages import version_of
 from ..runtime.bundle import Bundle
 from .binding import binding
 from .cases import Text
+from .environment import environment
 from .measure import Sides
 from .selection import OBSERVED, RECOMPUTED
 from .settings import Plan
@@ -45,16 +46,9 @@ def about(bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, thread
         "backend": f"{manifest.backend} {manifest.tool_versions.get(manifest.backend, '')}",
         "machine": f"{platform.system()} {platform.machine()}, not executed here",
         "threads": threads,
-        "environment": _environment(bundle),
+        "environment": environment(bundle),
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},
     }
-
-
-def _environment(bundle: Bundle) -> dict[str, str]:
-    """Versions of Python and of the packages that measured."""
-    modules = dict.fromkeys([*FEATURES["validate"].modules, bundle.backend.module])
-    found = {package_of(module): version_of(module) for module in modules}
-    return {"python": platform.python_version(), "foldkv": __version__} | {name: v for name, v in found.items() if v}
 
 
 def executed(sides: Sides) -> dict[str, Any]:

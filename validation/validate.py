@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from .. import __version__
@@ -30,6 +31,7 @@ from ..units import size_text
 from .baseline import JSON, KIND, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
+from .environment import environment
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
 from .layered_runner import LayeredRunner
 from .long_context import REFERENCE_CONTEXT, planted_stream
@@ -41,6 +43,7 @@ from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
 from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 from .settings import Plan
+from .spread import Cluster, Sources
 
 MEASURED, JUDGED_AGAIN, UNCHANGED, NOT_EXECUTED = "measured", "judged again", "unchanged", "not executed"
 #: Share of the machine's memory that the reference may take, whole.
@@ -63,6 +66,7 @@ def validate(
     allow_unknown_keys: Sequence[str] = (),
     layered: bool | None = None,
     report_absent: bool = False,
+    ray: str | None = None,
     progress: Say = silent,
 ) -> ValidationResult:
     """Measure a bundle against its checkpoint and write the report.
@@ -84,6 +88,8 @@ def validate(
         layered: compute the reference a layer at a time, or with the whole model in memory; the default is the whole model if it takes
             less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
+        ray: address of a Ray cluster whose workers answer the cases, or "local" for one of this machine's processors; for bundles that
+            run on processors. The figures are the same.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
@@ -101,6 +107,10 @@ def validate(
         raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
     require("validate")
     loaded = _checked_bundle(bundle, devices)
+    if ray is not None:
+        require("validate with Ray")
+        if loaded.backend.gpu:
+            raise InputError(f"--ray is for bundles that run on processors; {bundle} is for a GPU. Leave it out.")
     chosen = resolve_gates(gates or {}, loaded.profile, loaded.precision)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
@@ -148,7 +158,17 @@ def validate(
                 # Outside of the folder that an interruption removes: the next run goes on with what is there.
                 scratch = report.absolute().with_name(f"{report.name}.foldkv-reference")
                 found = _measure(
-                    loaded, checkpoint, plan, words, threads, devices, layered, scratch, folder, Progress.of(progress)
+                    loaded,
+                    checkpoint,
+                    plan,
+                    words,
+                    threads,
+                    devices,
+                    layered,
+                    scratch,
+                    folder,
+                    ray,
+                    Progress.of(progress),
                 )
                 shutil.rmtree(scratch, ignore_errors=True)
                 found.provenance = facts | found.provenance
@@ -223,7 +243,7 @@ def _command(
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    layered: bool | None, scratch: Path, report: Path, progress: Progress,
+    layered: bool | None, scratch: Path, report: Path, ray: str | None, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     progress("loading the subject and the reference")
@@ -248,7 +268,15 @@ def _measure(
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        found = measure(sides, plan, text, progress, Reproducers(report, model))
+        with ExitStack() as stack:
+            cluster = None
+            if ray is not None:
+                sources = Sources(
+                    str(bundle.folder.resolve()), str(folder.resolve()), bundle.digest, checkpoint.identity(), tuple(allowed),
+                    tuple(environment(bundle).items()), threads, whole, plan.longest(),
+                )  # fmt: skip
+                cluster = stack.enter_context(Cluster(ray, sources))
+            found = measure(sides, plan, text, progress, Reproducers(report, model), cluster)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():
