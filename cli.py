@@ -70,6 +70,18 @@ _weights_from = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder with the checkpoint's weight files; default: FOLDKV_WEIGHTS, `weights` beside the manifest, where they were.",
 )
+_signature = click.option(
+    "--signature",
+    type=_folder,
+    metavar="EVIDENCE",
+    help="The bundle must be the one that this folder of `foldkv evidence --key` vouches for. With --public-key.",
+)
+_public_key = click.option(
+    "--public-key",
+    type=_folder,
+    metavar="FILE",
+    help="Key that --signature must be made with: an elliptic curve's, in PEM.",
+)
 _read_in_place = click.option(
     "--no-place",
     is_flag=True,
@@ -290,22 +302,33 @@ def pack_command(artifact: Path, output: Path, with_weights: bool, weights_from:
 @click.option(
     "--report", type=_folder, help="Of a bundle: also check that this report is about its engines and these weights."
 )
+@_signature
+@_public_key
 @_json
 def verify_command(
-    artifact: Path, weights_from: Path | None, jobs: int | None, report: Path | None, as_json: bool
+    artifact: Path, weights_from: Path | None, jobs: int | None, report: Path | None, signature: Path | None,
+    public_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Check every byte of a graph package or a bundle, and of the weights that its lock names.
 
     Weights are compared with the sha256 in the lock (`pack` writes it), or with the names in the Hugging Face cache. Files
     that nobody has hashed before are named, with their sha256. Stacks of experts that runs of a bundle have made are checked too.
-    A report speaks for one engine set with one lock: with other weights the same plans were not validated.
+    A report speaks for one engine set with one lock: with other weights the same plans were not validated. With --signature, evidence
+    vouches for the bundle, and its own report must be about these weights, too.
     """
     from .export.locate import find_weights
     from .export.pack import read_locked
     from .export.weight_digests import refuse_others, verify_weights
+    from .manifests import BundleManifest
     from .runtime.stacks import verify_stacks
 
+    _expect_key(signature, public_key)
     manifest, lock = read_locked(artifact)
+    bundled = isinstance(manifest, BundleManifest)
+    if (report is not None or signature is not None) and not bundled:
+        raise InputError(
+            f"--report and --signature are about a bundle; {artifact} is a graph package. Give the bundle, or leave them out."
+        )
     files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
     start = time.monotonic()
     rows = verify_weights(lock, files, jobs=jobs, progress=progress())
@@ -313,20 +336,23 @@ def verify_command(
     refuse_others(rows)
     stacks = verify_stacks(artifact, lock, files, progress=progress())
     unknown = [row.name for row in rows if row.expected is None]
-    headline = None
-    if report is not None:
-        from .manifests import BundleManifest
+    headlines = dict[str, str]()
+    if isinstance(manifest, BundleManifest) and (report is not None or signature is not None):
         from .validation.binding import check_report
 
-        if not isinstance(manifest, BundleManifest):
-            raise InputError(
-                f"--report is about a bundle; {artifact} is a graph package. Give the bundle, or leave it out."
-            )
-        headline = check_report(report, artifact, manifest, lock, rows)
+        if signature is not None and public_key is not None:
+            from .export.contract.evidence import REPORT
+            from .runtime.bundle import load_bundle
+            from .runtime.signature import check_signature
+
+            check_signature(load_bundle(artifact), signature, public_key)
+            headlines["signature"] = check_report(signature / REPORT, artifact, manifest, lock, rows)
+        if report is not None:
+            headlines["report"] = check_report(report, artifact, manifest, lock, rows)
     if as_json:
         _show(
             {"artifact": str(artifact), "bytes": size, "seconds": round(seconds, 2), "unknown": unknown,
-             "files": {row.name: row.sha256 for row in rows}, "stacks": [str(path) for path in stacks], "report": headline},
+             "files": {row.name: row.sha256 for row in rows}, "stacks": [str(path) for path in stacks], **headlines},
             True,
         )  # fmt: skip
         return
@@ -337,8 +363,57 @@ def verify_command(
     if stacks:
         click.echo(f"{len(stacks)} files with stacks of experts in {stacks[0].parent}: as they were written")
     click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
-    if headline is not None:
-        click.echo(f"{report} is about this bundle and these weights: {headline}")
+    for what, headline in headlines.items():
+        vouches = f"{signature} vouches for this bundle and these weights, signed with the key of {public_key}"
+        click.echo(
+            f"{vouches if what == 'signature' else f'{report} is about this bundle and these weights'}: {headline}"
+        )
+
+
+def _expect_key(signature: Path | None, public_key: Path | None) -> None:
+    if (signature is None) != (public_key is None):
+        raise click.UsageError(
+            "--signature and --public-key belong together: the evidence, and the key that you trust."
+        )
+
+
+@main.command("evidence")
+@click.argument("bundle", type=_folder)
+@click.argument("report", type=_folder)
+@click.option("-o", "--output", type=_folder, required=True, help="Folder of the evidence.")
+@click.option(
+    "--key",
+    type=_folder,
+    metavar="FILE",
+    help="Sign with this private key: an elliptic curve's, in PEM, without a password.",
+)
+@click.option(
+    "--license",
+    "licence",
+    metavar="SPDX",
+    help="The model's licence; default: what the README.md beside its weights states.",
+)
+@_weights_from
+@_json
+def evidence_command(
+    bundle: Path, report: Path, output: Path, key: Path | None, licence: str | None, weights_from: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Write what a release of BUNDLE files beside it: a CycloneDX ML-BOM, an in-toto statement and its REPORT, signed with --key.
+
+    A report about another bundle or other weights is refused; every byte of the weights is read for that. What the report found does
+    not matter here: the statement says PASSED or FAILED. `foldkv verify` and runtimes check the signature.
+    """
+    from .validation.evidence import write_evidence
+
+    made = write_evidence(
+        bundle, report, output, key=key, licence=licence, weights_from=weights_from, progress=progress()
+    )
+    if as_json:
+        _show(to_json(made) | {"folder": str(made.folder)}, True)
+        return
+    if made.licence is None:
+        click.echo("licence of the model: not stated beside its weights. Give it with --license.")
+    click.echo(f"{'signed ' if made.signed else ''}evidence: {made.folder}: {made.headline}")
 
 
 @main.command("generate")
@@ -373,14 +448,17 @@ def verify_command(
 )
 @_weights_from
 @click.option("--verify", is_flag=True, help="Read the weight files whole first, and refuse others than the lock's.")
+@_signature
+@_public_key
 @_read_in_place
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
     seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, devices: tuple[int, ...] | None,
-    weights_from: Path | None, verify: bool, no_place: bool, as_json: bool,
+    weights_from: Path | None, verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
+    _expect_key(signature, public_key)
     from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -398,6 +476,8 @@ def generate_command(
         weights_from=weights_from,
         verify=verify,
         place=not no_place,
+        signature=signature,
+        public_key=public_key,
         progress=progress(),
     ) as session:
         pieces = []
@@ -497,6 +577,11 @@ def generate_command(
     default=None,
     help="Compute the reference a layer at a time, with little memory, or with the whole model in memory; default: whole if it fits.",
 )
+@click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Let the workers of this Ray cluster answer the cases; local: one of this machine's processors. The figures are the same.",
+)
 @_allow_unknown_key
 @_json
 def validate_command(
@@ -504,7 +589,7 @@ def validate_command(
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, cases_per_kind: int,
     case_tokens: int, sweep_cases: int, contexts: tuple[int, ...],
     baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, layered: bool | None,
-    allow_unknown_keys: tuple[str, ...], as_json: bool,
+    ray: str | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE can be of any target that this machine executes.
 
@@ -531,6 +616,7 @@ def validate_command(
         threads=threads,
         devices=devices,
         layered=layered,
+        ray=ray,
         progress=progress(),
     )
     if as_json:
@@ -560,6 +646,31 @@ def _thresholds(gates: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             raise InputError(f"--gate {gate!r}: expected NAME=VALUE with a number, for example kl-mean=1e-5.") from None
     return values
+
+
+@main.command("trends")
+@click.argument("folder", type=_folder)
+@click.option(
+    "-o", "--output", type=_folder, metavar="FILE", help="Write a page, FILE.html, with a plot per gate and target."
+)
+@_json
+def trends_command(folder: Path, output: Path | None, as_json: bool) -> None:
+    """Show how the figures of one model moved: all reports in FOLDER, by date, per gate and target.
+
+    Values are compared only where they were measured alike: the same checkpoint, profile, text and plan.
+    """
+    from .report_text import trend_lines
+    from .validation.trends import facts, read_trends, write_page
+
+    trends = read_trends(folder)
+    if output is not None:
+        write_page(trends, output, folder)
+    if as_json:
+        _show(facts(trends), True)
+        return
+    _print(trend_lines(trends))
+    if output is not None:
+        click.echo(f"page: {output}")
 
 
 @main.command("run")

@@ -1,4 +1,4 @@
-"""The manifests of graph packages, bundles and reports: what each key holds, and their only writer and reader.
+"""The manifests of graph packages, bundles, reports and evidence: what each key holds, and their only writer and reader.
 
 A key is a field here and nowhere else; docs/artifacts.md explains them for people. :mod:`artifact` writes and checks the
 files beside a manifest and the table of them. Standard library only.
@@ -440,9 +440,28 @@ class ReportManifest(_Manifest):
     judged: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvidenceManifest(_Manifest):
+    """Evidence for a bundle (export/contract/evidence.py). The signature does not cover this manifest: it finds damage, not forgery.
+
+    Attributes:
+        passed: whether all gates of the report hold.
+        signed: whether there is a signature.
+        bundle_manifest_sha256: of the bundle's manifest.
+    """
+
+    KIND: ClassVar[str] = "foldkv.evidence"
+    AGAIN: ClassVar[str] = "Make the evidence again with `foldkv evidence`."
+
+    passed: bool
+    signed: bool
+    bundle_manifest_sha256: str
+
+
+AnyManifest = GraphManifest | FlatManifest | BundleManifest | ReportManifest | EvidenceManifest
 #: Every kind of artifact by name.
-KINDS: dict[str, type[GraphManifest | FlatManifest | BundleManifest | ReportManifest]] = {
-    one.KIND: one for one in (GraphManifest, FlatManifest, BundleManifest, ReportManifest)
+KINDS: dict[str, type[AnyManifest]] = {
+    one.KIND: one for one in (GraphManifest, FlatManifest, BundleManifest, ReportManifest, EvidenceManifest)
 }
 
 
@@ -469,7 +488,7 @@ def read(manifest: type[M], folder: Path, *, verify: bool = False) -> M:
     return found
 
 
-def read_any(folder: Path, *, verify: bool = False) -> GraphManifest | FlatManifest | BundleManifest | ReportManifest:
+def read_any(folder: Path, *, verify: bool = False) -> AnyManifest:
     """As :func:`read`, for an artifact of any kind."""
     try:
         kind = json.loads((Path(folder) / MANIFEST).read_text()).get("kind")

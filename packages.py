@@ -51,7 +51,9 @@ def _builds() -> dict[str, Feature]:
     }
 
 
-_VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema")
+_VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema", "polygraphy")
+#: model-signing imports pyOpenSSL and does not ask for it.
+_SIGN = ("model_signing", "OpenSSL", "cryptography", "pydantic")
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
 FEATURES = {
     "inspect checkpoints": Feature(_EXPORT),
@@ -60,13 +62,17 @@ FEATURES = {
     **_builds(),
     **{one.run_feature: Feature(_to_run(one), "generate", one.gpu, one.package) for one in BACKENDS.values()},
     "validate": Feature(_VALIDATE, "validate"),
+    "evidence": Feature(("numpy", "jsonschema", "cyclonedx", "in_toto_attestation", *_SIGN), "evidence"),
+    "verify signatures": Feature(_SIGN),
+    "validate with Ray": Feature(("ray",)),
+    "trends": Feature(("jinja2", "jsonschema"), "trends"),
     "chat templates": Feature(("jinja2",)),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
 #: Packages that the table above does not list, and their uses.
 _ALSO = {"accelerate": "validate, with quantised checkpoints", "rich": "bars on a terminal"}
 #: Modules whose package has another name.
-_PACKAGES = {"cuda": "cuda-bindings"}
+_PACKAGES = {"cuda": "cuda-bindings", "cyclonedx": "cyclonedx-python-lib", "OpenSSL": "pyopenssl"}
 #: Modules that a second package has too. The files of such packages overwrite each other, so one of them can be installed.
 VARIANTS = {one.module: one.package for one in BACKENDS.values() if one.package}
 _DEVELOPMENT = "dev"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .tables import table
+
+if TYPE_CHECKING:
+    from .validation.trends import Trends
 
 
 def report_lines(content: dict[str, Any]) -> list[str]:
     """A report from its JSON: gates, what lacks evidence, notes, what changed, and the verdict."""
-    from .validation.report import format_beside
+    from .validation.pages import format_beside
 
     rows = [["gate", "", "measured", "", "threshold", ""]]
     for gate in content["gates"]:
@@ -29,6 +32,35 @@ def report_lines(content: dict[str, Any]) -> list[str]:
         *(f"note: {note}" for note in content["notes"]),
         *(_comparison(content["comparison"]) if content["comparison"] else ()),
         ("PASSED: " if content["passed"] else "NOT PASSED: ") + content["headline"],
+    ]
+
+
+def trend_lines(trends: Trends) -> list[str]:
+    """Trends: the newest value of every gate on every target, beside those before, the newest first."""
+    from .validation.pages import format_figure
+
+    rows = [["target", "gate", "verdict", "newest", "", "threshold", "before"]]
+    for target, gates in trends.targets.items():
+        for series in gates:
+            *earlier, now = series.points
+            before = ", ".join(format_figure(point.value) for point in reversed(earlier[-4:]))
+            rows.append(
+                [
+                    target,
+                    series.gate,
+                    now.verdict,
+                    format_figure(now.value),
+                    series.comparison,
+                    f"{now.threshold:g}",
+                    before,
+                ]
+            )
+    left = [f"left out: {name}: {why}" for name, why in trends.left_out.items()]
+    return [
+        *table(rows, numbers=(3, 5)),
+        "",
+        *left,
+        f"{len(trends.reports)} reports of the checkpoint {trends.checkpoint[:12]}...",
     ]
 
 

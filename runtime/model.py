@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import InputError, short
 from ..plugins.cuda import device_name
@@ -17,6 +17,9 @@ from ..progress import Say, silent
 from .backend import Executor
 from .buffers import Buffers
 from .bundle import Bundle, load_bundle, require_backend
+
+if TYPE_CHECKING:
+    from .chain import ChainModel
 
 
 class Model:
@@ -37,6 +40,8 @@ class Model:
         batch: int = 1,
         verify: bool = False,
         place: bool = True,
+        signature: Path | None = None,
+        public_key: Path | None = None,
         progress: Say = silent,
     ) -> None:
         """Check the bundle (sha256 of every file of its own), find and map the weights, load the segments.
@@ -59,12 +64,16 @@ class Model:
             place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it. The first model that does so copies them
                 to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in memory). Otherwise every step decodes the experts from
                 the checkpoint's files, which takes many times as long and no room.
+            signature: a folder that ``foldkv evidence --key`` wrote. The model is opened only if it was signed with the key of ``public_key``
+                and vouches for this bundle; nothing is deserialised before. It says what the weights should be, too: ``verify=True``
+                compares them.
+            public_key: of an elliptic curve, in PEM; for ``signature``.
             progress: called while weights are copied to GPUs or experts to the disk; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
-            ArtifactError: the bundle is damaged, incomplete, changed or of another version.
-            InputError: an argument is wrong, weights are missing or are others, nobody says what their sha256 should be, or the disk has
-                no room for the experts.
+            ArtifactError: the bundle is damaged, incomplete, changed, of another version, or another one than that which was signed.
+            InputError: an argument is wrong, weights are missing or are others, nobody says what their sha256 should be, the disk has
+                no room for the experts, or the signature does not hold.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
@@ -75,7 +84,15 @@ class Model:
         except TypeError:
             name, wrong = ("weights_from", weights_from) if isinstance(bundle, str | Path) else ("bundle", bundle)
             raise InputError(f"{name} must be the path of a folder, got {short(wrong)}.") from None
+        if (signature is None) != (public_key is None):
+            raise InputError(
+                "signature and public_key belong together: the folder of evidence, and the key that one trusts."
+            )
         self.bundle: Bundle = load_bundle(folder)
+        if signature is not None and public_key is not None:
+            from .signature import check_signature  # its packages are needed for nothing else
+
+            check_signature(self.bundle, signature, public_key)
         require_backend(self.bundle)
         self._loaded: Any
         if self.bundle.backend.engine:
@@ -95,6 +112,11 @@ class Model:
             self._loaded = ChainModel(
                 self.bundle, threads=threads, weights_from=source, verify=verify, place=place, progress=progress
             )
+
+    @property
+    def chain(self) -> ChainModel | None:
+        """The opened segments of a bundle of graphs, for tools that look inside; None for engines."""
+        return None if self.bundle.backend.engine else self._loaded
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

@@ -87,6 +87,8 @@ class Session:
         devices: Sequence[int] | None = None,
         verify: bool = False,
         place: bool = True,
+        signature: Path | None = None,
+        public_key: Path | None = None,
         progress: Say = silent,
     ) -> None:
         """Open the model unless it is given open, and allocate the state.
@@ -102,6 +104,7 @@ class Session:
             devices: for a folder of engines: numbers of the GPUs that share the layers.
             verify: for a folder: compare the sha256 of the weight files; see :class:`~foldkv.runtime.Model`.
             place: for a folder: read experts in the order that suits ONNX Runtime; see :class:`~foldkv.runtime.Model`.
+            signature, public_key: for a folder: evidence that must vouch for the bundle, and the key; see :class:`~foldkv.runtime.Model`.
             progress: for a folder: called while weights are copied to GPUs or experts to the disk.
 
         Raises:
@@ -114,15 +117,17 @@ class Session:
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self._own = None if isinstance(model, Model) else Model(
             model, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=batch, verify=verify, place=place,
-            progress=progress,
+            signature=signature, public_key=public_key, progress=progress,
         )  # fmt: skip
         opened = model if isinstance(model, Model) else self._own
         assert opened is not None
         if self._own is None and (
-            verify or not place or any(one is not None for one in (threads, weights_from, devices))
+            verify
+            or not place
+            or any(one is not None for one in (threads, weights_from, devices, signature, public_key))
         ):
             raise InputError(
-                "threads, weights_from, devices, verify and place belong to the model, which is open already. Give them to Model."
+                "threads, weights_from, devices, verify, place, signature and public_key belong to the model, which is open already. Give them to Model."
             )
         self.model: Model = opened
         self.bundle: Bundle = opened.bundle

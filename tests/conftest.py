@@ -116,6 +116,23 @@ def tiny_bundle(tiny_graph: Path, shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_report(tiny_bundle: Path, tiny_checkpoint: Path, shared_folder: Path) -> Path:
+    """A small report of ``tiny_bundle`` whose gates hold. A test that changes it takes a copy."""
+    from foldkv.validation.settings import Plan
+    from foldkv.validation.validate import validate
+
+    plan = Plan(texts=1, text_tokens=128, distances=(16, 32), cases_per_distance=5)
+    text = shared_folder / "tiny-report-text.txt"
+    return made_once(
+        shared_folder / "tiny-report",
+        lambda out: (
+            text.write_text("It is a text of some kinds.\n" * 12, encoding="utf-8"),
+            validate(tiny_bundle, tiny_checkpoint, out, plan=plan, text=text, gates={"kl-mean": 1e-3}),
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
 def served_graph(tiny_checkpoint: Path, shared_folder: Path) -> Path:
     return exported(tiny_checkpoint, shared_folder / "served-graph", "served")
 

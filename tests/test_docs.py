@@ -146,13 +146,16 @@ def test_every_key_of_a_manifest_is_documented(tiny_graph: Path, tiny_bundle: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_every_command_and_example_runs_as_it_stands(page: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_every_command_and_example_runs_as_it_stands(
+    page: Path, tiny_bundle: Path, tiny_report: Path, tmp_path: Path
+) -> None:
     """In a folder that looks like the checkout after `make demo`; nothing is written back to it."""
     for name in ("benchmarks", "docs", "examples", "export", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "bundles").symlink_to(tiny_bundle.parent)
+    (tmp_path / "demo" / "report").symlink_to(tiny_report)
     paths = [str(Path(sys.prefix) / "bin"), os.environ["PATH"]]
     done = subprocess.run(
         ["bash", "-c", script(page)], cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoints import small_checkpoint
 from command import run
+from keys import write_keys
 
 from foldkv import doctor, packages
 from foldkv.errors import EXIT_ENVIRONMENT
@@ -53,11 +54,14 @@ def test_plan_targets_and_inspect_need_no_package(tiny_checkpoint: Path, tiny_bu
 
 @pytest.mark.slow
 def test_commands_need_what_the_table_says_and_no_more(
-    tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path, tmp_path: Path
+    tiny_checkpoint: Path, tiny_graph: Path, tiny_bundle: Path, tiny_report: Path, tmp_path: Path
 ) -> None:
     only("inject", "inject", tiny_graph, "-o", tmp_path / "injected", "--target", "a100")
     only("build cpu", "build", tiny_graph, "-o", tmp_path / "bundles", "--target", "cpu")
     only("generate", "generate", tiny_bundle, "def", "-n", 2)
+    only("trends", "trends", tiny_report, "-o", tmp_path / "trends.html")
+    key, _ = write_keys(tmp_path / "keys")
+    only("evidence", "evidence", tiny_bundle, tiny_report, "-o", tmp_path / "evidence", "--key", key)
 
 
 @pytest.mark.slow

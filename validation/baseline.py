@@ -13,7 +13,7 @@ from ..artifact import MANIFEST
 from ..errors import InputError
 from ..inputs import refuse_unreadable_name
 from ..manifests import ReportManifest, read
-from .gates import BEHAVIOUR, CONTEXTS, RETRIEVAL, TEXT, Gate, Verdict
+from .gates import BEHAVIOUR, CONTEXTS, RETRIEVAL, TEXT, Verdict
 
 KIND = ReportManifest.KIND
 #: Of the report's JSON (schema/report.schema.json).
@@ -124,11 +124,11 @@ def compare(
     changes = []
     for verdict in verdicts:
         found = before.pop(verdict.gate.name, None)
-        unlike = _unlike(verdict.gate, found["metric"], earlier, provenance) if found else None
+        why = unlike(verdict.gate.of, verdict.gate.metric, found["metric"], earlier, provenance) if found else None
         now = Judged(verdict.word, verdict.value, verdict.gate.threshold)
         # Thresholds that follow from a yardstick differ a little in every run.
         chosen = not found or not found["yardstick"] or bool(verdict.gate.changed or found["changed"])
-        changes.append(_change(verdict.gate.name, verdict.gate.comparison, _judged(found), now, unlike, chosen))
+        changes.append(_change(verdict.gate.name, verdict.gate.comparison, _judged(found), now, why, chosen))
     changes += [_change(gate, row["comparison"], _judged(row), None, None, True) for gate, row in before.items()]
     return Comparison(name, earlier["date"], old["headline"], _differences(earlier, provenance), changes)
 
@@ -157,10 +157,15 @@ def _judged(gate: Mapping[str, Any] | None) -> Judged | None:
     return Judged(gate["verdict"], None if value is None else float(value), float(gate["threshold"]))
 
 
-def _unlike(gate: Gate, metric: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Why the figures of a gate cannot be compared, or None."""
-    of = gate.of
-    found = [f"another figure, {metric}"] if metric != gate.metric else []
+def unlike(of: str, metric: str, before: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """Why the figures of a gate in two reports cannot be compared, or None.
+
+    Args:
+        of: what the gate is about, as in :class:`~foldkv.validation.gates.Gate`.
+        metric, before: its metric now and then.
+        old, new: the provenance of the reports.
+    """
+    found = [f"another figure, {before}"] if metric != before else []
     found += [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
     if of == TEXT and old["text_sha256"] != new["text_sha256"]:
         found.append("another text")

@@ -39,7 +39,7 @@ class LayeredRunner:
         self._reference = LayeredReference(checkpoint)
         self._folder, self._progress = folder, Progress.of(progress)
         self._known: dict[str, tuple[Job, Tensor]] = {}
-        self.name = self._reference.name
+        self.name, self.in_memory = self._reference.name, False
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Answer these questions now, in as few passes through the weights as memory allows."""

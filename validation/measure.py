@@ -12,20 +12,22 @@ from ..errors import InputError
 from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
-from .behaviour import BehaviourFigure, ask, is_answer
+from .behaviour import BehaviourFigure, ask
 from .behaviour import metrics as behaviour_metrics
 from .behaviour_cases import BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
 from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
-from .divergence import LayerFigure, layer_figure, token_errors
+from .divergence import LayerFigure, Streams, first_divergence, layer_figure, token_errors
 from .inside import GraphChoices, index_keys
 from .jobs import Job
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from .reproducers import Reproducers
 from .result import Measurements
-from .runners import Look, OracleRunner, Reading, Reference, Runner, SessionRunner, TransformersRunner
+from .runners import Look, OracleRunner, Reading, Reference, SessionRunner, TransformersRunner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
+from .spread import Cluster, answers
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
 _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
@@ -54,8 +56,13 @@ class Sides:
     threads: int
 
 
-def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress) -> Measurements:
-    """Measure everything except long contexts; ``behaviour`` is what :func:`behaviour_cases` gave.
+def measure(
+    sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress, reproducers: Reproducers,
+    cluster: Cluster | None = None,
+) -> Measurements:  # fmt: skip
+    """Measure everything except long contexts, and save the layers that tell most.
+
+    ``behaviour`` is what :func:`behaviour_cases` gave. A cluster answers the values to retrieve, if there is one.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -80,8 +87,10 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
     expected_choices = []
     yardstick_choices: list[tuple[dict[int, Selection], dict[int, Ints]]] = []
     layers: list[LayerFigure] = []
+    alone: list[Streams] = []
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     questions = [_question(tokenizer, case) for case in cases]
+    shares = None if cluster is None else cluster.ask(questions)
     looks = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the bundle")
@@ -99,7 +108,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         Job(tokens, chosen=chosen, keep_streams=number == 0 and oracle is None)
         for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
     ]
-    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions]
+    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions] if cluster is None else []
     jobs += [Job(case.tokens, last=len(case.answer)) for case in behaviour]
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
@@ -126,20 +135,23 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
             measures.append(compare_logits(exact.logits[:-1], rounded.logits[:-1], targets))
             yardstick_choices.append((exact.selections, choices))
         if first:
-            layers = _layers(sides, tokens, look, reading)
+            layers, alone = _layers(sides, tokens, look, reading)
         part = compare_logits(expected[:-1], actual[:-1], targets)
         figures.append(part)
         worst.append(_worst_case(tokenizer, tokens, int(np.argmax(part.kl)), part, expected, actual))
     inside.close()
+    _reproduce(sides, reproducers, texts, looks[0], layers, alone, worst)
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
-    solved = np.zeros((2, len(cases)), bool)
-    for number, case in enumerate(cases):
-        if number % plan.cases_per_distance == 0:
-            progress(f"retrieval at distance {case.distance}")
-        progress.steps(number, len(cases), "values")
-        solved[0, number] = _answers(reference, *questions[number])
-        solved[1, number] = _answers(subject, *questions[number])
+    if cluster is not None and shares is not None:
+        solved = cluster.collect(shares, progress)
+    else:
+        solved = np.zeros((2, len(cases)), bool)
+        for number, case in enumerate(cases):
+            if number % plan.cases_per_distance == 0:
+                progress(f"retrieval at distance {case.distance}")
+            progress.steps(number, len(cases), "values")
+            solved[:, number] = [answers(side, *questions[number]) for side in (reference, subject)]
     asked = _ask(sides, behaviour, progress)
     metrics = (
         summary(total)
@@ -183,6 +195,7 @@ def measure(sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase]
         selection=selection,
         behaviour=asked,
         deployments=_deployments(deployed) if oracle is not None else [],
+        reproducers=reproducers.rows,
         worst=sorted(worst, key=lambda case: -case["kl"])[:5],
     )
 
@@ -258,8 +271,9 @@ class _Inside:
             self._graph.close()
 
 
-def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> list[LayerFigure]:
-    """What every layer computes on the first text; ``reading`` is the reference's or, if there is one, the oracle's."""
+def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> tuple[list[LayerFigure], list[Streams]]:
+    """What every layer computes on the first text, and what ``reading``'s side makes of the subject's streams there. It is the
+    reference's or, if there is one, the oracle's."""
     alone = (sides.oracle or sides.reference).alone(tokens, look.streams).streams
     steps: list[Any] = [None] * len(look.streams)
     if sides.yardstick is not None:
@@ -268,7 +282,7 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
         steps = [token_errors(*both) for both in zip(exact, rounded, strict=True)]
     kinds = sides.subject.session.bundle.model.layer_types
     rows = zip(kinds, reading.streams, alone, look.streams, steps, strict=True)
-    return [
+    figures = [
         layer_figure(
             layer,
             kind,
@@ -279,6 +293,37 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> li
         )
         for layer, (kind, total, own, streams, step) in enumerate(rows)
     ]
+    return figures, alone
+
+
+def _reproduce(
+    sides: Sides, reproducers: Reproducers, texts: list[list[int]], look: Look, layers: list[LayerFigure],
+    alone: list[Streams], worst: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Save the first layer that diverges on the first text, and the layer that adds most before the worst token of all texts.
+
+    A reference that is computed layer by layer is asked nothing more: each question would cost a pass through its weights. Then the
+    worst layer is that of the first text.
+    """
+    side = sides.oracle or sides.reference
+    tokens, first = texts[0], first_divergence(layers)
+    if first is not None:
+        why = "the first that diverges from the reference"
+        reproducers.save(
+            "first-divergence", why, layer=first, tokens=tokens, before=look.before(first), expected=alone[first],
+            reference=side.name,
+        )  # fmt: skip
+    if reproducers.possible and sides.reference.in_memory:
+        number = int(np.argmax([case["kl"] for case in worst]))
+        tokens = texts[number][: worst[number]["position"] + 1]
+        look = sides.subject.look(tokens)
+        alone = side.alone(tokens, look.streams).streams
+    errors = [float(np.max(token_errors(*both))) for both in zip(alone, look.streams, strict=True)]
+    layer = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+    reproducers.save(
+        "worst-case", f"the one that adds the largest error, {errors[layer]:.2g}, before the worst token", layer=layer, tokens=tokens,
+        before=look.before(layer), expected=alone[layer], reference=side.name,
+    )  # fmt: skip
 
 
 def _deployments(found: dict[str, list[TokenFigures]]) -> list[DeploymentFigure]:
@@ -315,11 +360,6 @@ def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], lis
     """The tokens that are fed, and those that should be the likeliest after the last of them."""
     prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
     return [*prompt, *answer[:-1]], answer
-
-
-def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
-    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    return is_answer(answer, runner.logits(tokens, last=len(answer)))
 
 
 def _odd_sizes(length: int) -> list[int]:

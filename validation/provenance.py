@@ -12,6 +12,7 @@ from ..packages import version_of
 from ..runtime.bundle import Bundle
 from .binding import binding
 from .cases import Text
+from .environment import environment
 from .measure import Sides
 from .selection import OBSERVED, RECOMPUTED
 from .settings import Plan
@@ -45,6 +46,7 @@ def about(bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, thread
         "backend": f"{manifest.backend} {manifest.tool_versions.get(manifest.backend, '')}",
         "machine": f"{platform.system()} {platform.machine()}, not executed here",
         "threads": threads,
+        "environment": environment(bundle),
         "plan": {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()},
     }
 

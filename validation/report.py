@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,8 +14,9 @@ from .behaviour_cases import KINDS
 from .deployments import MEASURED
 from .divergence import DIVERGED
 from .gates import FAILS, HOLDS, LOOSENED, NOT_INFORMATIVE, Verdict
-from .kl_table import METRICS, TABLE, Row
+from .kl_table import METRICS, TABLE
 from .long_context import REFERENCE_CONTEXT
+from .pages import format_beside, render
 from .result import ValidationResult, to_json
 
 HTML, MARKDOWN, JUNIT = "report.html", "report.md", "junit.xml"
@@ -85,61 +85,15 @@ def report_markdown(result: ValidationResult) -> str:
 
 
 def _rendered(template: str, result: ValidationResult, **values: Any) -> str:
-    """A template with what all forms show. Only pages are escaped; in Markdown, cells are by ``|cell``."""
-    import jinja2
-
-    source = resources.files("foldkv.validation").joinpath(f"templates/{template}").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape="html" in template, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "figure": format_figure,
-        "beside": format_beside,
-        "quoted": _quoted,
-        "with_error": format_with_error,
-        "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
-    }
+    """A template with what all forms show."""
     verdicts = sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word])
-    return environment.from_string(source).render(
-        result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, deployments=MEASURED, **values
+    return render(
+        template, result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, deployments=MEASURED, **values
     )
 
 
 #: In the table, gates that need attention come first.
 _FIRST = {FAILS: 0, NOT_INFORMATIVE: 1, HOLDS: 2}
-
-
-def _quoted(text: str) -> str:
-    """The text in quotation marks. Characters that cannot be seen are escaped, all others are not."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def format_figure(value: float | None, digits: int = 4) -> str:
-    """A value with ``digits`` significant digits; small and large values in powers of ten; a dash for none."""
-    if value is None:
-        return "\u2013"
-    if not math.isfinite(value):
-        return {"inf": "∞", "-inf": "-∞", "nan": "not a number"}[str(value)]
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{value:,.0f}"
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits}g}"
-    return f"{value:.{digits - 3}e}"
-
-
-def format_with_error(row: Row, metrics: Mapping[str, float]) -> str:
-    """A line of the table of metrics: its value, with ``±`` and one standard error, in per cent if it is a share."""
-    factor, unit = (100, " %") if row.percent else (1, "")
-    error = "" if row.error is None else f" ± {format_figure(factor * metrics[row.error], 3)}"
-    return f"{format_figure(factor * metrics[row.metric])}{error}{unit}"
-
-
-def format_beside(value: float | None, threshold: float) -> str:
-    """A figure with enough digits to tell it from its threshold."""
-    for digits in range(4, 18):
-        if (text := format_figure(value, digits)) != format_figure(threshold, digits):
-            return text
-    return format_figure(value)
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 240, 64, 16, 16, 40

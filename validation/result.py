@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ from .deployments import DeploymentFigure, not_reproduced
 from .divergence import LayerFigure, first_divergence
 from .gates import FAILS, LOOSENED, NOT_INFORMATIVE, Gate, Verdict
 from .long_context import REFERENCE_CONTEXT, ContextFigure, DepthFigure
+from .pages import plain
+from .reproducers import Reproducer
 from .selection import RECOMPUTED, SelectionFigure
 
 
@@ -26,7 +27,7 @@ class Measurements:
         retrieval: by distance, the shares that were answered, with their intervals.
         by_position: errors by position in the texts.
         worst: the token of each text where the distributions differ most.
-        layers, selection, long_context, behaviour, deployments: see their classes.
+        layers, selection, long_context, behaviour, deployments, reproducers: see their classes.
         provenance: what was compared with what, when, by which versions, on which text.
     """
 
@@ -39,6 +40,7 @@ class Measurements:
     long_context: list[ContextFigure] = field(default_factory=list)
     behaviour: list[BehaviourFigure] = field(default_factory=list)
     deployments: list[DeploymentFigure] = field(default_factory=list)
+    reproducers: list[Reproducer] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -180,9 +182,10 @@ def to_json(result: ValidationResult) -> dict[str, Any]:
         "first_divergence": result.first_divergence,
         "by_position": result.by_position,
         "worst_cases": result.worst,
+        "reproducers": [asdict(row) for row in result.reproducers],
         "provenance": result.provenance,
     }
-    return _plain(content)  # type: ignore[no-any-return]
+    return plain(content)  # type: ignore[no-any-return]
 
 
 def gate_json(verdict: Verdict) -> dict[str, Any]:
@@ -214,6 +217,10 @@ def measurements_from_json(content: Mapping[str, Any]) -> Measurements:
         long_context=[_context(row) for row in content["long_context"]],
         deployments=[_deployment(row) for row in content["deployments"]],
         behaviour=[_behaviour(row) for row in content["behaviour"]],
+        reproducers=[
+            Reproducer(**{**row, "atol": float(row["atol"]), "commands": tuple(row["commands"])})
+            for row in content["reproducers"]
+        ],
         provenance=dict(content["provenance"]),
     )
 
@@ -242,13 +249,3 @@ def _context(row: Mapping[str, Any]) -> ContextFigure:
 def _worst(case: Mapping[str, Any]) -> dict[str, Any]:
     tops = {name: [[token, float(value)] for token, value in case[name]] for name in ("reference_top", "subject_top")}
     return {**case, **tops, "kl": float(case["kl"]), "logit_error": float(case["logit_error"])}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no infinity
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -38,12 +38,19 @@ class Reading:
 
 @dataclass
 class Look:
-    """What a subject computes for one text, and what can be seen inside: logits [n, V], streams [n, N, C] after every layer, and the
-    rows of its state by name, as they are stored."""
+    """What a subject computes for one text, and what can be seen inside: logits [n, V], streams [n, N, C] after every layer and
+    before the first, and the rows of its state by name, as they are stored."""
 
     logits: Logits
     streams: list[Logits] = field(default_factory=list)
     rows: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    embedded: Logits | None = None
+
+    def before(self, layer: int) -> Logits:
+        """The streams that a layer takes."""
+        found = self.streams[layer - 1] if layer else self.embedded
+        assert found is not None
+        return found
 
 
 @dataclass
@@ -104,7 +111,7 @@ class TransformersRunner:
 
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
-        self.name = f"transformers {transformers.__version__}, {precision}"
+        self.name, self.in_memory = f"transformers {transformers.__version__}, {precision}", True
         import torch
 
         self._dtype: Any = getattr(torch, precision)
@@ -243,6 +250,7 @@ class Reference(Protocol):
     """transformers in float32, in memory or layer by layer."""
 
     name: str
+    in_memory: bool
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """What will be asked."""
@@ -338,15 +346,16 @@ class SessionRunner:
 
     def look(self, tokens: Sequence[int]) -> Look:
         """As :meth:`logits`, with what can be seen inside."""
-        found: dict[int, list[Logits]] = {}
+        found: dict[int | None, list[Logits]] = {}
 
         def keep(seen: Observed) -> None:
-            if seen.layer is not None:
-                found.setdefault(seen.layer, []).append(seen.streams[0].copy())
+            found.setdefault(seen.layer, []).append(seen.streams[0].copy())
 
         with self.session.observed(keep):
             logits = self.logits(tokens)
-        return Look(logits, [np.concatenate(found[layer]) for layer in sorted(found)], self.session.state_rows())
+        streams = {layer: np.concatenate(parts) for layer, parts in found.items()}
+        embedded = streams.pop(None, None)
+        return Look(logits, [streams[layer] for layer in range(len(streams))], self.session.state_rows(), embedded)
 
     def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
         """As :meth:`logits`, fed in pieces of these sizes."""

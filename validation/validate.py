@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from .. import __version__
@@ -30,15 +31,19 @@ from ..units import size_text
 from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
+from .environment import environment
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
 from .layered_runner import LayeredRunner
 from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import Sides, behaviour_cases, measure, measure_contexts
 from .provenance import about, executed
 from .report import write_report
+from .reproducers import FOLDER as REPRODUCERS
+from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
 from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
 from .settings import Plan
+from .spread import Cluster, Sources
 
 MEASURED, JUDGED_AGAIN, UNCHANGED, NOT_EXECUTED = "measured", "judged again", "unchanged", "not executed"
 #: Share of the machine's memory that the reference may take, whole.
@@ -61,6 +66,7 @@ def validate(
     allow_unknown_keys: Sequence[str] = (),
     layered: bool | None = None,
     report_absent: bool = False,
+    ray: str | None = None,
     progress: Say = silent,
 ) -> ValidationResult:
     """Measure a bundle against its checkpoint and write the report.
@@ -82,6 +88,8 @@ def validate(
         layered: compute the reference a layer at a time, or with the whole model in memory; the default is the whole model if it takes
             less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
+        ray: address of a Ray cluster whose workers answer the cases, or "local" for one of this machine's processors; for bundles that
+            run on processors. The figures are the same.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
@@ -99,6 +107,10 @@ def validate(
         raise InputError(f"threads must be an integer of 1 or more, got {threads!r}.")
     require("validate")
     loaded = _checked_bundle(bundle, devices)
+    if ray is not None:
+        require("validate with Ray")
+        if loaded.backend.gpu:
+            raise InputError(f"--ray is for bundles that run on processors; {bundle} is for a GPU. Leave it out.")
     chosen = resolve_gates(gates or {}, loaded.profile, loaded.precision)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
@@ -134,6 +146,8 @@ def validate(
     with staged(report, kind=KIND) as folder:
         if stored is not None:
             result = judged_result(stored, JUDGED_AGAIN)
+            if (report / REPRODUCERS).is_dir():
+                shutil.copytree(report / REPRODUCERS, folder / REPRODUCERS)
         else:
             assert checkpoint is not None
             facts = about(loaded, checkpoint, plan, words, threads)
@@ -144,7 +158,17 @@ def validate(
                 # Outside of the folder that an interruption removes: the next run goes on with what is there.
                 scratch = report.absolute().with_name(f"{report.name}.foldkv-reference")
                 found = _measure(
-                    loaded, checkpoint, plan, words, threads, devices, layered, scratch, Progress.of(progress)
+                    loaded,
+                    checkpoint,
+                    plan,
+                    words,
+                    threads,
+                    devices,
+                    layered,
+                    scratch,
+                    folder,
+                    ray,
+                    Progress.of(progress),
                 )
                 shutil.rmtree(scratch, ignore_errors=True)
                 found.provenance = facts | found.provenance
@@ -220,7 +244,7 @@ def _command(
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    layered: bool | None, scratch: Path, progress: Progress,
+    layered: bool | None, scratch: Path, report: Path, ray: str | None, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
@@ -246,7 +270,15 @@ def _measure(
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        found = measure(sides, plan, text, behaviour, progress)
+        with ExitStack() as stack:
+            cluster = None
+            if ray is not None:
+                sources = Sources(
+                    str(bundle.folder.resolve()), str(folder.resolve()), bundle.digest, checkpoint.identity(), tuple(allowed),
+                    tuple(environment(bundle).items()), threads, whole, plan.longest(),
+                )  # fmt: skip
+                cluster = stack.enter_context(Cluster(ray, sources))
+            found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model), cluster)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

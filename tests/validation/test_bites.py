@@ -170,6 +170,9 @@ def test_damage_fails_the_gate_that_guards_against_it(
     # The damage is found in the layer where it was planted; a poisoned head lies behind all layers.
     assert json.loads((tmp_path / "report" / "report.json").read_text())["first_divergence"] == layer
     assert ("layers" in failed) == (layer is not None)
+    saved = {row.name: row for row in result.reproducers if row.not_saved is None}
+    assert ("first-divergence" in saved) == (layer is not None) and "worst-case" in saved
+    assert layer is None or saved["first-divergence"].layer == layer
     assert result.exit_code == EXIT_GATE_FAILED
     suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
     assert {case.get("name") for case in suite if case.find("failure") is not None} == failed

@@ -34,7 +34,8 @@ from foldkv.validation.deployments import DeploymentFigure
 from foldkv.validation.divergence import LayerFigure
 from foldkv.validation.gates import judge, resolve_gates
 from foldkv.validation.kl_table import METRICS, TABLE
-from foldkv.validation.report import format_beside, format_with_error, report_html, report_junit, report_markdown
+from foldkv.validation.pages import format_beside, format_with_error
+from foldkv.validation.report import report_html, report_junit, report_markdown
 from foldkv.validation.result import ValidationResult, measurements_from_json, to_json
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
