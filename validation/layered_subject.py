@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +29,7 @@ from ..runtime.chain_executor import ChainExecutor
 from ..runtime.model import Model
 from .jobs import Job, in_batches
 from .layered import edges_of, read_layered
-from .runners import CHUNK, Logits, Look
+from .runners import CHUNK, Logits, Look, SessionRunner, Subject
 
 
 class LayeredSubject:
@@ -124,8 +125,16 @@ def _owner(layer: int) -> str:
     return f"layers.{layer}"
 
 
+#: Tokens of a text beyond which streams would take too much memory: 128 KiB each at V4-Flash's width, before and after a layer.
+LONGEST = 32_768
+#: Tokens of a text that a session reads to compare steps after a restored snapshot: each of its three chunks reads most weights again.
+_AGAIN = 24
+
+
 class LayeredSubjectRunner:
     """A bundle whose chain goes a layer at a time; what it is asked is announced first, as for the reference (layered_runner.py)."""
+
+    in_memory = False
 
     def __init__(
         self, model: Model, *, context: int, threads: int, folder: Path | None = None, progress: Say = silent, chunk: int = CHUNK
@@ -145,8 +154,10 @@ class LayeredSubjectRunner:
         """
         self.model, self.bundle, self._chunk = model, model.bundle, chunk
         self.name = f"{self.bundle.target} bundle"
-        self._threads, self._folder, self._progress = threads, folder, Progress.of(progress)
-        _, executor = model.open(max(context, self.bundle.smallest("context")), 1)
+        self._threads, self.kept, self._progress = threads, folder, Progress.of(progress)
+        self.context = max(context, self.bundle.smallest("context"))
+        buffers, executor = model.open(self.context, 1)
+        self.state_bytes = buffers.bytes
         assert isinstance(executor, ChainExecutor)
         self._executor = executor
         self._side = LayeredSubject(self.bundle, executor, name="subject", threads=threads)
@@ -160,45 +171,67 @@ class LayeredSubjectRunner:
     ) -> None:
         self._executor.close()
 
-    def at(self, context: int) -> LayeredSubjectRunner:
-        """The same for texts of up to ``context`` tokens."""
+    def at(self, context: int) -> AbstractContextManager[Subject]:
+        """The same for texts of up to ``context`` tokens; longer ones go through a session."""
+        if context > LONGEST:
+            return SessionRunner(self.model, context=context, chunk=self._chunk)
         return LayeredSubjectRunner(
-            self.model, context=context, threads=self._threads, folder=self._folder, progress=self._progress,
+            self.model, context=context, threads=self._threads, folder=self.kept, progress=self._progress,
             chunk=self._chunk,
         )  # fmt: skip
 
-    def prepare(self, jobs: Sequence[Job]) -> None:
-        """Answer these questions now, in as few passes through the weights as memory allows."""
+    def announce(
+        self, *, looks: Sequence[Sequence[int]] = (), pieces: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+        logits: Sequence[tuple[Sequence[int], int | None]] = (),
+    ) -> None:  # fmt: skip
+        """Answer these questions now, in as few passes through the weights as memory allows. See :class:`Subject`."""
+        jobs = [self._job(tokens, inside=True) for tokens in looks]
+        jobs += [self._job(tokens, sizes) for tokens, sizes in pieces]
+        self._prepare(jobs + [self._job(tokens, last=last) for tokens, last in logits])
+
+    def _prepare(self, jobs: Sequence[Job]) -> None:
         new = {job.key: job for job in jobs if job.key not in self._known}
         batches = list(in_batches(list(new.values())))
         for number, batch in enumerate(batches):
             tokens = sum(len(job.tokens) for job in batch)
             self._progress(f"the bundle, layer by layer: pass {number + 1} of {len(batches)}, {tokens} tokens")
             streams = read_layered(
-                self._side, batch, folder=self._folder, progress=self._progress, pass_=(number, len(batches))
+                self._side, batch, folder=self.kept, progress=self._progress, pass_=(number, len(batches))
             )
             for job, one in zip(batch, streams, strict=True):
                 self._known[job.key] = job, self._side.logits(job, one)
 
-    def job(self, tokens: Sequence[int], *, sizes: Sequence[int] | None = None, inside: bool = False) -> Job:
-        """The question that :meth:`look`, :meth:`logits_in` (with ``sizes``) or, without either, :meth:`logits` asks."""
-        return Job(tokens, edges=self._edges(sizes or [len(tokens)]), keep_streams=inside, keep_rows=inside)
+    def _job(
+        self,
+        tokens: Sequence[int],
+        sizes: Sequence[int] | None = None,
+        *,
+        last: int | None = None,
+        inside: bool = False,
+    ) -> Job:
+        edges = self._edges(sizes or [len(tokens)])
+        return Job(tokens, edges=edges, last=last, keep_streams=inside, keep_rows=inside)
 
     def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
-        """As :meth:`foldkv.validation.runners.SessionRunner.logits`."""
-        return self._answer(self.job(tokens))[1][0 if last is None else -last :]
+        """See :class:`Subject`."""
+        return self._answer(self._job(tokens, last=last))[1]
 
     def look(self, tokens: Sequence[int]) -> Look:
-        """As :meth:`foldkv.validation.runners.SessionRunner.look`."""
-        job, logits = self._answer(self.job(tokens, inside=True))
-        return Look(logits, job.streams, job.rows)
+        """See :class:`Subject`."""
+        job, logits = self._answer(self._job(tokens, inside=True))
+        return Look(logits, job.streams, job.rows, self._side.embedded(job).numpy())
 
     def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
-        """As :meth:`foldkv.validation.runners.SessionRunner.logits_in`."""
-        return self._answer(self.job(tokens, sizes=sizes))[1]
+        """See :class:`Subject`."""
+        return self._answer(self._job(tokens, sizes))[1]
+
+    def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
+        """See :class:`Subject`; of the first tokens, in a session."""
+        with SessionRunner(self.model, context=_AGAIN, chunk=self._chunk) as session:
+            return session.again(tokens[:_AGAIN])
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
-        """As :meth:`foldkv.validation.runners.SessionRunner.tail_logits`."""
+        """See :class:`Subject`."""
         edges = self._edges([len(tokens), len(tail)])
         return self._answer(Job([*tokens, *tail], edges=edges, last=len(tail)))[1]
 
@@ -212,5 +245,19 @@ class LayeredSubjectRunner:
 
     def _answer(self, job: Job) -> tuple[Job, Logits]:
         if job.key not in self._known:
-            self.prepare([job])
+            self._prepare([job])
         return self._known[job.key]
+
+
+def open_subject(
+    model: Model, *, context: int, threads: int, layered: bool, folder: Path | None = None, progress: Say = silent
+) -> AbstractContextManager[Subject]:
+    """What measures a bundle: its chain a layer at a time, if that is wanted and it runs on the CPU, else a session.
+
+    Raises:
+        InputError: the state does not fit into memory.
+    """
+    backend = model.bundle.backend
+    if layered and not backend.engine and not backend.gpu:
+        return LayeredSubjectRunner(model, context=context, threads=threads, folder=folder, progress=progress)
+    return SessionRunner(model, context=context)

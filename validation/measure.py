@@ -24,7 +24,7 @@ from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measu
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .reproducers import Reproducers
 from .result import Measurements
-from .runners import Look, OracleRunner, Reading, Reference, SessionRunner, TransformersRunner
+from .runners import Look, OracleRunner, Reading, Reference, Subject, TransformersRunner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
 from .spread import Cluster, answers
@@ -47,7 +47,7 @@ class Sides:
         threads: of the references, and of a subject on the CPU.
     """
 
-    subject: SessionRunner
+    subject: Subject
     reference: Reference
     oracle: OracleRunner | None
     yardstick: TransformersRunner | None
@@ -91,6 +91,17 @@ def measure(
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     questions = [_question(tokenizer, case) for case in cases]
     shares = None if cluster is None else cluster.ask(questions)
+    # All that the sides will be asked: one that reads its weights again for every question reads them once.
+    asked_last: list[tuple[list[int], int | None]] = []
+    if cluster is None:
+        asked_last += [(tokens, len(answer)) for tokens, answer in questions]
+    asked_last += [(case.tokens, len(case.answer)) for case in behaviour]
+    seen = texts if inside.needs_streams else texts[:1]
+    subject.announce(
+        looks=seen,
+        pieces=[(tokens, _odd_sizes(len(tokens))) for tokens in texts],
+        logits=[*((one, None) for one in texts[len(seen) :]), *asked_last],
+    )
     looks = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the bundle")
@@ -101,15 +112,13 @@ def measure(
         chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
         chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
     once, again = subject.again(texts[0])
-    inside.prepare(texts, looks)
+    inside.prepare(texts, looks, progress)
     actual_choices = [inside.chosen(tokens, look) for tokens, look in zip(texts, looks, strict=True)]
-    # All that the reference will be asked: one that reads its weights again for every question reads them once.
     jobs = [
         Job(tokens, chosen=chosen, keep_streams=number == 0 and oracle is None)
         for number, (tokens, chosen) in enumerate(zip(texts, actual_choices, strict=True))
     ]
-    jobs += [Job(tokens, last=len(answer)) for tokens, answer in questions] if cluster is None else []
-    jobs += [Job(case.tokens, last=len(case.answer)) for case in behaviour]
+    jobs += [Job(tokens, last=last) for tokens, last in asked_last]
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
     )
@@ -232,7 +241,7 @@ class _Inside:
     def __init__(self, sides: Sides) -> None:
         self._sides = sides
         self._layers = list(sides.checkpoint.spec.indexed_ratios)
-        bundle = sides.subject.session.bundle
+        bundle = sides.subject.bundle
         # A second copy of the weights is nothing where they are mapped, and too much on a GPU.
         recomputed = bundle.backend.gpu or not self._layers
         self._graph = None if recomputed else GraphChoices(bundle, self._layers, threads=sides.threads)
@@ -242,8 +251,11 @@ class _Inside:
         """Whether choices are recomputed."""
         return self._graph is None and bool(self._layers)
 
-    def prepare(self, texts: list[list[int]], looks: list[Look]) -> None:
-        """Tell the reference that it will be asked what its indexers choose from the subject's rows."""
+    def prepare(self, texts: list[list[int]], looks: list[Look], progress: Progress) -> None:
+        """Say of which texts it will be asked: a chain that goes a layer at a time reads them now, and the reference is told that it
+        will be asked what its indexers choose from the subject's rows."""
+        if self._graph is not None and not self._sides.subject.in_memory:
+            self._graph.prepare(texts, folder=self._sides.subject.kept, progress=progress)
         if self.needs_streams and self._sides.oracle is None:
             self._sides.reference.prepare(
                 [
@@ -254,7 +266,7 @@ class _Inside:
 
     def _keys(self, tokens: list[int], look: Look) -> dict[int, Any]:
         sides = self._sides
-        return index_keys(sides.subject.session.bundle, sides.checkpoint.spec, look.rows, len(tokens))
+        return index_keys(sides.subject.bundle, sides.checkpoint.spec, look.rows, len(tokens))
 
     def chosen(self, tokens: list[int], look: Look) -> dict[int, Ints]:
         """By layer, the entries [n, places] of each query."""
@@ -280,7 +292,7 @@ def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> tu
         exact = sides.reference.alone(tokens, look.streams).streams if sides.oracle is not None else alone
         rounded = sides.yardstick.alone(tokens, look.streams).streams
         steps = [token_errors(*both) for both in zip(exact, rounded, strict=True)]
-    kinds = sides.subject.session.bundle.model.layer_types
+    kinds = sides.subject.bundle.model.layer_types
     rows = zip(kinds, reading.streams, alone, look.streams, steps, strict=True)
     figures = [
         layer_figure(
@@ -313,7 +325,7 @@ def _reproduce(
             "first-divergence", why, layer=first, tokens=tokens, before=look.before(first), expected=alone[first],
             reference=side.name,
         )  # fmt: skip
-    if reproducers.possible and sides.reference.in_memory:
+    if reproducers.possible and sides.reference.in_memory and sides.subject.in_memory:
         number = int(np.argmax([case["kl"] for case in worst]))
         tokens = texts[number][: worst[number]["position"] + 1]
         look = sides.subject.look(tokens)
@@ -349,7 +361,7 @@ def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Pr
     for context in plan.contexts:
         progress(f"values planted in {context:,} tokens")
         known = sides.reference if context <= REFERENCE_CONTEXT else None
-        with SessionRunner(sides.subject.session.model, context=context) as subject:
+        with sides.subject.at(context) as subject:
             found.long_context.append(measure_depths(subject, known, sides.tokenizer, context, seed=plan.seed))
     if (loss := largest_loss(found.long_context)) is not None:
         found.metrics["long_context_loss"] = loss

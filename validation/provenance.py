@@ -53,14 +53,14 @@ def about(bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, thread
 
 def executed(sides: Sides) -> dict[str, Any]:
     """What is known when it was executed."""
-    session = sides.subject.session
-    places = ", ".join(session.model.devices()) or "the CPU"
+    subject = sides.subject
+    places = ", ".join(subject.model.devices()) or "the CPU"
     return {
-        "subject": sides.subject.name,
+        "subject": subject.name,
         "reference": sides.reference.name,
         "yardstick": "" if sides.yardstick is None else sides.yardstick.name,
         "layers_against": "transformers" if sides.oracle is None else sides.oracle.name,
-        "state_bytes": session.state_bytes,
-        "state_context": session.context,
+        "state_bytes": subject.state_bytes,
+        "state_context": subject.context,
         "machine": f"{platform.system()} {platform.machine()}, executed on {places}",
     }

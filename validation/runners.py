@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from ..errors import CheckpointError, listing
 from ..export.checkpoint.reader import Checkpoint
 from ..packages import require
 from ..runtime.backend import Observed
+from ..runtime.bundle import Bundle
 from ..runtime.model import Model
 from ..runtime.session import Session
 from .deployments import BOTH, ROWS, W8A8
@@ -319,12 +321,59 @@ class OracleRunner:
         return Alone([one.numpy() for one in run.streams], chosen)
 
 
+class Subject(Protocol):
+    """A bundle that is measured: in a session, or a layer at a time over all texts (layered_subject.py)."""
+
+    name: str
+    model: Model
+    bundle: Bundle
+    context: int
+    state_bytes: int
+    in_memory: bool
+    #: Where passes of one that goes a layer at a time keep what they have.
+    kept: Path | None
+
+    def announce(
+        self, *, looks: Sequence[Sequence[int]] = (), pieces: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+        logits: Sequence[tuple[Sequence[int], int | None]] = (),
+    ) -> None:  # fmt: skip
+        """What will be asked: of :meth:`look`, of :meth:`logits_in`, and of :meth:`logits` with the last tokens that are wanted."""
+
+    def look(self, tokens: Sequence[int]) -> Look:
+        """As :meth:`logits`, with what can be seen inside."""
+        ...
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        """[n] tokens from an empty state, in chunks -> [n, V] float32; or [last, V], those after the last tokens."""
+        ...
+
+    def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
+        """As :meth:`logits`, fed in pieces of these sizes."""
+        ...
+
+    def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
+        """Logits [m, V] of the second half of the tokens after a snapshot of the first, and once more after restoring it."""
+        ...
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        """The tokens in chunks, of which only the state is kept, then the tail: [m, V] after each of its tokens."""
+        ...
+
+    def at(self, context: int) -> AbstractContextManager[Subject]:
+        """The same with a state of its own for ``context`` tokens."""
+        ...
+
+
 class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
+
+    in_memory = True
+    kept: Path | None = None
 
     def __init__(self, model: Model, *, context: int, chunk: int = CHUNK) -> None:
         self.session = Session(model, context=max(context, model.bundle.smallest("context")), chunk=chunk)
         self.model, self.bundle, self._chunk = model, model.bundle, chunk
+        self.context, self.state_bytes = self.session.context, self.session.state_bytes
         self.name = f"{self.bundle.target} bundle"
 
     def __enter__(self) -> Self:
@@ -338,6 +387,9 @@ class SessionRunner:
     def at(self, context: int) -> SessionRunner:
         """The same in a session of its own for ``context`` tokens."""
         return SessionRunner(self.model, context=context, chunk=self._chunk)
+
+    def announce(self, **_: Any) -> None:
+        """A session answers questions when they are asked."""
 
     def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
         """Prefill from an empty state in chunks."""

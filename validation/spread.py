@@ -28,7 +28,8 @@ from .behaviour import is_answer
 from .environment import environment
 from .jobs import Job
 from .layered_runner import LayeredRunner
-from .runners import Reference, Runner, SessionRunner, TransformersRunner, torch_threads
+from .layered_subject import open_subject
+from .runners import Reference, Runner, Subject, TransformersRunner, torch_threads
 
 #: The tokens that are fed, and those that should be the likeliest after the last of them.
 Question = tuple[list[int], list[int]]
@@ -144,7 +145,7 @@ def _reach(address: str) -> None:
 
 
 #: In a worker: what it has opened, and how to close it.
-_opened: dict[Sources, tuple[ExitStack, Reference, SessionRunner]] = {}
+_opened: dict[Sources, tuple[ExitStack, Reference, Subject]] = {}
 
 
 def _answer(sources: Sources, questions: list[Question]) -> list[tuple[bool, bool]]:
@@ -157,15 +158,18 @@ def _answer(sources: Sources, questions: list[Question]) -> list[tuple[bool, boo
     _, reference, subject = _opened[sources]
     with torch_threads(sources.threads):
         reference.prepare([Job(tokens, last=len(answer)) for tokens, answer in questions])
+        subject.announce(logits=[(tokens, len(answer)) for tokens, answer in questions])
         return [(answers(reference, *question), answers(subject, *question)) for question in questions]
 
 
-def _open(sources: Sources) -> tuple[ExitStack, Reference, SessionRunner]:
+def _open(sources: Sources) -> tuple[ExitStack, Reference, Subject]:
     with ExitStack() as stack:
         checkpoint = Checkpoint(Path(sources.checkpoint), allow_unknown_keys=sources.allowed)
         model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads))
         _refuse_others(sources, checkpoint, model)
-        subject = stack.enter_context(SessionRunner(model, context=sources.context))
+        subject: Subject = stack.enter_context(
+            open_subject(model, context=sources.context, threads=sources.threads, layered=not sources.whole)
+        )
         reference: Reference = (
             TransformersRunner(checkpoint.folder, allow_unknown_keys=sources.allowed)
             if sources.whole

@@ -34,6 +34,7 @@ from .cases import Text, load_text
 from .environment import environment
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
 from .layered_runner import LayeredRunner
+from .layered_subject import open_subject
 from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import Sides, behaviour_cases, measure, measure_contexts
 from .provenance import about, executed
@@ -41,7 +42,7 @@ from .report import write_report
 from .reproducers import FOLDER as REPRODUCERS
 from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
-from .runners import OracleRunner, SessionRunner, TransformersRunner, torch_threads
+from .runners import OracleRunner, TransformersRunner, torch_threads
 from .settings import Plan
 from .spread import Cluster, Sources
 
@@ -85,8 +86,8 @@ def validate(
         keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
-        layered: compute the reference a layer at a time, or with the whole model in memory; the default is the whole model if it takes
-            less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
+        layered: compute the reference a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
+            the whole model if it takes less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
         ray: address of a Ray cluster whose workers answer the cases, or "local" for one of this machine's processors; for bundles that
             run on processors. The figures are the same.
@@ -255,9 +256,12 @@ def _measure(
         bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
         context=max(room, bundle.smallest("context")), progress=progress,
     )  # fmt: skip
-    with torch_threads(threads), model, SessionRunner(model, context=plan.longest()) as subject:
+    whole = _whole(bundle, checkpoint) if layered is None else not layered
+    opened = open_subject(
+        model, context=plan.longest(), threads=threads, layered=not whole, folder=scratch, progress=progress
+    )
+    with torch_threads(threads), model, opened as subject:
         oracle = OracleRunner(folder, allow_unknown_keys=allowed) if bundle.profile == SERVED else None
-        whole = _whole(bundle, checkpoint) if layered is None else not layered
         reference = (
             TransformersRunner(folder, allow_unknown_keys=allowed)
             if whole

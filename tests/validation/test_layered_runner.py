@@ -15,6 +15,7 @@ from foldkv.validation import validate as validate_module
 from foldkv.validation.jobs import Job, in_batches
 from foldkv.validation.layered import LayeredReference
 from foldkv.validation.layered_runner import LayeredRunner
+from foldkv.validation.layered_subject import LayeredSubject
 from foldkv.validation.runners import TransformersRunner
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
@@ -56,7 +57,15 @@ def test_the_report_is_that_of_the_whole_reference(
             if number == 1:
                 raise KeyboardInterrupt
 
+    by_the_bundle = []
+    of_the_bundle = LayeredSubject.layers
+
+    def counted_too(self: LayeredSubject, jobs: Any, streams: Any, *, first: int = 0) -> Any:
+        by_the_bundle.append((len(jobs), first))
+        return of_the_bundle(self, jobs, streams, first=first)
+
     # A machine in whose memory the model does not fit, on which the first run is interrupted.
+    monkeypatch.setattr(LayeredSubject, "layers", counted_too)
     monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
     monkeypatch.setattr(LayeredReference, "layers", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -67,6 +76,9 @@ def test_the_report_is_that_of_the_whole_reference(
     assert name.endswith("float32, layer by layer") and layered == whole
     # Two texts, three values, eight lengths of the sweep and the first text's layers alone in one pass, which goes on; the long context in one of its own.
     assert passes == [(14, 0), (14, 2), (1, 0)]
+    # The bundle: both texts whole and in odd pieces, the values and the lengths; what its indexers choose; and the long context. The
+    # second run finds the first two as they were after the last layer.
+    assert by_the_bundle == [(15, 0), (2, 0), (15, 4), (2, 4), (1, 0)]
     assert not (tmp_path / "layered.foldkv-reference").exists()
 
 

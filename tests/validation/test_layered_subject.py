@@ -48,7 +48,7 @@ def layered(model: Model, folder: Path | None = None) -> LayeredSubjectRunner:
 def test_every_answer_is_that_of_a_session(model: Model) -> None:
     with SessionRunner(model, context=CONTEXT) as session, layered(model) as runner:
         # Announced together, so that the state of one text is what the next finds.
-        runner.prepare([runner.job(tokens, inside=True) for tokens in TEXTS])
+        runner.announce(looks=TEXTS)
         for tokens in TEXTS:
             want, have = session.look(tokens), runner.look(tokens)
             assert np.array_equal(want.logits, have.logits)
@@ -56,6 +56,7 @@ def test_every_answer_is_that_of_a_session(model: Model) -> None:
             assert all(map(np.array_equal, want.streams, have.streams))
             assert want.rows.keys() == have.rows.keys()
             assert all(np.array_equal(want.rows[name], have.rows[name]) for name in want.rows)
+            assert np.array_equal(want.before(0), have.before(0))
         tokens = TEXTS[3]
         assert np.array_equal(session.logits(tokens, last=5), runner.logits(tokens, last=5))
         assert np.array_equal(session.logits_in(tokens, SIZES), runner.logits_in(tokens, SIZES))
@@ -82,7 +83,7 @@ def test_what_is_announced_costs_one_pass_and_what_is_known_none(
 ) -> None:
     monkeypatch.setattr(jobs, "TOKENS_AT_ONCE", 350)
     with Model(tiny_bundle, threads=1) as model, layered(model) as runner:
-        runner.prepare([runner.job(tokens) for tokens in TEXTS])
+        runner.announce(logits=[(tokens, None) for tokens in TEXTS])
         assert passes == [(3, 0), (1, 0)]  # 283 + 1 + 64 tokens, then 150
         for tokens in TEXTS:
             runner.logits(tokens)
@@ -125,7 +126,7 @@ def test_a_failure_names_the_call_and_the_next_question_is_answered(tiny_bundle:
     with Model(tiny_bundle, threads=1) as model, layered(model) as runner:
         want = runner.logits(TEXTS[2])
         with pytest.raises(FoldkvError, match=r"ONNX Runtime failed in embed on a chunk of 2 tokens in a batch of 1"):
-            runner.prepare([runner.job([1, 10**6])])
+            runner.announce(logits=[([1, 10**6], 1)])
         assert np.array_equal(runner.logits(TEXTS[2]), want)
         with SessionRunner(model, context=CONTEXT) as session:
             assert np.array_equal(runner.logits(TEXTS[3]), session.logits(TEXTS[3]))
