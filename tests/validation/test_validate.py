@@ -253,6 +253,8 @@ def test_kept_figures_are_judged_again_by_other_thresholds_and_only_by_those(
         strict.source == "judged again" and not strict.passed and strict.provenance["date"] == old["provenance"]["date"]
     )
     assert content(world, "kept")["headline"] == "1 of 11 gates fails"
+    assert content(world, "kept")["reproducers"] == content(world)["reproducers"]
+    assert (world / "kept" / "reproducers" / "worst-case" / "segment.onnx").is_file(), "layers stay beside the figures"
     assert "--gate logits=1e-12" in content(world, "kept")["provenance"]["command"]
     # A bundle built since then is named without measuring; another plan, text or bundle is measured.
     shutil.copytree(world / "bundles" / "rtx9090", world / "bundles" / "another")
