@@ -108,7 +108,7 @@ def test_stacks_are_the_bytes_of_the_checkpoint_in_another_order(source: Source,
     source.stacks().open(lines.append)
     source.check()
     [folder] = [path for path in own_cache.iterdir() if path.is_dir()]
-    assert lines == [f"stacking 18.53 KiB of experts in {folder}, once for all bundles of this checkpoint"], (
+    assert lines == [f"stacking 18.53 KiB of weights in {folder}, once for all bundles of this checkpoint"], (
         "it says what it does, once"
     )
     with safe_open(folder / "layers.2.safetensors", "np") as file:
@@ -131,7 +131,7 @@ def test_a_plan_says_what_they_take_by_those_that_were_made_here(source: Source)
 
     facts, row = planned()
     assert facts["stacking_seconds"] == {"estimate": True, "seconds": round(facts["stacked"] / 0.5e9, 1), "runs": 0}
-    assert "137.06 GiB" in row and "nothing was stacked here yet" in row
+    assert "147.97 GiB" in row and "nothing was stacked here yet" in row
     source.stacks().open()
     [made] = made_here()
     facts, row = planned()
