@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from half_real import bandwidth
+from memory_speed import bandwidth
 from onnx import TensorProto
 
 import foldkv

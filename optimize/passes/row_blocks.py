@@ -1,7 +1,7 @@
 """Matrices in bfloat16, in blocks of rows: each is widened to float32 just before its product, while it is in the processor's cache.
 
 ONNX Runtime multiplies in float32 on the CPU. A matrix that is widened as a whole goes to memory and comes back, which takes
-longer than the product. A block of rows stays in the cache: a step reads half of the bytes of a float32 matrix, and takes as long.
+longer than the product. A block of rows stays in the cache, and a step reads half of the bytes of a float32 matrix.
 Blocks are inputs of their own, bound to ranges of the mapped file, so nothing is cut or copied in a step. Values are exact.
 """
 
