@@ -8,7 +8,7 @@ from __future__ import annotations
 #: Above this many seconds a token, a bundle is for validation.
 VALIDATION = 10.0
 # Nanoseconds for a parameter of a product, and of a chosen expert. In the first form of segments e4m3 is decoded in every step.
-_SECOND, _FIRST = (0.75, 0.05), (5.3, 1.3)
+_SECOND, _FIRST = (0.78, 0.05), (8.7, 1.3)
 
 
 def step_seconds(products: int, experts: int, *, second: bool) -> float:
