@@ -85,7 +85,7 @@ _public_key = click.option(
 _read_in_place = click.option(
     "--no-place",
     is_flag=True,
-    help="On the cpu, read experts from the checkpoint's files, and copy none. Slow: every step decodes them.",
+    help="On the cpu, read weights from the checkpoint's files, and copy none. Slow: every step decodes matrices and experts.",
 )
 _plugins = click.option(
     "--plugins",
@@ -361,7 +361,7 @@ def verify_command(
             f"{row.name}: sha256 {row.sha256}, {f'as the {row.source} says' if row.source else 'nothing to compare with'}"
         )
     if stacks:
-        click.echo(f"{len(stacks)} files with stacks of experts in {stacks[0].parent}: as they were written")
+        click.echo(f"{len(stacks)} files with stacks in {stacks[0].parent}: as they were written")
     click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
     for what, headline in headlines.items():
         vouches = f"{signature} vouches for this bundle and these weights, signed with the key of {public_key}"

@@ -9,10 +9,11 @@ from typing import Any
 
 from .errors import InputError
 from .export.contract.geometry import ModelSpec
+from .export.contract.step_time import warning
 from .export.memory import OFFERED, MemoryPlan, parameter_count, plan_memory, weight_bytes
 from .optimize.fit import TargetPlan, export_estimate, graph_bytes, plan_targets
 from .optimize.history import Estimate, read_runs
-from .optimize.kept_weights import FORMATS
+from .optimize.kept_weights import FORMATS, cpu_step, cpu_step_seconds
 from .optimize.targets import resolve_targets
 from .runtime.stacks_made import made_here, stacks_folder
 from .tables import table
@@ -95,6 +96,7 @@ def plan_on_targets(
         "targets": [
             plan.to_dict()
             | {"stacking_seconds": _stacking(plan.stacked)}
+            | ({"step": _step_facts(spec, plan)} if plan.stacked else {})
             | (_share_facts(plan, devices) if devices else {})
             for plan in plans
         ],
@@ -124,7 +126,7 @@ def plan_on_targets(
         *(_largest_contexts(plans, list(held)) if max_context else ()),
         *(line for plan in plans if devices for line in _shares(plan, devices)),
         *_disk_and_time(plans, graph, export),
-        *_assumptions(plans),
+        *_assumptions(spec, plans),
     ]
     return Said(facts, lines)
 
@@ -194,7 +196,7 @@ def _disk_and_time(plans: Sequence[TargetPlan], graph: int, export: Estimate | N
     return ["", *table(rows, numbers=(1,)), ""]
 
 
-def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
+def _assumptions(spec: ModelSpec, plans: Sequence[TargetPlan]) -> list[str]:
     marked = "`foldkv build` writes the format marked with *: quantised experts as they are stored, plain ones in the type of their products."
     lines = [marked]
     for plan in {plan.target.name: plan for plan in plans if plan.placed}.values():
@@ -204,9 +206,10 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
         )
     for plan in {plan.target.name: plan for plan in plans if plan.stacked}.values():
         lines.append(
-            f"The first run of a bundle for {plan.target.name} copies {size_text(plan.stacked)} of experts to {stacks_folder()}, in the order in which "
-            "ONNX Runtime reads them; all bundles of the checkpoint share them. With `--no-place` it copies none, and every step decodes them."
+            f"The first run of a bundle for {plan.target.name} copies {size_text(plan.stacked)} of weights to {stacks_folder()}, in the order and the type in "
+            "which ONNX Runtime reads them; all bundles of the checkpoint share them. With `--no-place` it copies none, and every step decodes them."
         )
+        lines.append(_step_text(spec, plan))
     for plan in {
         plan.target.name: plan for plan in plans if plan.target.backend.gpu and not plan.target.backend.engine
     }.values():
@@ -233,6 +236,33 @@ def _assumptions(plans: Sequence[TargetPlan]) -> list[str]:
     else:
         lines.append("Activations are estimates. They are largest in attention and grow with chunk and context.")
     return lines
+
+
+def _step_facts(spec: ModelSpec, plan: TargetPlan) -> dict[str, Any]:
+    matrices, experts = cpu_step(spec, plan.built_in)
+    seconds = {
+        name: round(cpu_step_seconds(spec, plan.built_in, second=name == "copied"), 2)
+        for name in ("copied", "no_place")
+    }
+    return {"matrix_bytes": matrices, "expert_bytes": experts, "seconds": seconds, "estimate": True}
+
+
+def _step_text(spec: ModelSpec, plan: TargetPlan) -> str:
+    matrices, experts = cpu_step(spec, plan.built_in)
+    copied, decoded = (cpu_step_seconds(spec, plan.built_in, second=second) for second in (True, False))
+    held = (
+        "memory holds them"
+        if matrices + experts <= plan.capacity
+        else f"the {size_text(plan.capacity)} of memory do not hold them: the disk is read in every step"
+    )
+    return (
+        f"A step of one sequence on {plan.target.name} reads {size_text(matrices)} of matrices and {size_text(experts)} of experts; {held}. On two processors it takes "
+        f"{_seconds_text(copied)}, with `--no-place` {_seconds_text(decoded)} (rates as measured, docs/results.md)."
+    )
+
+
+def _seconds_text(seconds: float) -> str:
+    return warning(seconds) or f"about {seconds:.2g} s"
 
 
 #: Bytes a second at which stacks are made where nobody has made some: hashing, and a disk that writes half a gigabyte a second.

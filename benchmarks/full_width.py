@@ -31,6 +31,7 @@ import foldkv
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.export.package import export_checkpoint
 from foldkv.optimize.build import build_bundles
+from foldkv.runtime.backend import Observed
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.chain import ChainModel
 from foldkv.runtime.chain_executor import ChainExecutor
@@ -127,9 +128,9 @@ def _subject(bundle: Path, tokens: list[int], prompt: int, chunk: int) -> tuple[
     """The streams [n, N, C] after every layer, as the bundle computes them, and how long that took."""
     found: list[list[Any]] = [[] for _ in RATIOS]
 
-    def keep(layer: int | None, streams: Any, _: Any) -> None:
-        if layer is not None:
-            found[layer].append(streams[0].copy())
+    def keep(seen: Observed) -> None:
+        if seen.layer is not None:
+            found[seen.layer].append(seen.streams[0].copy())
 
     start = time.monotonic()
     model = ChainModel(load_bundle(bundle), progress=click.echo)

@@ -187,6 +187,43 @@ def full_width() -> str:
     return _table(head, ((row["kind"], *(f"{row[key]:.1e}" for key in keys)) for row in rows))
 
 
+def matrices() -> str:
+    """Products with e4m3 matrices in every form, in nanoseconds for a parameter."""
+    found = result("matrices-cpu")
+    forms = [name for name in found["rows"][0] if name != "tokens"]
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        cells = [f"{row[form]['ns']:.2f} ns, {100 * row[form]['bandwidth_share']:.0f} %" for form in forms]
+        return [str(row["tokens"]), *cells, f"{max(row[form]['error'] for form in forms):.0e}"]
+
+    return _table(("tokens", *forms, "largest error"), map(line, found["rows"]))
+
+
+def half_real() -> str:
+    """A whole model with some real experts: memory, bytes from the disk and seconds."""
+    head = (
+        "real experts of a layer", "anonymous memory", "pages of files", "first step, cold", "later steps: fastest, middle", "processor time of a step",
+        "read in a step", "chunk", "experts touched",
+    )  # fmt: skip
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        single = [step for step in row["steps"] if step["tokens"] == 1][1:]
+        [chunk] = [step for step in row["steps"] if step["tokens"] > 1]
+        seconds, work, read = (
+            sorted(step[key] for step in single) for key in ("seconds", "processor_ms", "read_bytes")
+        )
+        first, middle = row["steps"][0], len(single) // 2
+        return [
+            f"{row['marked']}, {row['stacks']['expert_bytes'] / 1e9:.1f} GB", _mib(row["anonymous_peak"]),
+            _mib(max(step["file_pages"] for step in row["steps"])),
+            f"{first['seconds']:.0f} s, {first['read_bytes'] / 1e9:.1f} GB", f"{seconds[0]:.1f} s, {seconds[middle]:.1f} s",
+            f"{work[middle] / 1000:.1f} s", f"{read[middle] / 1e9:.2f} GB", f"{chunk['seconds']:.0f} s for {chunk['tokens']}",
+            f"{row['distinct_experts']:,}",
+        ]  # fmt: skip
+
+    return _table(head, map(line, result("half-real-cpu")["rows"]))
+
+
 def expert_layer() -> str:
     """One layer of experts at the width of V4-Flash, in both forms."""
 

@@ -4,8 +4,9 @@ A weight that the graph takes as it is stored stays in the checkpoint's files. W
 *placed*: written once, in that form, into a file of the bundle (optimize/passes/place.py says which and why). Segments for a GPU
 are those for the cpu, except that a GPU decodes a whole matrix of an expert at once, and that every node must have a kernel there.
 
-Segments for the cpu with experts in e2m1 have a second form, which takes them as stacks (optimize/passes/stack_experts.py).
-The runtime makes the stacks, once for all bundles of a checkpoint, and then runs that form.
+Segments for the cpu have a second form where it is faster: experts in e2m1 as stacks (optimize/passes/stack_experts.py), and
+the matrices of a large model in bfloat16, in blocks of rows (optimize/passes/row_blocks.py). The runtime makes what no file of the
+checkpoint has in that form, once for all bundles of a checkpoint, and then runs it. Then nothing large is placed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +29,8 @@ from ..export.checkpoint.values import dequantised
 from ..export.contract.chain import CHAIN, PLACED, Bound, Call, ChainTable, Stacked
 from ..export.contract.layouts import DENSE
 from ..export.contract.lock import Weight
-from ..export.contract.stacks import Stack
+from ..export.contract.products import all_products
+from ..export.contract.stacks import SMALL, Decoded, RowBlocks
 from ..export.contract.state import StateTensor
 from ..export.in_place import Rows, in_place_rows, row_weight, take_rows
 from ..export.package import FOLDER, Package
@@ -41,6 +44,7 @@ from .passes.cpu import optimize_for_cpu
 from .passes.hoist import hoist
 from .passes.pack import pack_state
 from .passes.place import take_float32
+from .passes.row_blocks import row_blocks, take_row_blocks
 from .passes.stack_experts import stack_experts
 from .passes.whole_experts import decode_whole_experts
 
@@ -52,30 +56,47 @@ _PACKED = (f"{EXPERTS}.codes", f"{EXPERTS}.scales", f"{EXPERTS}.slots")
 
 @dataclass
 class Placement:
-    """What a segment takes in another form than stored: roles in float32, and rows of experts in place, by call."""
+    """What a segment takes in another form than stored: roles in float32; in its second form, roles in blocks of rows; and rows of
+    experts in place, by call."""
 
     widened: set[str] = field(default_factory=set)
+    blocks: dict[str, RowBlocks] = field(default_factory=dict)
     rows: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
 
 
-def placement(package: Package, name: str, *, place: bool = True) -> Placement:
+def placement(package: Package, name: str, *, place: bool = True, stack: bool = False) -> Placement:
     """How ONNX Runtime takes the weights of one segment, for all of its calls.
 
     Args:
         package: the package.
         name: of the segment.
         place: whether weights may be converted once; if not, a step converts them.
+        stack: whether the segment may have a second form.
     """
     owners = [owner for owner, segment in package.calls() if segment == name]
     found = Placement()
     first = package.lock.weights[owners[0]]
+    groups = _groups_of_large(package) if stack else {}
     for role, weight in first.items():
         matrix = weight.dtype == "F8_E4M3" and scale_name(role) in first
         small = len(weight.shape) == 1  # vectors take no room, and norms are one node only with a float32 weight
-        if (place or small) and role != "embed.weight" and (weight.dtype in _NARROW or matrix):
+        if role == "embed.weight" or not (place or small) or not (weight.dtype in _NARROW or matrix):
+            continue
+        if role in groups and (not matrix or first[scale_name(role)].dtype == "F8_E8M0"):
+            rows, columns = weight.shape
+            found.blocks[role] = row_blocks(rows, columns, groups[role])
+        else:
             found.widened.add(role)
     found.rows = in_place_rows(package.lock, owners, EXPERTS)
     return found
+
+
+def _groups_of_large(package: Package) -> dict[str, int]:
+    """The matrices of products and the groups of their rows, if these take more than ``SMALL`` bytes in float32; else nothing."""
+    groups = {product.role: product.groups for product in all_products(package.spec)}
+    weights = [(role, one) for owner, _ in package.calls() for role, one in package.lock.weights[owner].items()]
+    total = sum(4 * prod(weight.shape) for role, weight in weights if role in groups and weight.dtype != "F32")
+    return groups if total > SMALL else {}
 
 
 def write_chain(
@@ -99,7 +120,7 @@ def write_chain(
         layout: name of the cache layout.
         rope_dim: rotated channels of a row, for packed layouts.
         place: convert weights once, into the bundle; else the segments convert them in every step.
-        stack: also write the second form of the segments with experts in e2m1.
+        stack: also write the second form of the segments that have one.
         gpu: whether a GPU computes the segments.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -113,7 +134,7 @@ def write_chain(
     """
     report = Progress.of(progress)
     names = list(package.manifest.segments)
-    placements = {name: placement(package, name, place=place) for name in names if name != STEP}
+    placements = {name: placement(package, name, place=place, stack=stack) for name in names if name != STEP}
     report("optimizing the segments")
     models: dict[str, ir.Model] = {}
     nodes: dict[str, dict[str, int]] = {}
@@ -130,12 +151,11 @@ def write_chain(
             decode_whole_experts(segment.model)
         nodes[name] = {"inlined": optimize_for_cpu(segment.model)}
         models[name] = segment.model
-        second = _in_stacks(package, name, placements.get(name), layout, rope_dim) if stack else None
+        second = _second(package, name, placements.get(name), layout, rope_dim) if stack else None
         if second is not None:
             key = f"{name}.stacked"
-            models[key], stacks = second
+            models[key], stacked[name] = second
             nodes[key] = {"inlined": optimize_for_cpu(models[key])}
-            stacked[name] = Stacked(f"{FOLDER}/{key}.onnx", stacks, _PACKED)
     _share_step(models)
     if gpu:
         for model in models.values():
@@ -157,18 +177,42 @@ def write_chain(
     return _state(package, states), nodes, writer.digests
 
 
-def _in_stacks(
+def _second(
     package: Package, name: str, placed: Placement | None, layout: str, rope_dim: int
-) -> tuple[ir.Model, dict[str, Stack]] | None:
-    """The second form of a segment and what it takes as stacks; None if there is none."""
+) -> tuple[ir.Model, Stacked] | None:
+    """The second form of a segment and what it takes; None if there is none."""
     if placed is None:
         return None
     segment = package.segment(name)
-    stacks = stack_experts(segment.model, EXPERTS)
-    if not stacks:
+    experts = stack_experts(segment.model, EXPERTS)
+    if not experts and not placed.blocks:
         return None
-    _prepare(package, segment, replace(placed, rows={}), layout, rope_dim)
-    return segment.model, stacks
+    decoded = {role: one for role in placed.blocks if (one := _decoded(segment.model, role)) is not None}
+    for role, blocks in placed.blocks.items():
+        stored = next(value.dtype for value in segment.model.graph.inputs if value.name == role)
+        assert stored is not None
+        take_row_blocks(segment.model, role, blocks, ir.DataType.BFLOAT16 if role in decoded else stored)
+    _prepare(package, segment, replace(placed, rows={}) if experts else placed, layout, rope_dim)
+    dropped = [*(_PACKED if experts else ()), *decoded, *(one.scale for one in decoded.values())]
+    form = Stacked(f"{FOLDER}/{name}.stacked.onnx", {**experts, **decoded}, tuple(dropped), placed.blocks)
+    return segment.model, form
+
+
+def _decoded(model: ir.Model, role: str) -> Decoded | None:
+    """An e4m3 matrix as the second form takes it; None for one of another type."""
+    node = next((node for node in model.graph if node.name == f"{role}.scaled"), None)
+    if node is None:
+        return None
+    value = node.outputs[0]
+    assert value.shape is not None
+    rows, columns = (int(size) for size in value.shape)
+    return Decoded(role, scale_name(role), _scaled_block(node), (rows, columns))
+
+
+def _scaled_block(node: ir.Node) -> tuple[int, int]:
+    """Rows and columns that share a scale, of a node that scales a matrix."""
+    blocks = node.attributes["blocks"].as_ints()
+    return int(blocks[1]), int(blocks[3])
 
 
 def _prepare(
@@ -318,8 +362,7 @@ class _Placed:
         if (name, role) not in self._blocks:
             for node in self._package.segment(name).model.graph:
                 if (node.name or "").endswith(".scaled"):
-                    blocks = node.attributes["blocks"].as_ints()
-                    self._blocks[name, (node.name or "").removesuffix(".scaled")] = (int(blocks[1]), int(blocks[3]))
+                    self._blocks[name, (node.name or "").removesuffix(".scaled")] = _scaled_block(node)
         if (name, role) in self._blocks:
             return self._blocks[name, role]
         raise BuildError(f"the segment {name} does not say which elements of {role} share a scale. Export it again.")

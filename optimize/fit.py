@@ -93,7 +93,7 @@ class TargetPlan:
         bundle: size of the bundle on disk, in that format.
         floor: bytes that a decode step of one sequence must move in that format: weights and rows (optimize/floor.py).
         placed: of the bundle, weights that are converted once, because the target does not compute with them as they are stored.
-        stacked: of the weights, experts that the first run copies once, for all bundles of the checkpoint (runtime/stacks.py).
+        stacked: of the weights, experts and matrices that the first run copies once, for all bundles of the checkpoint (runtime/stacks.py).
         build: how long a build may take here, or None if no earlier run tells.
         missing: why this machine cannot build it, "" if it can.
         max_context: per format the most tokens per sequence that fit on one device, 0 if none do; empty unless asked for.
@@ -237,8 +237,9 @@ def plan_target(
         sizes = {name: sum(calls) for name, calls in each.items()}
     else:
         each = {}
-        sizes = {name: sum(cpu_weight_bytes(spec, name)) for name in target.backend.weights}
-        placed = cpu_weight_bytes(spec, stored)[1]
+        gpu = target.backend.gpu
+        sizes = {name: cpu_weight_bytes(spec, name, gpu=gpu).total for name in target.backend.weights}
+        placed = cpu_weight_bytes(spec, stored, gpu=gpu).placed
     capacity = target.memory_gib << 30 if target.memory_gib else machine_memory()
     memory, copies, live = _resident(spec, choice, context, batch, chunk)
     if target.backend.engine:

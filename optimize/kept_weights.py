@@ -14,7 +14,9 @@ from typing import Any
 from ..backends import BF16, FLOAT32, FP4, FP8, Backend
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.lock import Weight
-from ..export.contract.products import EXACT, layer_products
+from ..export.contract.products import EXACT, head_product, layer_products
+from ..export.contract.stacks import SMALL
+from ..export.contract.step_time import step_seconds
 from ..export.contract.weights import BFLOAT16, E4M3
 from ..export.memory import parameter_groups, table_bytes
 
@@ -125,35 +127,92 @@ def weight_bytes_in(spec: ModelSpec, format_: str, *, widened: bool = False) -> 
     return int(sum(count * bits[group] for group, count in counts.items())) // 8 + total
 
 
-def cpu_weight_bytes(spec: ModelSpec, stored: str) -> tuple[int, int]:
-    """Bytes of the weights as a cpu bundle reads them: those in the checkpoint's files, and those that it holds itself.
+@dataclass(frozen=True)
+class CpuWeights:
+    """Bytes of the weights as the bundle of a model for ONNX Runtime reads them.
 
-    What optimize/chain.py converts once is float32 in the bundle. Of the small weights, which engines keep in float32, those
-    that are stored in float32 are counted as converted too: they are few.
+    Attributes:
+        mapped: in the checkpoint's files.
+        placed: in the bundle, in float32.
+        decoded: matrices in bfloat16, which the first run makes once for all bundles of the checkpoint.
+        experts: the routed experts, wherever they are.
+    """
+
+    mapped: int
+    placed: int
+    decoded: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.mapped + self.placed + self.decoded
+
+
+def cpu_weight_bytes(spec: ModelSpec, stored: str, *, gpu: bool = False) -> CpuWeights:
+    """Bytes of the weights as a bundle for ONNX Runtime reads them (optimize/chain.py).
+
+    Of the small weights, which engines keep in float32, those that are stored in float32 are counted as converted too: they are few.
 
     Args:
         spec: the model.
         stored: the format of the checkpoint's experts, a name in :data:`FORMATS`.
+        gpu: whether a GPU runs it. Then all matrices are in float32, as those of a small model are.
     """
-    if stored == FLOAT32:
-        return weight_bytes_in(spec, stored), 0
     counts, bits = parameter_groups(spec), FORMATS[stored].bits
-    embedding, experts = spec.vocab_size * spec.hidden_size, counts["experts"]
-    mapped, placed = int(embedding * bits["ends"]) // 8 + table_bytes(spec), sum(counts.values()) - embedding - experts
-    if stored in (FP8, FP4):
-        return mapped + int(experts * bits["experts"]) // 8, placed * 4
-    return mapped, (placed + experts) * 4
+    quantised = stored in (FP8, FP4)
+    experts = int(counts["experts"] * (bits["experts"] if quantised else 32)) // 8
+    if stored == FLOAT32:
+        return CpuWeights(weight_bytes_in(spec, stored), 0, 0, experts)
+    embedding = spec.vocab_size * spec.hidden_size
+    mapped, converted = (
+        int(embedding * bits["ends"]) // 8 + table_bytes(spec),
+        sum(counts.values()) - embedding - counts["experts"],
+    )
+    products = _products(spec)
+    if gpu or 4 * sum(products.values()) <= SMALL:
+        products = Counter()
+    decoded = products[E4M3] if quantised else 0
+    mapped += 2 * (sum(products.values()) - decoded) + (experts if quantised else 0)
+    placed = 4 * (converted - sum(products.values())) + (0 if quantised else experts)
+    return CpuWeights(mapped, placed, 2 * decoded, experts)
+
+
+def cpu_step(spec: ModelSpec, stored: str) -> tuple[int, int]:
+    """Bytes that a step of one sequence reads on the cpu where segments have a second form: of matrices, and of chosen experts."""
+    found = cpu_weight_bytes(spec, stored)
+    matrices = (
+        found.total - spec.vocab_size * spec.hidden_size * int(FORMATS[stored].bits["ends"]) // 8 - table_bytes(spec)
+    )
+    return matrices - found.experts, found.experts * spec.experts_per_token // spec.num_experts
+
+
+def cpu_step_seconds(spec: ModelSpec, stored: str, *, second: bool) -> float:
+    """See :func:`~foldkv.export.contract.step_time.step_seconds`."""
+    chosen = parameter_groups(spec)["experts"] * spec.experts_per_token // spec.num_experts
+    return step_seconds(sum(_products(spec).values()), chosen, second=second)
+
+
+def _products(spec: ModelSpec) -> Counter[str]:
+    """Parameters of the products, by the format of their weights in released checkpoints."""
+    found: Counter[str] = Counter()
+    for kind in spec.layer_types:
+        for product in layer_products(spec, kind):
+            found[product.released] += product.rows * product.columns
+    head = head_product(spec)
+    found[head.released] += head.rows * head.columns
+    return found
 
 
 def stacked_bytes(spec: ModelSpec, stored: str, backend: Backend) -> int:
-    """Bytes of the experts that a runtime copies once in the order in which ONNX Runtime reads them on the cpu; 0 if it copies none.
+    """Bytes that a runtime copies once in the order and the type in which ONNX Runtime reads them on the cpu; 0 if it copies none.
 
-    optimize/passes/stack_experts.py says which it reads so.
+    These are experts in e2m1 (optimize/passes/stack_experts.py) and e4m3 matrices (optimize/passes/row_blocks.py).
     """
-    sizes = (spec.hidden_size, spec.moe_intermediate_size)
-    if stored != FP4 or backend.engine or backend.gpu or any(size % 32 for size in sizes):
+    if backend.engine or backend.gpu:
         return 0
-    return int(parameter_groups(spec)["experts"] * FORMATS[FP4].bits["experts"]) // 8
+    found, sizes = cpu_weight_bytes(spec, stored), (spec.hidden_size, spec.moe_intermediate_size)
+    return found.decoded + (found.experts if stored == FP4 and not any(size % 32 for size in sizes) else 0)
 
 
 def index_queries(spec: ModelSpec) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import threading
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..export.contract.engine_set import EngineTable
 from ..export.contract.lock import LOCK, WeightsLock
 from ..export.contract.stacks import ONNX_RUNTIME, reads_stacks
 from ..export.contract.state import STATE_TYPES
+from ..export.contract.step_time import step_seconds, warning
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
 from ..packages import installed, lacks, overwritten, pip_line
@@ -64,7 +66,7 @@ class ChainModel:
             threads: the most threads per operator; see :func:`threads_for`.
             weights_from: where the checkpoint's weight files are.
             verify: hash the weight files, and refuse others than the lock's.
-            place: read experts as stacks (runtime/stacks.py) where the bundle can; else as the checkpoint has them.
+            place: run the second form of segments (runtime/stacks.py) where the bundle has one; else with weights as the checkpoint has them.
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
             memory: where tensors lie; the default is what the bundle's backend needs.
             progress: called while stacks are made; a :class:`~foldkv.progress.Progress` learns more.
@@ -98,10 +100,12 @@ class ChainModel:
         self._stacks = OpenedFiles(())
         if place and self.table.stacked and not reads_stacks(onnxruntime.__version__):
             progress(
-                f"ONNX Runtime {onnxruntime.__version__} cannot multiply with e2m1: every step decodes the experts. "
+                f"ONNX Runtime {onnxruntime.__version__} cannot multiply with e2m1: every step decodes the weights. "
                 f"Version {'.'.join(map(str, ONNX_RUNTIME))} is many times as fast"
             )
             place = False
+        if not place and (slow := warning(self._first_form_seconds(lock))):
+            progress(f"every step decodes its weights: {slow}")
         if place and self.table.stacked:
             self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
             self.table = self.table.in_stacks()
@@ -188,6 +192,16 @@ class ChainModel:
             if gate is not None:  # [E, C]: a row for each expert
                 check_indices(array, gate.shape[0], f"{owner}.{role}", bound.file)
         return self.memory.tensor(array, TYPES[bound.dtype][1])
+
+    def _first_form_seconds(self, lock: WeightsLock) -> float:
+        """About how long the matrices of a step take if the first form decodes what the second has decoded already."""
+        forms = {
+            call.owner: self.table.stacked[call.segment]
+            for call in self.table.calls
+            if call.segment in self.table.stacked
+        }
+        products = sum(prod(lock.weights[owner][role].shape) for owner, form in forms.items() for role in form.blocks)
+        return step_seconds(products, 0, second=False)
 
     def _refuse_unlisted(self) -> None:
         """What the table names in the bundle must be files that the manifest lists, with their digests."""

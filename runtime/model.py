@@ -61,19 +61,19 @@ class Model:
             verify: read the checkpoint's weight files whole, and refuse them if their sha256 is not what the lock says, or the Hugging
                 Face cache that they lie in. Engines' files are hashed while they are copied. Without it names, sizes and headers
                 are compared.
-            place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it. The first model that does so copies them
-                to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in memory). Otherwise every step decodes the experts from
-                the checkpoint's files, which takes many times as long and no room.
+            place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it, and the e4m3 matrices of a large model
+                in bfloat16. The first model that does so copies them to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in
+                memory). Otherwise every step decodes the weights from the checkpoint's files, which takes many times as long and no room.
             signature: a folder that ``foldkv evidence --key`` wrote. The model is opened only if it was signed with the key of ``public_key``
                 and vouches for this bundle; nothing is deserialised before. It says what the weights should be, too: ``verify=True``
                 compares them.
             public_key: of an elliptic curve, in PEM; for ``signature``.
-            progress: called while weights are copied to GPUs or experts to the disk; a :class:`~foldkv.progress.Progress` learns more.
+            progress: called while weights are copied to GPUs or to the disk; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
             ArtifactError: the bundle is damaged, incomplete, changed, of another version, or another one than that which was signed.
             InputError: an argument is wrong, weights are missing or are others, nobody says what their sha256 should be, the disk has
-                no room for the experts, or the signature does not hold.
+                no room for the copies, or the signature does not hold.
             MissingDependencyError: a package or a device that the bundle's backend needs is missing.
         """
         if threads is not None and (type(threads) is not int or threads < 1):

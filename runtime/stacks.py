@@ -1,6 +1,6 @@
 """Makes the stacks that a bundle reads (export/contract/stacks.py), and finds those that were made before.
 
-Stacks of a small model are made in memory while it is opened. Larger ones are made once, in ``stacks/`` of ``FOLDKV_CACHE`` or of
+They hold experts in another order, and matrices in another type. Stacks of a small model are made in memory while it is opened. Larger ones are made once, in ``stacks/`` of ``FOLDKV_CACHE`` or of
 ~/.cache/foldkv: a folder for each checkpoint, and in it a file for each layer. A file is written beside its place and moved
 there whole, so a run that was interrupted goes on with the next layer.
 
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from ..artifact import free_bytes, only_writer, sha256_json, write_whole
 from ..errors import InputError, SystemFailure, listing, system_failure
 from ..export.contract.chain import CHAIN, ChainTable, stacks_file
 from ..export.contract.lock import Weight, WeightsLock
-from ..export.contract.stacks import DIGEST, HEADER, Stack, facts_in, file_bytes, header
+from ..export.contract.stacks import DIGEST, HEADER, Decoded, Stack, facts_in, file_bytes, header
 from ..inputs import file_identity
 from ..progress import BYTES, Progress, Say, silent
 from ..units import size_text
 from .stacks_made import SOURCES, stacks_folder
 from .weight_files import WeightFiles
+from .weight_forms import exact_bfloat16
 
 #: Stacks of this many bytes or fewer are made in memory.
 IN_MEMORY = 64 << 20
@@ -42,7 +44,7 @@ _PART = ".part"
 _BLOCK = 16 << 20
 _JOBS = 4  # layers at once; more wait for the disk
 _ADVICE = (
-    "Let FOLDKV_CACHE name a folder on a disk with room, or leave the experts where they are (`generate --no-place`, "
+    "Let FOLDKV_CACHE name a folder on a disk with room, or leave the weights as they are (`generate --no-place`, "
     "`build --no-place`, or place=False in Python): every step then decodes them, which takes many times as long."
 )
 
@@ -61,7 +63,9 @@ class Stacks:
         """
         self._lock, self._files = lock, files
         self.by_owner = {
-            call.owner: table.stacked[call.segment].stacks for call in table.calls if call.segment in table.stacked
+            call.owner: form.stacks
+            for call in table.calls
+            if (form := table.stacked.get(call.segment)) is not None and form.stacks
         }
         self._sources = {
             name: (Path.cwd() / paths[name], _who(paths[name])) for name in sorted(stack_sources(table, lock))
@@ -71,7 +75,7 @@ class Stacks:
                 name: [lock.files[name].header_sha256, who] for name, (_, who) in self._sources.items()
             },
             "stacks": {
-                owner: {role: [one.of, one.parts, one.dtype, one.shape] for role, one in stacks.items()}
+                owner: {role: [type(one).__name__, asdict(one)] for role, one in stacks.items()}
                 for owner, stacks in self.by_owner.items()
             },
         }  # fmt: skip
@@ -134,7 +138,7 @@ class Stacks:
             if digest.hexdigest() != expected or not _whole(path, self.by_owner[owner]):
                 wrong.append(f"{path} has sha256 {digest.hexdigest()}; its header says {expected or 'nothing'}")
         if wrong:
-            title = "stacks of experts were changed or damaged after they were made"
+            title = "stacks of weights were changed or damaged after they were made"
             raise InputError(listing(title, wrong, "Delete these files; the next run makes them again."))
         return list(there.values())
 
@@ -158,10 +162,10 @@ class Stacks:
         free = free_bytes(self.folder)
         if total > free:
             raise InputError(
-                f"the experts in the order in which ONNX Runtime reads them take {size_text(total)}; {stacks_folder()} has "
+                f"the weights in the form in which ONNX Runtime reads them take {size_text(total)}; {stacks_folder()} has "
                 f"{size_text(free)} of room. {_ADVICE}"
             )
-        report(f"stacking {size_text(total)} of experts in {self.folder}, once for all bundles of this checkpoint")
+        report(f"stacking {size_text(total)} of weights in {self.folder}, once for all bundles of this checkpoint")
         sources = {name: {"path": str(path), "who": who} for name, (path, who) in self._sources.items()}
         write_whole(self.folder / SOURCES, json.dumps({"sources": sources, "made": None}))
 
@@ -204,17 +208,20 @@ class Stacks:
         finally:
             part.unlink(missing_ok=True)
 
-    def _in_memory(self, owner: str, stacks: Mapping[str, Stack]) -> npt.NDArray[np.uint8]:
+    def _in_memory(self, owner: str, stacks: Mapping[str, Stack | Decoded]) -> npt.NDArray[np.uint8]:
         made, at = np.zeros(file_bytes(stacks), np.uint8), HEADER
         for block in self._blocks(owner, stacks):
             made[at : at + block.nbytes] = block
             at += block.nbytes
         return made
 
-    def _blocks(self, owner: str, stacks: Mapping[str, Stack]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The bytes of the stacks one after the other, an expert at a time."""
+    def _blocks(self, owner: str, stacks: Mapping[str, Stack | Decoded]) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of the stacks one after the other, an expert or a row of scales at a time."""
         for stack in stacks.values():
             weight = self._lock.weights[owner][stack.of]
+            if isinstance(stack, Decoded):
+                yield from self._values(stack, owner)
+                continue
             for expert in range(stack.shape[0]):
                 yield self._rows(stack, weight, expert).reshape(-1)
 
@@ -229,6 +236,23 @@ class Stacks:
         if len(matrices) == 1:
             return matrices[0]
         return np.stack(matrices, axis=1)
+
+    def _values(self, stack: Decoded, owner: str) -> Iterator[npt.NDArray[np.uint8]]:
+        """The values of a matrix."""
+        codes, scales = (self._whole(self._lock.weights[owner][role]) for role in (stack.of, stack.scale))
+        height = stack.block[0]
+        for number, at in enumerate(range(0, stack.shape[0], height)):
+            try:
+                made = exact_bfloat16(codes[at : at + height], scales[number : number + 1], stack.block)
+            except ValueError as error:
+                raise InputError(f"{owner}.{stack.of}: {error}. Run without a copy (`--no-place`).") from None
+            yield made.view(np.uint8).reshape(-1)
+
+    def _whole(self, weight: Weight) -> npt.NDArray[np.uint8]:
+        """The bytes of a weight [rows, bytes of a row]."""
+        parts = [self._files.range(part.file, part.offset, part.bytes) for part in weight.parts]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.reshape(weight.shape[0], -1)
 
     def _remove_outdated(self, report: Progress) -> None:
         """Remove stacks of files that were written again since: nobody can use them any more."""
@@ -256,7 +280,8 @@ def stack_sources(table: ChainTable, lock: WeightsLock) -> set[str]:
         for call in table.calls
         if call.segment in table.stacked
         for stack in table.stacked[call.segment].stacks.values()
-        for part in lock.weights[call.owner][stack.of].parts
+        for role in ((stack.of, stack.scale) if isinstance(stack, Decoded) else (stack.of,))
+        for part in lock.weights[call.owner][role].parts
     }
 
 
@@ -265,7 +290,7 @@ def _who(path: Path) -> dict[str, Any]:
     return {key: value for key, value in file_identity(path).facts(links_change=True).items() if key != "device"}
 
 
-def _whole(path: Path, stacks: Mapping[str, Stack]) -> bool:
+def _whole(path: Path, stacks: Mapping[str, Stack | Decoded]) -> bool:
     """Whether a file has the size and the header of stacks."""
     try:
         if path.stat().st_size != file_bytes(stacks):

@@ -93,6 +93,23 @@ def bfloat16_bits(values: Array) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
 
 
+def exact_bfloat16(codes: Array, scales: Array, block: tuple[int, int]) -> npt.NDArray[np.uint16]:
+    """Elements of e4m3 times the e8m0 scale of their block, in bfloat16, as bits.
+
+    Args:
+        codes: bytes [R, C].
+        scales: bytes [ceil(R / block rows), ceil(C / block columns)].
+        block: rows and columns that share a scale.
+
+    Raises:
+        ValueError: a value is not one of bfloat16, which needs a scale below 2^-124.
+    """
+    bits = _dequantised(codes, scales, "F8_E8M0", block).view(np.uint32)
+    if (bits & np.uint32(0xFFFF)).any():
+        raise ValueError("a value is too small for bfloat16")
+    return (bits >> np.uint32(16)).astype(np.uint16)
+
+
 def _dequantised(codes: Array, scales: Array, dtype: str, block: tuple[int, int]) -> Array:
     """Elements of e4m3 times the scale of their block, float32; the last blocks may be cut off."""
     factors = scales if dtype == "F32" else _E8M0[scales.view(np.uint8)]

@@ -1,7 +1,7 @@
 """The chain of a bundle: which segment every call runs, and where its weights lie as the segment takes them.
 
 A call is one run of a segment: ``embed``, ``layers.0`` and so on, ``head``; the segment ``step`` runs before them and makes
-what all layers share. A segment can have a second form, which takes its experts in another order (stacks.py).
+what all layers share. A segment can have a second form, which takes its weights in another order and type (stacks.py).
 Build writes the table, and the runtime reads it. Standard library only.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArtifactError
-from .stacks import SAFETENSORS, Stack, offsets
+from .stacks import SAFETENSORS, Decoded, RowBlocks, Stack, block_name, offsets
 
 CHAIN, PLACED = "chain.json", "placed.bin"
 STEP = "step"
-VERSION = 2
+VERSION = 3
 #: Bytes of an element, by the names of types in a chain.
 ITEM_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "float8e4m3fn": 1,
@@ -76,11 +76,13 @@ class Stacked:
         file: its graph.
         stacks: what it takes by role.
         instead_of: the roles of the first form that it does not take.
+        blocks: the roles that it takes in blocks of rows, whether they are stacks or as in the first form.
     """
 
     file: str
-    stacks: dict[str, Stack]
+    stacks: dict[str, Stack | Decoded]
     instead_of: tuple[str, ...]
+    blocks: dict[str, RowBlocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,11 @@ class ChainTable:
                     role: Bound(stacks_file(call.owner), True, at, form.stacks[role].dtype, form.stacks[role].shape)
                     for role, at in offsets(form.stacks).items()
                 }
-                weights[call.owner] = kept | made
+                weights[call.owner] = {
+                    name: bound
+                    for role, whole in (kept | made).items()
+                    for name, bound in _in_blocks(role, whole, form.blocks.get(role)).items()
+                }
         files = self.segments | {name: form.file for name, form in self.stacked.items()}
         return replace(self, segments=files, weights=weights, stacked={})
 
@@ -136,6 +142,7 @@ class ChainTable:
                     form.file,
                     {role: _stack_row(stack) for role, stack in form.stacks.items()},
                     list(form.instead_of),
+                    {role: [one.group, one.rows] for role, one in form.blocks.items()},
                 ]
                 for name, form in self.stacked.items()
             },
@@ -181,17 +188,49 @@ def _bound(file: Any, placed: Any, offset: Any, dtype: Any, shape: Any) -> Bound
     return Bound(file, placed, offset, dtype, tuple(shape))
 
 
-def _stack_row(stack: Stack) -> list[Any]:
+def _in_blocks(role: str, whole: Bound, blocks: RowBlocks | None) -> dict[str, Bound]:
+    """The inputs that take a weight."""
+    if blocks is None:
+        return {role: whole}
+    rows, *others = whole.shape
+    width = prod(others) * ITEM_BYTES[whole.dtype]
+    return {
+        block_name(role, number): replace(whole, offset=whole.offset + at * width, shape=(end - at, *others))
+        for number, (at, end) in enumerate(blocks.spans(rows))
+    }
+
+
+def _stack_row(stack: Stack | Decoded) -> list[Any]:
+    if isinstance(stack, Decoded):
+        return [stack.of, stack.scale, list(stack.block), list(stack.shape)]
     return [stack.of, list(stack.parts), stack.dtype, list(stack.shape)]
 
 
-def _stacked(file: Any, stacks: Any, instead_of: Any) -> Stacked:
-    return Stacked(str(file), {str(role): _stack(*row) for role, row in stacks.items()}, tuple(map(str, instead_of)))
+def _stacked(file: Any, stacks: Any, instead_of: Any, blocks: Any) -> Stacked:
+    return Stacked(
+        str(file), {str(role): _stack(*row) for role, row in stacks.items()}, tuple(map(str, instead_of)),
+        {str(role): _row_blocks(*row) for role, row in blocks.items()},
+    )  # fmt: skip
 
 
-def _stack(of: Any, parts: Any, dtype: Any, shape: Any) -> Stack:
+def _row_blocks(group: Any, rows: Any) -> RowBlocks:
+    if not all(type(size) is int and size > 0 for size in (group, rows)):
+        raise ValueError(f"blocks have {rows!r} of {group!r} rows")
+    return RowBlocks(group, rows)
+
+
+def _stack(of: Any, parts: Any, dtype: Any, shape: Any) -> Stack | Decoded:
+    if type(parts) is str:
+        return _decoded(str(of), parts, dtype, shape)
     if dtype not in SAFETENSORS or len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"a stack has dtype {dtype!r} and shape {shape!r}")
     if not parts or not all(type(part) is int and part >= 0 for part in parts) or shape[1] % len(parts):
         raise ValueError(f"a stack of {shape!r} has the parts {parts!r}")
     return Stack(str(of), tuple(parts), dtype, (shape[0], shape[1], shape[2]))
+
+
+def _decoded(of: str, scale: str, block: Any, shape: Any) -> Decoded:
+    for sizes in (block, shape):
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"a decoded matrix has blocks of {block!r} and the shape {shape!r}")
+    return Decoded(of, scale, (block[0], block[1]), (shape[0], shape[1]))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import BuildError
 from ...export.contract.geometry import ModelSpec
 from ...export.contract.operators import BLOCK_LINEAR
 from ...export.contract.products import Product, all_products
@@ -25,11 +24,10 @@ from ...export.operators.packed import BLOCK, EXPONENTS, PARTIAL
 from ...export.operators.registry import DOMAIN
 from ...plugins.launch import kernels
 from .functions import attach
+from .products import GROUPED, permutation, product_of, remove_unused
 
 #: The scale of weights that have none.
 UNIT = "unit_scale"
-_TRANSPOSED = {2: [1, 0], 3: [0, 2, 1]}  # a weight's axes, before a product
-_GROUPED = [1, 0, 2]  # tokens and groups exchanged
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def _sizes(stored: _Stored) -> dict[str, int]:
 
 def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> None:
     name, groups, graph = stored.weight.name or "", attributes["groups"], model.graph
-    product = _product(stored.value, groups, name)
+    product = product_of(stored.value, groups, name)
     x, out = product.inputs[0], product.outputs[0]
     assert x is not None
     rows, columns = _sizes(stored)["GN"], _sizes(stored)["K"]
@@ -135,10 +133,10 @@ def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> No
 
     wide = ir.DataType.FLOAT
     before = x.producer()
-    if groups > 1 and before is not None and _perm(before) == _GROUPED and before.inputs[0] is not None:
+    if groups > 1 and before is not None and permutation(before) == GROUPED and before.inputs[0] is not None:
         x = before.inputs[0]
     elif groups > 1:
-        x = node("Transpose", [x], "by_token", wide, perm=_GROUPED)
+        x = node("Transpose", [x], "by_token", wide, perm=GROUPED)
     flat = node("Reshape", [x, constant([-1, groups * columns], "tokens_shape")], "tokens", wide)
     scale = _unit(model) if stored.scale is None else stored.scale
     linear = node(
@@ -147,7 +145,7 @@ def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> No
     linear.shape = ir.Shape([None, rows])
     if groups > 1:
         parts = node("Reshape", [linear, constant([-1, groups, rows // groups], "parts_shape")], "parts", wide)
-        result = node("Transpose", [parts], "by_group", wide, perm=_GROUPED)
+        result = node("Transpose", [parts], "by_group", wide, perm=GROUPED)
     elif product.op_type == "Gemm":
         result = linear
     else:
@@ -160,30 +158,9 @@ def _replace(model: ir.Model, stored: _Stored, attributes: dict[str, Any]) -> No
     if out.is_graph_output():
         result.name, out.name = out.name, None
     ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
-    _remove(product)
+    remove_unused(product)
     if stored.scale is not None:
         _take_bytes(stored.weight)
-
-
-def _product(value: ir.Value, groups: int, name: str) -> ir.Node:
-    """The product of a weight: values, perhaps by group, transposed, times an activation."""
-    uses = list(value.uses())
-    if groups > 1 and len(uses) == 1 and uses[0].node.op_type == "Reshape":
-        uses = list(uses[0].node.outputs[0].uses())
-    rank = 3 if groups > 1 else 2
-    if len(uses) == 1 and _perm(uses[0].node) == _TRANSPOSED[rank]:
-        uses = list(uses[0].node.outputs[0].uses())
-        wanted = "MatMul"
-    else:
-        wanted = "Gemm"
-    if len(uses) != 1 or uses[0].idx != 1 or uses[0].node.op_type != wanted:
-        found = ", ".join(sorted({use.node.op_type for use in uses})) or "nothing"
-        raise BuildError(f"weight {name} is used by {found}; expected one product. Report this as a fault of foldkv.")
-    return uses[0].node
-
-
-def _perm(node: ir.Node) -> list[int]:
-    return list(node.attributes["perm"].as_ints()) if node.op_type == "Transpose" else []
 
 
 def _unit(model: ir.Model) -> ir.Value:
@@ -192,18 +169,6 @@ def _unit(model: ir.Model) -> ir.Value:
         value = ir.Value(name=UNIT, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
         model.graph.register_initializer(value)
     return model.graph.initializers[UNIT]
-
-
-def _remove(node: ir.Node) -> None:
-    """Remove a node, and those before it that only it used."""
-    pending: list[ir.Node | None] = [node]
-    while pending:
-        dead = pending.pop()
-        if dead is None or dead.graph is None or any(out.uses() for out in dead.outputs):
-            continue
-        before = [value.producer() for value in dead.inputs if value is not None]
-        dead.graph.remove(dead, safe=True)
-        pending += before
 
 
 def _take_bytes(weight: ir.Value) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...export.checkpoint.names import scale_name
+from .products import remove_unused
 
 
 def take_float32(model: ir.Model, role: str) -> None:
@@ -24,16 +25,7 @@ def take_float32(model: ir.Model, role: str) -> None:
     if value is None:  # the experts' operator reads any type, and an embedding is converted after its look-up
         ir.convenience.replace_all_uses_with(stored, wide)
         return
-    node = value.producer()
-    assert node is not None
     ir.convenience.replace_all_uses_with(value, wide)
-    pending: list[ir.Node | None] = [node]
-    while pending:
-        dead = pending.pop()
-        if dead is None or dead.graph is None or any(out.uses() for out in dead.outputs):
-            continue
-        before = [value.producer() for value in dead.inputs if value is not None]
-        graph.remove(dead, safe=True)
-        pending += before
+    remove_unused(value.producer())
     for given in [value for value in graph.inputs if value.name == scale_name(role) and not value.uses()]:
         graph.inputs.remove(given)  # the values have their scale in them

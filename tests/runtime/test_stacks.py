@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from command import run
 from safetensors import safe_open
 
@@ -20,7 +21,7 @@ from foldkv.errors import InputError, SystemFailure
 from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.chain import CHAIN, Bound, Call, ChainTable, Stacked, stacks_file
 from foldkv.export.contract.lock import LOCK, LockedFile, Part, Weight, WeightsLock
-from foldkv.export.contract.stacks import HEADER, Stack
+from foldkv.export.contract.stacks import HEADER, Decoded, Stack
 from foldkv.export.locate import find_weights
 from foldkv.optimize.build import build_bundles
 from foldkv.plan_text import Sizes, plan_on_targets
@@ -108,7 +109,7 @@ def test_stacks_are_the_bytes_of_the_checkpoint_in_another_order(source: Source,
     source.stacks().open(lines.append)
     source.check()
     [folder] = [path for path in own_cache.iterdir() if path.is_dir()]
-    assert lines == [f"stacking 18.53 KiB of experts in {folder}, once for all bundles of this checkpoint"], (
+    assert lines == [f"stacking 18.53 KiB of weights in {folder}, once for all bundles of this checkpoint"], (
         "it says what it does, once"
     )
     with safe_open(folder / "layers.2.safetensors", "np") as file:
@@ -117,6 +118,28 @@ def test_stacks_are_the_bytes_of_the_checkpoint_in_another_order(source: Source,
         }
     [made] = made_here()
     assert made.bytes == source.stacks().bytes and made.seconds > 0
+
+
+def test_a_matrix_of_several_blocks_has_the_scale_of_each(tmp_path: Path) -> None:
+    rng, (rows, columns) = np.random.default_rng(0), (300, 200)
+    codes = rng.integers(0, 0x7F, (rows, columns), dtype=np.uint8)
+    scales = np.arange(110, 116, dtype=np.uint8).reshape(3, 2)
+    (tmp_path / "f").write_bytes(codes.tobytes() + scales.tobytes())
+    parts = {"w": Part("f", 0, codes.size), "w.scale": Part("f", codes.size, scales.size)}
+    lock = WeightsLock(
+        {"f": LockedFile(codes.size + scales.size, 8, "header")},
+        {"head": {"w": Weight("F8_E4M3", codes.shape, (parts["w"],)), "w.scale": Weight("F8_E8M0", scales.shape, (parts["w.scale"],))}},
+    )  # fmt: skip
+    form = Stacked("head.onnx", {"w": Decoded("w", "w.scale", (128, 128), (rows, columns))}, ("w", "w.scale"))
+    table = ChainTable({"step": "s", "head": "h"}, (Call("head", "head"),), {"head": {}}, {"head": form})
+    files = WeightFiles()
+    files.open("f", tmp_path / "f")
+    Stacks(table, lock, {"f": tmp_path / "f"}, files).open()
+    found = (files.view(table.in_stacks().weights["head"]["w"]).astype(np.uint32) << 16).view(np.float32)
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy()
+    for row, column in np.ndindex(3, 2):
+        block = (slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
+        assert np.array_equal(found[block], expected[block] * 2.0 ** (int(scales[row, column]) - 127))
 
 
 def test_a_plan_says_what_they_take_by_those_that_were_made_here(source: Source) -> None:
@@ -131,7 +154,7 @@ def test_a_plan_says_what_they_take_by_those_that_were_made_here(source: Source)
 
     facts, row = planned()
     assert facts["stacking_seconds"] == {"estimate": True, "seconds": round(facts["stacked"] / 0.5e9, 1), "runs": 0}
-    assert "137.06 GiB" in row and "nothing was stacked here yet" in row
+    assert "147.97 GiB" in row and "nothing was stacked here yet" in row
     source.stacks().open()
     [made] = made_here()
     facts, row = planned()
@@ -378,7 +401,7 @@ def test_verify_reads_them_and_names_a_damaged_one(bundle: Path, own_cache: Path
     with Model(bundle):
         pass
     code, out, err = run("verify", bundle)
-    assert code == 0 and out.count("4 files with stacks of experts") == 1
+    assert code == 0 and out.count("4 files with stacks in") == 1
     path = next(own_cache.rglob("layers.2.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -18,7 +18,7 @@ from foldkv.export.checkpoint.values import dequantised
 from foldkv.export.contract.engine_set import CONVERTED, DEQUANTISED, STORED, WORDS, Taken
 from foldkv.export.contract.lock import Part, Weight
 from foldkv.runtime.weight_files import WeightFiles
-from foldkv.runtime.weight_forms import bfloat16_bits, load_weight
+from foldkv.runtime.weight_forms import bfloat16_bits, exact_bfloat16, load_weight
 
 RNG = np.random.default_rng(0)
 
@@ -120,3 +120,23 @@ def test_a_form_that_the_bytes_cannot_have_is_refused(stored: Any) -> None:
     beyond = Weight("F32", (9, 9), (Part("f", 0, 324),))
     with pytest.raises(ArtifactError, match="a weight ends at 324"):
         load_weight(Taken(STORED, "float32", (9, 9)), beyond, files)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (130, 200), (3, 5)])
+def test_e4m3_in_blocks_is_exact_in_bfloat16(shape: tuple[int, int]) -> None:
+    codes = RNG.integers(0, 256, shape, dtype=np.uint8)  # not a number too
+    scales = RNG.integers(127 - 100, 127 + 100, (-(-shape[0] // 128), -(-shape[1] // 128)), dtype=np.uint8)
+    found = exact_bfloat16(codes, scales, (128, 128)).view(ml_dtypes.bfloat16).astype(np.float32)
+    kinds = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+    expected = dequantised(
+        *(torch.from_numpy(array).view(kind) for array, kind in zip((codes, scales), kinds, strict=True)),
+        Format(FP8, (128, 128)),
+    )
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_what_bfloat16_cannot_hold_is_refused() -> None:
+    codes = np.full((1, 1), 0b1111, np.uint8)  # 15/512, with all bits of the mantissa
+    assert exact_bfloat16(codes, np.full((1, 1), 10, np.uint8), (128, 128)).size
+    with pytest.raises(ValueError, match="too small"):
+        exact_bfloat16(codes, np.full((1, 1), 0, np.uint8), (128, 128))

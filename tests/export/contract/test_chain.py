@@ -11,11 +11,22 @@ import pytest
 
 from foldkv.errors import ArtifactError
 from foldkv.export.contract.chain import Bound, Call, ChainTable, Stacked
-from foldkv.export.contract.stacks import HEADER, Stack, facts_in, file_bytes, header, offsets, reads_stacks
+from foldkv.export.contract.stacks import (
+    HEADER,
+    Decoded,
+    RowBlocks,
+    Stack,
+    facts_in,
+    file_bytes,
+    header,
+    offsets,
+    reads_stacks,
+)
 
-STACKS = {
+STACKS: dict[str, Stack | Decoded] = {
     "experts.w13": Stack("experts.codes", (0, 2), "uint8", (2, 8, 16)),
     "experts.w2": Stack("experts.scales", (1,), "float8e8m0", (2, 4, 4)),
+    "wq": Decoded("wq", "wq.scale", (4, 8), (6, 8)),
 }
 KEPT = {"norm": Bound("placed.bin", True, 64, "float32", (8,)), "gate": Bound("a", False, 8, "bfloat16", (2, 8))}
 TABLE = ChainTable(
@@ -23,9 +34,12 @@ TABLE = ChainTable(
     (Call("layers.0", "moe"), Call("head", "head")),
     {
         "layers.0": KEPT | {"experts.codes": Bound("a", False, 40, "int8", (2, 96))},
-        "head": {"weight": Bound("a", False, 8, "float32", (4,))},
+        "head": {"weight": Bound("a", False, 8, "bfloat16", (5, 4))},
     },
-    {"moe": Stacked("segments/moe.stacked.onnx", STACKS, ("experts.codes",))},
+    {
+        "moe": Stacked("segments/moe.stacked.onnx", STACKS, ("experts.codes",), {"wq": RowBlocks(3, 2)}),
+        "head": Stacked("segments/head.stacked.onnx", {}, (), {"weight": RowBlocks(5, 4)}),
+    },
 )
 
 
@@ -36,14 +50,24 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_the_second_form_takes_stacks_instead() -> None:
     other = TABLE.in_stacks()
-    assert other.segments == TABLE.segments | {"moe": "segments/moe.stacked.onnx"}
-    assert other.weights["head"] == TABLE.weights["head"] and other.calls == TABLE.calls
+    assert other.segments == {"step": "segments/step.onnx"} | {
+        name: f"segments/{name}.stacked.onnx" for name in ("moe", "head")
+    }
+    assert other.calls == TABLE.calls
+    assert other.weights["head"] == {
+        "weight.rows.0": Bound("a", False, 8, "bfloat16", (4, 4)),
+        "weight.rows.1": Bound("a", False, 8 + 4 * 4 * 2, "bfloat16", (1, 4)),
+    }
     assert other.weights["layers.0"] == KEPT | {
         "experts.w13": Bound("stacks/layers.0", True, HEADER, "uint8", (2, 8, 16)),
         "experts.w2": Bound("stacks/layers.0", True, HEADER + 256, "float8e8m0", (2, 4, 4)),
+        "wq.rows.0": Bound("stacks/layers.0", True, HEADER + 288, "bfloat16", (2, 8)),
+        "wq.rows.1": Bound("stacks/layers.0", True, HEADER + 320, "bfloat16", (1, 8)),
+        "wq.rows.2": Bound("stacks/layers.0", True, HEADER + 336, "bfloat16", (2, 8)),
+        "wq.rows.3": Bound("stacks/layers.0", True, HEADER + 368, "bfloat16", (1, 8)),
     }
     assert other.in_stacks() == other
-    assert file_bytes(STACKS) == HEADER + 256 + 32 and offsets(STACKS)["experts.w2"] == HEADER + 256
+    assert file_bytes(STACKS) == HEADER + 256 + 32 + 96 and offsets(STACKS)["experts.w2"] == HEADER + 256
 
 
 def test_a_header_is_one_of_safetensors_of_a_fixed_size() -> None:
@@ -52,6 +76,7 @@ def test_a_header_is_one_of_safetensors_of_a_fixed_size() -> None:
     assert len(head) == HEADER == 8 + length and facts_in(head) == {"sha256": "0" * 64}
     rows = json.loads(head[8:])
     assert rows["experts.w2"] == {"dtype": "F8_E8M0", "shape": [2, 4, 4], "data_offsets": [256, 288]}
+    assert rows["wq"] == {"dtype": "BF16", "shape": [6, 8], "data_offsets": [288, 384]}
     with pytest.raises(ValueError, match="of which 4088 fit"):
         header(STACKS, {"layer": "x" * HEADER})
     for wrong in (
@@ -69,9 +94,9 @@ def test_versions_of_onnx_runtime_are_compared_as_numbers() -> None:
     assert found == {"1.9.1": False, "1.31.0": False, "1.32.0": True, "1.100.0": True, "2.0.0.dev1": True}
 
 
-def change(part: int, value: object) -> Callable[[dict[str, Any]], None]:
+def change(part: int, value: object, role: str = "experts.w13") -> Callable[[dict[str, Any]], None]:
     def apply(content: dict[str, Any]) -> None:
-        content["stacked"]["moe"][1]["experts.w13"][part] = value
+        content["stacked"]["moe"][1][role][part] = value
 
     return apply
 
@@ -83,6 +108,8 @@ def change(part: int, value: object) -> Callable[[dict[str, Any]], None]:
         (change(3, [2, 0, 16]), "shape"), (change(1, []), "parts"), (change(1, [-1]), "parts"), (change(1, 0), "parts 0"),
         (lambda content: content["stacked"].update(other=content["stacked"]["moe"]), "no segment other"),
         (lambda content: content.pop("stacked"), "KeyError"), (lambda content: content.update(version=1), "version 1"),
+        (change(2, [4], "wq"), r"blocks of \[4\]"), (change(3, [6, 0], "wq"), r"the shape \[6, 0\]"),
+        (lambda content: content["stacked"]["moe"][3].update(wq=[3, 0]), "blocks have 0 of 3 rows"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_one_error(tmp_path: Path, damage: Callable[[dict[str, Any]], object], reason: str) -> None:
