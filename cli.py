@@ -575,7 +575,7 @@ def generate_command(
 @click.option(
     "--layered/--whole",
     default=None,
-    help="Compute the reference and bundles for the cpu a layer at a time, with little memory, or with the whole model in memory; default: whole if it fits.",
+    help="Compute references and bundles for the cpu a layer at a time, with little memory, or with the whole model in memory; default: whole if it fits.",
 )
 @click.option(
     "--ray",

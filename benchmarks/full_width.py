@@ -95,7 +95,7 @@ def measure(config: Path, work: Path, prompt: int, decode: int, chunk: int, expe
         click.echo(json.dumps(errors[-1]))
 
     read_layered(reference, [Job(tokens, edges=edges_of(chunk, len(tokens)))], observe=compare, progress=click.echo)
-    spec = reference._checkpoint.spec
+    spec = reference.weights.checkpoint.spec
     return {
         "tokens": {"prompt": prompt, "decoded": decode, "chunk": chunk},
         "experts": spec.num_experts,

@@ -90,12 +90,11 @@ sees lengths at which the model itself answers nothing. The default is a few cas
 --case-tokens 8k --sweep-cases 20`.
 
 **A model that does not fit into memory** goes a layer at a time (`--layered`; the default if it takes more than 60 % of the machine's memory in
-float32). The reference: transformers' layers, one after the other, over all texts; experts in groups of 1 GiB; weights dequantised as they are
-read. A bundle for the cpu likewise: all chunks of all texts go through a layer before any goes through the next, so that weights are read once
+float32). The references (float32, the yardstick in bfloat16, the oracle of the profile `served`): their layers, one after the other, over all
+texts; experts in groups of 1 GiB; weights dequantised as they are read. A bundle for the cpu likewise: all chunks of all texts go through a layer before any goes through the next, so that weights are read once
 and not again for every chunk. Only the step after a restored snapshot is compared in a session, over 24 tokens, and texts of more than 32,768 tokens
 go through one. The figures are those of the whole model, to the bit; KL at the answers of cases up to rounding. A pass through all weights takes 8,192
-tokens of texts and cases, and a run that was interrupted goes on after its last layer, from `REPORT.foldkv-reference`. The oracle of the profile
-`served` and the yardstick of bundles in bfloat16 must still be in memory whole.
+tokens of texts and cases, and a run that was interrupted goes on after its last layer, from `REPORT.foldkv-reference`.
 
 Where index scores tie exactly at the last place, several sets of entries are equally good. ReLU makes such ties common in small and
 random models. The reference then takes the one of its equally good sets that is closest to the subject's. The report counts the ties.

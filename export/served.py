@@ -1,9 +1,9 @@
 """A second implementation of the profile ``served``, for a whole prompt at once, in plain PyTorch.
 
 It follows the released inference code and the row formats, and is independent of the operators: RoPE is a product of
-complex numbers, the Hadamard rotation a butterfly, a quantised value the nearest code of a list, and every query looks at
-every key through a mask. It shares with the exported model only what the profiles do not change: the weights, the experts
-and the hyper-connections. It computes in float32; among equal index scores it chooses the lowest entry.
+complex numbers, the Hadamard rotation a butterfly, a quantised value the nearest code of a list, every query looks at every key
+through a mask, and experts answer one after the other. It shares with the exported model only what the profiles do not change: the
+weights, the router, the shared expert and the hyper-connections. It computes in float32; among equal index scores it chooses the lowest entry.
 
 The released code rounds some intermediate results to bfloat16 (index scores, query norms, the rotation). This module does
 not: engines disagree on them, and keep them in float32 where they can. Two things that deployed systems round beside the profile
@@ -28,7 +28,6 @@ from .model.compressor import Compressor
 from .model.decoder import Decoder, Layer
 from .model.hyper_connections import collapse, collapse_last, expand
 from .model.indexer import Indexer
-from .model.moe import MixtureOfExperts
 from .model.norm import split_last
 
 _LEAST = 1e-4  # floor of a tile's largest magnitude (export/operators/rows.py has its source)
@@ -66,13 +65,14 @@ NO_ROUNDING = Rounding()
 def quantised_modules(checkpoint: Checkpoint) -> list[str]:
     """The modules whose weights the checkpoint stores in e4m3 or e2m1 and whose inputs the released code quantises.
 
-    That is all of them but ``wo_a``, which the released code dequantises to bfloat16 when it loads.
+    That is all of them in layers but ``wo_a``, which the released code dequantises to bfloat16 when it loads.
     """
     found = dict[str, None]()
     for name in checkpoint.headers:
         module = name.removesuffix(".weight")
         stored = checkpoint.format(name) if module != name else None
-        if stored is not None and stored.name != formats.PLAIN and not module.endswith(".wo_a"):
+        left_out = not module.startswith("layers.") or module.endswith(".wo_a")
+        if stored is not None and stored.name != formats.PLAIN and not left_out:
             found[module.split(f"{_EXPERTS}.")[0] + _EXPERTS if f"{_EXPERTS}." in module else module] = None
     return list(found)
 
@@ -111,44 +111,121 @@ def served_forward(
         keys: by CSA layer, values of index rows [entries, D] that its indexer takes instead of its own.
         rounding: what is rounded beside the profile.
     """
-    with _quantised_inputs(decoder, rounding.activations):
-        return _forward(decoder, tokens, given, keys, rounding)
-
-
-def _forward(
-    decoder: Decoder,
-    tokens: Tensor,
-    given: Sequence[Tensor] | None,
-    keys: Mapping[int, Tensor] | None,
-    rounding: Rounding,
-) -> OracleRun:
     run = OracleRun(torch.empty(0))
-    spec = decoder.spec
-    streams = decoder.embed(tokens)[:, None].expand(-1, spec.hc_mult, -1)
+    streams = decoder.embed(tokens)[:, None].expand(-1, decoder.spec.hc_mult, -1)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
         if given is not None and index:
             streams = given[index - 1]
-        x, post, comb = collapse(streams[None], layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale, spec)
         own = None if keys is None else keys.get(index)
-        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run, own, rounding)
-        streams = expand(streams[None], out[None], post, comb)[0]
-        x, post, comb = collapse(streams[None], layer.hc_ffn_fn, layer.hc_ffn_base, layer.hc_ffn_scale, spec)
-        mixed = _experts(
-            layer.ffn, layer.ffn_norm(x), tokens[None], f"layers.{index}.ffn{_EXPERTS}" in rounding.activations
-        )
-        streams = expand(streams[None], mixed, post, comb)[0]
+        asked = until_experts(layer, index, streams, tokens, run, keys=own, rounding=rounding)
+        for expert in asked.wanted:
+            asked.answer(expert, layer.ffn.experts.w13[expert], layer.ffn.experts.w2[expert])
+        streams = after_experts(layer, index, asked, rounding=rounding)
         run.streams.append(streams)
-    last = collapse_last(streams[None], decoder.hc_head_fn, decoder.hc_head_base, decoder.hc_head_scale, spec)
-    run.logits = functional.linear(decoder.norm(last)[0], decoder.head.weight)
+    run.logits = head_logits(decoder, streams)
     return run
 
 
+def head_logits(head: Decoder, streams: Tensor) -> Tensor:
+    """Streams [n, N, C] after the last layer -> logits [n, V]. Of ``head`` only what is behind the layers is used."""
+    last = collapse_last(streams[None], head.hc_head_fn, head.hc_head_base, head.hc_head_scale, head.spec)
+    logits: Tensor = functional.linear(head.norm(last)[0], head.head.weight)
+    return logits
+
+
+@dataclass
+class Asked:
+    """A text between the two halves of a layer: what its experts are asked, and have answered.
+
+    Attributes:
+        streams: [n, N, C] after attention.
+        post, comb: how the streams take up what the experts answer.
+        x: [n, C] that all experts read.
+        chosen, weights: [n, K] experts of each token, and what each weighs.
+        limit: of the clamps of SwiGLU.
+        quantised: whether the inputs of products are quantised.
+        answers: [n, K, C], weighted, as far as they are there.
+    """
+
+    streams: Tensor
+    post: Tensor
+    comb: Tensor
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+    limit: float
+    quantised: bool
+    answers: Tensor
+
+    @property
+    def wanted(self) -> list[int]:
+        """The experts that some token chose."""
+        return sorted(set(self.chosen.flatten().tolist()))
+
+    def answer(self, expert: int, w13: Tensor, w2: Tensor) -> None:
+        """Let one expert, w13 [2 I, C] (gate over up) and w2 [C, I], answer every token that chose it.
+
+        The released code multiplies a hidden value by its expert's weight before it quantises the second product's input.
+        """
+        token, place = torch.where(self.chosen == expert)
+        if not len(token):
+            return
+        weight, x = self.weights[token, place, None], self.x[token]
+        gate, up = functional.linear(quantize_activation(x) if self.quantised else x, w13).chunk(2, dim=-1)
+        hidden = functional.silu(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+        self.answers[token, place] = (
+            functional.linear(quantize_activation(hidden * weight), w2)
+            if self.quantised
+            else functional.linear(hidden, w2) * weight
+        )
+
+
+def until_experts(
+    layer: Layer, index: int, streams: Tensor, tokens: Tensor, run: OracleRun, *, keys: Tensor | None = None,
+    rounding: Rounding = NO_ROUNDING,
+) -> Asked:  # fmt: skip
+    """The first half of a layer: attention, and which experts every token asks.
+
+    Args:
+        layer: number ``index`` of its model; of its experts no weight is read.
+        index: its number.
+        streams: [n, N, C] before it.
+        tokens: [n] int64.
+        run: gets the layer's rows and choices.
+        keys: values of index rows [entries, D] that its indexer takes instead of its own.
+        rounding: what is rounded beside the profile.
+    """
+    spec = layer.spec
+    with _quantised_inputs(layer, index, rounding.activations):
+        x, post, comb = collapse(streams[None], layer.hc_attn_fn, layer.hc_attn_base, layer.hc_attn_scale, spec)
+        out = _attention(layer.attn, layer.attn_norm(x[0]), index, spec, run, keys, rounding)
+        streams = expand(streams[None], out[None], post, comb)[0]
+        x, post, comb = collapse(streams[None], layer.hc_ffn_fn, layer.hc_ffn_base, layer.hc_ffn_scale, spec)
+        normed = layer.ffn_norm(x)[0]
+        chosen, weights = layer.ffn.gate(normed, tokens)
+    quantised = f"layers.{index}.ffn{_EXPERTS}" in rounding.activations
+    answers = torch.empty(*chosen.shape, normed.shape[-1])
+    return Asked(streams, post, comb, normed, chosen, weights, layer.ffn.limit, quantised, answers)
+
+
+def after_experts(layer: Layer, index: int, asked: Asked, *, rounding: Rounding = NO_ROUNDING) -> Tensor:
+    """The second half, when all experts have answered: streams [n, N, C] after the layer."""
+    with _quantised_inputs(layer, index, rounding.activations):
+        mixed = asked.answers.sum(dim=1) + layer.ffn.shared_experts(asked.x)
+    streams: Tensor = expand(asked.streams[None], mixed[None], asked.post, asked.comb)[0]
+    return streams
+
+
 @contextlib.contextmanager
-def _quantised_inputs(decoder: Decoder, names: Collection[str]) -> Iterator[None]:
-    """Let these linears quantise what they are given; stacks of experts are left to :func:`_experts`."""
-    linears = [decoder.get_submodule(name) for name in names if not name.endswith(_EXPERTS)]
-    hooks = [one.register_forward_pre_hook(lambda _, given: (quantize_activation(given[0]),)) for one in linears]
+def _quantised_inputs(layer: Layer, index: int, names: Collection[str]) -> Iterator[None]:
+    """Let the layer's linears of these names quantise what they are given; stacks of experts are left to :class:`Asked`."""
+    prefix = f"layers.{index}."
+    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix) and not name.endswith(_EXPERTS)]
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, given: (quantize_activation(given[0]),))
+        for name in own
+    ]
     try:
         yield
     finally:
@@ -159,22 +236,6 @@ def _quantised_inputs(decoder: Decoder, names: Collection[str]) -> Iterator[None
 def quantize_activation(x: Tensor) -> Tensor:
     """x [..., C] -> the values that a product with quantised weights sees: e4m3 in tiles of 128, a power of two for each."""
     return quantize(x, ACTIVATION_TILE, E4M3)
-
-
-def _experts(mixture: MixtureOfExperts, x: Tensor, tokens: Tensor, quantised: bool) -> Tensor:
-    """x [1, n, C], tokens [1, n] -> [1, n, C]. Quantised as the released code does it, which multiplies a hidden value by its expert's
-    weight before the second product's input is quantised."""
-    if not quantised:
-        result: Tensor = mixture(x, tokens)
-        return result
-    flat, limit = x.flatten(0, 1), mixture.limit
-    chosen, weights = mixture.gate(flat, tokens.flatten())
-    seen = quantize_activation(flat)
-    gate, up = torch.einsum("tkic,tc->tki", mixture.experts.w13[chosen], seen).chunk(2, dim=-1)
-    hidden = functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weights[..., None]
-    routed = torch.einsum("tkci,tki->tc", mixture.experts.w2[chosen], quantize_activation(hidden))
-    mixed: Tensor = routed.view_as(x) + mixture.shared_experts(x)
-    return mixed
 
 
 def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -194,7 +255,7 @@ def hadamard(x: Tensor) -> Tensor:
     """x [..., D], D a power of two -> its Walsh-Hadamard transform over ``sqrt(D)``."""
     width, half = x.shape[-1], 1
     while half < width:
-        low, high = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
+        low, high = x.reshape(*x.shape[:-1], width // (2 * half), 2, half).unbind(-2)
         x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         half *= 2
     scaled: Tensor = x * width**-0.5

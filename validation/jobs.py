@@ -32,6 +32,7 @@ class Job:
         given: a subject's streams [n, N, C] after every layer: each layer takes those after the layer before it, and not what that
             layer made of them.
         keys: by layer, values of index rows [entries, D] that the indexer takes instead of its own.
+        deployment: of the oracle: as which deployment it rounds (deployments.py); "" as none.
         keep_streams: keep the streams after every layer.
         keep_rows: keep the rows of a subject's state.
         last: tokens at the end whose logits are wanted; None for all.
@@ -46,6 +47,7 @@ class Job:
     chosen: Mapping[int, Ints] | None = None
     given: Sequence[Floats] | None = None
     keys: Mapping[int, Tensor] | None = None
+    deployment: str = ""
     keep_streams: bool = False
     keep_rows: bool = False
     last: int | None = None
@@ -59,7 +61,15 @@ class Job:
         """A digest of what is asked."""
         rows = [_digest(one) for one in (self.chosen, self.given, self.keys)]
         return sha256_json(
-            [list(self.tokens), list(self.edges or ()), *rows, self.keep_streams, self.keep_rows, self.last]
+            [
+                list(self.tokens),
+                list(self.edges or ()),
+                *rows,
+                self.deployment,
+                self.keep_streams,
+                self.keep_rows,
+                self.last,
+            ]
         )
 
 

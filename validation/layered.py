@@ -23,20 +23,16 @@ import torch
 from torch import Tensor
 
 from ..artifact import sha256_json
-from ..export.checkpoint.formats import PLAIN
-from ..export.checkpoint.names import released_name, scale_name
+from ..backends import FLOAT32
+from ..export.checkpoint.names import released_name
 from ..export.checkpoint.reader import Checkpoint
-from ..export.checkpoint.values import dequantised, read_tensor
-from ..export.loading import weight_value
-from ..export.tensor_table import check_tensors, expert_parts
 from ..packages import require
 from ..progress import BYTES, Progress, Say, silent
 from .jobs import Job
+from .layer_weights import GROUP_BYTES, LayerWeights
 from .layered_files import Kept
 from .selection import Selection, settle_ties, visible_scores
 
-#: Bytes of float32 weights of experts that are held at once.
-GROUP_BYTES = 1 << 30
 #: Called with a layer and, for every job, its streams [n, N, C] after it.
 Observer = Callable[[int, Sequence[Tensor]], None]
 
@@ -64,13 +60,14 @@ class Layered(Protocol):
 
 
 class LayeredReference:
-    """transformers' DeepseekV4ForCausalLM, eager, float32, of which one layer is in memory at a time."""
+    """transformers' DeepseekV4ForCausalLM, eager, of which one layer is in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, *, group_bytes: int = GROUP_BYTES) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, precision: str = FLOAT32, group_bytes: int = GROUP_BYTES) -> None:
         """Check the checkpoint's tensors; no weight is read.
 
         Args:
             checkpoint: the checkpoint, opened.
+            precision: float32, or bfloat16 as transformers itself computes in it.
             group_bytes: bytes of float32 weights of experts that are held at once; at least one expert is.
 
         Raises:
@@ -78,11 +75,15 @@ class LayeredReference:
             MissingDependencyError: transformers is not installed.
         """
         require("validate")
-        check_tensors(checkpoint)
+        self.weights = LayerWeights(checkpoint, group_bytes=group_bytes)
         import transformers
+        from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-        self.name = f"transformers {transformers.__version__}, float32, layer by layer"
-        self._checkpoint, self._group_bytes = checkpoint, group_bytes
+        self.name = f"transformers {transformers.__version__}, {precision}, layer by layer"
+        self.layer_bytes = self.weights.layer_bytes
+        self._dtype: torch.dtype = getattr(torch, precision)
+        # Parts of names whose tensors stay float32.
+        self._kept = set(modeling.DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict or ())
         config = transformers.DeepseekV4Config.from_pretrained(checkpoint.folder)
         config._attn_implementation = "eager"
         # What from_pretrained chooses; without it the modules compute experts in another order.
@@ -92,7 +93,7 @@ class LayeredReference:
 
     def embedded(self, job: Job) -> Tensor:
         """The streams [n, N, C] before the first layer."""
-        table = self._value("embed.weight")
+        table = self._value("embed.weight", "model.embed_tokens.weight")
         rows = torch.nn.functional.embedding(torch.tensor(list(job.tokens)), table)
         return rows[:, None].expand(-1, self._config.hc_mult, -1).contiguous()
 
@@ -125,76 +126,33 @@ class LayeredReference:
                 modeling.DeepseekV4HyperHead(self._config),
                 modeling.DeepseekV4RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps),
             )
-        self._fill(mixed, "hc_head.")
-        self._fill(norm, "norm.")
+        self.fill(mixed, "hc_head.")
+        self.fill(norm, "norm.")
         with torch.no_grad():
             hidden = norm(mixed(streams[None, rows]))
-            return torch.nn.functional.linear(hidden, self._value("head.weight"))[0]
+            return torch.nn.functional.linear(hidden, self._value("head.weight", "lm_head.weight"))[0].float()
 
-    def _value(self, name: str) -> Tensor:
-        value = weight_value(self._checkpoint, name)
-        return value.float() if value.is_floating_point() else value.long()
-
-    def _fill(self, module: torch.nn.Module, prefix: str, without: str = "\0") -> None:
+    def fill(self, module: torch.nn.Module, prefix: str, without: str = "\0") -> None:
         """Give a module that has no storage the values of the checkpoint, but for names that begin with ``without``."""
         names = [name for name in module.state_dict() if not name.startswith(without)]
         module.load_state_dict(
-            {name: self._value(released_name(prefix + name)) for name in names}, strict=False, assign=True
+            {name: self._value(released_name(prefix + name), prefix + name) for name in names},
+            strict=False,
+            assign=True,
         )
 
-    def _experts(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """The weights of some experts of a layer: [E, 2 I, C] and [E, C, I], float32."""
-        found = []
-        for kind in ("w13", "w2"):
-            name = f"layers.{layer}.ffn.experts.{kind}"
-            parts = expert_parts(name, self._checkpoint)
-            if not parts:
-                found.append(self._stacked(name, start, end))
-                continue
-            spec = self._checkpoint.spec
-            inner, outer = spec.moe_intermediate_size, spec.hidden_size
-            stack = torch.empty((end - start, *((2 * inner, outer) if kind == "w13" else (outer, inner))))
-            for part, (expert, rows) in parts.items():
-                assert isinstance(expert, int)
-                if start <= expert < end:
-                    stack[expert - start, rows] = self._value(part)
-            found.append(stack)
-        return found[0], found[1]
+    def experts(self, layer: int, start: int, end: int) -> list[Tensor]:
+        """The weights of some experts of a layer: [E, 2 I, C] and [E, C, I]."""
+        return [one.to(self._dtype) for one in self.weights.experts(layer, start, end)]
 
-    def _stacked(self, name: str, start: int, end: int) -> Tensor:
-        """Some experts of a tensor that has all of a layer; no other bytes are read."""
-        weight, form = self._some(name, start, end), self._checkpoint.format(name)
-        if form is None or form.name == PLAIN:
-            return weight.float()
-        return dequantised(weight, self._some(scale_name(name), start, end), form)
-
-    def _some(self, name: str, start: int, end: int) -> Tensor:
-        stored = self._checkpoint.headers[name]
-        size = stored.bytes // stored.shape[0]
-        return read_tensor(
-            dataclasses.replace(
-                stored, offset=stored.offset + start * size, bytes=(end - start) * size,
-                shape=(end - start, *stored.shape[1:]),
-            )
-        )  # fmt: skip
-
-    def layer_bytes(self, layer: int) -> int:
-        """Bytes of a layer's tensors in the checkpoint."""
-        prefix = f"layers.{layer}."
-        return sum(one.bytes for name, one in self._checkpoint.headers.items() if name.startswith(prefix))
+    def _value(self, released: str, name: str) -> Tensor:
+        value = self.weights.value(released)
+        stays = self._dtype == torch.float32 or not value.is_floating_point() or self._kept & set(name.split("."))
+        return value if stays else value.to(self._dtype)
 
     def key(self, jobs: Sequence[Job]) -> str:
         """A digest of everything that the streams of these jobs depend on; threads, which change the last bits, included."""
-        return sha256_json(
-            [self.name, self._checkpoint.identity(), self._checkpoint.files_identity(), self.experts_at_once,
-             torch.get_num_threads(), [job.key for job in jobs]]
-        )  # fmt: skip
-
-    @property
-    def experts_at_once(self) -> int:
-        """Experts of a group."""
-        spec = self._checkpoint.spec
-        return max(1, self._group_bytes // (12 * spec.moe_intermediate_size * spec.hidden_size))
+        return sha256_json([self.name, self.weights.identity, torch.get_num_threads(), [job.key for job in jobs]])
 
 
 class _Reached(Exception):
@@ -254,7 +212,7 @@ class _Layer:
         config.mlp_layer_types = [reference._config.mlp_layer_types[index]]
         with torch.device("meta"):
             layer = self._layer = modeling.DeepseekV4DecoderLayer(config, 0).eval().requires_grad_(False)
-        reference._fill(layer, f"model.layers.{index}.", without="mlp.experts.")
+        reference.fill(layer, f"model.layers.{index}.", without="mlp.experts.")
         # Frequencies are in no checkpoint.
         for module in list(layer.modules()):
             if hasattr(module, "rotary_emb"):
@@ -267,14 +225,16 @@ class _Layer:
         """The streams of every job after the layer."""
         pieces = []
         for job, before in zip(jobs, streams, strict=True):
-            given = before if job.given is None or not self._index else torch.from_numpy(job.given[self._index - 1])
+            given = before
+            if job.given is not None and self._index:
+                given = torch.from_numpy(job.given[self._index - 1]).to(before.dtype)
             with self._watched(job):
                 pieces.append(list(self._until_experts(job, given[None])))
         self._ask([piece for text in pieces for piece in text])
         after = [torch.cat([self._after_experts(piece) for piece in text], dim=1)[0] for text in pieces]
         for job, one in zip(jobs, after, strict=True):
             if job.keep_streams:
-                job.streams.append(one.numpy())
+                job.streams.append(one.float().numpy())
         return after
 
     @contextlib.contextmanager
@@ -348,7 +308,7 @@ class _Layer:
                     )  # fmt: skip
                 assert self._routed.asked is not None
                 hidden, chosen, weights = self._routed.asked
-                answers = torch.empty((*chosen.shape, hidden.shape[-1]))
+                answers = torch.empty((*chosen.shape, hidden.shape[-1]), dtype=hidden.dtype)
                 yield _Piece(part, ids[:, start:end], outputs.pop(), hidden, chosen, weights, answers)
         finally:
             hook.remove()
@@ -356,18 +316,15 @@ class _Layer:
     def _ask(self, pieces: Sequence[_Piece]) -> None:
         """Compute what the experts answer, a group of them at a time; those that nobody chose are not read."""
         wanted = {int(expert) for piece in pieces for expert in piece.chosen.flatten().tolist()}
-        size = self._reference.experts_at_once
-        for start in range(0, self._config.num_local_experts, size):
-            end = min(start + size, self._config.num_local_experts)
-            if wanted & set(range(start, end)):
-                self._ask_some(pieces, start, end)
+        for start, end in self._reference.weights.groups(wanted):
+            self._ask_some(pieces, start, end)
 
     def _ask_some(self, pieces: Sequence[_Piece], start: int, end: int) -> None:
         config = copy.deepcopy(self._config)
         config.n_routed_experts = end - start
         with torch.device("meta"):
             experts = self._modeling.DeepseekV4Experts(config).eval().requires_grad_(False)
-        weights = self._reference._experts(self._index, start, end)
+        weights = self._reference.experts(self._index, start, end)
         experts.load_state_dict(dict(zip(("gate_up_proj", "down_proj"), weights, strict=True)), assign=True)
         for piece in pieces:
             token, place = torch.where((piece.chosen >= start) & (piece.chosen < end))

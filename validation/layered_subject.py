@@ -23,12 +23,13 @@ from ..artifact import MANIFEST, sha256_file, sha256_json
 from ..export.contract.chain import CHAIN, ChainTable
 from ..export.roles import EMBED, HEAD
 from ..export.segments import CHOSEN
-from ..progress import Progress, Say, silent
+from ..progress import Say, silent
 from ..runtime.bundle import Bundle
 from ..runtime.chain_executor import ChainExecutor
 from ..runtime.model import Model
-from .jobs import Job, in_batches
-from .layered import edges_of, read_layered
+from .jobs import Job
+from .layered import edges_of
+from .layered_answers import Answers
 from .runners import CHUNK, Logits, Look, SessionRunner, Subject
 
 
@@ -154,14 +155,14 @@ class LayeredSubjectRunner:
         """
         self.model, self.bundle, self._chunk = model, model.bundle, chunk
         self.name = f"{self.bundle.target} bundle"
-        self._threads, self.kept, self._progress = threads, folder, Progress.of(progress)
+        self._threads, self.kept, self._progress = threads, folder, progress
         self.context = max(context, self.bundle.smallest("context"))
         buffers, executor = model.open(self.context, 1)
         self.state_bytes = buffers.bytes
         assert isinstance(executor, ChainExecutor)
         self._executor = executor
         self._side = LayeredSubject(self.bundle, executor, name="subject", threads=threads)
-        self._known: dict[str, tuple[Job, Logits]] = {}
+        self._answers = Answers(self._side, "the bundle", self._side.logits, folder=folder, progress=progress)
 
     def __enter__(self) -> Self:
         return self
@@ -187,19 +188,7 @@ class LayeredSubjectRunner:
         """Answer these questions now, in as few passes through the weights as memory allows. See :class:`Subject`."""
         jobs = [self._job(tokens, inside=True) for tokens in looks]
         jobs += [self._job(tokens, sizes) for tokens, sizes in pieces]
-        self._prepare(jobs + [self._job(tokens, last=last) for tokens, last in logits])
-
-    def _prepare(self, jobs: Sequence[Job]) -> None:
-        new = {job.key: job for job in jobs if job.key not in self._known}
-        batches = list(in_batches(list(new.values())))
-        for number, batch in enumerate(batches):
-            tokens = sum(len(job.tokens) for job in batch)
-            self._progress(f"the bundle, layer by layer: pass {number + 1} of {len(batches)}, {tokens} tokens")
-            streams = read_layered(
-                self._side, batch, folder=self.kept, progress=self._progress, pass_=(number, len(batches))
-            )
-            for job, one in zip(batch, streams, strict=True):
-                self._known[job.key] = job, self._side.logits(job, one)
+        self._answers.prepare(jobs + [self._job(tokens, last=last) for tokens, last in logits])
 
     def _job(
         self,
@@ -214,16 +203,16 @@ class LayeredSubjectRunner:
 
     def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
         """See :class:`Subject`."""
-        return self._answer(self._job(tokens, last=last))[1]
+        return self._answers.of(self._job(tokens, last=last))[1]
 
     def look(self, tokens: Sequence[int]) -> Look:
         """See :class:`Subject`."""
-        job, logits = self._answer(self._job(tokens, inside=True))
+        job, logits = self._answers.of(self._job(tokens, inside=True))
         return Look(logits, job.streams, job.rows, self._side.embedded(job).numpy())
 
     def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
         """See :class:`Subject`."""
-        return self._answer(self._job(tokens, sizes))[1]
+        return self._answers.of(self._job(tokens, sizes))[1]
 
     def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
         """See :class:`Subject`; of the first tokens, in a session."""
@@ -233,7 +222,7 @@ class LayeredSubjectRunner:
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
         """See :class:`Subject`."""
         edges = self._edges([len(tokens), len(tail)])
-        return self._answer(Job([*tokens, *tail], edges=edges, last=len(tail)))[1]
+        return self._answers.of(Job([*tokens, *tail], edges=edges, last=len(tail)))[1]
 
     def _edges(self, sizes: Sequence[int]) -> list[int]:
         """Where chunks end when pieces of these sizes are fed one after the other, as a session cuts them; without the last."""
@@ -242,11 +231,6 @@ class LayeredSubjectRunner:
             edges += [start + edge for edge in (*edges_of(self._chunk, size), size)]
             start += size
         return edges[:-1]
-
-    def _answer(self, job: Job) -> tuple[Job, Logits]:
-        if job.key not in self._known:
-            self._prepare([job])
-        return self._known[job.key]
 
 
 def open_subject(

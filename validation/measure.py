@@ -14,7 +14,7 @@ from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
 from .behaviour import BehaviourFigure, ask
 from .behaviour import metrics as behaviour_metrics
-from .behaviour_cases import BehaviourCase, kind_cases, sweep_cases
+from .behaviour_cases import SWEEP, BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
 from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
 from .divergence import LayerFigure, Streams, first_divergence, layer_figure, token_errors
@@ -24,7 +24,7 @@ from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measu
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .reproducers import Reproducers
 from .result import Measurements
-from .runners import Look, OracleRunner, Reading, Reference, Subject, TransformersRunner
+from .runners import Look, Oracle, Reading, Reference, Subject
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
 from .spread import Cluster, answers
@@ -49,8 +49,8 @@ class Sides:
 
     subject: Subject
     reference: Reference
-    oracle: OracleRunner | None
-    yardstick: TransformersRunner | None
+    oracle: Oracle | None
+    yardstick: Reference | None
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     threads: int
@@ -77,6 +77,7 @@ def measure(
     texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed)
     ratios = sides.checkpoint.spec.indexed_ratios
     inside = _Inside(sides)
+    roundeds: list[Reading] = []
     figures: list[TokenFigures] = []
     measures: list[TokenFigures] = []
     worst: list[dict[str, Any]] = []
@@ -122,6 +123,15 @@ def measure(
     jobs += (
         [Job(texts[0], given=looks[0].streams, keep_streams=True)] if oracle is None or yardstick is not None else []
     )
+    if oracle is not None:
+        oracle.prepare(_oracle_jobs(oracle, texts, looks[0], behaviour))
+    if yardstick is not None:
+        # The reference is asked about its choices too.
+        yardstick.prepare(
+            [*(Job(tokens, chosen={}) for tokens in texts), Job(texts[0], given=looks[0].streams, keep_streams=True)]
+        )
+        roundeds = [yardstick.read(tokens, {}) for tokens in texts]
+        jobs += [Job(tokens, chosen=_choices(one)) for tokens, one in zip(texts, roundeds, strict=True)]
     reference.prepare(jobs)
     for number, (tokens, look, chosen) in enumerate(zip(texts, looks, actual_choices, strict=True), 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the reference")
@@ -131,14 +141,14 @@ def measure(
         expected = reading.logits
         expected_choices.append(reading.selections)
         if oracle is not None:
-            reading = oracle.read(tokens)
+            reading = oracle.read(tokens, streams=first)
             against_oracle.append(compare_logits(reading.logits[:-1], actual[:-1], targets))
             for name in oracle.deployments:
                 other = oracle.read(tokens, deployment=name).logits
                 deployed.setdefault(name, []).append(compare_logits(other[:-1], actual[:-1], targets))
         if yardstick is not None:
-            rounded = yardstick.read(tokens, {})
-            choices = {layer: one.chosen for layer, one in rounded.selections.items()}
+            rounded = roundeds[number - 1]
+            choices = _choices(rounded)
             # Ties are settled as the yardstick has them, as they are for the subject.
             exact = reference.read(tokens, choices)
             measures.append(compare_logits(exact.logits[:-1], rounded.logits[:-1], targets))
@@ -209,6 +219,18 @@ def measure(
     )
 
 
+def _oracle_jobs(oracle: Oracle, texts: list[list[int]], look: Look, behaviour: list[BehaviourCase]) -> list[Job]:
+    """All that the oracle will be asked."""
+    jobs = [Job(tokens, keep_streams=number == 0) for number, tokens in enumerate(texts)]
+    jobs += [Job(tokens, deployment=name) for tokens in texts for name in oracle.deployments]
+    jobs += [Job(texts[0], given=look.streams, keep_streams=True)]
+    return jobs + [Job(case.tokens) for case in behaviour if case.kind == SWEEP]
+
+
+def _choices(reading: Reading) -> dict[int, Ints]:
+    return {layer: one.chosen for layer, one in reading.selections.items()}
+
+
 def behaviour_cases(tokenizer: Tokenizer, window: int, plan: Plan) -> list[BehaviourCase]:
     """The cases of behaviour that a plan asks for, of a model with this sliding window.
 
@@ -252,12 +274,12 @@ class _Inside:
         return self._graph is None and bool(self._layers)
 
     def prepare(self, texts: list[list[int]], looks: list[Look], progress: Progress) -> None:
-        """Say of which texts it will be asked: a chain that goes a layer at a time reads them now, and the reference is told that it
-        will be asked what its indexers choose from the subject's rows."""
+        """Say of which texts it will be asked: a chain that goes a layer at a time reads them now, and the reference or the oracle is told
+        that it will be asked what its indexers choose from the subject's rows."""
         if self._graph is not None and not self._sides.subject.in_memory:
             self._graph.prepare(texts, folder=self._sides.subject.kept, progress=progress)
-        if self.needs_streams and self._sides.oracle is None:
-            self._sides.reference.prepare(
+        if self.needs_streams:
+            (self._sides.oracle or self._sides.reference).prepare(
                 [
                     Job(tokens, given=look.streams, keys=self._keys(tokens, look), keep_streams=True)
                     for tokens, look in zip(texts, looks, strict=True)

@@ -274,6 +274,39 @@ class Reference(Protocol):
         ...
 
 
+class Oracle(Protocol):
+    """The oracle of the profile served, in memory or layer by layer."""
+
+    name: str
+
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        """The names in :mod:`.deployments` that it can compute."""
+        ...
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """What will be asked."""
+
+    def read(self, tokens: Sequence[int], *, deployment: str = "", streams: bool = False) -> Reading:
+        """As :meth:`OracleRunner.read`."""
+        ...
+
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        """As :meth:`TransformersRunner.alone`."""
+        ...
+
+
+def roundings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the oracle of a checkpoint can round beside its profile (a :class:`~foldkv.export.served.Rounding`), by the names in
+    :mod:`.deployments`; "" is nothing."""
+    from ..export.served import NO_ROUNDING, Rounding, quantised_modules
+
+    found, modules = {"": NO_ROUNDING, ROWS: Rounding(rows=True)}, quantised_modules(checkpoint)
+    if modules:
+        found |= {W8A8: Rounding(activations=modules), BOTH: Rounding(rows=True, activations=modules)}
+    return found
+
+
 class OracleRunner:
     """The profile ``served`` in plain PyTorch (export/served.py): what a served bundle must compute. Speed does not matter."""
 
@@ -281,21 +314,20 @@ class OracleRunner:
 
     def __init__(self, checkpoint: Path, *, allow_unknown_keys: Sequence[str] = ()) -> None:
         from ..export.loading import decoder_from_checkpoint
-        from ..export.served import NO_ROUNDING, Rounding, quantised_modules
 
         opened = Checkpoint(checkpoint, allow_unknown_keys=allow_unknown_keys)
         self._decoder = decoder_from_checkpoint(opened)
-        modules = quantised_modules(opened)
-        self._roundings = {"": NO_ROUNDING, ROWS: Rounding(rows=True)}
-        if modules:
-            self._roundings |= {W8A8: Rounding(activations=modules), BOTH: Rounding(rows=True, activations=modules)}
+        self._roundings = roundings(opened)
 
     @property
     def deployments(self) -> tuple[str, ...]:
         """The names in :mod:`.deployments` that it can compute."""
         return tuple(name for name in self._roundings if name)
 
-    def read(self, tokens: Sequence[int], *, deployment: str = "") -> Reading:
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """What will be asked; a model that is in memory needs no notice."""
+
+    def read(self, tokens: Sequence[int], *, deployment: str = "", streams: bool = False) -> Reading:
         """Logits and streams from one pass over all tokens, without a cache. Ties go to the lowest entry, as in a bundle.
 
         With a name in :mod:`.deployments`, as that deployment rounds.
@@ -306,7 +338,7 @@ class OracleRunner:
 
         with torch.no_grad():
             run = served_forward(self._decoder, torch.tensor(list(tokens)), rounding=self._roundings[deployment])
-        return Reading(run.logits.numpy(), [streams.numpy() for streams in run.streams])
+        return Reading(run.logits.numpy(), [one.numpy() for one in run.streams] if streams else [])
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
         """As :meth:`TransformersRunner.alone`."""

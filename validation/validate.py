@@ -27,12 +27,12 @@ from ..runtime.bundle import Bundle, load_bundle, missing_here
 from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
-from ..units import size_text
 from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .environment import environment
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
+from .layered_oracle import LayeredOracleRunner
 from .layered_runner import LayeredRunner
 from .layered_subject import open_subject
 from .long_context import REFERENCE_CONTEXT, planted_stream
@@ -42,7 +42,7 @@ from .report import write_report
 from .reproducers import FOLDER as REPRODUCERS
 from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
-from .runners import OracleRunner, TransformersRunner, torch_threads
+from .runners import Oracle, OracleRunner, Reference, TransformersRunner, torch_threads
 from .settings import Plan
 from .spread import Cluster, Sources
 
@@ -86,7 +86,7 @@ def validate(
         keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
-        layered: compute the reference a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
+        layered: compute references a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
             the whole model if it takes less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
         ray: address of a Ray cluster whose workers answer the cases, or "local" for one of this machine's processors; for bundles that
@@ -256,21 +256,15 @@ def _measure(
         bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
         context=max(room, bundle.smallest("context")), progress=progress,
     )  # fmt: skip
-    whole = _whole(bundle, checkpoint) if layered is None else not layered
+    whole = _fits(checkpoint) if layered is None else not layered
     opened = open_subject(
         model, context=plan.longest(), threads=threads, layered=not whole, folder=scratch, progress=progress
     )
     with torch_threads(threads), model, opened as subject:
-        oracle = OracleRunner(folder, allow_unknown_keys=allowed) if bundle.profile == SERVED else None
-        reference = (
-            TransformersRunner(folder, allow_unknown_keys=allowed)
-            if whole
-            else LayeredRunner(checkpoint, folder=scratch, progress=progress)
-        )
+        oracle = _oracle(checkpoint, whole, scratch, progress) if bundle.profile == SERVED else None
+        reference = _transformers(checkpoint, FLOAT32, whole, scratch, progress)
         rounded = bundle.precision != FLOAT32
-        yardstick = (
-            TransformersRunner(folder, allow_unknown_keys=allowed, precision=bundle.precision) if rounded else None
-        )
+        yardstick = _transformers(checkpoint, bundle.precision, whole, scratch, progress) if rounded else None
         sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
@@ -291,26 +285,21 @@ def _measure(
     return found
 
 
-def _whole(bundle: Bundle, checkpoint: Checkpoint) -> bool:
-    """Whether transformers can hold the model in float32 in this machine's memory, beside the rest.
+def _transformers(checkpoint: Checkpoint, precision: str, whole: bool, scratch: Path, progress: Progress) -> Reference:
+    if whole:
+        return TransformersRunner(checkpoint.folder, allow_unknown_keys=checkpoint.allowed_keys, precision=precision)
+    return LayeredRunner(checkpoint, precision=precision, folder=scratch, progress=progress)
 
-    Raises:
-        InputError: it cannot, and the bundle is also compared with something else that must be in memory whole.
-    """
-    need, memory = 4 * parameter_count(checkpoint.spec), machine_memory()
-    if need <= WHOLE_SHARE * memory:
-        return True
-    other = (
-        f"the oracle of the profile {SERVED}" if bundle.profile == SERVED
-        else f"the yardstick, PyTorch in {bundle.precision}," if bundle.precision != FLOAT32 else None
-    )  # fmt: skip
-    if other is not None:
-        raise InputError(
-            f"{checkpoint.folder} takes {size_text(need)} in float32, and this machine has {size_text(memory)} of memory. The "
-            f"reference can be computed a layer at a time; {other} cannot yet. Validate on a machine with more memory, or the cpu "
-            "bundle of the profile hf here; --whole tries it anyway."
-        )
-    return False
+
+def _oracle(checkpoint: Checkpoint, whole: bool, scratch: Path, progress: Progress) -> Oracle:
+    if whole:
+        return OracleRunner(checkpoint.folder, allow_unknown_keys=checkpoint.allowed_keys)
+    return LayeredOracleRunner(checkpoint, folder=scratch, progress=progress)
+
+
+def _fits(checkpoint: Checkpoint) -> bool:
+    """Whether this machine's memory holds the model in float32, beside the rest."""
+    return 4 * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

@@ -51,7 +51,7 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_model(form: str, saved: dict
     expected = [whole.read(tokens, {}, streams=True) for tokens in TEXTS]
     for group_bytes in (1 << 30, 1):
         reference = LayeredReference(checkpoint, group_bytes=group_bytes)
-        assert reference.experts_at_once == 1 or group_bytes > 1
+        assert reference.weights.experts_at_once == 1 or group_bytes > 1
         jobs = [Job(tokens, chosen={}, keep_streams=True) for tokens in TEXTS]
         found = read_layered(reference, jobs)
         for one, streams, job in zip(expected, found, jobs, strict=True):
@@ -62,6 +62,21 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_model(form: str, saved: dict
             assert len(job.streams) == len(one.streams) == 4
             assert all(map(np.array_equal, job.streams, one.streams))
             same_selections(job.selections, one.selections)
+
+
+@pytest.mark.parametrize("form", ["plain", "instruct"])
+def test_in_bfloat16_too(form: str, saved: dict[str, Path]) -> None:
+    whole = TransformersRunner(saved[form], precision="bfloat16")
+    reference = LayeredReference(Checkpoint(saved[form]), precision="bfloat16", group_bytes=1)
+    jobs = [Job(tokens, chosen={}, keep_streams=True) for tokens in TEXTS[:2]]
+    given = [one + np.float32(0.25) for one in whole.read(TEXTS[1], {}, streams=True).streams]
+    alone = Job(TEXTS[1], given=given, keep_streams=True)
+    for tokens, streams, job in zip(TEXTS, read_layered(reference, [*jobs, alone]), jobs, strict=False):
+        one = whole.read(tokens, {}, streams=True)
+        assert streams.dtype == torch.bfloat16 and np.array_equal(reference.logits(streams).numpy(), one.logits)
+        assert all(map(np.array_equal, job.streams, one.streams))
+        same_selections(job.selections, one.selections)
+    assert all(map(np.array_equal, alone.streams, whole.alone(TEXTS[1], given).streams))
 
 
 def same_selections(found: dict[int, Selection], expected: dict[int, Selection]) -> None:
@@ -108,9 +123,9 @@ def test_one_layer_and_one_group_of_experts_are_in_memory_and_nobody_else_is_rea
     alive: list[weakref.ref[Tensor]] = []
     layers: list[weakref.ref[Any]] = []
     read: list[tuple[int, int]] = []
-    experts, init = LayeredReference._experts, layered._Layer.__init__
+    experts, init = LayeredReference.experts, layered._Layer.__init__
 
-    def watched(self: LayeredReference, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def watched(self: LayeredReference, layer: int, start: int, end: int) -> list[Tensor]:
         gc.collect()
         assert not [one for one in alive if one() is not None], "the group before this one is still held"
         found = experts(self, layer, start, end)
@@ -125,7 +140,7 @@ def test_one_layer_and_one_group_of_experts_are_in_memory_and_nobody_else_is_rea
         init(self, *arguments)
         layers.append(weakref.ref(self._layer))
 
-    monkeypatch.setattr(LayeredReference, "_experts", watched)
+    monkeypatch.setattr(LayeredReference, "experts", watched)
     monkeypatch.setattr(layered._Layer, "__init__", made)
     read_layered(reference, [Job([65])])
     assert len(layers) == 4

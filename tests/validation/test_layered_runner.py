@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from foldkv.errors import InputError
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.validation import jobs
 from foldkv.validation import validate as validate_module
@@ -21,6 +20,7 @@ from foldkv.validation.settings import Plan
 from foldkv.validation.validate import validate
 
 pytestmark = pytest.mark.slow
+SMALL = Plan(texts=1, text_tokens=40, distances=(16,), cases_per_distance=1, cases_per_kind=0, sweep_cases=1)
 PLAN = Plan(
     texts=2, text_tokens=130, distances=(32,), cases_per_distance=3, contexts=(560,), cases_per_kind=0, case_tokens=64
 )
@@ -82,14 +82,17 @@ def test_the_report_is_that_of_the_whole_reference(
     assert not (tmp_path / "layered.foldkv-reference").exists()
 
 
-def test_what_needs_a_whole_model_beside_it_is_refused(
-    served_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_oracle_of_served_bundles_goes_a_layer_at_a_time_too(
+    served_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
-    with pytest.raises(
-        InputError, match=r"takes .* MiB in float32, and this machine has 4\.00 MiB.*the oracle of the profile served"
-    ):
-        validate(served_bundles["dense"], tiny_checkpoint, tmp_path / "report", plan=PLAN)
+    bundle, found = served_bundles["dense"], []
+    for way in (False, True):
+        result = validate(bundle, tiny_checkpoint, tmp_path / str(way), plan=SMALL, threads=1, layered=way)
+        found.append(
+            {name: getattr(result, name) for name in ("metrics", "layers", "selection", "behaviour", "deployments")}
+        )
+        assert ("layer by layer" in result.provenance["layers_against"]) is way
+    assert found[0] == found[1] and found[0]["metrics"]["oracle_kl_max"] < 1e-6
 
 
 def test_a_question_that_was_not_announced_is_answered_too(tiny_checkpoint: Path) -> None:
