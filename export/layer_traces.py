@@ -18,7 +18,7 @@ from .model.decoder import Layer
 from .model.hyper_connections import collapse_last
 from .model.norm import RMSNorm
 from .operators.registry import ONNX_OPSET, translation_table
-from .trace import quiet, tidy
+from .trace import quiet, tidy, without_garbage_collection
 
 # Sizes of the traced example; all different, or two dynamic sizes would be taken for one.
 _BATCH, _CHUNK, _KEPT, _CAPACITY = 2, 5, 3, 64
@@ -171,7 +171,8 @@ def _hollow(module: nn.Module) -> nn.Module:
 
 
 def _export(module: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...]) -> ir.Model:
-    with quiet(), torch.no_grad():
+    # Tracing makes millions of objects that live until it ends: looking for garbage among them takes a tenth of the time.
+    with quiet(), torch.no_grad(), without_garbage_collection():
         program = torch.onnx.export(
             module, arguments, dynamo=True, dynamic_shapes=shapes, custom_translation_table=translation_table(),
             opset_version=ONNX_OPSET, optimize=False, verbose=False,

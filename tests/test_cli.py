@@ -138,7 +138,6 @@ def test_targets_and_doctor_speak_json() -> None:
     assert targets["a100"]["sm"] == 80 and targets["h100"]["backends"] == ["tensorrt", "onnxruntime-cuda"]
     assert "rtx5090" in run("targets").output
     assert json.loads(run("doctor", "--json").output)["can"]
-    assert "onnxruntime" in run("doctor").output
 
 
 def with_template(bundle: Path, out: Path) -> Path:

@@ -23,7 +23,7 @@ from foldkv.validation.layered import LayeredReference, edges_of, read_layered
 
 CONFIG = Path(__file__).parent / "data" / "deepseek-v4-flash.json"
 #: A prompt in chunks, the second of which attends to entries of the first; then single tokens. Most of the test's time is tracing.
-PROMPT, CHUNK, DECODED = 40, 24, 4
+PROMPT, CHUNK, DECODED = 22, 16, 2
 
 
 @pytest.mark.slow

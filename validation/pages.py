@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .kl_table import Row
+if TYPE_CHECKING:
+    from .kl_table import Row
 
 
 def render(template: str, **values: Any) -> str:

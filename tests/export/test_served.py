@@ -104,7 +104,6 @@ def test_angles_are_float32_to_the_longest_context_and_those_of_the_export() -> 
 
 SERVED: dict[str, dict[str, Any]] = {
     "odd_ratios": {"compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 5}},
-    "topk_beyond_entries": {"index_topk": 64},
 }
 BASE: dict[str, Any] = {"index_head_dim": 32, "head_dim": 24, "partial_rotary_factor": 1 / 3}
 

@@ -24,14 +24,15 @@ from foldkv.plugins.plans import Kernel
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-#: What is compiled in every run, by layout, profile and model: all kernels of some GPUs, and the hot ones of others. The page of
+#: What is compiled in every run, by layout, profile and model: all kernels of some GPUs, and the hot ones of another (other tests
+#: compile those of the small model for 80 and 90). The page of
 #: kernels has more, and all of it is checked but the figures. Flash's and Pro's kernels differ in heads and in places of the top-k.
 #: Flash's for the capabilities 89 and 120 are those of examples/v4-flash.toml, which another test builds.
 SAMPLE = [
     ("fp8+fp4", HF, "flash", (89, 120)), ("dense", SERVED, "flash", (80,)),
     ("fp8+fp4", SERVED, "pro", (120,)),
 ]  # fmt: skip
-HOT = [("dense", HF, "flash", 80), ("fp8+fp4", HF, "pro", 90), ("dense", HF, "pro", 100)]
+HOT = [("dense", HF, "pro", 100)]
 WINDOW_UPDATE = kernels("FoldkvWindowUpdate", {"W": 16, "D": 32}, {}, sm=80, dtype="bfloat16")[0]
 
 
@@ -89,7 +90,7 @@ def test_kernels_fit_their_gpu_and_hot_ones_do_not_spill(compiled: Compiled) -> 
         packed = dict(kernel.constants).get("FORMAT", "dense") != "dense" and kernel.module == "attention"
         most = 24 if sm == 90 and packed else 0 if is_hot(kernel) else 16
         assert row.spills <= most, (kernel, sm)
-    assert {sm for (kernel, sm) in compiled if is_hot(kernel)} == {80, 89, 90, 100, 120}
+    assert {sm for (kernel, sm) in compiled if is_hot(kernel)} == {89, 100, 120}
 
 
 def test_the_page_of_kernels_is_current(compiled: Compiled) -> None:
@@ -176,8 +177,8 @@ def test_results_are_kept_and_a_damaged_file_is_made_again(tmp_path: Path) -> No
     [kept] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
     assert kept == first and len(lines) == 1
     [file] = tmp_path.rglob("*.json")
-    for damage in ("", "[]", '{"ptx": 1}', file.read_text()[:-200]):
+    for damage in ('{"ptx": 1}', file.read_text()[:-200]):
         file.write_text(damage)
         [again] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
         assert again == first
-    assert len(lines) == 5
+    assert len(lines) == 3

@@ -93,7 +93,7 @@ def loaded() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 11])
+@pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize(("operator", "rows"), FORMS)
 def test_enqueue_computes_the_operator(operator: str, rows: str, chunk: int, loaded: Any) -> None:
     case = make_case(operator, rows, start=[43, 7], real=[chunk, 1], chunk=chunk)
