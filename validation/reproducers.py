@@ -114,6 +114,7 @@ class Reproducers:
     ) -> None:  # fmt: skip
         from polygraphy.comparator import RunResults
         from polygraphy.json import save_json
+        from polygraphy.logger import G_LOGGER
 
         folder = self._folder / row.name
         folder.mkdir(parents=True)
@@ -127,10 +128,11 @@ class Reproducers:
         model.graph.initializer.extend(_externals(chain.files, weights, folder / WEIGHTS))
         onnx.save(model, folder / SEGMENT)
         given = self._inputs(chain, call, tokens, before)
-        save_json([given], str(folder / INPUTS))
         results = RunResults()
         results.add([{after.name: np.ascontiguousarray(expected[None])}], runner_name=row.reference)
-        results.save(str(folder / OUTPUTS))
+        with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it says what it saves, also on stdout
+            save_json([given], str(folder / INPUTS))
+            results.save(str(folder / OUTPUTS))
         (folder / README).write_text(_readme(row), encoding="utf-8")
 
     def _inputs(
