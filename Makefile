@@ -41,7 +41,7 @@ docs: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[cpu,export,validation,evidence,plugins,rtx,gpu,dev]'
+		--editable '.[cpu,export,validation,evidence,serve,plugins,rtx,gpu,dev]'
 	touch $@
 
 # Type checkers do not see an editable install whose package is the checkout itself.

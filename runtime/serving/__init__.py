@@ -1,0 +1,1 @@
+"""Many requests over one model: who runs next, what is reused, and what an answer must keep to."""
