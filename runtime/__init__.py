@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .sampling import GREEDY as GREEDY
     from .sampling import Sampling as Sampling
     from .session import Session as Session
-    from .session import Snapshot as Snapshot
     from .session import TokenStream as TokenStream
+    from .snapshots import SlotSnapshot as SlotSnapshot
+    from .snapshots import Snapshot as Snapshot
     from .text import Completion as Completion
     from .text import generate_text as generate_text
     from .text import stream_text as stream_text
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 #: From a public name to its module.
 _HOMES = {
     "Bundle": "bundle", "Completion": "text", "GREEDY": "sampling", "Model": "model", "Sampling": "sampling", "Session": "session",
-    "Snapshot": "session", "TextStream": "detokenizer", "TokenStream": "session", "Tokenizer": "tokenizer",
+    "SlotSnapshot": "snapshots", "Snapshot": "snapshots", "TextStream": "detokenizer", "TokenStream": "session", "Tokenizer": "tokenizer",
     "generate_text": "text", "load_bundle": "bundle", "plan_bytes": "buffers", "stream_text": "text",
 }  # fmt: skip
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the names of the table
