@@ -352,12 +352,17 @@ class PrefixFolder:
             table = json.loads(head[8:])
             metadata: dict[str, str] = table.pop("__metadata__")
             length = len(head) + max(tensor["data_offsets"][1] for tensor in table.values())
-            name = _name((int(metadata["position"]), bytes.fromhex(metadata["tokens"])))
+            position = int(metadata["position"])
+            name = _name((position, bytes.fromhex(metadata["tokens"])))
             wanted = {"format": str(FORMAT), "meaning": _meaning_text(self._meaning)}
             found = {key: metadata[key] for key in wanted}
-            _ = metadata["exact"], metadata["producer"], metadata["digest"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise _Damaged("its header is wrong") from None
+            whole = position > 0 and all(
+                isinstance(metadata[key], str) for key in ("exact", "producer", "rows", "digest")
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise _Damaged("its header is wrong")
         if length != size:
             raise _Damaged(f"it has {size} bytes, and should have {length}")
         if found != wanted or name != path.name:
