@@ -226,6 +226,16 @@ def test_less_room_at_opening_deletes_what_was_not_used_for_longest(tmp_path: Pa
     assert len(entries(folder)) == 2
 
 
+def test_being_written_again_is_a_use(tmp_path: Path) -> None:
+    keep(tmp_path / "one", (1, 1))
+    room = 2 * entries(tmp_path / "one")[0].stat().st_size + 100
+    with opened(tmp_path / "kept", disk_bytes=room) as index:
+        for number, exact in ((1, False), (2, True), (1, True), (3, True)):
+            index.put((number, number), snapshot((number, number)), exact=exact)
+            index.flush()
+        assert [holds(index, (number, number)) for number in (1, 2, 3)] == [True, False, True]
+
+
 def test_what_is_larger_than_all_room_is_not_written_and_drives_nothing_out(tmp_path: Path) -> None:
     with opened(tmp_path / "kept", disk_bytes=5000) as index:
         index.put((1, 1), snapshot((1, 1)), exact=True)
