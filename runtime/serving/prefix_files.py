@@ -115,7 +115,7 @@ class _File:
 
 
 class PrefixFolder:
-    """The entries of one folder. One thread reads; a thread of its own writes; any thread may ask for counts.
+    """The entries of one folder. Threads can share it; one of its own writes.
 
     Attributes:
         path: the folder.
@@ -222,13 +222,12 @@ class PrefixFolder:
 
     # Writing
 
-    def write(self, entry: Entry) -> None:
+    def write(self, key: Key, entry: Entry) -> None:
         """Have an entry written by the other thread, in place of an older one of the same tokens.
 
         It is dropped if too many wait already: whoever calls this must not wait for a disk.
         """
         with self._changed:
-            key = entry.key
             others = [one.bytes for at, one in self._waiting.items() if at != key]
             full = len(others) >= _MOST_WAITING or sum(others) + entry.bytes > self._most_waiting
             if self._closing or entry.bytes > self._most or (others and full):

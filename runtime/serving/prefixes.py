@@ -168,7 +168,7 @@ class PrefixIndex:
                 self._remember(key, entry)
         if folder:
             if on_disk is None or (self._exact(entry) and not on_disk):
-                folder.write(entry)
+                folder.write(key, entry)
             else:
                 folder.touch(key)
 
