@@ -76,7 +76,7 @@ class Grammars:
         except ValueError as error:
             raise ArtifactError(
                 f"answers of this model cannot be kept to a grammar: its tokenizer.json is of a kind that llguidance does not read: "
-                f"{_reason(str(error))}."
+                f"{reason(str(error))}."
             ) from None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -130,7 +130,8 @@ class Grammars:
         """A grammar whose rules define "value", after any text up to a mark."""
         if not after:
             return self._compile(f"start: value\n{rules}", what)
-        before, terminal = before_mark(self._tokenizer, after, without=[after], name="BEFORE")
+        token = single_token(self._tokenizer, after)
+        before, terminal = text_before(after, after, token, name="BEFORE", content=any_text([after]))
         return self._compile(f"start: {before} value\n{terminal}\n{rules}", what)
 
     def _compile(self, grammar: str, what: str) -> NewConstraint:
@@ -151,7 +152,7 @@ class Grammars:
             )
             # Without a token yet: whether anything can come at all.
             if not matcher.consume_tokens([]):
-                raise InputError(f"{what} cannot be used: {_reason(matcher.get_error())}.")
+                raise InputError(f"{what} cannot be used: {reason(matcher.get_error())}.")
             with self._lock:
                 self._compiled[grammar] = matcher
                 while len(self._compiled) > _KEPT:
@@ -182,7 +183,7 @@ class _Matching:
         if self._matcher.is_error():
             # The mask is of the end alone then, which would end the answer anywhere.
             raise CapacityError(
-                f"the answer cannot go on within its grammar: {_reason(self._matcher.get_error())}. Use a simpler one."
+                f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
             )
         # One bit for each token, the lowest first.
         mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
@@ -228,16 +229,24 @@ def single_token(tokenizer: Tokenizer, mark: str) -> int | None:
     return ids[0] if len(ids) == 1 else None
 
 
-def before_mark(tokenizer: Tokenizer, mark: str, *, without: Collection[str], name: str) -> tuple[str, str]:
-    """Any text in which none of the texts ``without`` occurs, and the mark: what stands in a rule, and the terminal ``name`` in it.
-
-    The mark is a token of its own where the tokenizer has it, as the model writes it. That it is not spelled out with other tokens,
-    either, is for ``without`` to say.
-    """
-    token = single_token(tokenizer, mark)
+def written(text: str, mark: str, token: int | None) -> str:
+    """A text with a mark in it, as a rule writes it. ``token`` is the mark's; without one the mark is spelled out."""
     if token is None:
-        return name, f"{name}: {any_text(without)} {quoted(mark)}"
-    return f"{name} <[{token}]>", f"{name}: {any_text(without)}"
+        return quoted(text)
+    parts = [quoted(part) if part else "" for part in text.split(mark)]
+    return f" <[{token}]> ".join(parts).strip()
+
+
+def text_before(end: str, mark: str, token: int | None, *, name: str, content: str) -> tuple[str, str]:
+    """Text of a terminal's expression ``content``, and what ends it: what stands in a rule, and the terminal ``name`` in it.
+
+    ``end`` has a mark in it. As a token it ends the terminal, since it is no text; spelled out it is a part of the terminal, so that
+    ``content`` must exclude it.
+    """
+    if token is None:
+        return name, f"{name}: {content} {quoted(end)}"
+    head, rest = end.split(mark, 1)
+    return f"{name} {written(mark + rest, mark, token)}", f"{name}: {content} {quoted(head) if head else ''}".rstrip()
 
 
 def json_rule(schema: Mapping[str, Any] | str) -> str:
@@ -269,7 +278,7 @@ def _with_end(tokenizer: Tokenizer, end: int, eos: Sequence[int]) -> str:
     return json.dumps(facts)
 
 
-def _reason(message: str) -> str:
+def reason(message: str) -> str:
     """What llguidance says is wrong, without the places and copies of our grammar."""
     lines = message.split("\n")
     first = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", lines[0])
