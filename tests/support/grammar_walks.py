@@ -43,12 +43,20 @@ class Spelling:
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = {chr(byte): byte for byte in plain}
         byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(plain)))}
-        self.special = tokenizer.special_tokens
+        self.marks = [mark.encode() for mark in tokenizer.added_tokens]
         self.bytes: list[bytes] = []
         for token in range(tokenizer.vocab_size):
             text = tokenizer.token_text(token) or ""
             own = text in tokenizer.added_tokens
             self.bytes.append(text.encode() if own else bytes(byte_of[sign] for sign in text))
+
+        self._of = {spelled: token for token, spelled in enumerate(self.bytes) if spelled}
+        self._longest = max(map(len, self._of))
+
+    def starts(self, text: bytes) -> list[int]:
+        """The tokens with which a text begins, the longest last."""
+        found = (self._of.get(text[:size]) for size in range(1, min(len(text), self._longest) + 1))
+        return [token for token in found if token is not None]
 
     def text(self, tokens: Iterable[int]) -> bytes:
         """The bytes of tokens; those that are not known have none."""
@@ -56,16 +64,18 @@ class Spelling:
 
 
 def follow(constraint: Constraint, spelling: Spelling, text: str) -> str:
-    """Take a text with the longest allowed tokens; what is left of it where none goes on, "" for nothing."""
+    """Take a text with the longest allowed tokens; what is left of it where none goes on, "" for nothing.
+
+    No token goes over the start of what is a token of its own, as tokenizers have it.
+    """
     left = text.encode()
     while left:
-        fitting = [
-            token for token in np.flatnonzero(constraint.allowed())
-            if token < len(spelling.bytes) and spelling.bytes[token] and left.startswith(spelling.bytes[token])
-        ]  # fmt: skip
+        reach = min((at for mark in spelling.marks if (at := left.find(mark, 1)) > 0), default=len(left))
+        allowed = constraint.allowed()
+        fitting = [token for token in spelling.starts(left[:reach]) if allowed[token]]
         if not fitting:
             break
-        token = int(max(fitting, key=lambda token: len(spelling.bytes[token])))
+        token = fitting[-1]
         constraint.took(token)
         left = left[len(spelling.bytes[token]) :]
     return left.decode(errors="replace")
@@ -83,17 +93,15 @@ def walk(
     for _ in range(steps):
         if constraint.ended:
             return tokens
-        allowed = np.flatnonzero(constraint.allowed())
+        mask = constraint.allowed()
+        allowed = np.flatnonzero(mask)
         if not wish and wishes and random_.random() < 0.3:
             wish = random_.choice(wishes).encode()
-        wanted = [
-            token for token in allowed
-            if wish and token < len(spelling.bytes) and spelling.bytes[token] and wish.startswith(spelling.bytes[token])
-        ]  # fmt: skip
-        if eos in allowed and random_.random() < 0.3:
+        wanted = [token for token in spelling.starts(wish) if mask[token]]
+        if mask[eos] and random_.random() < 0.3:
             token = eos
         elif wanted:
-            token = int(random_.choice(wanted))
+            token = random_.choice(wanted)
             wish = wish[len(spelling.bytes[token]) :]
         else:
             token, wish = int(random_.choice(allowed)), b""
