@@ -150,9 +150,12 @@ class Grammars:
             matcher = llguidance.LLMatcher(
                 self._vocabulary, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
             )
-            # Without a token yet: whether anything can come at all.
-            if not matcher.consume_tokens([]):
-                raise InputError(f"{what} cannot be used: {reason(matcher.get_error())}.")
+            # Without a token yet: whether the end is all that can come, and whether anything can.
+            matcher.consume_tokens([])
+            tried = matcher.deep_copy()
+            tried.compute_bitmask()
+            if tried.is_error():
+                raise InputError(f"{what} cannot be used: {reason(tried.get_error())}.")
             with self._lock:
                 self._compiled[grammar] = matcher
                 while len(self._compiled) > _KEPT:
@@ -182,9 +185,7 @@ class _Matching:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             # The mask is of the end alone then, which would end the answer anywhere.
-            raise CapacityError(
-                f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
-            )
+            raise self._given_up()
         # One bit for each token, the lowest first.
         mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
         complete, allowed = bool(mask[self._end]), mask[: self._vocab_size]
@@ -196,17 +197,24 @@ class _Matching:
         """``token`` came next.
 
         Raises:
-            InputError: it was not allowed; the state is of no use afterwards.
+            InputError: it was not allowed; nothing has changed.
+            CapacityError: as for :meth:`allowed`.
         """
-        known = self._end if token in self._ends else token if 0 <= token < self._end else None
-        if known is None or not self._took(known):
+        matcher = self._matcher
+        if token in self._ends:
+            # An end that comes early could be text to llguidance, and one that comes late is nothing to it.
+            known, fits = self._end, matcher.is_accepting() and not matcher.is_stopped()
+        else:
+            known, fits = token, 0 <= token < self._end and matcher.validate_tokens([token]) == 1
+        if not fits and not matcher.is_error():
             raise InputError(f"token {token} may not come here: the grammar of the answer does not allow it.")
+        if not matcher.consume_token(known):
+            raise self._given_up()
 
-    def _took(self, known: int) -> bool:
-        # What llguidance takes after the end changes nothing, and an end that comes early could be text to it.
-        if self._matcher.is_stopped() or (known == self._end and not self._matcher.is_accepting()):
-            return False
-        return bool(self._matcher.consume_token(known))
+    def _given_up(self) -> CapacityError:
+        return CapacityError(
+            f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
+        )
 
 
 def any_text(without: Collection[str] = ()) -> str:

@@ -240,9 +240,11 @@ def test_each_answer_has_a_state_of_its_own(model: Model) -> None:
 
 def test_a_token_that_is_not_allowed_is_an_error(model: Model) -> None:
     new = model.grammars.choice(["abc"])
+    constraint = new()
     for wrong in (model.eos, model.tokenizer.encode("x")[0]):
         with pytest.raises(InputError, match=f"token {wrong} may not come here"):
-            new().took(wrong)
+            constraint.took(wrong)
+    assert follow(constraint, model.spelling, "abc") == "" and constraint.ended
     ended = new()
     follow(ended, model.spelling, "abc")
     with pytest.raises(InputError, match="may not come here"):
@@ -312,6 +314,16 @@ def test_what_cannot_be_written_with_the_vocabulary_is_an_error_and_not_an_end(t
     constraint = grammars.choice(["ab"])()
     constraint.took(1)
     with pytest.raises(CapacityError, match="the answer cannot go on within its grammar"):
+        constraint.allowed()
+
+
+def test_a_grammar_that_turns_out_too_complex_is_an_error_and_not_an_end(byte_model: Model) -> None:
+    """llguidance has limits of its own, which it reaches while it runs."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1200)}}
+    constraint = byte_model.grammars.json_schema(schema)()
+    with pytest.raises(CapacityError, match="the answer cannot go on within its grammar: .*items; max is"):
+        follow(constraint, byte_model.spelling, '{"p7": ')
+    with pytest.raises(CapacityError, match="cannot go on"):
         constraint.allowed()
 
 
