@@ -26,7 +26,7 @@ from ..tokenizer import Tokenizer
 from .constraint import NewConstraint
 
 #: The largest grammar that is read, in characters: a schema, a pattern, all choices together.
-LARGEST_GRAMMAR = 256 * 1024
+LARGEST_GRAMMAR = 512 * 1024
 #: So many compiled grammars are kept.
 _KEPT = 64
 #: Between the parts of a JSON value. Models that may write any white space sometimes write nothing else.
@@ -43,7 +43,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        """Read the vocabulary; a large one takes a second.
+        """Read the vocabulary; a large one takes seconds.
 
         Args:
             tokenizer: the bundle's.
@@ -103,6 +103,9 @@ class Grammars:
 
         if not isinstance(pattern, str) or not pattern:
             raise InputError(f"the pattern is {short(pattern)}; expected a regular expression.")
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+            raise InputError(f"the pattern is {short(pattern)}; expected something after the last backslash.")
+        _check_text(pattern, "the pattern")
         return self._value(f"value: TEXT\nTEXT: /{llguidance.regex_to_lark(pattern)}/", after, "the pattern")
 
     def choice(self, choices: Sequence[str], *, after: str = "") -> NewConstraint:
@@ -137,10 +140,7 @@ class Grammars:
     def _compile(self, grammar: str, what: str) -> NewConstraint:
         import llguidance
 
-        if len(grammar) > LARGEST_GRAMMAR:
-            raise InputError(
-                f"{what} is too large: {len(grammar)} characters; at most {LARGEST_GRAMMAR} are read. Use a smaller one."
-            )
+        _check_text(grammar, what)
         with self._lock:
             matcher = self._compiled.get(grammar)
             if matcher is not None:
@@ -217,6 +217,17 @@ class _Matching:
         )
 
 
+def _check_text(text: str, what: str) -> None:
+    if len(text) > LARGEST_GRAMMAR:
+        raise InputError(
+            f"{what} is too large: {len(text)} characters; at most {LARGEST_GRAMMAR} are read. Use a smaller one."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} cannot be encoded: {error}. Give valid Unicode text.") from None
+
+
 def any_text(without: Collection[str] = ()) -> str:
     """Lark's expression of a terminal: any text in which none of these texts occurs."""
     if not without:
@@ -270,7 +281,9 @@ def json_rule(schema: Mapping[str, Any] | str) -> str:
         own = found.get("x-guidance", {})
         if isinstance(own, Mapping) and not own.keys() & {"whitespace_flexible", "whitespace_pattern"}:
             found = {**found, "x-guidance": {"whitespace_pattern": WHITE_SPACE, **own}}
-        return json.dumps(found, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        text.encode()  # surrogates are no text
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the JSON schema cannot be read: {error}.") from None
 

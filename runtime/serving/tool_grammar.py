@@ -132,7 +132,7 @@ class _Writer:
                 f"call: {' | '.join(calls)}",
             ]
         if must:
-            start.append(f"{self._own(f'{chr(10)}{chr(10)}{block}{chr(10)}')} calls")
+            start.append(self._own("\n\n" + block + "\n") + " calls")
         else:
             self._rules.append(f"CONTENT: {content}")
             before = self._before(block + "\n", DSML, self._dsml, "BEFORE", content) if tools else ""
@@ -149,24 +149,23 @@ class _Writer:
 
     def _call(self, tool: Tool, number: int) -> str:
         """The name of a rule for calls of a tool. Each parameter comes once, in any order, and the required ones must."""
-        found, names = list(_parameters(tool)), f"call{number}"
-        required = sum(one.required for one in found)
-        head, end = (
-            self._own(f'<{self._revision.invoke} name="{tool.name}">\n'),
-            self._own(f"</{self._revision.invoke}>"),
-        )
-        if not found:
-            self._rules.append(f'{names}: {head} "\\n" {end}')
-            return names
-        enough = f"is_ones([0:{required}])" if required else "bit_count_ge(_, 1)"
-        rows = [f'""  %if {enough}']
-        for bit, one in enumerate(found):
-            rule = self._parameter(one, f"{names}_{bit}")
-            rows.append(f'{rule} "\\n" {names}_rest::set_bit({bit})  %if bit_clear({bit})')
-        some = f"{names}_rest::0x0"
-        self._rules.append(f"{names}: {head} {some if required else f'({some} | {quoted(chr(10))})'} {end}")
-        self._rules.append(f"{names}_rest::_: " + "\n  | ".join(rows))
-        return names
+        parameters, name = list(_parameters(tool)), f"call{number}"
+        head = self._own(f'<{self._revision.invoke} name="{tool.name}">\n')
+        end = self._own(f"</{self._revision.invoke}>")
+        if not parameters:
+            self._rules.append(f'{name}: {head} "\\n" {end}')
+            return name
+        # The rule counts in bits which parameters were written.
+        required = sum(one.required for one in parameters)
+        rows = [f'""  %if {f"is_ones([0:{required}])" if required else "bit_count_ge(_, 1)"}']
+        for bit, one in enumerate(parameters):
+            rule = self._parameter(one, f"{name}_{bit}")
+            rows.append(f'{rule} "\\n" {name}_rest::set_bit({bit})  %if bit_clear({bit})')
+        some = f"{name}_rest::0x0"
+        if not required:
+            some = f'({some} | "\\n")'
+        self._rules += [f"{name}: {head} {some} {end}", f"{name}_rest::_: " + "\n  | ".join(rows)]
+        return name
 
     def _parameter(self, parameter: _Parameter, name: str) -> str:
         revision, rows = self._revision, []
@@ -388,4 +387,8 @@ def _problem(schema: str) -> str:
     """What llguidance has against a schema; "" for nothing."""
     import llguidance
 
-    return reason(str(llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(schema))))
+    try:
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    except ValueError as error:
+        return reason(str(error))
+    return reason(str(llguidance.LLMatcher.validate_grammar(grammar)))
