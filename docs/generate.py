@@ -183,6 +183,9 @@ def reference() -> str:
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"executed": lambda: result_tables.executed(result_tables.gpu_results())},
     ROOT / "docs" / "gpu.md": {"times": lambda: result_tables.times(result_tables.gpu_results())},
+    ROOT / "docs" / "serving.md": {
+        make.__name__: make for make in (result_tables.clients, result_tables.waiting, result_tables.reuse)
+    },
     ROOT / "docs" / "results.md": {
         make.__name__: make
         for make in (

@@ -146,6 +146,48 @@ def _time(row: Mapping[str, Any] | None) -> str:
     return f"{row['us']:.1f} ({100 * row['share_of_floor']:.0f} %{beside})"
 
 
+def clients() -> str:
+    """An engine with many clients beside sessions one after the other."""
+    rows = result("serving-cpu")["throughput"]
+    heads = ("clients", "tokens a second, engine / sessions", "the scheduler's own share of a step")
+    return _table(
+        heads, ([f"{row['clients']}", f"{row['ratio']:.1f} x", f"{100 * row['scheduler_share']:.1f} %"] for row in rows)
+    )
+
+
+def waiting() -> str:
+    """What a long prompt does to others."""
+    row = result("serving-cpu")["waiting"]
+    alone, beside = row["alone_s"], row["while_a_long_prompt_is_fed_s"]
+    return (
+        f"While a prompt of {row['long_prompt']:,} tokens was fed, which took {row['the_long_prompt_s']:.1f} s, an answer that was being written "
+        f"waited {1e3 * row['longest_gap_of_a_running_answer_s']:.0f} ms for a token at most. A prompt of 64 tokens that came in between had its first token "
+        f"after {1e3 * beside:.0f} ms; alone after {1e3 * alone:.0f} ms."
+    )
+
+
+def reuse() -> str:
+    """The first token of a prompt, cold and after a kept state."""
+
+    def line(row: Mapping[str, Any]) -> list[str]:
+        return [
+            f"{row['tokens']:,}", f"{row['cold_s']:.2f} s", f"{1e3 * row['hit_s']:.0f} ms", f"{row['cold_s'] / row['hit_s']:.0f} x",
+            f"{row['snapshot_bytes']:,}", f"{row['planned_bytes']:,}",
+            f"{row['kept_states']}, {row['kept_bytes_of_the_prompt'] / row['snapshot_bytes']:.1f} x",
+        ]  # fmt: skip
+
+    heads = (
+        "tokens",
+        "cold",
+        "after a kept state",
+        "ratio",
+        "bytes of a state",
+        "planned",
+        "states kept of the prompt, bytes of all",
+    )
+    return _table(heads, map(line, result("serving-cpu")["reuse"]))
+
+
 def decode() -> str:
     """A decode step of the cpu bundle beside transformers."""
     rows = result("decode-cpu")["rows"]

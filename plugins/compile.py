@@ -214,9 +214,12 @@ def _compile(kernel: Kernel, sm: int) -> CompiledKernel:
 
 def _compile_here(kernel: Kernel, sm: int, log: io.StringIO) -> CompiledKernel:
     import triton
+    import triton.runtime.cache
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    # Each process would hash all of Triton, two seconds of work, to name an entry of a cache that is a folder of this call's own.
+    triton.runtime.cache.triton_key = triton_version
     module, name = kernel.function.split(".")
     function = getattr(importlib.import_module(f"foldkv.plugins.kernels.{module}"), name)
     order = [*(argument for argument, _ in kernel.arguments), *(constant for constant, _ in kernel.constants)]

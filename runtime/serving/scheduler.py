@@ -277,6 +277,6 @@ def is_kept(chunk: int, last: int) -> bool:
 
     A state's bytes grow with its tokens, so keeping all would take the square of a prompt's length. Kept are the last one, the
     first four, and four of each doubling: a prefix that two prompts share is found up to a fifth of its length, and all states of
-    a prompt together take as much as five or six of the whole.
+    a prompt together take as much as six or seven of the last.
     """
     return chunk == last or chunk % (1 << max(0, chunk.bit_length() - 3)) == 0
