@@ -531,7 +531,7 @@ def generate_command(
 @click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
 @click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")
 @click.option("--chat-format", metavar="NAME", help="Encoding of conversations, for bundles that do not say theirs.")
-@click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the name of the folder.")
+@click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the checkpoint's.")
 @click.option("--api-keys", type=_folder, metavar="FILE", help="Answer only clients that send a key of this file.")
 @click.option("--no-keys", is_flag=True, help="Answer everybody, also where other machines reach --host.")
 @click.option("--open-metrics", is_flag=True, help="/metrics needs no key.")

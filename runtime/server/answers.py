@@ -8,8 +8,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from ..chat import Arguments, CallEnd, CallStart, Content, Event, Reasoning, joined
+from ..completion import Completion, Usage
 from ..detokenizer import TextStream
-from ..text import Completion, TokenLogprob, Usage
+from ..sampling import TokenLogprob
 from ..tokenizer import Tokenizer
 from .requests import Job
 from .service import Service
@@ -149,10 +150,11 @@ class _Chat(_Choice):
         self._events += events
         self._logprobs += [_chat_logprob(self._tokenizer, one) for one in piece.logprobs or ()]
         deltas = [delta for event in events if (delta := _delta(event)) is not None]
+        chunks = []
         if not self._begun and (deltas or self._ended is not None):
             self._begun = True
-            deltas = [{"role": "assistant", "content": ""}, *deltas]
-        chunks = [self._row({"delta": delta}, self._untold(), None) for delta in deltas]
+            chunks.append(self._row({"delta": {"role": "assistant", "content": ""}}, None, None))
+        chunks += [self._row({"delta": delta}, self._untold(), None) for delta in deltas]
         if self._ended is not None:
             chunks.append(self._row({"delta": {}}, self._untold(), self._reason()))
         return chunks

@@ -25,7 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..text import Completion
+from ..completion import Completion
 from .answers import Answer
 from .bodies import Body, ChatBody, CompletionBody, names_of, read_body
 from .generations import Generations
@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _SILENCE = 15.0
 #: Seconds after which a client may ask again when the queue was full.
 _AGAIN = 1
+#: What whoever watches the server asks all the time.
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
 _JSON = "application/json"
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
@@ -395,8 +397,9 @@ class _Watched:
             self._metrics.answered(path, status)
             client, facts = scope.get("client") or ("?",), scope.get("facts", "")
             took = time.monotonic() - start
-            _log.info(
-                "%s %s %s %r %d %.3f s%s", number, client[0], scope["method"], scope["path"][:100], status, took,
+            quiet = path in _PROBES and status == 200
+            _log.log(
+                logging.DEBUG if quiet else logging.INFO, "%s %s %s %r %d %.3f s%s", number, client[0], scope["method"], scope["path"][:100], status, took,
                 f" {facts}" if facts else "",
             )  # fmt: skip
 

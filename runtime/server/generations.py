@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+from ..completion import Completion
 from ..serving.engine import Engine
 from ..serving.request import Request
-from ..text import Completion
 
 
 class Generations:

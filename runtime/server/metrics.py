@@ -15,7 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from ..buffers import plan_bytes
-from ..text import Completion
+from ..completion import Completion
 from .service import Service
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -175,6 +175,14 @@ def find_chat(bundle: Bundle, name: str | None) -> tuple[ChatFormat | None, str]
         return None, "Its bundle does not say how conversations are written; --chat-format names an encoding."
 
 
+def model_name(bundle: Bundle) -> str:
+    """The name of a bundle's checkpoint: of its folder, or of its repository in the Hugging Face cache."""
+    made = Path(bundle.manifest.inputs.checkpoint.path)
+    if made.parent.name == "snapshots":
+        return made.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return made.name or bundle.folder.resolve().name
+
+
 def serve(
     model: Model,
     listening: socket.socket,
@@ -197,7 +205,7 @@ def serve(
         sizes: of the engine.
         prefixes: where states are kept that later prompts begin with.
         chat: a chat format by its name, for bundles that do not say theirs.
-        name: of the model, for clients; default: the name of the bundle's folder.
+        name: of the model, for clients; default: that of its checkpoint.
         timeout: seconds that a request may take.
         grace: seconds that running requests have after a signal.
         say: told where the server listens, once it does.
@@ -219,8 +227,9 @@ def serve(
                 model, tokenizer, slots=sizes.slots, context=context, chunk=sizes.chunk, max_queue=sizes.max_queue, prefixes=index
             )
         )  # fmt: skip
-        named = name or bundle.folder.resolve().name
-        service = Service(engine, tokenizer, named, context, sizes.slots, format, why, timeout, index)
+        service = Service(
+            engine, tokenizer, name or model_name(bundle), context, sizes.slots, format, why, timeout, index
+        )
         application = Application(service, limits)
         server = Server(application, engine, grace=grace, ready=lambda: say(_welcome(service, listening)))
         stack.enter_context(_signals(server))

@@ -1,0 +1,344 @@
+"""The server over a real model, asked by OpenAI's own client, by curl and by sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from bad_requests import BAD
+from prometheus_client.parser import text_string_to_metric_families
+
+from foldkv.runtime import Model
+from foldkv.runtime.server.app import Limits
+from foldkv.runtime.server.keys import Keys
+
+from .conftest import Running, answering, serving
+
+TEXT = "def scale(values, factor):\n    return"
+ASKED: Any = {"model": "tiny", "prompt": TEXT, "max_tokens": 24, "temperature": 0}
+TALK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, "temperature": 0}
+
+
+def metrics(running: Running) -> dict[tuple[str, str], float]:
+    """Samples by name and the value of the label that matters."""
+    text = httpx.get(f"{running.url}/metrics").text
+    label = lambda sample: "".join(v for k, v in sorted(sample.labels.items()) if k != "model_name")
+    return {
+        (sample.name, label(sample)): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def until(true: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def idle(running: Running) -> bool:
+    stats = running.service.engine.stats()
+    return (
+        until(lambda: not running.application.running and not running.service.engine.stats().running, 10)
+        and stats is not None
+    )
+
+
+# What clients ask
+
+
+def test_a_completion_is_the_text_of_the_engine_and_a_stream_of_it_is_the_same(running: Running) -> None:
+    client, service = running.client(), running.service
+    answer = client.completions.create(**ASKED)
+    from foldkv.runtime.serving.request import Request
+
+    (expected,) = service.engine.complete(Request(TEXT, max_new_tokens=24))
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
+    assert answer.object == "text_completion" and answer.model == "tiny" and answer.id.startswith("cmpl-")
+    assert answer.system_fingerprint == f"fp_{service.engine.bundle.digest[:12]}"
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(TEXT)
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    chunks = list(client.completions.create(**ASKED, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == choice.text
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [choice.finish_reason]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
+    assert len({chunk.id for chunk in chunks}) == 1 and len(chunks) > 4
+
+
+def test_chat_reads_messages_as_the_encoding_has_it_and_streams_what_it_answers_whole(running: Running) -> None:
+    client, service = running.client(), running.service
+    for thinking in (True, False):
+        more: Any = {"extra_body": {"chat_template_kwargs": {"thinking": thinking}}}
+        answer = client.chat.completions.create(**TALK, **more)
+        message: Any = answer.choices[0].message
+        assert service.chat is not None and answer.usage is not None
+        prompt = service.chat.prompt(TALK["messages"], thinking=thinking)
+        assert answer.usage.prompt_tokens == len(prompt.token_ids(service.tokenizer))
+        said = message.reasoning_content if thinking else message.content
+        assert said and not (message.content if thinking else getattr(message, "reasoning_content", None))
+        chunks: list[Any] = list(client.chat.completions.create(**TALK, **more, stream=True))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert deltas[0].role == "assistant"
+        name = "reasoning_content" if thinking else "content"
+        assert "".join(getattr(delta, name, None) or "" for delta in deltas) == said
+        assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+
+
+def test_several_prompts_and_answers_are_choices_in_order(running: Running) -> None:
+    client = running.client()
+    ids = list(b"import os\n")
+    asked: Any = {**ASKED, "max_tokens": 6}
+    alone = [client.completions.create(**{**asked, "prompt": one}).choices[0].text for one in (TEXT, ids)]
+    both = client.completions.create(**{**asked, "prompt": [list(TEXT.encode()), ids], "n": 2})
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in both.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert both.usage is not None and both.usage.prompt_tokens == len(TEXT) + len(ids)
+    assert both.usage.completion_tokens == 4 * 6
+    streamed: dict[int, str] = {}
+    for chunk in client.completions.create(**{**asked, "prompt": [TEXT, "import os\n"]}, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + choice.text
+    assert streamed == dict(enumerate(alone))
+
+
+def test_a_seed_repeats_an_answer_and_answers_without_one_differ(running: Running) -> None:
+    client = running.client()
+    drawn: Any = {**ASKED, "temperature": 1.5, "n": 2}
+    texts = [[c.text for c in client.completions.create(**drawn, seed=seed).choices] for seed in (-7, -7, 8)]
+    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
+    assert client.completions.create(**drawn).choices[0].text != client.completions.create(**drawn).choices[0].text
+
+
+def test_stop_strings_penalties_and_bias_do_what_they_say(running: Running) -> None:
+    client = running.client()
+    text = client.completions.create(**ASKED).choices[0].text
+    mark = text[6:9]
+    stopped: Any = client.completions.create(**ASKED, stop=[mark, "\0"]).choices[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (text[: text.index(mark)], "stop", mark)
+    token = ord(text[0])
+    biased = client.completions.create(**ASKED, logit_bias={str(token): -100}).choices[0].text
+    assert text[0] not in biased and biased
+    ended: Any = client.completions.create(**ASKED, extra_body={"stop_token_ids": [ord(text[3])]}).choices[0]
+    assert ended.text == text[: text.index(text[3])] and ended.stop_reason == ord(text[3])
+    few = client.completions.create(**ASKED, extra_body={"repetition_penalty": 5.0}).choices[0].text
+    assert len(set(few)) > len(set(text))
+
+
+def test_probabilities_have_openais_shapes(running: Running) -> None:
+    client = running.client()
+    found = client.completions.create(**ASKED, logprobs=3).choices[0]
+    rows = found.logprobs
+    assert rows is not None and rows.tokens and rows.token_logprobs and rows.top_logprobs and rows.text_offset
+    assert "".join(rows.tokens) == found.text and rows.text_offset == list(range(len(rows.tokens)))
+    for token, logprob, top in zip(rows.tokens, rows.token_logprobs, rows.top_logprobs, strict=True):
+        assert logprob is not None and logprob <= 0 and max(top, key=lambda one: top[one]) == token and len(top) == 3
+        assert top[token] == logprob
+    chat = client.chat.completions.create(**TALK, logprobs=True, top_logprobs=2)
+    told = chat.choices[0].logprobs
+    assert told is not None and told.content is not None and chat.usage is not None
+    assert len(told.content) == chat.usage.completion_tokens
+    assert all(one.top_logprobs[0].logprob == one.logprob and len(one.top_logprobs) == 2 for one in told.content)
+    assert bytes(byte for one in told.content for byte in one.bytes or []).decode() == "".join(
+        t.token for t in told.content
+    )
+    chunks = list(client.chat.completions.create(**TALK, logprobs=True, top_logprobs=2, stream=True))
+    parts = [one for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content or []]
+    assert [(one.token, one.logprob) for one in parts] == [(one.token, one.logprob) for one in told.content]
+
+
+def test_models_and_what_the_server_is(running: Running) -> None:
+    (model,) = running.client().models.list().data
+    assert model.id == "tiny" and running.client().models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="not here"):
+        running.client().models.retrieve("other")
+    for path, facts in (("health", {"status": "ok"}), ("ready", {"ready": True, "reasons": []})):
+        answer = httpx.get(f"{running.url}/{path}")
+        assert (answer.status_code, answer.json()) == (200, facts)
+
+
+def test_curl_gets_a_stream_that_ends_with_done(running: Running) -> None:
+    body = json.dumps({**ASKED, "stream": True})
+    command = ["curl", "-sNi", f"{running.url}/v1/completions", "-H", "content-type: application/json", "-d", body]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    head, _, events = out.replace("\r\n", "\n").partition("\n\n")
+    assert (
+        head.startswith("HTTP/1.1 200") and "content-type: text/event-stream" in head and "x-request-id: req-" in head
+    )
+    rows = events.strip().split("\n\n")
+    assert rows[-1] == "data: [DONE]" and all(row.startswith("data: ") for row in rows)
+    assert json.loads(rows[0].removeprefix("data: "))["object"] == "text_completion"
+
+
+# What clients should not do
+
+
+def test_every_bad_request_is_an_error_of_openais_shape_and_the_server_goes_on(running: Running) -> None:
+    assert len(BAD) >= 80
+    wrong = []
+    with httpx.Client(base_url=running.url, timeout=30) as client:
+        for case in BAD:
+            answer = client.request(case.method, case.path, content=case.content, headers=case.headers)
+            try:
+                error = answer.json()["error"]
+                fine = set(error) == {"message", "type", "param", "code"} and len(error["message"]) > 10
+                fine = fine and "Traceback" not in answer.text and ".py" not in answer.text
+                fine = fine and answer.status_code == case.status and case.says in json.dumps(error)
+            except (ValueError, KeyError, TypeError):
+                fine = False
+            if not fine:
+                wrong.append((case, answer.status_code, answer.text[:300]))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert running.client().completions.create(**ASKED).choices[0].text
+    assert idle(running)
+
+
+def test_bodies_that_are_too_long_or_do_not_come_are_refused(running: Running) -> None:
+    long = json.dumps({**ASKED, "prompt": "x" * (70 << 10)}).encode()
+    for content in (long, iter([long[:1000], long[1000:]])):  # with its length in the head, and in parts without
+        answer = httpx.post(
+            f"{running.url}/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_long"
+
+
+def test_who_leaves_is_no_longer_answered(running: Running) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    before = metrics(running)["foldkv:request_success_total", "cancelled"]
+    for stream in (True, False):
+        body = json.dumps({**ASKED, "max_tokens": 450, "stream": stream, "n": 2}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            connection.sendall(head.encode() + body)
+            assert until(lambda: running.service.engine.stats().running > 0)
+            if stream:
+                connection.recv(10)
+        assert idle(running)
+    assert metrics(running)["foldkv:request_success_total", "cancelled"] == before + 4
+
+
+def test_metrics_count_what_was_answered(running: Running) -> None:
+    before = metrics(running)
+    answer = running.client().completions.create(**{**ASKED, "n": 2})
+    list(running.client().completions.create(**ASKED, stream=True))
+    after = metrics(running)
+    grown = {key: after[key] - before.get(key, 0) for key in after}
+    assert answer.usage is not None
+    assert grown["foldkv:prompt_tokens_total", ""] == 2 * len(TEXT)
+    assert grown["foldkv:generation_tokens_total", ""] == 3 * 24
+    assert grown["foldkv:request_success_total", "length"] == 3
+    assert grown["foldkv:time_to_first_token_seconds_count", ""] == 3
+    assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 23
+    assert grown["foldkv:e2e_request_latency_seconds_count", ""] == 3
+    assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
+    assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
+    states = {label: value for (name, label), value in after.items() if name == "foldkv:state_bytes"}
+    from foldkv.runtime import plan_bytes
+
+    assert states == plan_bytes(running.service.engine.bundle.state, 512, 2)
+
+
+def test_the_page_is_whole_and_may_ask_only_this_server(running: Running) -> None:
+    answer = httpx.get(f"{running.url}/")
+    policy = answer.headers["content-security-policy"]
+    assert answer.headers["content-type"] == "text/html; charset=utf-8" and "connect-src 'self'" in policy
+    assert "http://" not in answer.text and "https://" not in answer.text and "innerHTML" not in answer.text
+    assert "unsafe" not in policy
+
+
+# Servers that are told otherwise
+
+
+def test_with_keys_only_who_has_one_is_answered(model: Model) -> None:
+    with serving(model) as service, answering(service, Limits(keys=Keys(["first-key", "other-key"]))) as running:
+        for key in ("first-key", "other-key"):
+            assert running.client(key).models.list().data
+        for key in ("first-ke", "first-key2", "", "none"):
+            headers = {"authorization": f"Bearer {key}"}
+            for path in ("/v1/models", "/metrics", "/v1/x"):
+                answer = httpx.get(f"{running.url}{path}", headers=headers)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+                assert key not in answer.text or not key
+        with pytest.raises(openai.AuthenticationError):
+            running.client("wrong").chat.completions.create(**TALK)
+        for path in ("/health", "/ready", "/"):
+            assert httpx.get(f"{running.url}{path}").status_code == 200
+        assert httpx.get(f"{running.url}/metrics", headers={"authorization": "Bearer other-key"}).status_code == 200
+
+
+def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) -> None:
+    long: Any = {**ASKED, "max_tokens": 450, "stream": True}
+    with serving(model, slots=1, max_queue=1, timeout=60) as service, answering(service, grace=0) as running:
+        client = running.client()
+        first = client.completions.create(**long)
+        next(first)
+        second = client.completions.create(**long)
+        with pytest.raises(openai.RateLimitError) as refused:
+            while True:
+                client.completions.create(**ASKED)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        running.server.ask_to_stop()
+        for stream in (first, second):  # ended at once, as the server was told, and not as if all had come
+            with pytest.raises(openai.APIError, match="stopping"):
+                list(stream)
+
+
+def test_an_answer_that_takes_too_long_is_a_timeout(model: Model) -> None:
+    long: Any = {**ASKED, "max_tokens": 450}
+    with serving(model, slots=1, timeout=0.05) as service, answering(service) as running:
+        with pytest.raises(openai.APIStatusError) as late:
+            running.client().completions.create(**long)
+        assert late.value.status_code == 504 and late.value.code == "timeout"
+        with pytest.raises(openai.APIError, match="more than"):
+            list(running.client().completions.create(**long, stream=True))
+
+
+def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
+    with serving(model, slots=1) as service, answering(service, grace=30) as running:
+        stream = running.client().completions.create(**{**ASKED, "max_tokens": 200}, stream=True)
+        text = next(stream).choices[0].text
+        running.server.ask_to_stop()
+        assert until(lambda: httpx.get(f"{running.url}/ready").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="stopping"):
+            running.client().completions.create(**ASKED)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert len(text + "".join(chunk.choices[0].text for chunk in rest)) == 200
+
+
+def test_pages_of_others_ask_only_where_the_server_was_told_so(running: Running, model: Model) -> None:
+    origin = {"origin": "https://example.com"}
+    assert "access-control-allow-origin" not in httpx.get(f"{running.url}/health", headers=origin).headers
+    with serving(model) as service, answering(service, Limits(origins=("https://example.com",), page=False)) as other:
+        assert (
+            httpx.get(f"{other.url}/health", headers=origin).headers["access-control-allow-origin"] == origin["origin"]
+        )
+        refused = httpx.post(f"{other.url}/v1/completions", headers=origin, content=b"{}")
+        assert refused.status_code == 415 and "access-control-allow-origin" in refused.headers
+        assert httpx.get(f"{other.url}/").status_code == 404
+
+
+def test_an_unexpected_failure_is_a_number_that_the_log_knows(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret of the inside")
+
+    monkeypatch.setattr(type(running.service.tokenizer), "encode", broken)
+    with pytest.raises(openai.InternalServerError) as failed:
+        running.client().completions.create(**ASKED)
+    assert failed.value.code == "internal_error" and "secret" not in str(failed.value)
+    number = str(failed.value.body["message"]).split()[-1].rstrip(".")  # type: ignore[index]
+    assert number in caplog.text and "a secret of the inside" in caplog.text
