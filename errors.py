@@ -50,6 +50,10 @@ class CapacityError(InputError):
     """A sequence would not fit into the allocated state; nothing was changed."""
 
 
+class QueueFullError(FoldkvError):
+    """As many requests wait as may: the engine is busy, and the same request may be taken on later."""
+
+
 class BuildError(FoldkvError):
     """An engine could not be built from a graph that was read correctly."""
 

@@ -69,6 +69,7 @@ FEATURES = {
     "validate with Ray": Feature(("ray",)),
     "trends": Feature(("jinja2", "jsonschema"), "trends"),
     "chat templates": Feature(("jinja2",)),
+    "prefixes on disk": Feature(("safetensors",)),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
 #: Packages that the table above does not list, and their uses.

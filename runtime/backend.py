@@ -21,7 +21,8 @@ class Observed:
     Attributes:
         layer: its layer; None for the embedding.
         slot: the sequence of the chunk; None for all of them at once.
-        streams: [batch or 1, S, N, C], what the next call reads.
+        streams: [slots or 1, S, N, C], what the next call reads; a step of one token may leave out slots before the first and behind the last that
+            has one.
         more: outputs that nothing else takes, by name; only graphs for tools have any.
     """
 
@@ -51,10 +52,12 @@ class Executor(Protocol):
     ) -> FloatArray:
         """Feed one chunk and update the state in place.
 
+        Chunks of several tokens go through one sequence after the other, a step of one token for all sequences at once.
+
         Args:
             input_ids: [B, S]; tokens after ``num_tokens`` are padding.
             positions: [B] tokens that are in the state.
-            num_tokens: [B] valid tokens of the chunk, 0 to S.
+            num_tokens: [B] valid tokens of the chunk, 0 to S, not all of them 0.
             active_context: an upper bound of ``positions + num_tokens``.
             logit_indices: [B, L] offsets in the chunk that get logits.
             trim: return memory that only this chunk needed to the system.
@@ -62,7 +65,8 @@ class Executor(Protocol):
                 enqueued call by call instead of launched as a captured graph; the results are the same.
 
         Returns:
-            Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES.
+            Logits [B, L, V] float32, IN A BUFFER THAT THE NEXT RUN OVERWRITES. Rows of sequences without a token mean
+            nothing.
         """
 
     def forget(self) -> None:

@@ -7,7 +7,6 @@ planned from the manifest alone and allocated exactly as planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,8 +96,8 @@ def plan_bytes(state: StateSpec, context: int, batch: int = 1) -> dict[str, int]
     return plan
 
 
-#: Rows of the state by slot and tensor, [used, width] each.
-Copies = tuple[tuple[npt.NDArray[Any], ...], ...]
+#: Rows of a slot's state by tensor, [used, width] each; read-only.
+Rows = tuple[npt.NDArray[Any], ...]
 
 
 class Buffers(Protocol):
@@ -111,11 +110,11 @@ class Buffers(Protocol):
     def clear(self, slot: int, tokens: int) -> None:
         """Reset to their first value the rows that ``tokens`` tokens of a sequence may have written."""
 
-    def copy_used(self, tokens: Sequence[int]) -> Copies:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+    def copy_slot(self, slot: int, tokens: int) -> Rows:
+        """Copies of the rows in use if the sequence of the slot holds that many tokens: by tensor [used, width]."""
 
-    def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` returned into the same slots."""
+    def put_slot(self, slot: int, rows: Rows) -> None:
+        """Write what :meth:`copy_slot` returned, of this slot or of another."""
 
     def close(self) -> None:
         """Free the memory; closing twice is fine."""
@@ -152,18 +151,16 @@ class StateBuffers:
         for tensor in self.spec.tensors:
             self.arrays[tensor.name][slot, : tensor.used_rows(tokens)] = fill_value(tensor)
 
-    def copy_used(self, tokens: Sequence[int]) -> Copies:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+    def copy_slot(self, slot: int, tokens: int) -> Rows:
+        """See :class:`Buffers`."""
         return tuple(
-            tuple(_frozen(self.arrays[tensor.name][slot, : tensor.used_rows(held)]) for tensor in self.spec.tensors)
-            for slot, held in enumerate(tokens)
+            _frozen(self.arrays[tensor.name][slot, : tensor.used_rows(tokens)]) for tensor in self.spec.tensors
         )
 
-    def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` returned into the same slots."""
-        for slot, rows in enumerate(copies):
-            for tensor, copy in zip(self.spec.tensors, rows, strict=True):
-                self.arrays[tensor.name][slot, : len(copy)] = copy
+    def put_slot(self, slot: int, rows: Rows) -> None:
+        """See :class:`Buffers`."""
+        for tensor, copy in zip(self.spec.tensors, rows, strict=True):
+            self.arrays[tensor.name][slot, : len(copy)] = copy
 
     def close(self) -> None:
         """Arrays are freed with whatever reads them last."""

@@ -1,7 +1,11 @@
 """Runs a chain over the state of one session: every call has its weights, its state and its buffers bound.
 
 Weights are ranges of mapped files, or copies of them on a GPU (runtime/chain_memory.py). State buffers are bound as ``past.X`` and
-as ``present.X``, so caches are updated in place: a segment reads a part of its state before it writes it, or what it has written. The
+as ``present.X``, so caches are updated in place: a segment reads a part of its state before it writes it, or what it has written.
+
+A slot's rows of a state tensor lie together, so any range of slots can run on its part of the state. A step of one token runs for
+the slots from the first to the last that has one, a longer chunk for one slot after the other: nobody pays for the padding of others,
+and a sequence that is alone is computed as in a batch of one. The
 streams go back and forth between two buffers. What all layers share (positions, angles, masks) is made once per step by the segment
 ``step``, in buffers that every layer has bound.
 """
@@ -38,7 +42,6 @@ class ChainExecutor:
         """
         self._model, self._batch = model, batch
         self.buffers: Buffers = model.memory.buffers(model.bundle.state, context, batch)
-        self._context = context
         self._trim = model.ort.RunOptions()
         self._trim.add_run_config_entry("memory.enable_memory_arena_shrinkage", model.memory.arena)
         self._lanes: dict[bool, _Lane] = {}
@@ -56,10 +59,48 @@ class ChainExecutor:
     ) -> FloatArray:
         """See :meth:`foldkv.runtime.backend.Executor.run`.
 
+        A chunk of several tokens runs one sequence after the other. Sequences without a token get no logits that mean something.
+
         Raises:
             FoldkvError: ONNX Runtime failed; the state may be half updated.
         """
-        lane = self._lane(input_ids.shape[1], logit_indices.shape[1])
+        shape = (self._batch, logit_indices.shape[1], self._model.bundle.model.vocab_size)
+        logits = np.zeros(shape, np.float32)
+        if input_ids.shape[1] == 1:
+            active = np.flatnonzero(num_tokens)
+            some = slice(int(active[0]), int(active[-1]) + 1)
+            made = self._chunk(
+                range(self._batch)[some], input_ids[some], positions[some], num_tokens[some], active_context, logit_indices[some],
+                trim, observe,
+            )  # fmt: skip
+            if len(made) == self._batch:
+                return made
+            logits[some] = made
+            return logits
+        for slot in np.flatnonzero(num_tokens):
+            own, count = slice(slot, slot + 1), int(num_tokens[slot])
+            # Without its padding: the shape is that of the sequence's own chunk.
+            logits[slot] = self._chunk(
+                range(self._batch)[own], input_ids[own, :count], positions[own], num_tokens[own], int(positions[slot]) + count,
+                np.minimum(logit_indices[own], count - 1), trim, observe, long=True,
+            )[0]  # fmt: skip
+        return logits
+
+    def _chunk(
+        self,
+        slots: range,
+        input_ids: IntArray,
+        positions: IntArray,
+        num_tokens: IntArray,
+        active_context: int,
+        logit_indices: IntArray,
+        trim: bool,
+        observe: Observer | None,
+        *,
+        long: bool = False,
+    ) -> FloatArray:
+        """Feed a chunk to the sequences of ``slots``; returns logits [slots, L, V]. ``long`` if chunks of several tokens are fed."""
+        lane = self._lane(slots, input_ids.shape[1], logit_indices.shape[1], long)
         lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
         owner = STEP
         try:
@@ -68,7 +109,7 @@ class ChainExecutor:
                 if observe is not None:
                     lane.show(owner, observe)
         except Exception as error:
-            raise self._failure(owner, input_ids.shape[1], error) from error
+            raise self._failure(owner, input_ids.shape, error) from error
         return lane.logits()
 
     def run_call(
@@ -83,7 +124,7 @@ class ChainExecutor:
     ) -> tuple[FloatArray, dict[str, npt.NDArray[Any]]]:
         """Run one call of the chain alone: what :meth:`run` does there, given what the call before it made.
 
-        Only the state of the call's own layer is read and updated. So many chunks can go through one layer before any goes through
+        It is for a batch of one. Only the state of the call's own layer is read and updated. So many chunks can go through one layer before any goes through
         the next, and each weight is read once for all of them.
 
         Args:
@@ -97,24 +138,27 @@ class ChainExecutor:
         Raises:
             FoldkvError: ONNX Runtime failed; the layer's state may be half updated.
         """
-        lane = self._lane(input_ids.shape[1], logit_indices.shape[1])
+        if self._batch != 1:
+            raise ValueError("calls run alone for one sequence only")
+        chunk = input_ids.shape[1]
+        lane = self._lane(range(1), chunk, logit_indices.shape[1], chunk > 1)
         lane.give(input_ids, positions, num_tokens, active_context, logit_indices)
         try:
             return lane.run_call(owner, streams)
         except Exception as error:
-            raise self._failure(owner, input_ids.shape[1], error) from error
+            raise self._failure(owner, input_ids.shape, error) from error
 
-    def _lane(self, chunk: int, kept: int) -> _Lane:
-        decode = chunk == 1
-        if decode not in self._lanes:
-            sessions = self._model.decode_sessions if decode else self._model.sessions
-            self._lanes[decode] = _Lane(self._model, sessions, self.buffers, self._context, self._batch)
-        self._lanes[decode].fit(chunk, kept)
-        return self._lanes[decode]
+    def _lane(self, slots: range, chunk: int, kept: int, long: bool) -> _Lane:
+        if long not in self._lanes:
+            sessions = self._model.sessions if long else self._model.decode_sessions
+            self._lanes[long] = _Lane(self._model, sessions, self.buffers, long)
+        self._lanes[long].bind_state(slots)
+        self._lanes[long].fit(len(slots), chunk, kept)
+        return self._lanes[long]
 
-    def _failure(self, owner: str, chunk: int, error: Exception) -> FoldkvError:
+    def _failure(self, owner: str, shape: tuple[int, ...], error: Exception) -> FoldkvError:
         return FoldkvError(
-            f"ONNX Runtime failed in {owner} on a chunk of {chunk} tokens in a batch of {self._batch} with "
+            f"ONNX Runtime failed in {owner} on a chunk of {shape[1]} tokens in a batch of {shape[0]} with "
             f"{self._model.bundle.folder}: {first_line(error)}. Reset the session or restore a snapshot; "
             "if memory ran out, use a smaller chunk."
         )
@@ -135,25 +179,16 @@ class ChainExecutor:
 
 
 class _Lane:
-    """The segments of a chain with everything bound, for chunks of one token or for longer ones."""
+    """The segments of a chain with everything bound: for one token of some slots, or for longer chunks of one."""
 
-    def __init__(
-        self, model: ChainModel, sessions: Mapping[str, Any], buffers: Buffers, context: int, batch: int
-    ) -> None:
-        """Bind the weights and the state of every call."""
-        self._model, self._sessions, self._batch = model, sessions, batch
-        names = model.bundle.io
-        self._given = {
-            name: model.memory.tensor(array)
-            for name, array in (
-                (names.input_ids, np.zeros((batch, 0), np.int64)), (names.positions, np.zeros(batch, np.int32)),
-                (names.num_tokens, np.zeros(batch, np.int32)), (names.active_context, np.zeros(1, np.int64)),
-                (names.logit_indices, np.zeros((batch, 0), np.int64)),
-            )
-        }  # fmt: skip
-        self._logits = model.memory.tensor(np.zeros((batch, 0, model.bundle.model.vocab_size), np.float32))
+    def __init__(self, model: ChainModel, sessions: Mapping[str, Any], buffers: Buffers, long: bool) -> None:
+        """Bind the weights of every call."""
+        self._model, self._sessions, self._buffers, self._long = model, sessions, buffers, long
+        self._slots = range(0)  # of the state that is bound
+        self._given: dict[str, Tensor] = {}
+        self._logits = model.memory.tensor(np.zeros(0, np.float32))
         self._made: dict[str, Tensor] = {}
-        self._shape: tuple[int, int] | None = None
+        self._shape: tuple[int, int, int] | None = None
         self._step = sessions[STEP].io_binding()
         self._calls: list[tuple[Call, Any]] = []
         self._extra: dict[str, dict[str, int]] = {}
@@ -161,17 +196,25 @@ class _Lane:
             binding, on_host = sessions[call.segment].io_binding(), model.on_host[call.segment]
             for role, weight in model.weights[call.owner].items():
                 weight.bind_input(binding, role, on_host=role in on_host)
-            for tensor in model.bundle.state.tensors:
-                if tensor.layer == call.layer:
-                    shape = (batch, tensor.capacity(context), tensor.width)
-                    rows = model.memory.state(buffers, tensor, shape)
-                    rows.bind_input(binding, PAST + tensor.group)
-                    rows.bind_output(binding, PRESENT + tensor.group)
-            self._extra[call.owner] = self._bind_extra(binding, call)
             self._calls.append((call, binding))
         read = {name for call in model.table.calls for name in model.on_host[call.segment]}
         #: What the step makes on a GPU and a segment reads in the processor's memory.
         self._read = sorted(read & set(model.outputs[STEP]))
+
+    def bind_state(self, slots: range) -> None:
+        """Bind the state of these slots, unless it is bound."""
+        if slots == self._slots:
+            return
+        model = self._model
+        for call, binding in self._calls:
+            for tensor in model.bundle.state.tensors:
+                if tensor.layer == call.layer:
+                    rows = model.memory.state(self._buffers, tensor, slots)
+                    rows.bind_input(binding, PAST + tensor.group)
+                    rows.bind_output(binding, PRESENT + tensor.group)
+            if call.owner not in self._extra:
+                self._extra[call.owner] = self._bind_extra(binding, call)
+        self._slots = slots
 
     def runs(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         """What to call, in order, with options of a run; and the name of each call."""
@@ -234,7 +277,7 @@ class _Lane:
             return
         streams = self._made[f"{STREAMS}.{number % 2}"]
         streams.pull()
-        observe(Observed(call.layer, None, streams.host, self._more(owner, binding)))
+        observe(Observed(call.layer, self._slots[0] if self._long else None, streams.host, self._more(owner, binding)))
 
     def _numbered(self, owner: str) -> tuple[int, Call, Any]:
         [found] = [(n, call, binding) for n, (call, binding) in enumerate(self._calls) if call.owner == owner]
@@ -273,18 +316,23 @@ class _Lane:
         for name in self._extra[owner]:
             binding.bind_output(name, "cpu")
 
-    def fit(self, chunk: int, kept: int) -> None:
-        """Make and bind buffers for a chunk of this length and this many logits, unless the shape is the same as before."""
-        if self._shape == (chunk, kept):
+    def fit(self, batch: int, chunk: int, kept: int) -> None:
+        """Make and bind buffers for chunks of this length and this many logits, unless the shape is the same as before."""
+        if self._shape == (batch, chunk, kept):
             return
         model, names, memory = self._model, self._model.bundle.io, self._model.memory
-        sizes = {"batch": self._batch, "chunk": chunk, "kept": kept}
+        sizes = {"batch": batch, "chunk": chunk, "kept": kept}
         first = model.outputs[model.table.calls[0].segment][STREAMS]
-        for old in (self._given[names.input_ids], self._given[names.logit_indices], self._logits, *self._made.values()):
-            old.close()
-        self._given[names.input_ids] = memory.tensor(np.zeros((self._batch, chunk), np.int64))
-        self._given[names.logit_indices] = memory.tensor(np.zeros((self._batch, kept), np.int64))
-        self._logits = memory.tensor(np.zeros((self._batch, kept, model.bundle.model.vocab_size), np.float32))
+        self.close()
+        self._given = {
+            name: memory.tensor(array)
+            for name, array in (
+                (names.input_ids, np.zeros((batch, chunk), np.int64)), (names.positions, np.zeros(batch, np.int32)),
+                (names.num_tokens, np.zeros(batch, np.int32)), (names.active_context, np.zeros(1, np.int64)),
+                (names.logit_indices, np.zeros((batch, kept), np.int64)),
+            )
+        }  # fmt: skip
+        self._logits = memory.tensor(np.zeros((batch, kept, model.bundle.model.vocab_size), np.float32))
         self._made = {name: memory.tensor(_buffer(value, sizes)) for name, value in model.outputs[STEP].items()}
         self._made |= {f"{STREAMS}.{half}": memory.tensor(_buffer(first, sizes)) for half in (0, 1)}
         values = self._given | self._made
@@ -304,7 +352,7 @@ class _Lane:
                     after.bind_output(binding, name)
                 elif name == names.logits:
                     self._logits.bind_output(binding, name)
-        self._shape = (chunk, kept)
+        self._shape = (batch, chunk, kept)
 
 
 def _buffer(value: Any, sizes: Mapping[str, int]) -> npt.NDArray[Any]:

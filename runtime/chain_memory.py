@@ -67,8 +67,8 @@ class ChainMemory(Protocol):
             InputError: there is no memory for it.
         """
 
-    def state(self, buffers: Any, tensor: StateTensor, shape: Sequence[int]) -> Tensor:
-        """A state tensor as segments read and write it, in the buffers that :meth:`buffers` gave."""
+    def state(self, buffers: Any, tensor: StateTensor, slots: range) -> Tensor:
+        """A state tensor of some slots as segments read and write it, in the buffers that :meth:`buffers` gave."""
 
     def close(self) -> None:
         """Free what it needed for itself."""
@@ -115,9 +115,10 @@ class HostMemory:
         """See :class:`ChainMemory`."""
         return StateBuffers(spec, context, batch)
 
-    def state(self, buffers: StateBuffers, tensor: StateTensor, shape: Sequence[int]) -> HostTensor:
+    def state(self, buffers: StateBuffers, tensor: StateTensor, slots: range) -> HostTensor:
         """See :class:`ChainMemory`."""
-        return HostTensor(self._ort, buffers.arrays[tensor.name], STATE_TYPES[tensor.dtype].onnx_type)
+        rows = buffers.arrays[tensor.name][slots.start : slots.stop]
+        return HostTensor(self._ort, rows, STATE_TYPES[tensor.dtype].onnx_type)
 
     def close(self) -> None:
         """See :class:`ChainMemory`."""
@@ -195,10 +196,10 @@ class DeviceMemory:
         """See :class:`ChainMemory`."""
         return DeviceBuffers(self._device, spec, context, batch, in_place=[tensor.name for tensor in spec.tensors])
 
-    def state(self, buffers: DeviceBuffers, tensor: StateTensor, shape: Sequence[int]) -> DeviceTensor:
+    def state(self, buffers: DeviceBuffers, tensor: StateTensor, slots: range) -> DeviceTensor:
         """See :class:`ChainMemory`. Its values stay on the GPU; the buffers copy them."""
-        onnx_type = STATE_TYPES[tensor.dtype].onnx_type
-        return DeviceTensor(self, buffers.addresses[tensor.name], shape, onnx_type, np.zeros(0, np.uint8))
+        address, shape = buffers.slot(tensor, slots.start), buffers.shape(tensor, len(slots))
+        return DeviceTensor(self, address, shape, STATE_TYPES[tensor.dtype].onnx_type, np.zeros(0, np.uint8))
 
     def copy_to(self, address: int, array: npt.NDArray[Any]) -> None:
         """Copy an array to the GPU."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..export.contract.state import STATE_TYPES, StateTensor
 from ..plugins.cuda import NON_BLOCKING, Device, check
-from .buffers import Copies, StateSpec, fill_value, storage
+from .buffers import Rows, StateSpec, fill_value, storage
 
 
 class DeviceBuffers:
@@ -94,26 +94,23 @@ class DeviceBuffers:
         """Bytes of the rows of a sequence."""
         return tensor.bytes(self._context)
 
-    def copy_used(self, tokens: Sequence[int]) -> Copies:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
+    def copy_slot(self, slot: int, tokens: int) -> Rows:
+        """See :class:`~foldkv.runtime.buffers.Buffers`."""
         with self._device.current():
-            copies = tuple(
-                tuple(self._copy(tensor, slot, tensor.used_rows(held)) for tensor in self.spec.tensors)
-                for slot, held in enumerate(tokens)
-            )
+            rows = tuple(self._copy(tensor, slot, tensor.used_rows(tokens)) for tensor in self.spec.tensors)
             self._wait()
-        for copy in (copy for rows in copies for copy in rows):
+        for copy in rows:
             copy.flags.writeable = False
-        return copies
+        return rows
 
-    def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` returned into the same slots."""
+    def put_slot(self, slot: int, rows: Rows) -> None:
+        """See :class:`~foldkv.runtime.buffers.Buffers`."""
         with self._device.current():
-            for slot, rows in enumerate(copies):
-                for tensor, copy in zip(self.spec.tensors, rows, strict=True):
-                    address = self.slot(tensor, slot)
-                    sent = self._driver.cuMemcpyHtoDAsync(address, copy.ctypes.data, copy.nbytes, self._stream)
-                    check(self._driver, sent)
+            for tensor, copy in zip(self.spec.tensors, rows, strict=True):
+                address = self.slot(tensor, slot)
+                check(
+                    self._driver, self._driver.cuMemcpyHtoDAsync(address, copy.ctypes.data, copy.nbytes, self._stream)
+                )
             self._wait()
 
     def close(self) -> None:
@@ -165,17 +162,16 @@ class DealtBuffers:
         for part in self._parts:
             part.clear(slot, tokens)
 
-    def copy_used(self, tokens: Sequence[int]) -> Copies:
-        """Copies of the rows in use if the sequences hold ``tokens`` tokens each: by slot and tensor [used, width]."""
-        copies = [part.copy_used(tokens) for part in self._parts]
-        return tuple(tuple(row for part in copies for row in part[slot]) for slot in range(len(tokens)))
+    def copy_slot(self, slot: int, tokens: int) -> Rows:
+        """See :class:`~foldkv.runtime.buffers.Buffers`."""
+        return tuple(row for part in self._parts for row in part.copy_slot(slot, tokens))
 
-    def put_used(self, copies: Copies) -> None:
-        """Write what :meth:`copy_used` returned, here or on other GPUs, into the same slots."""
+    def put_slot(self, slot: int, rows: Rows) -> None:
+        """Write what :meth:`copy_slot` returned, here or on other GPUs, of this slot or of another."""
         start = 0
         for part in self._parts:
             end = start + len(part.spec.tensors)
-            part.put_used(tuple(rows[start:end] for rows in copies))
+            part.put_slot(slot, rows[start:end])
             start = end
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ import contextlib
 import operator
 import threading
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -31,36 +30,11 @@ from .backend import Executor, FloatArray, IntArray, Observer
 from .bundle import Bundle, StateMeaning
 from .model import Model
 from .sampling import GREEDY, Sampler, Sampling
+from .snapshots import SlotSnapshot, Snapshot
 
 Logits = Literal["last", "all"]
 #: Why a sequence ended: a stop token or stop string, or the number of tokens that was asked for.
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of a session's state, for :meth:`Session.restore`; independent of what the session does next.
-
-    Only rows in use are copied, so its size depends on the tokens held, not on the planned context.
-
-    Attributes:
-        meaning: what its rows mean: weights, profile, version and row formats. Bundles for other machines may have the same.
-        context: tokens that each slot could hold.
-        positions: tokens in the caches of each slot.
-        pending: the token of each slot that was given out but not fed, or None.
-        rows: by slot and state tensor [used, width].
-    """
-
-    meaning: StateMeaning
-    context: int
-    positions: tuple[int, ...]
-    pending: tuple[int | None, ...]
-    rows: tuple[tuple[npt.NDArray[Any], ...], ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the copied rows."""
-        return sum(rows.nbytes for slot in self.rows for rows in slot)
 
 
 class Session:
@@ -355,8 +329,7 @@ class Session:
     def state_rows(self, slot: int = 0) -> dict[str, npt.NDArray[Any]]:
         """Copies of the rows of a slot that are in use, as they are stored: by state tensor (``3.entries``) [used, width]."""
         with self._exclusive():
-            held = [tokens if at == slot else 0 for at, tokens in enumerate(self._positions.tolist())]
-            rows = self._buffers.copy_used(held)[slot]
+            rows = self._buffers.copy_slot(slot, int(self._positions[slot]))
         return {tensor.name: copy for tensor, copy in zip(self.bundle.state.tensors, rows, strict=True)}
 
     # The state as a value
@@ -365,7 +338,8 @@ class Session:
         """A copy of the current state, including tokens that were given out but not fed."""
         with self._exclusive():
             held = tuple(self._positions.tolist())
-            return Snapshot(self.bundle.meaning, self.context, held, self.pending, self._buffers.copy_used(held))
+            rows = tuple(self._buffers.copy_slot(slot, tokens) for slot, tokens in enumerate(held))
+            return Snapshot(self.bundle.meaning, self.context, held, self.pending, rows)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this session, or of one with the same context, batch and meaning of rows.
@@ -378,22 +352,56 @@ class Session:
         """
         if not isinstance(snapshot, Snapshot):
             raise InputError(f"expected what snapshot() returned, got {short(snapshot)}.")
-        theirs, ours = vars(snapshot.meaning), vars(self.bundle.meaning)
-        for name, found, wanted in (
-            *((name, theirs[name], ours[name]) for name in ours),
+        self._check_same(
+            snapshot.meaning,
             ("context", snapshot.context, self.context),
             ("batch", len(snapshot.positions), self.batch),
-        ):
-            if found != wanted:
-                raise InputError(
-                    f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a matching session."
-                )
+        )
         with self._exclusive(mend=True):
             np.maximum(self._written, snapshot.positions, out=self._written)
             self._torn = True
-            self._buffers.put_used(snapshot.rows)
+            for slot, rows in enumerate(snapshot.rows):
+                self._buffers.put_slot(slot, rows)
             self._positions[:] = snapshot.positions
             self._pending = list(snapshot.pending)
+            self._torn = False
+            self._steps += 1
+
+    def snapshot_slot(self, slot: int) -> SlotSnapshot:
+        """A copy of one slot's state, for :meth:`restore_slot` of any slot of any session of the same meaning of rows.
+
+        Raises:
+            InputError: a slot number out of range.
+        """
+        [slot] = self._slot_numbers([slot])
+        with self._exclusive():
+            held = int(self._positions[slot])
+            return SlotSnapshot(self.bundle.meaning, held, self._pending[slot], self._buffers.copy_slot(slot, held))
+
+    def restore_slot(self, slot: int, snapshot: SlotSnapshot) -> None:
+        """Let a slot go on from a snapshot, of itself earlier (to rewind), of another one (to fork), or of another session.
+
+        The other slots are not touched. The same steps then give the same bits as after the snapshot, in a session of the same bundle.
+
+        Raises:
+            CapacityError: it holds more tokens than this session's context. Nothing was changed.
+            InputError: it is of other weights, another profile or layout; or a slot number out of range. Nothing was changed.
+        """
+        if not isinstance(snapshot, SlotSnapshot):
+            raise InputError(f"expected what snapshot_slot() returned, got {short(snapshot)}.")
+        [slot] = self._slot_numbers([slot])
+        self._check_same(snapshot.meaning)
+        if snapshot.position > self.context:
+            raise CapacityError(
+                f"the snapshot holds {snapshot.position} tokens, which exceeds the context of {self.context}. Nothing was changed. "
+                "Open the session with a larger context."
+            )
+        with self._exclusive():
+            before, self._torn = int(self._written[slot]), True
+            self._buffers.clear(slot, before)  # no text of the one before stays behind the rows
+            self._buffers.put_slot(slot, snapshot.rows)
+            self._positions[slot] = self._written[slot] = snapshot.position
+            self._pending[slot] = snapshot.pending
             self._torn = False
             self._steps += 1
 
@@ -403,9 +411,7 @@ class Session:
         Raises:
             InputError: a slot number out of range; or only some slots while a failed run has damaged the state.
         """
-        wanted = list(range(self.batch)) if slots is None else _sequence("slots", slots)
-        if not all(type(slot) is int and 0 <= slot < self.batch for slot in wanted):
-            raise InputError(f"slots must be numbers from 0 to {self.batch - 1}, got {short(slots)}.")
+        wanted = list(range(self.batch)) if slots is None else self._slot_numbers(slots)
         with self._exclusive(mend=len(set(wanted)) == self.batch) as executor:
             for slot in wanted:
                 self._buffers.clear(slot, int(self._written[slot]))
@@ -416,6 +422,21 @@ class Session:
             self._steps += 1
 
     # Checks, all of them before the state is touched
+
+    def _slot_numbers(self, slots: Collection[int]) -> list[int]:
+        wanted = _sequence("slots", slots)
+        if not all(type(slot) is int and 0 <= slot < self.batch for slot in wanted):
+            raise InputError(f"slots must be numbers from 0 to {self.batch - 1}, got {short(slots)}.")
+        return wanted
+
+    def _check_same(self, meaning: StateMeaning, *more: tuple[str, int, int]) -> None:
+        """Refuse a snapshot whose rows mean something else; ``more`` are other names, its values and ours."""
+        theirs, ours = vars(meaning), vars(self.bundle.meaning)
+        for name, found, wanted in (*((name, theirs[name], ours[name]) for name in ours), *more):
+            if found != wanted:
+                raise InputError(
+                    f"the snapshot has {name} {found}; this session has {wanted}. Restore it in a matching session."
+                )
 
     def _checked(self, chunks: Sequence[Sequence[int]]) -> list[IntArray]:
         if len(_sequence("chunks", chunks)) != self.batch:
@@ -541,9 +562,11 @@ class Session:
             self._steps += 1
             self._torn = False
             for slot, count in enumerate(num_tokens):
+                if not count:
+                    continue
                 if logits == "all":
                     results[slot][start : start + count] = chunk_logits[slot, :count]
-                elif count and start + count == lengths[slot]:
+                elif start + count == lengths[slot]:
                     results[slot][0] = chunk_logits[slot, 0]
         return results
 

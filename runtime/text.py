@@ -7,35 +7,15 @@ split across tokens. The names are vLLM's: ``stop``, ``finish_reason``, ``stop_r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, short
-from .detokenizer import possible_start
+from .completion import Completion, Writer, joined, stop_strings
 from .sampling import GREEDY, Sampling
-from .session import FinishReason, Session, TokenStream
+from .session import Session, TokenStream
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote after one prompt, or a piece of it.
-
-    Attributes:
-        index: number of the prompt, and the session's slot.
-        text: the text, which ends before a stop string.
-        token_ids: all tokens that the session gave out, including those of a stop string: what its slot holds.
-        finish_reason: "stop" or "length"; None if more pieces follow.
-        stop_reason: the stop string, or the id from ``stop_tokens``, that ended the text; None at the model's end of sequence.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
 
 
 def generate_text(
@@ -69,16 +49,7 @@ def generate_text(
     )
     for piece in stream:
         pieces.setdefault(piece.index, []).append(piece)
-    return [
-        Completion(
-            index,
-            "".join(piece.text for piece in parts),
-            tuple(token for piece in parts for token in piece.token_ids),
-            parts[-1].finish_reason,
-            parts[-1].stop_reason,
-        )
-        for index, parts in sorted(pieces.items())
-    ]
+    return [joined(parts) for _, parts in sorted(pieces.items())]
 
 
 def stream_text(
@@ -127,7 +98,7 @@ def stream_text(
             raise InputError(f"{name} must be True or False, got {value!r}.")
     if add_special_tokens is not None and type(add_special_tokens) is not bool:
         raise InputError(f"add_special_tokens must be True, False or None, got {add_special_tokens!r}.")
-    marks = _stop_strings(stop)
+    marks = stop_strings(stop)
     encoded: list[list[int]] = []
     for slot, prompt in enumerate(_prompts(prompts)):
         empty = (
@@ -147,13 +118,13 @@ def stream_text(
     )
     before = [_held(session, slot) if resume else [] for slot in range(len(encoded))]
     writers = [
-        _Writer(slot, tokenizer, [*held, *prompt], marks, skip_special_tokens)
+        Writer(slot, tokenizer, [*held, *prompt], marks, skip_special_tokens)
         for slot, (held, prompt) in enumerate(zip(before, encoded, strict=True))
     ]
     return _pieces(tokens, writers, told=stop_tokens is not None)
 
 
-def _pieces(tokens: TokenStream, writers: list[_Writer], *, told: bool) -> Iterator[Completion]:
+def _pieces(tokens: TokenStream, writers: list[Writer], *, told: bool) -> Iterator[Completion]:
     """The pieces of all prompts; ``told`` means that the caller named the stop tokens."""
     try:
         for slot, token in tokens:
@@ -168,7 +139,7 @@ def _pieces(tokens: TokenStream, writers: list[_Writer], *, told: bool) -> Itera
         tokens.close()
 
 
-def _ended(tokens: TokenStream, writers: list[_Writer], told: bool) -> Iterator[Completion]:
+def _ended(tokens: TokenStream, writers: list[Writer], told: bool) -> Iterator[Completion]:
     for writer in writers:
         reason = tokens.finish_reasons[writer.index]
         if reason is not None and not writer.ended:
@@ -178,50 +149,6 @@ def _ended(tokens: TokenStream, writers: list[_Writer], told: bool) -> Iterator[
 def _held(session: Session, slot: int) -> list[int]:
     pending = session.pending[slot]
     return [] if pending is None else [pending]
-
-
-class _Writer:
-    """The text of one prompt's tokens, up to a stop string."""
-
-    def __init__(
-        self, index: int, tokenizer: Tokenizer, before: list[int], stop: tuple[str, ...], skip_special_tokens: bool
-    ) -> None:
-        self.index, self.ended = index, False
-        self._stream = tokenizer.stream(skip_special_tokens=skip_special_tokens, prompt=before)
-        self._stop, self._held = stop, ""
-        self._tokens: list[int] = []  # given out since the last piece
-
-    def push(self, token: int) -> Completion | None:
-        """The piece that the token makes final, if it has text. It is the last one if a stop string is complete."""
-        self._tokens.append(token)
-        text, mark = self._released(self._stream.push(token))
-        if mark is not None:
-            return self._piece(text, "stop", mark)
-        return self._piece(text) if text else None
-
-    def finish(self, reason: FinishReason, stop_token: int | None) -> Completion:
-        """The last piece, with all text that was held back."""
-        text, mark = self._released(self._stream.finish())
-        if mark is not None:
-            return self._piece(text, "stop", mark)
-        return self._piece(text + self._held, reason, stop_token)
-
-    def _released(self, text: str) -> tuple[str, str | None]:
-        """The part of held-back text and ``text`` that can be given out, and the stop string that ends it, or None."""
-        text = self._held + text
-        found = [(at + len(mark), at, mark) for mark in self._stop if (at := text.find(mark)) >= 0]
-        if found:
-            _, at, mark = min(found)
-            self._held = ""
-            return text[:at], mark
-        kept = len(text) - possible_start(text, self._stop)
-        self._held = text[kept:]
-        return text[:kept], None
-
-    def _piece(self, text: str, reason: FinishReason | None = None, stop_reason: int | str | None = None) -> Completion:
-        tokens, self._tokens = tuple(self._tokens), []
-        self.ended = reason is not None
-        return Completion(self.index, text, tokens, reason, stop_reason)
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -237,13 +164,3 @@ def _list(value: object) -> list[Any]:
     if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
         raise InputError(f"prompts must be texts or lists of token ids, got {short(value)}.")
     return list(value)
-
-
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(stop, str):
-        stop = (stop,)
-    if not isinstance(stop, Iterable) or not all(isinstance(mark, str) for mark in stop):
-        raise InputError(f"stop must be a text or a list of texts, got {short(stop)}. For tokens use stop_tokens.")
-    if "" in stop:
-        raise InputError("a stop string is empty, which would end every text before its start. Leave it out.")
-    return tuple(dict.fromkeys(stop))

@@ -117,7 +117,7 @@ class LayeredSubject:
         return torch.cat(made), {name: np.concatenate(parts) for name, parts in more.items()}
 
     def _keep_rows(self, layer: int, job: Job) -> None:
-        [rows] = self._executor.buffers.copy_used([len(job.tokens)])
+        rows = self._executor.buffers.copy_slot(0, len(job.tokens))
         tensors = self._bundle.state.tensors
         job.rows |= {one.name: copy for one, copy in zip(tensors, rows, strict=True) if one.layer == layer}
 

@@ -20,7 +20,8 @@ from foldkv.export.contract.geometry import ModelSpec
 from foldkv.export.contract.lock import LOCK, WeightsLock
 from foldkv.manifests import BundleManifest, read
 from foldkv.optimize.floor import state_floor, stored_read
-from foldkv.runtime.session import Session, Snapshot
+from foldkv.runtime.session import Session
+from foldkv.runtime.snapshots import Snapshot
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,11 @@ def test_a_bundle_for_a_gpu_computes_what_the_cpu_bundle_computes(
         for step, pair in enumerate([[7, 9], [11, 13]]):
             ours = run(executor, [[token] for token in pair], len(PROMPT[0]) + step, trim=step == 1)
             np.testing.assert_allclose(ours, session.decode(pair), rtol=0, atol=1e-4)
-        kept = executor.buffers.copy_used([38, 38])
+        kept = [executor.buffers.copy_slot(slot, 38) for slot in range(2)]
         executor.buffers.clear(0, 38)
         run(executor, [[3], [3]], 38)
-        executor.buffers.put_used(kept)
+        for slot, rows in enumerate(kept):
+            executor.buffers.put_slot(slot, rows)
         np.testing.assert_allclose(run(executor, [[5], [6]], 38), session.decode([5, 6]), rtol=0, atol=1e-4)
     executor.forget()
     small = [tensor for lane in executor._lanes.values() for tensor in lane.tensors()]

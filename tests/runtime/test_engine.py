@@ -229,14 +229,15 @@ def test_device_buffers_hold_what_host_buffers_hold(dtype: str) -> None:
     rng = np.random.default_rng(0)
     written = tuple(
         tuple(rng.integers(0, 100, copy.shape).astype(copy.dtype) for copy in slot)
-        for slot in theirs.copy_used([40, 11, 40])
+        for slot in (theirs.copy_slot(0, 40), theirs.copy_slot(1, 11), theirs.copy_slot(2, 40))
     )
     for buffers in (ours, theirs):
-        buffers.put_used(written)
+        for slot, rows in enumerate(written):
+            buffers.put_slot(slot, rows)
         buffers.clear(1, 9)
-    held = zip(ours.copy_used([64, 64, 64]), theirs.copy_used([64, 64, 64]), strict=True)
-    for one, other in ((one, other) for slots in held for one, other in zip(*slots, strict=True)):
-        np.testing.assert_array_equal(one, other)
+    for slot in range(3):
+        for one, other in zip(ours.copy_slot(slot, 64), theirs.copy_slot(slot, 64), strict=True):
+            np.testing.assert_array_equal(one, other)
     ours.close()
     assert driver.blocks == {}
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldkv.errors import FoldkvError, InputError
-from foldkv.runtime.sampling import GREEDY, Sampler, Sampling
+from foldkv.runtime.sampling import GREEDY, Sampler, Sampling, distribution, token_logprob
 
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -3.0], np.float32)
 
@@ -57,7 +57,9 @@ def test_a_seed_and_a_request_fix_the_draws() -> None:
         {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": True},
         {"temperature": "1"}, {"temperature": None}, {"temperature": np.float32("nan")}, {"top_k": 0}, {"top_k": True}, {"top_k": 2.0},
         {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}, {"top_p": True}, {"top_p": None}, {"seed": -1},
-        {"seed": 1.0}, {"seed": False}, {"seed": None},
+        {"seed": 1.0}, {"seed": False}, {"seed": None}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": None}, {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")}, {"frequency_penalty": -3}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")},
+        {"logit_bias": {"1": 1.0}}, {"logit_bias": {1: float("inf")}}, {"logit_bias": {-1: 1.0}}, {"logit_bias": [1]}, {"logit_bias": {1: True}},
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused(options: dict[str, Any]) -> None:
@@ -74,3 +76,61 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     with pytest.raises(FoldkvError):
         Sampler(Sampling(temperature=1.0), 0)(np.full(6, np.nan, np.float32))
+
+
+def test_min_p_keeps_what_is_probable_enough_beside_the_likeliest() -> None:
+    p = np.exp(LOGITS.astype(float) / 1.5)
+    for least in (0.01, 0.2, 0.5, 1.0):
+        tokens, probabilities = distribution(LOGITS, Sampling(temperature=1.5, min_p=least))
+        assert set(tokens) == set(np.flatnonzero(p >= least * p.max()))
+        np.testing.assert_allclose(probabilities, p[tokens] / p[tokens].sum())
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=4),
+    st.floats(-2, 2, width=16),
+    st.floats(-2, 2, width=16),
+    st.sampled_from([0.5, 1.0, 1.5]),
+    st.dictionaries(st.integers(0, 5), st.floats(-5, 5, width=16), max_size=3),
+)
+def test_penalties_and_bias_change_logits_as_the_formulas_say(
+    prompt: list[int], presence: float, frequency: float, repetition: float, bias: dict[int, float]
+) -> None:
+    sampler = Sampler(
+        Sampling(
+            presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition, logit_bias=bias
+        ),
+        prompt=prompt,
+    )
+    answer: list[int] = []
+    for _ in range(6):
+        expected = []
+        for token, logit in enumerate(LOGITS.tolist()):
+            value = logit + bias.get(token, 0.0)
+            if token in prompt or token in answer:
+                value = value / repetition if value > 0 else value * repetition
+            expected.append(value - frequency * answer.count(token) - (presence if token in answer else 0.0))
+        before = LOGITS.copy()
+        chosen = sampler(LOGITS)
+        assert expected[chosen] >= max(expected) - 1e-5
+        assert np.array_equal(before, LOGITS), "the model's logits are not changed"
+        answer.append(chosen)
+
+
+def test_only_what_is_allowed_is_drawn() -> None:
+    allowed = np.array([False, False, True, True, False, False])
+    hot = Sampler(Sampling(temperature=5.0))
+    assert {hot(LOGITS, allowed) for _ in range(100)} == {2, 3}
+    assert Sampler(GREEDY)(LOGITS, allowed) == 2
+    with pytest.raises(InputError, match="no token may come next"):
+        Sampler(GREEDY)(LOGITS, np.zeros(6, bool))
+    with pytest.raises(InputError, match="logit_bias has the token 6"):
+        Sampler(Sampling(logit_bias={6: 1.0}))(LOGITS)
+
+
+def test_logprobs_are_those_of_the_softmax() -> None:
+    p = np.exp(LOGITS.astype(float)) / np.exp(LOGITS.astype(float)).sum()
+    found = token_logprob(LOGITS, 3, 2)
+    assert found.token == 3 and [token for token, _ in found.top] == [0, 1]
+    np.testing.assert_allclose([found.logprob, *(value for _, value in found.top)], np.log(p[[3, 0, 1]]))
+    assert token_logprob(LOGITS, 0, 0).top == ()

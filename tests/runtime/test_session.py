@@ -24,7 +24,8 @@ from foldkv.export.checkpoint.config_reader import spec_from_file
 from foldkv.export.contract.state import state_tensors, total_bytes
 from foldkv.runtime.bundle import load_bundle
 from foldkv.runtime.sampling import Sampling
-from foldkv.runtime.session import Session, Snapshot
+from foldkv.runtime.session import Session
+from foldkv.runtime.snapshots import Snapshot
 
 PROMPT = list(b"def scale(values, factor):\n    return [value * factor for value in values]\n\n\ndef ")
 OTHER = list(b"Licensed under the Apache License, Version 2.0")

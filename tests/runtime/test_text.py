@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 import foldkv.runtime
 from foldkv.errors import CapacityError, InputError
 from foldkv.runtime import Completion, Sampling, Session, Tokenizer, generate_text, load_bundle, stream_text
-from foldkv.runtime.text import _Writer
+from foldkv.runtime.completion import Writer
 
 PROMPTS = ["def scale(values, factor):\n    return", "Licensed under the Apache License, Version 2.0"]
 
@@ -138,7 +138,7 @@ def test_where_a_text_ends_does_not_depend_on_how_it_is_cut(
 ) -> None:
     """Byte by byte the same as at once, and the same as a search over the whole text."""
     text = "".join(parts)
-    writer = _Writer(0, tokenizer, [], tuple(stop), True)
+    writer = Writer(0, tokenizer, [], tuple(stop), True)
     out, ended = "", None
     for token in tokenizer.encode(text):
         piece = writer.push(token)
@@ -158,7 +158,7 @@ def test_where_a_text_ends_does_not_depend_on_how_it_is_cut(
 
 
 def test_a_stop_string_in_what_was_held_back_to_the_end_counts(tokenizer: Tokenizer) -> None:
-    writer = _Writer(0, tokenizer, [], ("\N{REPLACEMENT CHARACTER}",), True)
+    writer = Writer(0, tokenizer, [], ("\N{REPLACEMENT CHARACTER}",), True)
     assert writer.push(0xF0) is None
     last = writer.finish("length", None)
     assert (last.text, last.finish_reason, last.stop_reason) == ("", "stop", "\N{REPLACEMENT CHARACTER}")

@@ -18,7 +18,8 @@ from onnx import numpy_helper
 from onnx.helper import make_node
 
 from foldkv.runtime.model import Model as OpenModel
-from foldkv.runtime.session import Session, Snapshot
+from foldkv.runtime.session import Session
+from foldkv.runtime.snapshots import Snapshot
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.behaviour import answered, figures, metrics
 from foldkv.validation.behaviour_cases import sweep_cases

@@ -21,7 +21,7 @@ def test_an_observer_sees_every_layer_of_every_chunk_and_changes_nothing(tiny_bu
     streams: dict[int | None, list[np.ndarray]] = {}
 
     def keep(one: Observed) -> None:
-        assert one.slot is None and not one.more
+        assert one.slot == 0 and not one.more
         seen.append((one.layer, one.streams.shape))
         streams.setdefault(one.layer, []).append(one.streams[0].copy())
 

@@ -1,0 +1,151 @@
+"""One request while it is answered: its completions, where each of them is, and what is given out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from ..backend import FloatArray
+from ..completion import Completion, Finish, Usage, Writer
+from ..sampling import Sampler, token_logprob
+from ..snapshots import SlotSnapshot
+from ..tokenizer import Tokenizer
+from .request import Checked
+
+#: Gets every piece of every completion, and at most one error, after which nothing more comes.
+Give = Callable[[Completion | BaseException], None]
+
+
+class Group:
+    """The completions of one request.
+
+    Attributes:
+        checked: the request.
+        id: for logs.
+        answers: its completions.
+        arrived: when it came, by ``time.monotonic``.
+        deadline: when it must have ended; None for never.
+        cancelled: whether nobody wants it any more; any thread may set it.
+        cached: tokens of the prompt that were not fed.
+        first_token: when the first token was chosen; None before.
+        failed: whether it ended with an error.
+        logged: whether its line was logged.
+    """
+
+    def __init__(self, checked: Checked, id: str, tokenizer: Tokenizer | None, give: Give) -> None:
+        """Begin now."""
+        self.checked, self.id, self.give = checked, id, give
+        self.arrived = time.monotonic()
+        self.deadline = None if checked.request.timeout is None else self.arrived + checked.request.timeout
+        self.cancelled, self.cached = False, 0
+        self.first_token: float | None = None
+        self.failed = self.logged = False
+        self.answers = [Answer(self, index, tokenizer) for index in range(checked.request.n)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether all completions have ended."""
+        return all(answer.ended for answer in self.answers)
+
+    def unwanted(self, now: float) -> Finish | None:
+        """Why it must end now, or None."""
+        if self.cancelled:
+            return "cancelled"
+        return "timeout" if self.deadline is not None and now >= self.deadline else None
+
+    def fail(self, error: BaseException) -> None:
+        """End all completions with an error, which is given out once."""
+        if not self.failed and not self.ended:
+            self.failed = True
+            for answer in self.answers:
+                answer.reason = answer.reason or "error"
+            self.give(error)
+
+
+class Answer:
+    """One completion.
+
+    Attributes:
+        group: its request.
+        index: its number among the request's completions.
+        slot: where its state is; None while it has none.
+        fed: tokens in the caches.
+        tokens: prompt and answer; the last one of an answer is not in the caches.
+        cold: whether the state has the bits of a run that used no kept state.
+        fork: state and logits after the prompt, if another completion of the request has fed it.
+        reason: why it ended, or None.
+    """
+
+    def __init__(self, group: Group, index: int, tokenizer: Tokenizer | None) -> None:
+        """Begin with nothing fed."""
+        request = group.checked.request
+        self.group, self.index = group, index
+        self.slot: int | None = None
+        self.fed, self.cold = 0, True
+        self.tokens = list(group.checked.prompt)
+        self.fork: tuple[SlotSnapshot, FloatArray] | None = None
+        self.reason: Finish | None = None
+        self._sampler = Sampler(request.sampling, index, group.checked.prompt)
+        self._constraint = None if request.constraint is None else request.constraint()
+        self._writer = Writer(
+            index, tokenizer, group.checked.prompt, group.checked.stop, request.skip_special_tokens
+        )
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.group.checked.prompt
+
+    @property
+    def count(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def feeding(self) -> bool:
+        """Whether a part of the prompt is to be fed."""
+        return self.fed < len(self.prompt)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self.reason is not None
+
+    def take(self, logits: FloatArray) -> None:
+        """Choose the next token from logits [V], and give out what it makes final. A failure ends the request."""
+        checked = self.group.checked
+        try:
+            token = self._sampler(logits, None if self._constraint is None else self._constraint.allowed())
+            if self._constraint is not None:
+                self._constraint.took(token)
+        except Exception as error:  # noqa: BLE001 - whatever the caller's constraint raises ends the caller's request alone
+            self.group.fail(error)
+            return
+        if self.group.first_token is None:
+            self.group.first_token = time.monotonic()
+        if token in checked.stop_tokens:
+            self.end("stop", token if checked.told else None)
+            return
+        self.tokens.append(token)
+        alternatives = checked.request.logprobs
+        piece = self._writer.push(token, None if alternatives is None else token_logprob(logits, token, alternatives))
+        if piece is not None and piece.finish_reason is not None:
+            self._give_last(piece)
+            return
+        if piece is not None:
+            self.group.give(piece)
+        if self._constraint is not None and self._constraint.ended:
+            self.end("stop")
+        elif self.count == checked.most:
+            self.end("length")
+
+    def end(self, reason: Finish, stop_token: int | None = None) -> None:
+        """End it, and give out what was held back."""
+        if not self.ended:
+            self._give_last(self._writer.finish(reason, stop_token))
+
+    def _give_last(self, piece: Completion) -> None:
+        self.reason = piece.finish_reason
+        usage = Usage(len(self.prompt), self.group.cached, self.count)
+        self.group.give(dataclasses.replace(piece, usage=usage))

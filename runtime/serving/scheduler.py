@@ -1,0 +1,282 @@
+"""Who runs next: requests join and leave a session's slots between any two steps.
+
+A step is either one token of every sequence that is being answered, or one chunk of one prompt. The two take turns while there are
+both, so a long prompt delays the answers of others by one chunk at a time, and prompts take turns with each other. These are the
+two shapes that engines are built for.
+
+A prompt is always fed in chunks that begin at multiples of the session's chunk, so the same tokens have the same bits in the caches,
+whoever feeds them and whatever else runs.
+
+Only one thread uses a scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...errors import FoldkvError
+from ..backend import FloatArray
+from ..session import Session
+from .answer import Answer, Group
+from .prefixes import PrefixIndex
+
+LOG = logging.getLogger("foldkv.serving")
+
+
+@dataclass
+class Counts:
+    """What a scheduler did.
+
+    Attributes:
+        decode_steps: steps of one token of every running sequence.
+        chunk_steps: chunks of prompts.
+        prompt_tokens: tokens of prompts that were begun.
+        cached_tokens: those of them that were not fed.
+        new_tokens: tokens of completions.
+        looked_up_tokens: tokens of prompts for which a kept state was looked for.
+        finished: completions by why they ended.
+        seconds: in steps, of which ``model_seconds`` in the model.
+    """
+
+    decode_steps: int = 0
+    chunk_steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    looked_up_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
+class Scheduler:
+    """Answers requests with the slots of a session."""
+
+    def __init__(self, session: Session, prefixes: PrefixIndex | None = None, *, batch_invariant: bool = False) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            session: whose slots are used; nobody else uses it.
+            prefixes: states to start from, and where to keep them.
+            batch_invariant: compute every sequence's steps alone, so that its bits do not depend on who else runs.
+        """
+        self.counts = Counts()
+        self._session, self._prefixes, self._alone = session, prefixes, batch_invariant
+        self._waiting: deque[Answer] = deque()
+        self._slots: list[Answer | None] = [None] * session.batch
+        self._turns: deque[Answer] = deque()  # those whose prompts are fed, in the order of their turns
+        self._chunk_is_next = True
+
+    def add(self, group: Group) -> None:
+        """Queue a request. Its other completions follow when the prompt has been fed."""
+        self._waiting.append(group.answers[0])
+
+    @property
+    def waiting(self) -> int:
+        """Completions without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Completions in slots."""
+        return sum(answer is not None for answer in self._slots)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._waiting) or self.running > 0
+
+    def step(self) -> None:
+        """Do what comes next: nothing, one token of all, or a chunk of one."""
+        started = time.perf_counter()
+        try:
+            self._end_unwanted()
+            self._admit()
+            running = [answer for answer in self._slots if answer is not None and not answer.feeding]
+            if self._turns and (self._chunk_is_next or not running):
+                self._chunk_is_next = False
+                self._feed(self._turns[0])
+            elif running:
+                self._chunk_is_next = True
+                self._decode(running)
+            self._leave()
+        finally:
+            self.counts.seconds += time.perf_counter() - started
+
+    def fail_all(self, error: BaseException) -> None:
+        """End everything with an error, and empty the slots."""
+        for answer in (*self._slots, *self._waiting):
+            if answer is not None:
+                answer.group.fail(error)
+        self._waiting.clear()
+        self._leave(keep=False)
+
+    def end_all(self) -> None:
+        """End everything as cancelled."""
+        for answer in (*self._slots, *self._waiting):
+            if answer is not None:
+                answer.group.cancelled = True
+        self._end_unwanted()
+        self._leave(keep=False)
+
+    # Who is there
+
+    def _end_unwanted(self) -> None:
+        now = time.monotonic()
+        for answer in (*self._slots, *self._waiting):
+            if answer is not None and (reason := answer.group.unwanted(now)):
+                for one in answer.group.answers:
+                    one.end(reason)
+        if any(answer.ended for answer in self._waiting):
+            for answer in [one for one in self._waiting if one.ended]:
+                self._waiting.remove(answer)
+                self._note_end(answer)
+        self._leave()
+
+    def _admit(self) -> None:
+        while self._waiting and None in self._slots:
+            answer = self._waiting.popleft()
+            slot = answer.slot = self._slots.index(None)
+            self._slots[slot] = answer
+            if answer.fork is not None:
+                snapshot, logits = answer.fork
+                answer.fork = None
+                self._session.restore_slot(slot, snapshot)
+                answer.fed = len(answer.prompt)
+                self._taken(answer, logits)
+                continue
+            self._start(answer, slot)
+            self._turns.append(answer)
+        self._leave()
+
+    def _start(self, answer: Answer, slot: int) -> None:
+        """Begin a prompt, after a kept state if there is one."""
+        request, prompt = answer.group.checked.request, answer.prompt
+        self.counts.prompt_tokens += len(prompt)
+        if self._prefixes is None or not request.use_prefixes:
+            return
+        self.counts.looked_up_tokens += len(prompt)
+        hit = self._prefixes.find(prompt, exact=request.exact)
+        if hit is not None:
+            self._session.restore_slot(slot, hit.snapshot)
+            answer.fed, answer.cold = hit.length, hit.exact
+            answer.group.cached = hit.length
+            self.counts.cached_tokens += hit.length
+
+    def _leave(self, *, keep: bool = True) -> None:
+        """Free the slots of completions that have ended."""
+        for slot, answer in enumerate(self._slots):
+            if answer is None or not answer.ended:
+                continue
+            if keep and not answer.feeding and answer.reason in ("stop", "length"):
+                self._keep(answer, exact=False)
+            self._slots[slot] = answer.slot = None
+            if answer in self._turns:
+                self._turns.remove(answer)
+            self._session.reset([slot])
+            self._note_end(answer)
+
+    def _note_end(self, answer: Answer) -> None:
+        self.counts.finished[answer.reason or ""] += 1
+        group = answer.group
+        if not group.ended or group.logged:
+            return
+        group.logged = True
+        now = time.monotonic()
+        first = "-" if group.first_token is None else f"{1e3 * (group.first_token - group.arrived):.0f} ms"
+        LOG.info(
+            "request %s: %d prompt tokens, %d of them kept, %d new in %d completions, first after %s, %.2f s, %s",
+            group.id, len(group.checked.prompt), group.cached, sum(one.count for one in group.answers), len(group.answers), first,
+            now - group.arrived, ", ".join(sorted({one.reason or "" for one in group.answers})),
+        )  # fmt: skip
+
+    # The two kinds of steps
+
+    def _feed(self, answer: Answer) -> None:
+        """Feed the next chunk of a prompt."""
+        self._turns.rotate(-1)
+        size, start, prompt = self._session.chunk, answer.fed, answer.prompt
+        end = min((start // size + 1) * size, len(prompt))
+        self.counts.chunk_steps += 1
+        rows = self._forward({answer: list(prompt[start:end])})
+        if rows is None:
+            return
+        answer.fed = end
+        if end == len(prompt):
+            self._turns.remove(answer)
+            self._keep(answer, exact=answer.cold and end % size == 0)
+            logits = rows[answer]
+            self._fork(answer, logits)
+            self._taken(answer, logits)
+        elif end % size == 0 and is_kept(end // size, len(prompt) // size):
+            self._keep(answer, exact=answer.cold)
+
+    def _fork(self, answer: Answer, logits: FloatArray) -> None:
+        """Let the request's other completions begin after the prompt that this one has fed. They are next in the queue."""
+        others = answer.group.answers[1:]
+        if not others or answer.slot is None:
+            return
+        fork = self._session.snapshot_slot(answer.slot), logits.copy()
+        for other in reversed(others):
+            other.fork, other.cold = fork, answer.cold
+            self._waiting.appendleft(other)
+
+    def _decode(self, running: list[Answer]) -> None:
+        """One token of every sequence."""
+        self.counts.decode_steps += 1
+        for group in [[answer] for answer in running] if self._alone else [running]:
+            rows = self._forward({answer: answer.tokens[-1:] for answer in group})
+            if rows is None:
+                return
+            for answer in group:
+                answer.fed += 1
+                self._taken(answer, rows[answer])
+
+    def _taken(self, answer: Answer, logits: FloatArray) -> None:
+        before = answer.count
+        answer.take(logits)
+        self.counts.new_tokens += answer.count - before
+
+    def _forward(self, fed: dict[Answer, list[int]]) -> dict[Answer, FloatArray] | None:
+        """The logits [V] after the tokens of each; None if the backend failed, which ends whoever was in a slot."""
+        chunks: list[list[int]] = [[] for _ in self._slots]
+        for answer, tokens in fed.items():
+            assert answer.slot is not None
+            chunks[answer.slot] = tokens
+        started = time.perf_counter()
+        try:
+            rows = self._session.forward(chunks)
+        except FoldkvError as error:
+            LOG.error("a step failed; the %d requests in it end with this error: %s", self.running, error)
+            for other in self._slots:
+                if other is not None:
+                    other.group.fail(error)
+            self._session.reset()
+            return None
+        finally:
+            self.counts.model_seconds += time.perf_counter() - started
+        return {answer: rows[answer.slot][0] for answer in fed if answer.slot is not None}
+
+    def _keep(self, answer: Answer, *, exact: bool) -> None:
+        """Keep the state of a completion for requests that begin with the same tokens."""
+        request = answer.group.checked.request
+        if self._prefixes is None or answer.slot is None or not request.use_prefixes or (request.exact and not exact):
+            return
+        tokens = np.array(answer.tokens[: answer.fed], np.int64)
+        if not self._prefixes.holds(tokens, exact=exact):
+            self._prefixes.put(tokens, self._session.snapshot_slot(answer.slot), exact=exact)
+
+
+def is_kept(chunk: int, last: int) -> bool:
+    """Whether the state after this many chunks of a prompt is kept, if the prompt has ``last`` whole ones.
+
+    A state's bytes grow with its tokens, so keeping all would take the square of a prompt's length. Kept are the last one, the
+    first four, and four of each doubling: a prefix that two prompts share is found up to a fifth of its length, and all states of
+    a prompt together take as much as five or six of the whole.
+    """
+    return chunk == last or chunk % (1 << max(0, chunk.bit_length() - 3)) == 0
