@@ -91,7 +91,9 @@ class Writer:
             skip_special_tokens: leave special tokens out of the text.
         """
         self.index, self.ended = index, False
-        self._stream = None if tokenizer is None else tokenizer.stream(skip_special_tokens=skip_special_tokens, prompt=before)
+        self._stream = (
+            None if tokenizer is None else tokenizer.stream(skip_special_tokens=skip_special_tokens, prompt=before)
+        )
         self._stop, self._held = stop, ""
         self._tokens: list[int] = []  # given out since the last piece
         self._logprobs: list[TokenLogprob] = []

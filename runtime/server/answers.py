@@ -111,10 +111,9 @@ class _Text(_Choice):
 
     def _logprobs(self, tokens: tuple[TokenLogprob, ...]) -> dict[str, list[Any]]:
         if self._stream is None:
-            request = self._job.requests[self._index // self._job.answers]
-            self._stream = self._tokenizer.stream(
-                skip_special_tokens=request.skip_special_tokens, prompt=request.prompt
-            )  # type: ignore[arg-type]
+            prompt = self._index // self._job.answers
+            skip = self._job.requests[prompt].skip_special_tokens
+            self._stream = self._tokenizer.stream(skip_special_tokens=skip, prompt=self._job.prompts[prompt])
         found: dict[str, list[Any]] = {name: [] for name in self._rows}
         for one in tokens:
             found["tokens"].append(spelled(self._tokenizer, one.token))

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,13 @@ from .generations import Generations
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Metrics
 from .page import page, page_headers
-from .problems import Problem, problem_of, to_json
+from .problems import AGAIN, Problem, problem_of, to_json
 from .requests import Job, chat_job, completion_job
 from .service import Service
 
 _log = logging.getLogger(__name__)
 #: Seconds after which a stream without news says that it lives, so that nobody between takes it for dead.
 _SILENCE = 15.0
-#: Seconds after which a client may ask again when the queue was full.
-_AGAIN = 1
 #: What whoever watches the server asks all the time.
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 _JSON = "application/json"
@@ -177,10 +175,12 @@ class Application:
         clock, data = self._metrics.clock(), await self._read(request)
         # Long prompts take a while to read and to encode; others go on meanwhile.
         job = await asyncio.to_thread(lambda: _made(kind, data, make, self._service))
+        if self._stopping:  # since
+            raise _stopping()
         generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
         answer = Answer(job, self._service)
 
-        async def pieces() -> AsyncIterator[tuple[int, Completion]]:
+        async def pieces() -> AsyncGenerator[tuple[int, Completion]]:
             self._running.add(generations)
             reasons = list[str]()
             try:
@@ -256,7 +256,7 @@ def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service) -> Job
 
 
 def _stopping() -> Problem:
-    return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(_AGAIN)})
+    return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(AGAIN)})
 
 
 def _too_long(most: int) -> Problem:
@@ -290,8 +290,8 @@ async def _not_found(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _events(
-    job: Job, answer: Answer, pieces: AsyncIterator[tuple[int, Completion]], failed: Callable[[Completion], Problem | None]
-) -> AsyncIterator[bytes]:  # fmt: skip
+    job: Job, answer: Answer, pieces: AsyncGenerator[tuple[int, Completion]], failed: Callable[[Completion], Problem | None]
+) -> AsyncGenerator[bytes]:  # fmt: skip
     """The events of a stream. One that fails ends with an error, and not with what says that all came."""
     problem: Problem | None = None
     try:
@@ -303,7 +303,7 @@ async def _events(
     except Exception as error:  # noqa: BLE001 - the status has been sent, so it is told in the stream
         problem = problem_of(error, job.id)
     finally:
-        await pieces.aclose()  # type: ignore[attr-defined]
+        await pieces.aclose()
     if problem is not None:
         yield _event(problem.facts())
         return
@@ -321,7 +321,7 @@ class _Events(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], left: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], left: Callable[[], None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events, self._left = events, left
@@ -333,7 +333,7 @@ class _Events(Response):
         try:
             async with _cancelled_without(receive, self._left):
                 while True:
-                    following = asyncio.ensure_future(anext(self._events))  # type: ignore[arg-type]
+                    following = asyncio.ensure_future(anext(self._events))
                     while not (await asyncio.wait({following}, timeout=_SILENCE))[0]:
                         await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
                     try:
@@ -345,7 +345,7 @@ class _Events(Response):
             if following is not None and not following.done():
                 following.cancel()
                 await asyncio.wait({following})
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
             self._left()  # also where the first event was never asked for
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import CapacityError, InputError, MissingDependencyError
+from ...errors import CapacityError, InputError, MissingDependencyError, QueueFullError
 
 _log = logging.getLogger(__name__)
+#: Seconds after which a client that was sent away may ask again.
+AGAIN = 1
 #: The type of OpenAI's errors, by status; other statuses from 500 are errors of the server, from 400 of the request.
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
 #: Messages of foldkv begin with what is wrong: ``messages[2].role is ...``, ``temperature must be ...``.
@@ -58,6 +60,8 @@ def problem_of(error: BaseException, request: str, fields: frozenset[str] = froz
     """
     if isinstance(error, Problem):
         return error
+    if isinstance(error, QueueFullError):
+        return Problem(429, str(error), code="queue_full", headers={"retry-after": str(AGAIN)})
     if isinstance(error, CapacityError):
         return Problem(400, str(error), code="context_length_exceeded")
     if isinstance(error, InputError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...errors import short
@@ -12,7 +12,7 @@ from ..chat.parser import Parser
 from ..sampling import Sampling
 from ..serving.constraint import NewConstraint
 from ..serving.request import Request
-from .bodies import ChatBody, CompletionBody, SamplingBody
+from .bodies import ChatBody, CompletionBody, SamplingBody, TemplateOptions
 from .problems import Problem
 from .service import Service
 from .structure import chat_constraint, completion_constraint
@@ -32,7 +32,8 @@ class Job:
 
     Attributes:
         id: of the answer.
-        requests: one for each prompt, with token ids.
+        requests: one for each prompt.
+        prompts: their token ids.
         answers: to each prompt.
         stream: give out the answers while they grow.
         usage: end a stream with the numbers of tokens.
@@ -42,6 +43,7 @@ class Job:
 
     id: str
     requests: tuple[Request, ...]
+    prompts: Sequence[Sequence[int]]
     answers: int
     stream: bool
     usage: bool
@@ -125,7 +127,7 @@ def _job(
         for number, prompt in enumerate(prompts)
     )
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return Job(name, requests, answers, bool(body.stream), usage, logprobs is not None, parser)
+    return Job(name, requests, prompts, answers, bool(body.stream), usage, logprobs is not None, parser)
 
 
 def _room(prompt: int, most: int | None, usual: int | None, context: int, field: str) -> int:
@@ -141,7 +143,7 @@ def _room(prompt: int, most: int | None, usual: int | None, context: int, field:
 
 
 def _sampling(body: SamplingBody, service: Service) -> Sampling:
-    vocabulary = service.engine.bundle.model.vocab_size
+    vocabulary = service.engine.model.bundle.model.vocab_size
     for field, ids in (("logit_bias", body.logit_bias or {}), ("stop_token_ids", body.stop_token_ids or [])):
         if unknown := [token for token in ids if token >= vocabulary]:
             raise Problem(
@@ -169,15 +171,16 @@ def _stop_tokens(body: SamplingBody, service: Service) -> frozenset[int] | None:
     """Beside the model's own; None for these alone."""
     if not body.stop_token_ids:
         return None
-    return frozenset(body.stop_token_ids) | frozenset(service.engine.bundle.model.eos_token_ids)
+    return frozenset(body.stop_token_ids) | frozenset(service.engine.model.bundle.model.eos_token_ids)
 
 
 def _thinking(body: ChatBody, chat: ChatFormat) -> tuple[bool, str | None]:
     """Whether the model thinks before it answers, and how much."""
-    said: dict[str, bool | None] = {
+    options = body.chat_template_kwargs or TemplateOptions()
+    said = {
         "thinking": None if body.thinking is None else body.thinking.type == "enabled",
-        "chat_template_kwargs.thinking": body.chat_template_kwargs and body.chat_template_kwargs.thinking,
-        "chat_template_kwargs.enable_thinking": body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking,
+        "chat_template_kwargs.thinking": options.thinking,
+        "chat_template_kwargs.enable_thinking": options.enable_thinking,
         "reasoning_effort": None if body.reasoning_effort is None else body.reasoning_effort != "none",
     }
     given = {name: value for name, value in said.items() if value is not None}

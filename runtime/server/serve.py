@@ -224,7 +224,7 @@ def serve(
             stack.enter_context(index)
         engine = stack.enter_context(
             Engine(
-                model, tokenizer, slots=sizes.slots, context=context, chunk=sizes.chunk, max_queue=sizes.max_queue, prefixes=index
+                model, tokenizer=tokenizer, slots=sizes.slots, context=context, chunk=sizes.chunk, max_queue=sizes.max_queue, prefixes=index
             )
         )  # fmt: skip
         service = Service(

@@ -47,7 +47,7 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """Names the bundle: two servers with the same one compute the same."""
-        return f"fp_{self.engine.bundle.digest[:12]}"
+        return f"fp_{self.engine.model.bundle.digest[:12]}"
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -59,5 +59,5 @@ class Service:
         """
         from ..serving.structured import Grammars
 
-        model = self.engine.bundle.model
+        model = self.engine.model.bundle.model
         return Grammars(self.tokenizer, model.vocab_size, model.eos_token_ids)

@@ -88,9 +88,7 @@ class Answer:
         self.reason: Finish | None = None
         self._sampler = Sampler(request.sampling, index, group.checked.prompt)
         self._constraint = None if request.constraint is None else request.constraint()
-        self._writer = Writer(
-            index, tokenizer, group.checked.prompt, group.checked.stop, request.skip_special_tokens
-        )
+        self._writer = Writer(index, tokenizer, group.checked.prompt, group.checked.stop, request.skip_special_tokens)
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -344,7 +344,7 @@ class Engine:
                     with self._changed:
                         self._changed.notify_all()
             self._scheduler.end_all()
-        except BaseException as error:  # noqa: BLE001 - whoever waits must learn of it
+        except BaseException as error:
             LOG.exception("the engine failed")
             failure = FoldkvError(f"the engine has failed: {error}. Open a new one.")
             with self._changed:

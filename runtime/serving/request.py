@@ -94,7 +94,9 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer | None,
         raise InputError(f"expected a Request, got {short(request)}.")
     vocabulary = bundle.model.vocab_size
     if not isinstance(request.sampling, Sampling):
-        raise InputError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), got {short(request.sampling)}.")
+        raise InputError(
+            f"sampling must be a Sampling, such as Sampling(temperature=0.7), got {short(request.sampling)}."
+        )
     for name in ("skip_special_tokens", "use_prefixes", "exact"):
         if type(getattr(request, name)) is not bool:
             raise InputError(f"{name} must be True or False, got {getattr(request, name)!r}.")

@@ -52,7 +52,7 @@ BAD = [
     Bad(TEXT, b'{"prompt": "x", "temperature": 1e999}', "finite"),
     Bad(TEXT, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "digits"),
     Bad(TEXT, b"[" * 20000, "not JSON"),
-    Bad(CHAT, b'{"messages": ' + b'{"a":' * 20000, "not JSON"),
+    Bad(CHAT, b'{"messages": ' + b'{"a":' * 10000, "not JSON"),
     Bad(TEXT, b'{"prompt": "x"}', "content-type", 415, headers={}),
     Bad(TEXT, b"prompt=x", "content-type", 415, headers={"content-type": "application/x-www-form-urlencoded"}),
     Bad(TEXT, b'{"prompt": "x"}', "content-type", 415, headers={"content-type": "text/plain"}),

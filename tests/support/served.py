@@ -1,0 +1,62 @@
+"""Servers over a real model, on free ports, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from openai import OpenAI
+
+from foldkv.runtime import Model, Tokenizer
+from foldkv.runtime.chat import chat_format
+from foldkv.runtime.server.app import Application, Limits
+from foldkv.runtime.server.serve import Address, Server
+from foldkv.runtime.server.service import Service
+from foldkv.runtime.serving.engine import Engine
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    service: Service
+    application: Application
+    server: Server
+
+    def client(self, key: str = "none") -> OpenAI:
+        return _client(f"{self.url}/v1", key)
+
+
+@functools.cache  # making one takes longer than most requests
+def _client(url: str, key: str) -> OpenAI:
+    return OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+
+
+@contextmanager
+def answering(service: Service, limits: Limits | None = None, grace: float = 5) -> Iterator[Running]:
+    """A server over a service, in a thread."""
+    application = Application(service, limits or Limits())
+    began = threading.Event()
+    server = Server(application, service.engine, grace=grace, ready=began.set)
+    with Address(port=0).socket() as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(server.run(listening)))
+        thread.start()
+        try:
+            assert began.wait(30)
+            yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service, application, server)
+        finally:
+            server.ask_to_stop()
+            thread.join()
+
+
+@contextmanager
+def serving(model: Model, *, slots: int = 2, max_queue: int = 8, timeout: float | None = 60) -> Iterator[Service]:
+    """A service over an engine of its own."""
+    tokenizer = Tokenizer.from_bundle(model.bundle)
+    with Engine(model, tokenizer=tokenizer, slots=slots, context=512, chunk=128, max_queue=max_queue) as engine:
+        yield Service(engine, tokenizer, "tiny", 512, slots, chat_format("v4-0731"), timeout=timeout)
