@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import httpx
 from openai import OpenAI
 
 from foldkv.runtime import Model, Tokenizer
@@ -32,9 +33,15 @@ class Running:
         return _client(f"{self.url}/v1", key)
 
 
-@functools.cache  # making one takes longer than most requests
+@functools.cache
+def http() -> httpx.Client:
+    """One for all, because making one takes longer than most requests."""
+    return httpx.Client(timeout=60)
+
+
+@functools.cache
 def _client(url: str, key: str) -> OpenAI:
-    return OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+    return OpenAI(base_url=url, api_key=key, max_retries=0, http_client=http())
 
 
 @contextmanager
