@@ -471,7 +471,8 @@ def generate_command(
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
     _expect_key(signature, public_key)
-    from .runtime import Sampling, Session, Tokenizer, load_bundle, stream_text
+    from .runtime import Model, Sampling, Tokenizer, load_bundle
+    from .runtime.serving import Engine, Request
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = load_bundle(bundle)
@@ -480,22 +481,23 @@ def generate_command(
     if not prompt:
         raise InputError("the text is empty; give at least one character to continue.")
     room = context or min(len(prompt) + max_new_tokens, loaded.model.max_position_embeddings)
-    with Session(
-        bundle,
-        context=room,
-        threads=threads,
-        devices=devices,
-        weights_from=weights_from,
-        verify=verify,
-        place=not no_place,
-        signature=signature,
-        public_key=public_key,
-        progress=progress(),
-    ) as session:
+    with (
+        Model(
+            bundle,
+            context=room,
+            threads=threads,
+            devices=devices,
+            weights_from=weights_from,
+            verify=verify,
+            place=not no_place,
+            signature=signature,
+            public_key=public_key,
+            progress=progress(),
+        ) as model,
+        Engine(model, tokenizer=tokenizer, slots=1, context=room) as engine,
+    ):
         pieces = []
-        for piece in stream_text(
-            session, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-        ):
+        for piece in engine.stream(Request(prompt, max_new_tokens, sampling, stop=stop)):
             pieces.append(piece)
             if not as_json:
                 click.echo(piece.text, nl=False)
@@ -508,7 +510,7 @@ def generate_command(
             "text": "".join(piece.text for piece in pieces),
             "finish_reason": pieces[-1].finish_reason,
             "stop_reason": pieces[-1].stop_reason,
-            "state_bytes": session.state_bytes,
+            "state_bytes": engine.stats().state_bytes,
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 

@@ -291,12 +291,13 @@ class Engine:
         )  # fmt: skip
 
     def not_ready(self) -> tuple[str, ...]:
-        """Why it should get no more requests; empty if it is ready. See :meth:`foldkv.runtime.Session.not_ready`."""
+        """Why it should get no more requests; empty if it is ready. It failed, is being closed, or files of the bundle or its weights
+        were written again, replaced or removed. Takes microseconds, so that a probe can ask often."""
         if self._dead is not None:
             return (f"the engine has failed: {self._dead}",)
         if self._refusing:
             return ("the engine is being closed",)
-        return self._session.not_ready()
+        return self.model.changes()
 
     def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait for those that are there, at most so many seconds; returns whether all have ended."""

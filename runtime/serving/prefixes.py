@@ -198,6 +198,32 @@ class PrefixIndex:
             self._misses += 1
         return None
 
+    def holds(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> bool:
+        """Whether :meth:`put` of these tokens would change nothing, so that no copy need be made; then it counts as used.
+
+        Args:
+            tokens: all tokens in the caches, from the first.
+            exact: whether the state has the bits of a cold run.
+
+        Raises:
+            InputError: ``tokens`` are no token ids.
+        """
+        row = _row(tokens)
+        digest = new_digest()
+        digest.update(row.data)
+        key, folder = (len(row), digest.digest()), self._folder
+        held = self._memory.get(key)
+        in_memory = held is not None and (self._exact(held) or not exact)
+        on_disk = folder.exact(key) if folder else None
+        if not in_memory and (on_disk is None or (exact and not on_disk)):
+            return False
+        with self._lock:
+            if held is not None:
+                self._memory.move_to_end(key)
+        if folder:
+            folder.touch(key)
+        return True
+
     def stats(self) -> PrefixStats:
         """What it holds and did so far."""
         folder = self._folder

@@ -102,6 +102,47 @@ def test_a_snapshot_restored_gives_the_same_bits(tiny_bundle: Path) -> None:
     np.testing.assert_array_equal(first, third)
 
 
+def test_a_slot_is_forked_moved_and_rewound(tiny_bundle: Path, shared_session: Session) -> None:
+    """Also where the slot held more before, around the window of 128 and the ratios of 4 and 128, and in another session."""
+    with Session(tiny_bundle, context=512, batch=3) as session, Session(tiny_bundle, context=300, batch=2) as other:
+        for length in (3, 127, 130, 257):
+            text = (PROMPT * 4)[:length]
+            session.reset()
+            session.forward([text, (OTHER * 9)[:260], []])
+            beside = session.state_rows(1)
+            kept = session.snapshot_slot(0)
+            steps = [session.forward([[step], [], []])[0] for step in (65, 66)]
+            for taker, slot in ((session, 0), (session, 2), (other, 1)):
+                taker.restore_slot(slot, kept)
+                chunks: list[list[int]] = [[] for _ in range(taker.batch)]
+                for step, expected in zip((65, 66), steps, strict=True):
+                    chunks[slot] = [step]
+                    np.testing.assert_array_equal(taker.forward(chunks)[slot], expected)
+            assert all(np.array_equal(rows, session.state_rows(1)[name]) for name, rows in beside.items())
+            # Nothing of what a slot held before stays behind the rows.
+            session.restore_slot(1, kept)
+            session.reset([2])
+            session.restore_slot(2, kept)
+            for array in session._buffers.arrays.values():  # type: ignore[attr-defined]
+                assert np.array_equal(array[1], array[2])
+        for message, call in (
+            ("exceeds the context", lambda: Session.restore_slot(shared_session, 0, kept)),
+            ("slots must be numbers", lambda: session.restore_slot(3, kept)),
+            ("slots must be numbers", lambda: session.snapshot_slot(-1)),
+            ("expected what snapshot_slot", lambda: session.restore_slot(0, session.snapshot())),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+
+
+def test_a_sequence_alone_in_a_batch_has_the_bits_of_a_batch_of_one(tiny_bundle: Path) -> None:
+    """Chunks always: they run for one slot after the other. Steps while no other slot has a token."""
+    with Session(tiny_bundle, context=256) as one, Session(tiny_bundle, context=256, batch=3) as three:
+        expected = one.forward([PROMPT])[0]
+        np.testing.assert_array_equal(three.forward([OTHER, PROMPT, OTHER * 2])[1], expected)
+        np.testing.assert_array_equal(three.forward([[], [65], []])[1], one.forward([[65]])[0])
+
+
 def test_a_snapshot_of_another_shape_is_refused_and_changes_nothing(tiny_bundle: Path) -> None:
     with Session(tiny_bundle, context=256) as session, Session(tiny_bundle, context=320) as other:
         session.prefill([PROMPT])

@@ -1,0 +1,339 @@
+"""Many requests over one model: each gets what it would get alone, in a fair order, and leaves when it wants."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foldkv.errors import CapacityError, FoldkvError, InputError, QueueFullError
+from foldkv.runtime import Completion, Model, Sampling, Session, Tokenizer, Usage
+from foldkv.runtime.serving import Engine, PrefixIndex, Request
+from foldkv.runtime.serving.answer import Group
+from foldkv.runtime.serving.request import check_request
+from foldkv.runtime.serving.scheduler import Scheduler, is_kept
+
+pytestmark = pytest.mark.slow
+
+CHUNK, CONTEXT = 32, 512
+NEVER: tuple[int, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Iterator[Model]:
+    with Model(tiny_bundle) as opened:
+        yield opened
+
+
+@pytest.fixture
+def engine(model: Model) -> Iterator[Engine]:
+    with Engine(model, slots=3, context=CONTEXT, chunk=CHUNK, max_queue=64) as opened:
+        yield opened
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(0, 256, length).tolist()
+
+
+def index(model: Model, **more: Any) -> PrefixIndex:
+    return PrefixIndex(model.bundle.meaning, producer="a test", memory_bytes=1 << 28, **more)
+
+
+def mixed(count: int) -> list[Request]:
+    rng = np.random.default_rng(5)
+    return [
+        Request(
+            prompt(int(length), number),
+            max_new_tokens=int(most),
+            stop_tokens=NEVER,
+            logprobs=1,
+            sampling=Sampling(temperature=0.8, top_k=40, min_p=0.01, seed=number),
+        )
+        for number, (length, most) in enumerate(
+            zip(rng.integers(1, 120, count), rng.integers(1, 12, count), strict=True)
+        )
+    ]
+
+
+def alone(model: Model, request: Request, number: int = 0) -> list[int]:
+    """What a session of its own gives: no code of the engine."""
+    with Session(model, context=CONTEXT, chunk=CHUNK) as session:
+        assert not isinstance(request.prompt, str)
+        tokens = session.stream(
+            [request.prompt], max_new_tokens=request.max_new_tokens or 1, sampling=request.sampling,
+            stop_tokens=request.stop_tokens, requests=[number],
+        )  # fmt: skip
+        return [token for _, token in tokens]
+
+
+def test_each_gets_what_it_gets_alone_whoever_else_is_there(engine: Engine, model: Model) -> None:
+    requests = mixed(9)
+    quiet = [engine.complete(request)[0] for request in requests]
+    crowd = [engine.submit(request) for request in reversed(requests)]
+    for request, generation, expected in zip(requests, reversed(crowd), quiet, strict=True):
+        [completion] = generation.result()
+        assert completion.token_ids == expected.token_ids and completion.finish_reason == "length"
+        assert len(completion.token_ids) == len(completion.logprobs) == request.max_new_tokens
+        assert completion.usage == Usage(len(request.prompt), 0, len(completion.token_ids))
+        np.testing.assert_allclose(
+            [one.logprob for one in completion.logprobs], [one.logprob for one in expected.logprobs], atol=1e-4
+        )
+    for request, expected in list(zip(requests, quiet, strict=True))[:3]:
+        assert alone(model, request) == list(expected.token_ids)
+
+
+def test_batch_invariant_steps_have_the_same_bits_in_any_company(model: Model) -> None:
+    requests = mixed(5)
+    with Engine(model, slots=3, context=CONTEXT, chunk=CHUNK, batch_invariant=True) as engine:
+        quiet = [engine.complete(request)[0] for request in requests]
+        for generation, expected in zip([engine.submit(request) for request in requests], quiet, strict=True):
+            assert generation.result()[0].logprobs == expected.logprobs
+
+
+def test_a_long_prompt_delays_others_by_one_chunk_at_a_time(model: Model) -> None:
+    given: list[tuple[str, int]] = []
+    with Session(model, context=CONTEXT, batch=3, chunk=CHUNK) as session:
+        scheduler = Scheduler(session)
+
+        def add(name: str, length: int, most: int) -> Group:
+            checked = check_request(
+                Request(prompt(length), max_new_tokens=most, stop_tokens=NEVER), model.bundle, None, CONTEXT
+            )
+            group = Group(checked, name, None, lambda piece: given.append((name, step)))
+            scheduler.add(group)
+            return group
+
+        step = 0
+        add("short", 5, 20)
+        for _ in range(3):
+            step += 1
+            scheduler.step()
+        long = add("long", 10 * CHUNK, 1)
+        second = add("second", 2 * CHUNK, 1)
+        while scheduler.busy:
+            step += 1
+            scheduler.step()
+        steps = [at for name, at in given if name == "short"]
+        assert max(b - a for a, b in itertools.pairwise(steps)) <= 2, "a chunk, then a token of the others"
+        # Prompts take turns: the second, of two chunks, is answered while the first is fed, not after it.
+        ends = dict(given)
+        assert ends["second"] < ends["long"] and long.ended and second.ended
+        assert session.positions.tolist() == [0, 0, 0]
+
+
+def test_prompts_that_begin_alike_are_not_fed_again_and_have_the_same_bits(model: Model) -> None:
+    """Lengths around window (128), ratios (4, 128) and chunk, with neighbours."""
+    lengths = [31, 32, 33, 64, 65, 127, 129, 160, 200, 257]
+    shared = prompt(300, 9)
+    with index(model) as prefixes, Engine(
+        model, slots=3, context=CONTEXT, chunk=CHUNK, batch_invariant=True
+    ) as cold, Engine(
+        model, slots=3, context=CONTEXT, chunk=CHUNK, batch_invariant=True, prefixes=prefixes
+    ) as warm:  # fmt: skip
+        assert warm.complete(Request(shared, max_new_tokens=1))[0].usage.cached_tokens == 0  # type: ignore[union-attr]
+        requests = [
+            Request([*shared[:length], *prompt(3, length)], max_new_tokens=3, logprobs=2, stop_tokens=NEVER)
+            for length in lengths
+        ]
+        answers = [generation.result()[0] for generation in [warm.submit(request) for request in requests]]
+        for length, request, answer in zip(lengths, requests, answers, strict=True):
+            assert answer.logprobs == cold.complete(request)[0].logprobs, length
+            assert answer.usage is not None
+            boundary = length // CHUNK * CHUNK
+            # Kept are the first four boundaries, four of each doubling, and the last.
+            held = [at for at in range(CHUNK, boundary + 1, CHUNK) if is_kept(at // CHUNK, 300 // CHUNK)]
+            assert answer.usage.cached_tokens == max(held, default=0), length
+        stats = warm.stats()
+        assert stats.cached_tokens == sum(answer.usage.cached_tokens for answer in answers if answer.usage)
+        assert stats.prefixes is not None and stats.prefixes.hits == len([one for one in lengths if one >= CHUNK])
+
+
+def test_states_after_answers_are_used_if_bits_need_not_be_the_same(model: Model) -> None:
+    first = prompt(45)
+    with index(model) as prefixes, Engine(
+        model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+    ) as engine:  # fmt: skip
+        [answer] = engine.complete(Request(first, max_new_tokens=6, stop_tokens=NEVER, exact=False))
+        turn = [*first, *answer.token_ids, *prompt(4)]
+        loose, exact, none = (
+            engine.complete(Request(turn, max_new_tokens=4, logprobs=0, stop_tokens=NEVER, **more))[0]
+            for more in ({"exact": False}, {"exact": True}, {"use_prefixes": False})
+        )
+        assert [one.usage.cached_tokens for one in (loose, exact, none) if one.usage] == [45 + 5, CHUNK, 0]
+        assert exact.logprobs == none.logprobs and exact.token_ids == loose.token_ids
+        np.testing.assert_allclose(
+            [one.logprob for one in loose.logprobs], [one.logprob for one in none.logprobs], atol=1e-3
+        )
+
+
+def test_completions_of_a_request_share_its_prompt_and_draw_for_themselves(engine: Engine, model: Model) -> None:
+    hot = Sampling(temperature=1.2, seed=4)
+    request = Request(prompt(50), max_new_tokens=6, n=5, sampling=hot, stop_tokens=NEVER)
+    chunks = engine.stats().chunk_steps
+    completions = engine.complete(request)
+    assert engine.stats().chunk_steps - chunks == 2, "fed once"
+    assert [one.index for one in completions] == list(range(5))
+    for number, completion in enumerate(completions):
+        assert list(completion.token_ids) == alone(model, request, number)
+
+
+def test_text_ends_where_it_should(engine: Engine, model: Model) -> None:
+    whole = engine.complete(Request("def ", max_new_tokens=12, stop_tokens=NEVER))[0]
+    assert whole.text == Tokenizer.from_bundle(model.bundle).decode(whole.token_ids)
+    mark = whole.text[3:5]
+    ended = engine.complete(Request("def ", max_new_tokens=12, stop=mark, stop_tokens=NEVER))[0]
+    assert ended.finish_reason == "stop" and ended.stop_reason == mark
+    assert ended.text == whole.text[: whole.text.index(mark)]
+    token = whole.token_ids[4]
+    ended = engine.complete(Request("def ", max_new_tokens=12, stop_tokens=[token]))[0]
+    assert ended.stop_reason == token and ended.token_ids == whole.token_ids[: whole.token_ids.index(token)]
+    filled = engine.complete(Request(prompt(CONTEXT - 3), stop_tokens=NEVER))[0]
+    assert filled.finish_reason == "length" and len(filled.token_ids) == 4, "the last one is not fed"
+
+
+class OnlyDigits:
+    """Three digits, nothing else."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        mask = np.zeros(258, bool)
+        mask[48:58] = True
+        return mask
+
+    def took(self, token: int) -> None:
+        assert 48 <= token < 58
+        self.left -= 1
+
+    @property
+    def ended(self) -> bool:
+        return self.left == 0
+
+
+def test_answers_keep_to_their_constraint(engine: Engine) -> None:
+    request = Request(
+        "x = ", max_new_tokens=9, n=2, constraint=OnlyDigits, sampling=Sampling(temperature=1.0), stop_tokens=NEVER
+    )
+    for completion in engine.complete(request):
+        assert completion.text.isdigit() and len(completion.text) == 3 and completion.finish_reason == "stop"
+
+    class Broken(OnlyDigits):
+        def took(self, token: int) -> None:
+            raise RuntimeError("broken")
+
+    beside = engine.submit(Request("x", max_new_tokens=5, stop_tokens=NEVER))
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.complete(Request("x", max_new_tokens=5, constraint=Broken))
+    assert beside.result()[0].finish_reason == "length", "others go on"
+
+
+def test_who_leaves_early_leaves_at_once(engine: Engine) -> None:
+    endless = Request(prompt(20), stop_tokens=NEVER)
+    stream = engine.stream(endless)
+    next(stream)
+    stream.close()
+    running = [engine.submit(endless) for _ in range(3)]
+    queued = engine.submit(endless)
+    next(running[0])
+    queued.cancel()
+    [completion] = queued.result()
+    assert (completion.finish_reason, completion.token_ids) == ("cancelled", ())
+    for generation in running:
+        generation.cancel()
+        assert generation.result()[0].finish_reason == "cancelled"
+    late = engine.complete(Request(prompt(20), stop_tokens=NEVER, timeout=0.05))[0]
+    assert late.finish_reason == "timeout" and late.usage is not None
+
+    async def leave() -> int:
+        count = 0
+        async for _ in engine.generate(endless):
+            count += 1
+            if count == 2:
+                break
+        both = await asyncio.gather(*(collected(engine, mixed(2)[number]) for number in (0, 1)))
+        return sum(len(pieces) for pieces in both)
+
+    async def collected(engine: Engine, request: Request) -> list[Completion]:
+        return [piece async for piece in engine.generate(request)]
+
+    assert asyncio.run(leave()) > 2
+    assert engine.drain(20)
+    assert engine.stats().running == engine.stats().waiting == 0
+
+
+def test_a_full_queue_refuses_and_a_closed_engine_too(model: Model) -> None:
+    endless = Request([1], stop_tokens=NEVER)
+    with Engine(model, slots=1, context=CONTEXT, chunk=CHUNK, max_queue=2) as engine:
+        first = engine.submit(endless)
+        next(first)
+        waiting = [engine.submit(endless) for _ in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests wait"):
+            engine.submit(endless)
+        assert not engine.not_ready() and not engine.drain(0.01) and engine.not_ready()
+        with pytest.raises(InputError, match="being closed"):
+            engine.submit(endless)
+    assert [one.result()[0].finish_reason for one in (first, *waiting)] == ["cancelled"] * 3
+    engine.close()
+
+
+def test_a_failed_step_ends_who_was_in_it_and_nobody_else(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = mixed(1)[0]
+    expected = engine.complete(request)[0].token_ids
+    forward, failing = Session.forward, threading.Event()
+
+    def fails_once(self: Session, *given: Any, **more: Any) -> Any:
+        if failing.is_set():
+            failing.clear()
+            self._torn = True
+            raise FoldkvError("ONNX Runtime failed")
+        return forward(self, *given, **more)
+
+    running = engine.submit(Request([1], stop_tokens=NEVER))
+    next(running)
+    monkeypatch.setattr(Session, "forward", fails_once)
+    failing.set()
+    with pytest.raises(FoldkvError, match="ONNX Runtime failed"):
+        running.result()
+    assert engine.complete(request)[0].token_ids == expected and not engine.not_ready()
+
+
+def test_a_request_leaves_one_line(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "foldkv.serving"):
+        engine.complete(Request("secret words", max_new_tokens=2, n=2, id="mine", stop_tokens=NEVER))
+        engine.drain(5)
+    [line] = [record.getMessage() for record in caplog.records if record.name == "foldkv.serving"]
+    assert (
+        line.startswith("request mine: 12 prompt tokens, 0 of them kept, 4 new in 2 completions")
+        and "secret" not in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "no token"), ({"prompt": []}, "empty"), ({"prompt": [300]}, "token 0 of the prompt is 300"),
+        ({"prompt": [True]}, "token 0"), ({"prompt": 5}, "text or a list"), ({"prompt": ["a"]}, "text or a list"),
+        ({"max_new_tokens": 0}, "max_new_tokens"), ({"n": 0}, "n must"), ({"n": 1000}, "n must"), ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"), ({"timeout": 0}, "timeout"), ({"timeout": float("nan")}, "timeout"), ({"stop": ""}, "stop string"),
+        ({"stop": [1]}, "stop must"), ({"stop_tokens": [258]}, "stop_tokens"), ({"sampling": 1}, "Sampling"), ({"id": 1}, "id must"),
+        ({"constraint": 3}, "constraint"), ({"exact": 1}, "exact"), ({"sampling": Sampling(logit_bias={999: 1.0})}, "logit_bias"),
+        ({"max_new_tokens": CONTEXT + 1}, "exceed the context of 512"), ({"prompt": [1] * (CONTEXT + 1)}, "exceed the context"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_before_anything_runs(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
+    request = Request(**({"prompt": "a"} | options))
+    with pytest.raises(InputError, match=message) as caught:
+        check_request(request, model.bundle, Tokenizer.from_bundle(model.bundle), CONTEXT)
+    assert isinstance(caught.value, CapacityError) == ("exceed" in message)
