@@ -22,8 +22,8 @@ from foldkv.runtime.server.keys import Keys
 from foldkv.runtime.serving.request import Request
 
 TEXT = "def scale(values, factor):\n    return"
-ASKED: Any = {"model": "tiny", "prompt": TEXT, "max_tokens": 24, "temperature": 0}
-TALK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16, "temperature": 0}
+ASKED: Any = {"model": "tiny", "prompt": TEXT, "max_tokens": 16, "temperature": 0}
+TALK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "temperature": 0}
 
 
 def metrics(running: Running) -> dict[tuple[str, str], float]:
@@ -60,7 +60,7 @@ def idle(running: Running) -> bool:
 def test_a_completion_is_the_text_of_the_engine_and_a_stream_of_it_is_the_same(running: Running) -> None:
     client, service = running.client(), running.service
     answer = client.completions.create(**ASKED)
-    (expected,) = service.engine.complete(Request(TEXT, max_new_tokens=24))
+    (expected,) = service.engine.complete(Request(TEXT, max_new_tokens=16))
     choice = answer.choices[0]
     assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
     assert answer.object == "text_completion" and answer.model == "tiny" and answer.id.startswith("cmpl-")
@@ -233,10 +233,10 @@ def test_metrics_count_what_was_answered(running: Running) -> None:
     grown = {key: after[key] - before.get(key, 0) for key in after}
     assert answer.usage is not None
     assert grown["foldkv:prompt_tokens_total", ""] == 2 * len(TEXT)
-    assert grown["foldkv:generation_tokens_total", ""] == 3 * 24
+    assert grown["foldkv:generation_tokens_total", ""] == 3 * 16
     assert grown["foldkv:request_success_total", "length"] == 3
     assert grown["foldkv:time_to_first_token_seconds_count", ""] == 3
-    assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 23
+    assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 15
     assert grown["foldkv:e2e_request_latency_seconds_count", ""] == 3
     assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
     assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
@@ -301,7 +301,7 @@ def test_an_answer_that_takes_too_long_is_a_timeout(model: Model) -> None:
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
     with serving(model, slots=1) as service, answering(service, grace=30) as running:
-        stream = running.client().completions.create(**{**ASKED, "max_tokens": 200}, stream=True)
+        stream = running.client().completions.create(**{**ASKED, "max_tokens": 100}, stream=True)
         text = next(stream).choices[0].text
         assert {http().get(f"{running.url}/ready").status_code for _ in range(5)} == {200}, (
             "a step on its way is no failure"
@@ -312,7 +312,7 @@ def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
             running.client().completions.create(**ASKED)
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason == "length"
-        assert len(text + "".join(chunk.choices[0].text for chunk in rest)) == 200
+        assert len(text + "".join(chunk.choices[0].text for chunk in rest)) == 100
 
 
 def test_pages_of_others_ask_only_where_the_server_was_told_so(running: Running, model: Model) -> None:
