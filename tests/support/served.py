@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from openai import OpenAI
 from foldkv.runtime import Model, Tokenizer
 from foldkv.runtime.chat import chat_format
 from foldkv.runtime.server.app import Application, Limits
-from foldkv.runtime.server.serve import Address, Server
+from foldkv.runtime.server.serve import Address, Prefixes, Server
 from foldkv.runtime.server.service import Service
 from foldkv.runtime.serving.engine import Engine
+
+#: Tokens of a prompt and its answer. A token is a byte here, and tools take many.
+CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,19 @@ def answering(service: Service, limits: Limits | None = None, grace: float = 5) 
 
 
 @contextmanager
-def serving(model: Model, *, slots: int = 2, max_queue: int = 8, timeout: float | None = 60) -> Iterator[Service]:
-    """A service over an engine of its own."""
-    tokenizer = Tokenizer.from_bundle(model.bundle)
-    with Engine(model, tokenizer=tokenizer, slots=slots, context=512, chunk=128, max_queue=max_queue) as engine:
-        yield Service(engine, tokenizer, "tiny", 512, slots, chat_format("v4-0731"), timeout=timeout)
+def serving(
+    model: Model, *, slots: int = 2, max_queue: int = 8, timeout: float | None = 60, prefixes: int = 0
+) -> Iterator[Service]:
+    """A service over an engine of its own, which keeps so many bytes of states."""
+    tokenizer, chunk = Tokenizer.from_bundle(model.bundle), 128
+    with contextlib.ExitStack() as stack:
+        index = Prefixes(memory=prefixes or None).open(model, slots, chunk)
+        if index is not None:
+            stack.enter_context(index)
+        engine = stack.enter_context(
+            Engine(
+                model, tokenizer=tokenizer, slots=slots, context=CONTEXT, chunk=chunk, max_queue=max_queue, prefixes=index
+            )
+        )  # fmt: skip
+        chat = chat_format("v4-0731")
+        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, chat, timeout=timeout, prefixes=index)

@@ -21,5 +21,8 @@ def model(tiny_bundle: Path) -> Iterator[Model]:
 @pytest.fixture(scope="session")
 def running(model: Model) -> Iterator[Running]:
     """It has no keys."""
-    with serving(model) as service, answering(service, Limits(max_body=64 << 10, body_timeout=5)) as running:
+    with (
+        serving(model, prefixes=64 << 20) as service,
+        answering(service, Limits(max_body=64 << 10, body_timeout=5)) as running,
+    ):
         yield running

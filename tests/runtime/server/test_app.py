@@ -14,7 +14,7 @@ import openai
 import pytest
 from bad_requests import BAD
 from prometheus_client.parser import text_string_to_metric_families
-from served import Running, answering, http, serving
+from served import CONTEXT, Running, answering, http, serving
 
 from foldkv.runtime import Model, plan_bytes
 from foldkv.runtime.server.app import Limits
@@ -113,7 +113,7 @@ def test_several_prompts_and_answers_are_choices_in_order(running: Running) -> N
 
 def test_a_seed_repeats_an_answer_and_answers_without_one_differ(running: Running) -> None:
     client = running.client()
-    drawn: Any = {**ASKED, "temperature": 1.5, "n": 2}
+    drawn: Any = {**ASKED, "max_tokens": 8, "temperature": 1.5, "n": 2}
     texts = [[c.text for c in client.completions.create(**drawn, seed=seed).choices] for seed in (-7, -7, 8)]
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
     assert client.completions.create(**drawn).choices[0].text != client.completions.create(**drawn).choices[0].text
@@ -154,6 +154,21 @@ def test_probabilities_have_openais_shapes(running: Running) -> None:
     chunks = list(client.chat.completions.create(**TALK, logprobs=True, top_logprobs=2, stream=True))
     parts = [one for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content or []]
     assert [(one.token, one.logprob) for one in parts] == [(one.token, one.logprob) for one in told.content]
+
+
+def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -> None:
+    before, talk = metrics(running), "Once more: " + "it was said before. " * 20
+    first, second = (
+        running.client().completions.create(model="tiny", prompt=talk + end, max_tokens=2).usage for end in ("a", "b")
+    )
+    assert first is not None and second is not None and second.prompt_tokens_details is not None
+    assert first.prompt_tokens_details is not None and first.prompt_tokens_details.cached_tokens == 0
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached and cached <= len(talk) and cached % 128 == 0
+    grown = {key: value - before.get(key, 0) for key, value in metrics(running).items()}
+    assert grown["foldkv:prefix_cache_hits_total", ""] == cached
+    assert grown["foldkv:prefix_cache_queries_total", ""] == 2 * len(talk) + 2
+    assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
 
 
 def test_models_and_what_the_server_is(running: Running) -> None:
@@ -241,7 +256,7 @@ def test_metrics_count_what_was_answered(running: Running) -> None:
     assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
     assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
     states = {label: value for (name, label), value in after.items() if name == "foldkv:state_bytes"}
-    assert states == plan_bytes(running.service.engine.model.bundle.state, 512, 2)
+    assert states == plan_bytes(running.service.engine.model.bundle.state, CONTEXT, 2)
 
 
 def test_the_page_is_whole_and_may_ask_only_this_server(running: Running) -> None:

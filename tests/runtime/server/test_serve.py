@@ -79,9 +79,7 @@ def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bu
         found = re.fullmatch(r"mine is served at (http://127\.0\.0\.1:\d+) \(context 512, 2 slots\)\n", line)
         assert found, (line, process.stderr and process.stderr.read())
         with OpenAI(base_url=f"{found[1]}/v1", api_key="-", max_retries=0, timeout=60) as client:
-            stream = client.completions.create(
-                model="mine", prompt="def f(", max_tokens=80, temperature=0, stream=True
-            )
+            stream = client.completions.create(model="mine", prompt="def f(", max_tokens=80, temperature=0, stream=True)
             text = next(stream).choices[0].text
             process.send_signal(signal.SIGTERM)
             text += "".join(chunk.choices[0].text for chunk in stream)
