@@ -565,12 +565,13 @@ def generate_command(
 @_signature
 @_public_key
 @_read_in_place
+@_json
 def serve_command(
     bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, prefix_memory: int | None,
     prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None, api_keys: Path | None,
     no_keys: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool,
     threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None,
-    public_key: Path | None, no_place: bool,
+    public_key: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer OpenAI's clients with the model of BUNDLE, until a signal comes.
 
@@ -580,7 +581,10 @@ def serve_command(
     _expect_key(signature, public_key)
     from .runtime import Model
     from .runtime.server.app import Limits
-    from .runtime.server.serve import Address, Prefixes, Sizes, serve, who_may_ask
+    from .runtime.server.serve import Address, Prefixes, Sizes, Started, serve, who_may_ask
+
+    def say(started: Started) -> None:
+        click.echo(json.dumps(to_json(started)) if as_json else str(started))
 
     address = Address(host, port)
     limits = Limits(
@@ -592,7 +596,7 @@ def serve_command(
         place=not no_place, signature=signature, public_key=public_key, progress=progress(),
     ) as model:  # fmt: skip
         serve(
-            model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=click.echo,
+            model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say,
             sizes=Sizes(context, slots, chunk, max_queue),
             prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
         )  # fmt: skip

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...errors import FoldkvError
 from ..completion import Completion
 from .answers import Answer
 from .bodies import Body, ChatBody, CompletionBody, names_of, read_body
@@ -174,7 +175,8 @@ class Application:
             raise _stopping()
         clock, data = self._metrics.clock(), await self._read(request)
         # Long prompts take a while to read and to encode; others go on meanwhile.
-        job = await asyncio.to_thread(lambda: _made(kind, data, make, self._service))
+        number = request.scope["request_id"]
+        job = await asyncio.to_thread(lambda: _made(kind, data, make, self._service, number))
         if self._stopping:  # since
             raise _stopping()
         generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
@@ -189,6 +191,11 @@ class Application:
                     if piece.finish_reason is not None:
                         reasons.append(piece.finish_reason)
                     yield prompt, piece
+                    if (problem := self._failure(piece)) is not None:
+                        raise problem
+            except FoldkvError as error:
+                # What had not begun yet finds an engine that takes no more.
+                raise (_stopping() if self._stopping else error) from None
             finally:
                 self._running.discard(generations)
                 generations.cancel()
@@ -198,27 +205,20 @@ class Application:
                     f"+ {usage['completion_tokens']} new, {' '.join(reasons) or 'left'}"
                 )
 
-        def failed(piece: Completion) -> Problem | None:
-            return self._failure(piece, job.id)
-
         if job.stream:
-            return _Events(_events(job, answer, pieces(), failed), generations.cancel)
+            return _Events(_events(job, answer, pieces(), number), generations.cancel)
         async with contextlib.aclosing(pieces()) as running, _cancelled_without(request.receive, generations.cancel):
             async for prompt, piece in running:
                 answer.feed(prompt, piece)
-                if (problem := failed(piece)) is not None:
-                    raise problem
         return _json(answer.whole())
 
-    def _failure(self, piece: Completion, request: str) -> Problem | None:
+    def _failure(self, piece: Completion) -> Problem | None:
         """Why an answer ended that nobody can use."""
         match piece.finish_reason:
             case "timeout":
                 return Problem(504, f"The answer took more than {self._service.timeout:g} s.", code="timeout")
             case "cancelled":
                 return _stopping()
-            case "error":
-                return problem_of(RuntimeError("the engine failed"), request)
             case _:
                 return None
 
@@ -247,12 +247,12 @@ class Application:
         return bytes(data)
 
 
-def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service) -> Job:
+def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service, number: str) -> Job:
     body = read_body(kind, data)
     try:
         return make(body, service)
     except Exception as error:
-        raise problem_of(error, "a request", names_of(kind)) from error
+        raise problem_of(error, number, names_of(kind)) from error
 
 
 def _stopping() -> Problem:
@@ -290,23 +290,17 @@ async def _not_found(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _events(
-    job: Job, answer: Answer, pieces: AsyncGenerator[tuple[int, Completion]], failed: Callable[[Completion], Problem | None]
-) -> AsyncGenerator[bytes]:  # fmt: skip
+    job: Job, answer: Answer, pieces: AsyncGenerator[tuple[int, Completion]], number: str
+) -> AsyncGenerator[bytes]:
     """The events of a stream. One that fails ends with an error, and not with what says that all came."""
-    problem: Problem | None = None
-    try:
-        async for prompt, piece in pieces:
-            for chunk in answer.feed(prompt, piece):
-                yield _event(chunk)
-            if (problem := failed(piece)) is not None:
-                break
-    except Exception as error:  # noqa: BLE001 - the status has been sent, so it is told in the stream
-        problem = problem_of(error, job.id)
-    finally:
-        await pieces.aclose()
-    if problem is not None:
-        yield _event(problem.facts())
-        return
+    async with contextlib.aclosing(pieces):
+        try:
+            async for prompt, piece in pieces:
+                for chunk in answer.feed(prompt, piece):
+                    yield _event(chunk)
+        except Exception as error:  # noqa: BLE001 - the status has been sent, so it is told in the stream
+            yield _event(problem_of(error, number).facts())
+            return
     if job.usage:
         yield _event(answer.last_chunk())
     yield b"data: [DONE]\n\n"

@@ -19,6 +19,8 @@ from .structure import chat_constraint, completion_constraint
 
 #: New tokens of a completion where the body does not say it, as OpenAI has it.
 _NEW_TOKENS = 16
+#: Answers to all prompts of a request, at most.
+_ANSWERS = 256
 #: What an effort of OpenAI means where the encoding has no level of this name: the first of these that it has.
 _EFFORTS = {
     "minimal": ("low", "high"), "low": ("low", "high"), "medium": ("high",), "high": ("high",), "xhigh": ("xhigh", "max"),
@@ -109,7 +111,19 @@ def _job(
     name: str, body: SamplingBody, service: Service, prompts: list[list[int]], field: str, *, most: int | None, usual: int | None,
     logprobs: int | None, skip_special_tokens: bool, constraint: NewConstraint | None, parser: Callable[[], Parser] | None = None,
 ) -> Job:  # fmt: skip
-    answers, sampling = body.n or 1, _sampling(body, service)
+    vocabulary = service.engine.model.bundle.model.vocab_size
+    answers, sampling = body.n or 1, _sampling(body, vocabulary)
+    if len(prompts) * answers > _ANSWERS:
+        raise Problem(
+            400, f"{len(prompts)} prompts with {answers} answers each are more than {_ANSWERS}. Ask for fewer at once.", "n",
+            "invalid_value",
+        )  # fmt: skip
+    for number, prompt in enumerate(prompts):
+        if unknown := [token for token in prompt if token >= vocabulary]:
+            where = field if len(prompts) == 1 else f"{field}[{number}]"
+            raise Problem(
+                400, f"{where} has the token {unknown[0]}; the vocabulary has the ids 0 to {vocabulary - 1}.", where, "invalid_value"
+            )  # fmt: skip
     requests = tuple(
         Request(
             prompt,
@@ -142,8 +156,7 @@ def _room(prompt: int, most: int | None, usual: int | None, context: int, field:
     return most or min(usual or room, room)
 
 
-def _sampling(body: SamplingBody, service: Service) -> Sampling:
-    vocabulary = service.engine.model.bundle.model.vocab_size
+def _sampling(body: SamplingBody, vocabulary: int) -> Sampling:
     for field, ids in (("logit_bias", body.logit_bias or {}), ("stop_token_ids", body.stop_token_ids or [])):
         if unknown := [token for token in ids if token >= vocabulary]:
             raise Problem(

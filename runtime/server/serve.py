@@ -194,7 +194,7 @@ def serve(
     name: str | None = None,
     timeout: float | None = None,
     grace: float = 30.0,
-    say: Callable[[str], None],
+    say: Callable[[Started], None],
 ) -> None:
     """Answer requests until a signal comes, then end what runs and return.
 
@@ -208,7 +208,7 @@ def serve(
         name: of the model, for clients; default: that of its checkpoint.
         timeout: seconds that a request may take.
         grace: seconds that running requests have after a signal.
-        say: told where the server listens, once it does.
+        say: told once requests are answered.
 
     Raises:
         InputError: an argument is wrong, or the state does not fit into memory.
@@ -231,15 +231,28 @@ def serve(
             engine, tokenizer, name or model_name(bundle), context, sizes.slots, format, why, timeout, index
         )
         application = Application(service, limits)
-        server = Server(application, engine, grace=grace, ready=lambda: say(_welcome(service, listening)))
+        started = Started(_url(listening), service.name, context, sizes.slots)
+        server = Server(application, engine, grace=grace, ready=lambda: say(started))
         stack.enter_context(_signals(server))
         asyncio.run(server.run(listening))
 
 
-def _welcome(service: Service, listening: socket.socket) -> str:
+@dataclass(frozen=True)
+class Started:
+    """A server that answers: where, with which model, for how many tokens and sequences."""
+
+    url: str
+    model: str
+    context: int
+    slots: int
+
+    def __str__(self) -> str:
+        return f"{self.model} is served at {self.url} (context {self.context}, {self.slots} slots)"
+
+
+def _url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
-    place = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    return f"{service.name} is served at {place} (context {service.context}, {service.slots} slots)"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):

@@ -110,6 +110,8 @@ BAD = [
     text("context_length_exceeded", max_tokens=10**12),
     text("n is", n=0),
     text("n is", n=129),
+    text("more than 256", n=128, prompt=["x", "y", "z"]),
+    text("prompt[1]", prompt=[[1], [1, 258]]),
     text("seed", seed=2**63),
     text("seed", seed="7"),
     text("stop", stop=""),

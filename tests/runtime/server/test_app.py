@@ -194,6 +194,13 @@ def test_curl_gets_a_stream_that_ends_with_done(running: Running) -> None:
     assert json.loads(rows[0].removeprefix("data: "))["object"] == "text_completion"
 
 
+def test_more_prompts_than_the_queue_is_long_are_answered_one_after_the_other(model: Model) -> None:
+    with serving(model, slots=1, max_queue=1) as service, answering(service) as running:
+        asked: Any = {**ASKED, "prompt": [f"x = {number}" for number in range(6)], "max_tokens": 2}
+        answer = running.client().completions.create(**asked)
+        assert [choice.index for choice in answer.choices] == list(range(6)) and all(c.text for c in answer.choices)
+
+
 # What clients should not do
 
 
