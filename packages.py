@@ -70,6 +70,7 @@ FEATURES = {
     "trends": Feature(("jinja2", "jsonschema"), "trends"),
     "chat templates": Feature(("jinja2",)),
     "prefixes on disk": Feature(("safetensors",)),
+    "structured output": Feature(("llguidance",)),
     "run, beside its stages": Feature((*_EXPORT, "pydantic"), "run"),
 }
 #: Packages that the table above does not list, and their uses.

@@ -67,6 +67,10 @@ class Tokenizer:
         """Number of known tokens, including special ones."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``."""
+        return str(self._tokenizer.to_str())
+
     @property
     def decoder(self) -> Any:
         """The decoder of the library, or None."""

@@ -93,6 +93,19 @@ class _Damaged(Exception):
 
 
 @dataclass(frozen=True, eq=False)
+class _Head:
+    """What the beginning of a file says."""
+
+    raw: bytes  # with the length of the header
+    size: int  # of the whole file
+    tensors: dict[str, Any]  # as safetensors describes them
+    key: Key
+    exact: bool
+    producer: str
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
 class _File:
     """What is known of a file without reading it."""
 
@@ -102,7 +115,7 @@ class _File:
 
 
 class PrefixFolder:
-    """The entries of one folder. One thread reads; a thread of its own writes; any thread may ask for counts.
+    """The entries of one folder. Threads can share it; one of its own writes.
 
     Attributes:
         path: the folder.
@@ -209,13 +222,12 @@ class PrefixFolder:
 
     # Writing
 
-    def write(self, entry: Entry) -> None:
+    def write(self, key: Key, entry: Entry) -> None:
         """Have an entry written by the other thread, in place of an older one of the same tokens.
 
         It is dropped if too many wait already: whoever calls this must not wait for a disk.
         """
         with self._changed:
-            key = entry.key
             others = [one.bytes for at, one in self._waiting.items() if at != key]
             full = len(others) >= _MOST_WAITING or sum(others) + entry.bytes > self._most_waiting
             if self._closing or entry.bytes > self._most or (others and full):
@@ -274,7 +286,7 @@ class PrefixFolder:
         mark = secrets.token_hex(32)  # stands for the digest, which takes its place
         metadata = {
             "format": str(FORMAT), "meaning": _meaning_text(self._meaning), "producer": entry.producer, "position": str(key[0]),
-            "exact": str(entry.exact).lower(), "tokens": key[1].hex(), "rows": str(len(entry.snapshot.rows)), "digest": mark,
+            "exact": str(entry.exact).lower(), "tokens": key[1].hex(), "digest": mark,
         }  # fmt: skip
         new.parent.mkdir(mode=0o700, exist_ok=True)
         save_file(tensors, new, metadata=metadata)
@@ -322,52 +334,40 @@ class PrefixFolder:
     # Reading
 
     def _load(self, path: Path, key: Key) -> Entry:
-        from safetensors.numpy import load
-
+        # Not by safetensors, which copies the bytes once more and keeps all other threads waiting meanwhile.
         with path.open("rb") as file:
-            head = _read_head(file)
-            data = head + file.read()
-        metadata = self._metadata(path, head, len(data))
-        digest = _file_digest(head, metadata["digest"])
-        digest.update(memoryview(data)[len(head) :])
-        if digest.hexdigest() != metadata["digest"]:
+            head = self._head(path, file)
+            data = np.empty(head.size - len(head.raw), np.uint8)  # a bytearray would be filled with zeros first
+            if file.readinto(data.data) != len(data):
+                raise _Damaged("it was cut")
+        digest = _file_digest(head.raw, head.digest)
+        digest.update(data.data)
+        if digest.hexdigest() != head.digest:
             raise _Damaged("its digest is another")
-        tensors = load(data)
-        for tensor in tensors.values():
-            tensor.flags.writeable = False
-        rows = tuple(tensors[f"rows.{index}"] for index in range(int(metadata["rows"])))
-        entry = Entry(
-            tensors[_TOKENS],
-            SlotSnapshot(self._meaning, key[0], None, rows),
-            metadata["exact"] == "true",
-            metadata["producer"],
-        )
-        if entry.key != key:
-            raise _Damaged("its tokens are others")
-        return entry
+        tensors = {name: _tensor(data, facts) for name, facts in head.tensors.items()}
+        rows = tuple(tensors[f"rows.{index}"] for index in range(len(tensors) - 1))
+        return Entry(tensors[_TOKENS], SlotSnapshot(self._meaning, key[0], None, rows), head.exact, head.producer)
 
-    def _metadata(self, path: Path, head: bytes, size: int) -> dict[str, str]:
-        """The metadata of a file of this many bytes, whose name and size agree with it."""
+    def _head(self, path: Path, file: BinaryIO) -> _Head:
+        """The beginning of an open file, whose name and size agree with it."""
+        raw, size = _read_head(file), os.fstat(file.fileno()).st_size
         try:
-            table = json.loads(head[8:])
-            metadata: dict[str, str] = table.pop("__metadata__")
-            length = len(head) + max(tensor["data_offsets"][1] for tensor in table.values())
-            position = int(metadata["position"])
-            name = _name((position, bytes.fromhex(metadata["tokens"])))
-            wanted = {"format": str(FORMAT), "meaning": _meaning_text(self._meaning)}
-            found = {key: metadata[key] for key in wanted}
-            whole = position > 0 and all(
-                isinstance(metadata[key], str) for key in ("exact", "producer", "rows", "digest")
+            tensors = json.loads(raw[8:])
+            metadata = tensors.pop("__metadata__")
+            length = len(raw) + max(facts["data_offsets"][1] for facts in tensors.values())
+            key = tensors[_TOKENS]["shape"][0], bytes.fromhex(metadata["tokens"])
+            wanted = {"format": str(FORMAT), "position": str(key[0]), "meaning": _meaning_text(self._meaning)}
+            agrees = all(metadata[name] == value for name, value in wanted.items()) and _name(key) == path.name
+            head = _Head(
+                raw, size, tensors, key, metadata["exact"] == "true", metadata["producer"], str(metadata["digest"])
             )
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            whole = False
-        if not whole:
-            raise _Damaged("its header is wrong")
+            raise _Damaged("its header is wrong") from None
         if length != size:
             raise _Damaged(f"it has {size} bytes, and should have {length}")
-        if found != wanted or name != path.name:
-            raise _Damaged("it is of another folder")
-        return metadata
+        if not agrees:
+            raise _Damaged("its header is that of another file")
+        return head
 
     def _forget(self, key: Key, file: _File, damage: str = "") -> None:
         with self._changed:
@@ -484,11 +484,9 @@ class PrefixFolder:
     def _known(self, path: Path) -> tuple[int, Key, _File]:
         """When a file was used last, and what its header says."""
         with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            metadata = self._metadata(path, _read_head(file), facts.st_size)
-        key = int(metadata["position"]), bytes.fromhex(metadata["tokens"])
-        exact = self._is_exact(metadata["exact"] == "true", metadata["producer"])
-        return facts.st_mtime_ns, key, _File(path, facts.st_size, exact)
+            head = self._head(path, file)
+            used = os.fstat(file.fileno()).st_mtime_ns
+        return used, head.key, _File(path, head.size, self._is_exact(head.exact, head.producer))
 
 
 def _name(key: Key) -> str:
@@ -511,9 +509,18 @@ def _read_head(file: BinaryIO) -> bytes:
     return head
 
 
-def _file_digest(head: bytes, mark: Any) -> hashlib.blake2b:
+def _tensor(data: npt.NDArray[np.uint8], facts: dict[str, Any]) -> npt.NDArray[Any]:
+    """A tensor in the bytes after the header, read-only: U8, I32, F16, ... as safetensors names types."""
+    code = facts["dtype"]
+    kind = np.dtype(f"<{code[0].lower()}{int(code[1:]) // 8}")
+    tensor: npt.NDArray[Any] = np.ndarray(facts["shape"], kind, data, facts["data_offsets"][0])
+    tensor.flags.writeable = False
+    return tensor
+
+
+def _file_digest(head: bytes, mark: str) -> hashlib.blake2b:
     """The digest of a file's bytes, begun with its head. The digest itself, ``mark`` there, counts as zeros."""
-    text = str(mark).encode()
+    text = mark.encode()
     if len(text) != 64 or head.count(text) != 1:
         raise _Damaged("its header is wrong")
     digest = hashlib.blake2b(digest_size=32)

@@ -71,9 +71,9 @@ class PrefixStats:
 
 
 class PrefixIndex:
-    """An index of snapshots. A context manager; ``close`` frees the folder.
+    """An index of snapshots. A context manager; ``close`` frees the folder. Threads can share it.
 
-    One thread at a time may use :meth:`find` and :meth:`put`; any thread may ask for :meth:`stats`.
+    A lookup takes as long as hashing the tokens, or as reading and hashing a file if the snapshot is only on disk.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class PrefixIndex:
                 self._remember(key, entry)
         if folder:
             if on_disk is None or (self._exact(entry) and not on_disk):
-                folder.write(entry)
+                folder.write(key, entry)
             else:
                 folder.touch(key)
 
@@ -265,7 +265,8 @@ class PrefixIndex:
         if self._closed:
             return []
         known = self._folder.keys() if self._folder else set()
-        known |= self._memory.keys()
+        with self._lock:
+            known |= self._memory.keys()
         digest, fed, found = new_digest(), 0, list[Key]()
         data = row.data
         for length in sorted({length for length, _ in known if length < len(row)}):
@@ -277,10 +278,12 @@ class PrefixIndex:
 
     def _entry(self, key: Key, row: Tokens, exact: bool) -> Entry | None:
         """The entry from memory or from disk, if it is of these very tokens."""
-        held = self._memory.get(key)
-        if held is not None and np.array_equal(held.tokens, row) and (self._exact(held) or not exact):
-            with self._lock:
+        with self._lock:
+            held = self._memory.get(key)
+            fits = held is not None and np.array_equal(held.tokens, row) and (self._exact(held) or not exact)
+            if fits:
                 self._memory.move_to_end(key)
+        if fits:
             if self._folder:
                 self._folder.touch(key)
             return held
@@ -299,7 +302,7 @@ class PrefixIndex:
         old = self._memory.pop(key, None)
         if old is not None:
             self._bytes -= old.bytes
-        if entry.bytes > self._most:
+        if self._closed or entry.bytes > self._most:
             return
         self._memory[key] = entry
         self._bytes += entry.bytes

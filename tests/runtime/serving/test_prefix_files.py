@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from slot_snapshots import MEANING, equal, snapshot
 
 from foldkv.errors import InputError, SystemFailure
-from foldkv.runtime.serving import prefix_files
+from foldkv.runtime.serving import prefix_files, prefixes
 from foldkv.runtime.serving.prefixes import PrefixIndex
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -97,9 +97,9 @@ def test_files_are_safetensors_with_what_tells_them_apart(tmp_path: Path) -> Non
 
 # Budgets
 
-OFTEN = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
+OFTEN = st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple)
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["put", "put", "find", "find", "restart"]), OFTEN, st.booleans()), max_size=16
+    st.tuples(st.sampled_from(["put", "put", "find", "find", "restart"]), OFTEN, st.booleans()), max_size=24
 )
 
 
@@ -163,7 +163,7 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[tuple[int, ...
     for exact in (False, True):
         with opened(folder := tmp_path_factory.mktemp("sizes") / "kept") as index:
             before = 0
-            for length in range(1, 5):
+            for length in range(1, 4):
                 for bits in range(1 << length):
                     tokens = tuple(int(bit) for bit in f"{bits:0{length}b}")
                     index.put(tokens, snapshot(tokens), exact=exact)
@@ -184,7 +184,7 @@ def test_what_leaves_memory_and_the_disk_was_not_used_for_longest(
     files: float,
 ) -> None:
     """Also after the folder was closed and opened again: times of use are kept with the files."""
-    folder, most = tmp_path / "kept", int(files * sizes[(0, 0, 0, 0), True])
+    folder, most = tmp_path / "kept", int(files * sizes[(0, 0, 0), True])
     shutil.rmtree(folder, ignore_errors=True)
     model = Model(sizes, memory, most)
     index = opened(folder, memory_bytes=memory, disk_bytes=most)
@@ -210,16 +210,30 @@ def test_what_leaves_memory_and_the_disk_was_not_used_for_longest(
         index.close()
 
 
-def test_less_room_at_opening_deletes_what_was_not_used_for_longest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory_bytes", [0, ROOM])
+def test_less_room_at_opening_deletes_what_was_not_used_for_longest(tmp_path: Path, memory_bytes: int) -> None:
+    """A use in memory is one of the file, too; so is being written again."""
     folder = tmp_path / "kept"
-    keep(folder, (1, 1), (2, 2), (3, 3))
-    with opened(folder) as index:
+    with opened(folder, memory_bytes=memory_bytes) as index:
+        for number, exact in ((1, True), (2, False), (3, True), (4, True), (2, True)):
+            index.put((number, number), snapshot((number, number)), exact=exact)
+            index.flush()
         assert holds(index, (1, 1))
-    two = sum(path.stat().st_size for path in entries(folder)) * 2 // 3
-    with opened(folder, disk_bytes=two) as index:
-        assert [holds(index, (number,) * 2) for number in (1, 2, 3)] == [True, False, True]
-        assert index.stats().disk_evictions == 1
+    half = sum(path.stat().st_size for path in entries(folder)) // 2
+    with opened(folder, disk_bytes=half) as index:
+        assert [holds(index, (number, number)) for number in (1, 2, 3, 4)] == [True, True, False, False]
+        assert index.stats().disk_evictions == 2
     assert len(entries(folder)) == 2
+
+
+def test_being_written_again_is_a_use(tmp_path: Path) -> None:
+    keep(tmp_path / "one", (1, 1))
+    room = 2 * entries(tmp_path / "one")[0].stat().st_size + 100
+    with opened(tmp_path / "kept", disk_bytes=room) as index:
+        for number, exact in ((1, False), (2, True), (1, True), (3, True)):
+            index.put((number, number), snapshot((number, number)), exact=exact)
+            index.flush()
+        assert [holds(index, (number, number)) for number in (1, 2, 3)] == [True, False, True]
 
 
 def test_what_is_larger_than_all_room_is_not_written_and_drives_nothing_out(tmp_path: Path) -> None:
@@ -249,6 +263,34 @@ def test_another_producer_has_inexact_hits_until_it_writes_its_own(tmp_path: Pat
     with opened(folder) as index:
         assert holds(index, PROMPT, exact=True)
     assert len(entries(folder)) == 1
+
+
+def test_an_exact_entry_on_disk_is_not_hidden_by_an_inexact_one_in_memory(tmp_path: Path) -> None:
+    keep(tmp_path / "kept", PROMPT)
+    with opened(tmp_path / "kept", memory_bytes=ROOM) as index:
+        index.put(PROMPT, snapshot(PROMPT, salt=1), exact=False)
+        hit = index.find([*PROMPT, 9], exact=False)
+        assert hit is not None and hit.exact and equal(hit.snapshot, snapshot(PROMPT))
+
+
+def test_equal_digests_on_disk_never_give_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Same:
+        def update(self, data: Any) -> None:
+            pass
+
+        def copy(self) -> Same:
+            return self
+
+        def digest(self) -> bytes:
+            return bytes(16)
+
+    for module in (prefixes, prefix_files):
+        monkeypatch.setattr(module, "new_digest", Same)
+    with opened(tmp_path / "kept") as index:
+        index.put((1, 1), snapshot((1, 1)), exact=True)
+        index.flush()
+        assert not holds(index, (2, 2)) and holds(index, (1, 1))
+        assert index.stats().damaged == 0
 
 
 # Damage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -229,25 +228,22 @@ def test_a_closed_index_finds_and_keeps_nothing() -> None:
     ours.close()
 
 
-def test_other_threads_may_ask_for_counts() -> None:
-    ours, done, most = index(20 * size_of((0, 0, 0))), threading.Event(), 20 * size_of((0, 0, 0))
+def test_threads_share_an_index() -> None:
+    most = 20 * size_of((0, 0, 0))
+    ours = index(most)
 
-    def ask() -> int:
-        asked = 0
-        while not done.is_set():
+    def use(worker: int) -> int:
+        for number in range(100):
+            tokens = (number, number % 7, worker % 2)
+            ours.put(tokens, snapshot(tokens), exact=bool(number % 2))
+            hit = ours.find((*tokens, 5), exact=False)
+            assert hit is None or equal(hit.snapshot, snapshot(tokens))
             stats = ours.stats()
             assert stats.memory_bytes <= most and stats.exact_hits <= stats.hits
-            asked += 1
-        return asked
+        return 100
 
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask)
-        try:
-            for number in range(200):
-                tokens = (number, number % 7, 1)
-                ours.put(tokens, snapshot(tokens), exact=bool(number % 2))
-                ours.find((*tokens, 5), exact=False)
-        finally:
-            done.set()
-        assert asking.result() > 0
-    assert ours.stats().hits == 200
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(use, range(4))) == 400
+    stats = ours.stats()
+    assert stats.hits + stats.misses == 400 and stats.hits > 300
+    assert (stats.entries, stats.memory_bytes) == (20, most)

@@ -1,0 +1,308 @@
+"""Answers that keep to a grammar: a JSON schema, a regular expression, a choice, or a grammar in Lark's syntax.
+
+The grammars are llguidance's. It says for each step which tokens keep the text inside the grammar, whatever the cut between tokens. A
+model can stop where the text is complete, and cannot stop elsewhere.
+
+What is special in the tokenizer (ends of sequences, marks of turns and of calls) is never part of a text that a grammar
+describes; a grammar that wants such a token names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import ArtifactError, CapacityError, InputError, short
+from ...packages import require
+from ..chat.revisions import MARKS
+from ..tokenizer import Tokenizer
+from .constraint import NewConstraint
+
+#: The largest grammar that is read, in characters: a schema, a pattern, all choices together.
+LARGEST_GRAMMAR = 512 * 1024
+#: So many compiled grammars are kept.
+_KEPT = 64
+#: Between the parts of a JSON value. Models that may write any white space sometimes write nothing else.
+WHITE_SPACE = r"[ \t\n\r]{1,40}"
+
+
+class Grammars:
+    """Compiles grammars for one model and its tokenizer.
+
+    Each method gives what makes constraints: call it once for each answer. What a grammar compiles to is kept, so that the next
+    request with the same one does not wait. All methods may be called on any thread.
+
+    ``after``, where a method has it, is a mark such as ``</think>``: any text may come up to it, and what the grammar describes follows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        """Read the vocabulary; a large one takes seconds.
+
+        Args:
+            tokenizer: the bundle's.
+            vocab_size: the number of the model's logits, V. Ids that the tokenizer does not have are never allowed.
+            eos_token_ids: the tokens with which the model ends an answer.
+
+        Raises:
+            InputError: an id is not one of the V.
+            ArtifactError: the tokenizer is of a kind whose tokens cannot be told as bytes.
+            MissingDependencyError: llguidance is not installed.
+        """
+        require("structured output")
+        import llguidance
+
+        if tokenizer.vocab_size > vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model has logits for {vocab_size}. Use the tokenizer that "
+                "belongs to the model."
+            )
+        eos = sorted(set(eos_token_ids))
+        if eos and not 0 <= eos[0] <= eos[-1] < vocab_size:
+            raise InputError(f"eos_token_ids are {short(eos)}; expected ids from 0 to {vocab_size - 1}.")
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, np.array(eos, np.intp)
+        # The end of an answer is a token of our own, so that a model may have several ends, or one that the tokenizer lacks.
+        self._end = tokenizer.vocab_size
+        try:
+            self._vocabulary: Any = llguidance.LLTokenizer(
+                _with_end(tokenizer, self._end, eos), n_vocab=max(vocab_size, self._end + 1), eos_token=self._end
+            )
+        except ValueError as error:
+            raise ArtifactError(
+                f"answers of this model cannot be kept to a grammar: its tokenizer.json is of a kind that llguidance does not read: "
+                f"{reason(str(error))}."
+            ) from None
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def json_schema(self, schema: Mapping[str, Any] | str, *, after: str = "") -> NewConstraint:
+        """JSON of a schema. Properties come in the schema's order. ``x-guidance`` in it is read as llguidance does.
+
+        Raises:
+            InputError: the schema is not valid, or has a keyword that grammars cannot hold an answer to.
+        """
+        return self._value(f"value: %json {json_rule(schema)}", after, "the JSON schema")
+
+    def json_object(self, *, after: str = "") -> NewConstraint:
+        """JSON of any object."""
+        return self.json_schema({"type": "object"}, after=after)
+
+    def regex(self, pattern: str, *, after: str = "") -> NewConstraint:
+        """A text that a pattern matches as a whole; the syntax is that of Rust's ``regex``.
+
+        Raises:
+            InputError: the pattern is not valid, or looks around, which grammars cannot.
+        """
+        import llguidance
+
+        if not isinstance(pattern, str) or not pattern:
+            raise InputError(f"the pattern is {short(pattern)}; expected a regular expression.")
+        if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+            raise InputError(f"the pattern is {short(pattern)}; expected something after the last backslash.")
+        _check_text(pattern, "the pattern")
+        return self._value(f"value: TEXT\nTEXT: /{llguidance.regex_to_lark(pattern)}/", after, "the pattern")
+
+    def choice(self, choices: Sequence[str], *, after: str = "") -> NewConstraint:
+        """One of these texts.
+
+        Raises:
+            InputError: there is none, or one is not a text, or is empty.
+        """
+        if isinstance(choices, str) or not choices or not all(isinstance(one, str) and one for one in choices):
+            raise InputError(f"the choices are {short(choices)}; expected a list of texts that are not empty.")
+        texts = " | ".join(map(quoted, dict.fromkeys(choices)))
+        return self._value(f"value: TEXT\nTEXT: {texts}", after, "the list of choices")
+
+    def lark(self, grammar: str) -> NewConstraint:
+        """A text of a grammar in llguidance's variant of Lark's syntax.
+
+        Raises:
+            InputError: the grammar is not valid.
+        """
+        if not isinstance(grammar, str):
+            raise InputError(f"the grammar is {short(grammar)}; expected a text in Lark's syntax.")
+        return self._compile(grammar, "the grammar")
+
+    def _value(self, rules: str, after: str, what: str) -> NewConstraint:
+        """A grammar whose rules define "value", after any text up to a mark."""
+        if not after:
+            return self._compile(f"start: value\n{rules}", what)
+        token = single_token(self._tokenizer, after)
+        before, terminal = text_before(after, after, token, name="BEFORE", content=any_text([after]))
+        return self._compile(f"start: {before} value\n{terminal}\n{rules}", what)
+
+    def _compile(self, grammar: str, what: str) -> NewConstraint:
+        import llguidance
+
+        _check_text(grammar, what)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+            if matcher is not None:
+                self._compiled.move_to_end(grammar)
+        if matcher is None:
+            limits = llguidance.LLParserLimits(verbose_errors=False)
+            matcher = llguidance.LLMatcher(
+                self._vocabulary, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
+            )
+            # Without a token yet: whether the end is all that can come, and whether anything can.
+            matcher.consume_tokens([])
+            tried = matcher.deep_copy()
+            tried.compute_bitmask()
+            if tried.is_error():
+                raise InputError(f"{what} cannot be used: {reason(tried.get_error())}.")
+            with self._lock:
+                self._compiled[grammar] = matcher
+                while len(self._compiled) > _KEPT:
+                    self._compiled.popitem(last=False)
+        return lambda: _Matching(matcher.deep_copy(), self._vocab_size, self._eos, self._end)
+
+
+class _Matching:
+    """The state of one answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos: NDArray[np.intp], end: int) -> None:
+        """``matcher`` is llguidance's; ``end`` is the token that it knows as the end, and ``eos`` are the model's."""
+        self._matcher, self._vocab_size, self._eos, self._end = matcher, vocab_size, eos, end
+        self._ends = frozenset(eos.tolist())
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """The tokens that may come next, [V]; once ended, the ends of sequence.
+
+        Raises:
+            CapacityError: llguidance gave up, because the grammar is too complex or the vocabulary cannot write what must follow.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            # The mask is of the end alone then, which would end the answer anywhere.
+            raise self._given_up()
+        # One bit for each token, the lowest first.
+        mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
+        complete, allowed = bool(mask[self._end]), mask[: self._vocab_size]
+        allowed[self._end :] = False
+        allowed[self._eos] = complete
+        return allowed
+
+    def took(self, token: int) -> None:
+        """``token`` came next.
+
+        Raises:
+            InputError: it was not allowed; nothing has changed.
+            CapacityError: as for :meth:`allowed`.
+        """
+        matcher = self._matcher
+        if token in self._ends:
+            # An end that comes early could be text to llguidance, and one that comes late is nothing to it.
+            known, fits = self._end, matcher.is_accepting() and not matcher.is_stopped()
+        else:
+            known, fits = token, 0 <= token < self._end and matcher.validate_tokens([token]) == 1
+        if not fits and not matcher.is_error():
+            raise InputError(f"token {token} may not come here: the grammar of the answer does not allow it.")
+        if not matcher.consume_token(known):
+            raise self._given_up()
+
+    def _given_up(self) -> CapacityError:
+        return CapacityError(
+            f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
+        )
+
+
+def _check_text(text: str, what: str) -> None:
+    if len(text) > LARGEST_GRAMMAR:
+        raise InputError(
+            f"{what} is too large: {len(text)} characters; at most {LARGEST_GRAMMAR} are read. Use a smaller one."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} cannot be encoded: {error}. Give valid Unicode text.") from None
+
+
+def any_text(without: Collection[str] = ()) -> str:
+    """Lark's expression of a terminal: any text in which none of these texts occurs."""
+    if not without:
+        return "/(?s:.*)/"
+    return f"(/(?s:.*)/ & ~(/(?s:.*)/ ({' | '.join(map(quoted, sorted(without)))}) /(?s:.*)/))"
+
+
+def quoted(text: str) -> str:
+    """A text as Lark's grammars write it. It must not be empty."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def single_token(tokenizer: Tokenizer, mark: str) -> int | None:
+    """The token that a mark is, or None if the tokenizer writes it with ordinary ones."""
+    if mark not in tokenizer.added_tokens:
+        return None
+    ids = tokenizer.encode(mark, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 else None
+
+
+def written(text: str, mark: str, token: int | None) -> str:
+    """A text with a mark in it, as a rule writes it. ``token`` is the mark's; without one the mark is spelled out."""
+    if token is None:
+        return quoted(text)
+    parts = [quoted(part) if part else "" for part in text.split(mark)]
+    return f" <[{token}]> ".join(parts).strip()
+
+
+def text_before(end: str, mark: str, token: int | None, *, name: str, content: str) -> tuple[str, str]:
+    """Text of a terminal's expression ``content``, and what ends it: what stands in a rule, and the terminal ``name`` in it.
+
+    ``end`` has a mark in it. As a token it ends the terminal, since it is no text; spelled out it is a part of the terminal, so that
+    ``content`` must exclude it.
+    """
+    if token is None:
+        return name, f"{name}: {content} {quoted(end)}"
+    head, rest = end.split(mark, 1)
+    return f"{name} {written(mark + rest, mark, token)}", f"{name}: {content} {quoted(head) if head else ''}".rstrip()
+
+
+def json_rule(schema: Mapping[str, Any] | str) -> str:
+    """A schema as it stands after ``%json`` in a grammar.
+
+    Raises:
+        InputError: it is no JSON, or not a schema.
+    """
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(found, Mapping):
+            raise InputError(f"the JSON schema is {short(found)}; expected a table such as {{'type': 'object'}}.")
+        own = found.get("x-guidance", {})
+        if isinstance(own, Mapping) and not own.keys() & {"whitespace_flexible", "whitespace_pattern"}:
+            found = {**found, "x-guidance": {"whitespace_pattern": WHITE_SPACE, **own}}
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        text.encode()  # surrogates are no text
+        return text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the JSON schema cannot be read: {error}.") from None
+
+
+def _with_end(tokenizer: Tokenizer, end: int, eos: Sequence[int]) -> str:
+    """The tokenizer.json for llguidance: with one more token, and with every mark and every end as special ones."""
+    facts = json.loads(tokenizer.to_json())
+    special = {*MARKS, *(tokenizer.token_text(token) for token in eos)}
+    for token in facts["added_tokens"]:
+        token["special"] = token["special"] or token["content"] in special
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    facts["added_tokens"].append({"id": end, "content": "<|end of the answer|>", **plain, "special": True})
+    return json.dumps(facts)
+
+
+def reason(message: str) -> str:
+    """What llguidance says is wrong, without the places and copies of our grammar."""
+    lines = message.split("\n")
+    first = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", lines[0])
+    first = re.sub(r"^invalid regex .*: regex parse error:$", "it is not a regular expression", first)
+    cause = next((line for line in lines[1:] if line.startswith("error: ")), "")
+    return re.sub(":+", ":", first + cause.replace("error", "", 1)).rstrip(" .:")[:400]
