@@ -528,7 +528,7 @@ def generate_command(
 @click.option(
     "--chunk", type=_Tokens(), default=256, show_default=True, help="Tokens of a prompt that go through at once."
 )
-@click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, help="Answers that may wait.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--prefix-memory", type=_Size(), metavar="SIZE", help="Memory for states to use again, such as 4GiB.")
 @click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
 @click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")

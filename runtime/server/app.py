@@ -25,7 +25,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...errors import FoldkvError
 from ..completion import Completion
 from .answers import Answer
 from .bodies import Body, ChatBody, CompletionBody, names_of, read_body
@@ -42,6 +41,8 @@ _log = logging.getLogger(__name__)
 _SILENCE = 15.0
 #: What whoever watches the server asks all the time.
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
+#: What the log and the numbers say where the client left before there was an answer; nginx made it known.
+_LEFT = 499
 _JSON = "application/json"
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
@@ -181,9 +182,13 @@ class Application:
             raise _stopping()
         generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
         answer = Answer(job, self._service)
+        self._running.add(generations)
+
+        def end() -> None:
+            self._running.discard(generations)
+            generations.cancel()
 
         async def pieces() -> AsyncGenerator[tuple[int, Completion]]:
-            self._running.add(generations)
             reasons = list[str]()
             try:
                 async for prompt, piece in generations:
@@ -191,14 +196,9 @@ class Application:
                     if piece.finish_reason is not None:
                         reasons.append(piece.finish_reason)
                     yield prompt, piece
-                    if (problem := self._failure(piece)) is not None:
-                        raise problem
-            except FoldkvError as error:
-                # What had not begun yet finds an engine that takes no more.
-                raise (_stopping() if self._stopping else error) from None
+                    self._check(piece)
             finally:
-                self._running.discard(generations)
-                generations.cancel()
+                end()
                 usage = answer.usage()
                 request.scope["facts"] = (
                     f"{usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
@@ -206,21 +206,18 @@ class Application:
                 )
 
         if job.stream:
-            return _Events(_events(job, answer, pieces(), number), generations.cancel)
+            return _Events(_events(job, answer, pieces(), number), end)
         async with contextlib.aclosing(pieces()) as running, _cancelled_without(request.receive, generations.cancel):
             async for prompt, piece in running:
                 answer.feed(prompt, piece)
         return _json(answer.whole())
 
-    def _failure(self, piece: Completion) -> Problem | None:
-        """Why an answer ended that nobody can use."""
-        match piece.finish_reason:
-            case "timeout":
-                return Problem(504, f"The answer took more than {self._service.timeout:g} s.", code="timeout")
-            case "cancelled":
-                return _stopping()
-            case _:
-                return None
+    def _check(self, piece: Completion) -> None:
+        """Raise why an answer ended that nobody can use."""
+        if piece.finish_reason == "timeout":
+            raise Problem(504, f"The answer took more than {self._service.timeout:g} s.", code="timeout")
+        if piece.finish_reason == "cancelled":
+            raise _stopping() if self._stopping else ClientDisconnect
 
     async def _read(self, request: HttpRequest) -> bytes:
         """The body, if it is not too long and comes in time."""
@@ -298,6 +295,8 @@ async def _events(
             async for prompt, piece in pieces:
                 for chunk in answer.feed(prompt, piece):
                     yield _event(chunk)
+        except ClientDisconnect:
+            return
         except Exception as error:  # noqa: BLE001 - the status has been sent, so it is told in the stream
             yield _event(problem_of(error, number).facts())
             return
@@ -387,6 +386,7 @@ class _Watched:
         try:
             await self._app(scope, receive, watched)
         finally:
+            status = status or _LEFT
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.answered(path, status)
             client, facts = scope.get("client") or ("?",), scope.get("facts", "")

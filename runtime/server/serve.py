@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +233,7 @@ def serve(
         )
         application = Application(service, limits)
         started = Started(_url(listening), service.name, context, sizes.slots)
-        server = Server(application, engine, grace=grace, ready=lambda: say(started))
+        server = Server(application, grace=grace, ready=lambda: say(started))
         stack.enter_context(_signals(server))
         asyncio.run(server.run(listening))
 
@@ -259,7 +260,7 @@ class Server(uvicorn.Server):
     """uvicorn over an application, which ends requests in its own order: no new ones, then those that run, then the sockets."""
 
     def __init__(
-        self, application: Application, engine: Engine, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None
+        self, application: Application, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None
     ) -> None:
         """``ready`` is called once requests are answered."""
         super().__init__(
@@ -268,7 +269,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False, timeout_graceful_shutdown=int(_LAST_WORDS),
             )
         )  # fmt: skip
-        self._application, self._engine, self._grace, self._ready = application, engine, grace, ready
+        self._application, self._grace, self._ready = application, grace, ready
         self._asked, self._now = False, False
 
     def ask_to_stop(self) -> None:
@@ -281,18 +282,15 @@ class Server(uvicorn.Server):
         while not self._asked and not serving.done():
             await asyncio.sleep(_LOOK)
         self._application.stop()
-        draining = asyncio.create_task(asyncio.to_thread(self._engine.drain, self._grace))
-        while not (draining.done() or self._now or serving.done()):
+        end = time.monotonic() + self._grace
+        while self._application.running and time.monotonic() < end and not (self._now or serving.done()):
             await asyncio.sleep(_LOOK)
         self._application.cancel()
-        # The last events of streams are still to be sent.
-        for _ in range(int(_LAST_WORDS / _LOOK)):
-            if not self._application.running:
-                break
+        end = time.monotonic() + _LAST_WORDS  # of streams, which are still to be sent
+        while self._application.running and time.monotonic() < end:
             await asyncio.sleep(_LOOK)
         self.should_exit = True
         await serving
-        await draining
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then tells that it listens."""

@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 
 from foldkv.runtime import Model, Tokenizer
-from foldkv.runtime.chat import chat_format
+from foldkv.runtime.chat import ChatFormat, chat_format
 from foldkv.runtime.server.app import Application, Limits
 from foldkv.runtime.server.serve import Address, Prefixes, Server
 from foldkv.runtime.server.service import Service
@@ -53,7 +53,7 @@ def answering(service: Service, limits: Limits | None = None, grace: float = 5) 
     """A server over a service, in a thread."""
     application = Application(service, limits or Limits())
     began = threading.Event()
-    server = Server(application, service.engine, grace=grace, ready=began.set)
+    server = Server(application, grace=grace, ready=began.set)
     with Address(port=0).socket() as listening:
         thread = threading.Thread(target=lambda: asyncio.run(server.run(listening)))
         thread.start()
@@ -67,7 +67,13 @@ def answering(service: Service, limits: Limits | None = None, grace: float = 5) 
 
 @contextmanager
 def serving(
-    model: Model, *, slots: int = 2, max_queue: int = 8, timeout: float | None = 60, prefixes: int = 0
+    model: Model,
+    *,
+    slots: int = 2,
+    max_queue: int = 8,
+    timeout: float | None = 60,
+    prefixes: int = 0,
+    chat: ChatFormat | None = None,
 ) -> Iterator[Service]:
     """A service over an engine of its own, which keeps so many bytes of states."""
     tokenizer, chunk = Tokenizer.from_bundle(model.bundle), 128
@@ -80,5 +86,5 @@ def serving(
                 model, tokenizer=tokenizer, slots=slots, context=CONTEXT, chunk=chunk, max_queue=max_queue, prefixes=index
             )
         )  # fmt: skip
-        chat = chat_format("v4-0731")
-        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, chat, timeout=timeout, prefixes=index)
+        format = chat or chat_format("v4-0731")
+        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, format, timeout=timeout, prefixes=index)

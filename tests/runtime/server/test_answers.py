@@ -66,7 +66,7 @@ def whole(served: Any, given: list[Completion], **options: Any) -> ChatCompletio
     return ChatCompletion.model_validate_json(json.dumps(answer.whole()))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(cuts=st.lists(st.integers(0, len(CALLS)), max_size=12))
 def test_chunks_of_any_cut_are_together_the_whole_answer(served: Any, cuts: list[int]) -> None:
     edges = sorted({0, *cuts, len(CALLS)})

@@ -16,7 +16,9 @@ from bad_requests import BAD
 from prometheus_client.parser import text_string_to_metric_families
 from served import CONTEXT, Running, answering, http, serving
 
+from foldkv.export.contract.chat import ChatFile
 from foldkv.runtime import Model, plan_bytes
+from foldkv.runtime.chat import ChatFormat
 from foldkv.runtime.server.app import Limits
 from foldkv.runtime.server.keys import Keys
 from foldkv.runtime.serving.request import Request
@@ -223,7 +225,7 @@ def test_every_bad_request_is_an_error_of_openais_shape_and_the_server_goes_on(r
     assert idle(running)
 
 
-def test_bodies_that_are_too_long_or_do_not_come_are_refused(running: Running) -> None:
+def test_bodies_that_are_too_long_are_refused(running: Running) -> None:
     long = json.dumps({**ASKED, "prompt": "x" * (70 << 10)}).encode()
     for content in (long, iter([long[:1000], long[1000:]])):  # with its length in the head, and in parts without
         answer = http().post(
@@ -234,7 +236,7 @@ def test_bodies_that_are_too_long_or_do_not_come_are_refused(running: Running) -
 
 def test_who_leaves_is_no_longer_answered(running: Running) -> None:
     host, port = running.url.removeprefix("http://").split(":")
-    before = metrics(running)["foldkv:request_success_total", "cancelled"]
+    before = metrics(running)
     for stream in (True, False):
         body = json.dumps({**ASKED, "max_tokens": 450, "stream": stream, "n": 2}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -244,13 +246,16 @@ def test_who_leaves_is_no_longer_answered(running: Running) -> None:
             if stream:
                 connection.recv(10)
         assert idle(running)
-    assert metrics(running)["foldkv:request_success_total", "cancelled"] == before + 4
+    grown = {key: value - before.get(key, 0) for key, value in metrics(running).items()}
+    assert grown["foldkv:request_success_total", "cancelled"] == 4
+    assert grown["foldkv:http_requests_total", "/v1/completions499"] == 1, "the one that waited for all of its answer"
 
 
 def test_metrics_count_what_was_answered(running: Running) -> None:
     before = metrics(running)
     answer = running.client().completions.create(**{**ASKED, "n": 2})
     list(running.client().completions.create(**ASKED, stream=True))
+    assert idle(running)
     after = metrics(running)
     grown = {key: after[key] - before.get(key, 0) for key in after}
     assert answer.usage is not None
@@ -275,6 +280,20 @@ def test_the_page_is_whole_and_may_ask_only_this_server(running: Running) -> Non
 
 
 # Servers that are told otherwise
+
+
+def test_a_model_with_a_template_is_asked_in_its_own_words_and_its_answer_is_content(model: Model) -> None:
+    template = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}model:"
+    with (
+        serving(model, chat=ChatFormat(ChatFile("jinja", template=template))) as service,
+        answering(service) as running,
+    ):
+        answer = running.client().chat.completions.create(**TALK)
+        plain = running.client().completions.create(**{**ASKED, "prompt": "user: Hi\nmodel:", "max_tokens": 12})
+        assert answer.usage == plain.usage and answer.choices[0].message.content == plain.choices[0].text
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            running.client().chat.completions.create(**TALK, tools=[tool], tool_choice="required")
 
 
 def test_with_keys_only_who_has_one_is_answered(model: Model) -> None:
@@ -302,8 +321,7 @@ def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) ->
         next(first)
         second = client.completions.create(**long)
         with pytest.raises(openai.RateLimitError) as refused:
-            while True:
-                client.completions.create(**ASKED)
+            client.completions.create(**ASKED)
         assert int(refused.value.response.headers["retry-after"]) >= 1
         running.server.ask_to_stop()
         for stream in (first, second):  # ended at once, as the server was told, and not as if all had come
@@ -311,14 +329,20 @@ def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) ->
                 list(stream)
 
 
-def test_an_answer_that_takes_too_long_is_a_timeout(model: Model) -> None:
+def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> None:
     long: Any = {**ASKED, "max_tokens": 450}
-    with serving(model, slots=1, timeout=0.05) as service, answering(service) as running:
+    with serving(model, slots=1, timeout=0.05) as service, answering(service, Limits(body_timeout=0.2)) as running:
         with pytest.raises(openai.APIStatusError) as late:
             running.client().completions.create(**long)
         assert late.value.status_code == 504 and late.value.code == "timeout"
         with pytest.raises(openai.APIError, match="more than"):
             list(running.client().completions.create(**long, stream=True))
+        host, port = running.url.removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            connection.sendall(head)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
+        assert answer.startswith(b"HTTP/1.1 408") and b'"code":"timeout"' in answer
 
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
@@ -344,6 +368,13 @@ def test_pages_of_others_ask_only_where_the_server_was_told_so(running: Running,
         assert (
             http().get(f"{other.url}/health", headers=origin).headers["access-control-allow-origin"] == origin["origin"]
         )
+        asked = {
+            **origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        allowed = http().options(f"{other.url}/v1/completions", headers=asked)
+        assert allowed.status_code == 200 and "authorization" in allowed.headers["access-control-allow-headers"].lower()
         refused = http().post(f"{other.url}/v1/completions", headers=origin, content=b"{}")
         assert refused.status_code == 415 and "access-control-allow-origin" in refused.headers
         assert http().get(f"{other.url}/").status_code == 404
