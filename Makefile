@@ -1,4 +1,5 @@
-# `make demo` runs the main job, `make test` all tests, `make check` what is quick; all make their environment first.
+# `make demo` runs the main job, `make test` the tests, `make thorough` more sizes and forms of the same, `make check` what is quick;
+# all make their environment first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ LINKS := __init__.py __main__.py artifact.py backends.py caches.py cli.py config
 	targets_text.py py.typed units.py \
 	export optimize plugins runtime validation
 
-.PHONY: demo test quick check lint typing docs clean
+.PHONY: demo test thorough quick check lint typing docs clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -19,6 +20,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST) --durations 15
+
+thorough: $(STAMP)
+	$(PYTEST) --thorough --durations 15
 
 quick: $(STAMP)
 	$(PYTEST) -m 'not slow'

@@ -7,8 +7,10 @@ wait. Tracing takes half a minute for the trained model, so a test that needs no
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Before anything imports torch: processes that run tests at once are as many as processors, and more threads wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Graphs of models are millions of objects that live long: looking through them again and again takes a tenth of all time.
+gc.set_threshold(100_000, 20, 100)
 
 import pytest
 from checkpoints import random_checkpoint, small_checkpoint
@@ -36,6 +41,35 @@ LONGEST_FIRST = (
     "validation/test_validate.py", "export/checkpoint/test_formats.py", "optimize/test_choices.py", "test_cli.py",
     "export/test_memory.py", "test_docs.py",
 )  # fmt: skip
+#: Cases that `make thorough` has and `make test` leaves out: by file and function, a pattern of their ids. What they show is shown by
+#: another case of the same function too, with another size, form or flaw; at least one such case must stay.
+THOROUGH = {
+    ("validation/test_bites.py", "test_damage_fails_the_gate_that_guards_against_it"):
+        "sinks_dropped|rope_of_entries_shifted|topk_halved|layers_swapped",
+    ("validation/test_bites.py", "test_damage_to_the_served_profile_fails_its_gates"): "rows_not_quantised",
+    ("validation/test_bites.py", "test_ties_excuse_no_wrong_choice"): "entries_off_by_one|topk_halved",
+    ("plugins/test_kernels.py", "test_sparse_attention"): "300.*bfloat16|bfloat16.*300",
+    ("plugins/test_kernels.py", "test_index_select_takes_the_best_and_of_equals_the_first"): "^100-|1024$",
+    ("plugins/test_kernels.py", "test_dense_attention"): "bfloat16",
+    ("plugins/test_experts.py", "test_few_and_many_pairs_agree"): "Experts$|Fp8",
+    ("plugins/test_experts.py", "test_a_token_does_not_depend_on_its_neighbours_and_runs_agree"): "Experts-|Fp8-",
+    ("plugins/test_experts.py", "test_tokens_and_choices"): "Scaled|Experts-",
+    ("plugins/test_experts.py", "test_sizes_at_the_edge_of_tiles_and_blocks"): "Scaled",
+    ("plugins/test_sublayer_kernels.py", "test_what_happens_before_a_sublayer"): "4-330|4-128",
+    ("plugins/test_sublayer_kernels.py", "test_routing_by_score"): "384-8.*bfloat16|256-6.*float32$",
+    ("plugins/test_sublayer_kernels.py", "test_products_are_float32"): "89|120",
+    ("plugins/test_block_linear.py", "test_a_token_does_not_depend_on_the_others_nor_on_their_number"): "rows=200|rows=192",
+    ("optimize/test_expert_engines.py", "test_experts_are_plugin_layers_that_alone_read_their_weights"): "plain",
+    ("optimize/test_choices.py", "test_a_layout_is_kept_exactly_where_injection_and_packing_take_it"):
+        "a100|rtx3090|h200|b300|dgx-spark",
+    ("runtime/test_chain_memory.py", "test_packed_rows_and_weights_as_stored_give_what_they_give_on_the_cpu"): "not placed",
+    ("export/test_package.py", "test_every_form_of_weights_is_exported_by_one_path_and_computes_what_pytorch_does"):
+        "mixed|float16|stacked|float32",
+    ("export/test_stitch.py", "test_onnx_gives_the_logits_of_transformers"): "one_head_one_group_two_streams|sliding_only_no_hash",
+    ("export/test_stitch.py", "test_looking_at_more_rows_than_needed_changes_nothing"): "one_head_one_group_two_streams",
+    ("export/test_flat.py", "test_plain_onnx_runtime_computes_what_the_segments_do"): "plain",
+    ("test_shell.py", "test_an_interrupted_build_takes_its_child_and_its_threads_along"): "process",
+}  # fmt: skip
 #: Who asks for one of these waits for an export.
 _EXPORTS = {"tiny_graph", "served_graph", "released_graph"}
 #: Seconds of processor time, those of child processes included, that a test without the mark "slow" may take. It should take
@@ -43,8 +77,14 @@ _EXPORTS = {"tiny_graph", "served_graph", "released_graph"}
 _QUICK_SECONDS = 30
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and mark tests that wait for an export as slow."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make thorough` asks for."""
+    parser.addoption("--thorough", action="store_true", help="run all cases, also those that repeat what others show")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, mark tests that wait for an export as slow, and leave out what only `make thorough` runs."""
+    _leave_out(config, items)
     places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
     missing = [str(path) for path in places if not path.exists()]
     assert not missing, f"LONGEST_FIRST in tests/conftest.py names files that do not exist: {missing}"
@@ -52,6 +92,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _EXPORTS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    by_function: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        by_function.setdefault((file, getattr(item, "originalname", item.name)), []).append(item)
+    whole = not any("::" in str(arg) for arg in config.args)
+    dropped = set[pytest.Item]()
+    for key in THOROUGH.keys() & by_function.keys():
+        found = [item for item in by_function[key] if re.search(THOROUGH[key], item.callspec.id)]
+        assert not whole or found, f"THOROUGH in tests/conftest.py: no case of {key} has such a name"
+        assert not whole or len(found) < len(by_function[key]), f"THOROUGH in tests/conftest.py leaves no case of {key}"
+        if whole and not config.getoption("--thorough"):
+            dropped.update(found)
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.hookimpl(wrapper=True)

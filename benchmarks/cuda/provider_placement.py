@@ -30,7 +30,7 @@ def placement(bundle: Path) -> bool:
         sys.exit(f"{bundle} has no segments/*.onnx. Give a bundle for ONNX Runtime.")
     right = True
     for path in paths:
-        options = session_options(onnxruntime, 1, decode=False)
+        options = session_options(onnxruntime, 1, decode=False, gpu=True)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = onnxruntime.InferenceSession(str(path), options, providers=[ONNX_RUNTIME_CUDA.provider])
         counts: dict[str, int] = {}

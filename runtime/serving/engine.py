@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -221,6 +222,10 @@ class Engine:
         self._prefixes, self._max_queue = prefixes, max_queue
         self._scheduler = Scheduler(self._session, prefixes, batch_invariant=batch_invariant)
         self._inbox: deque[Group] = deque()
+        self._fetching = (
+            0  # requests for which a kept state is read from disk, so that the engine's thread need not wait for it
+        )
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="foldkv-prefixes")
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._refusing = self._stopping = False
@@ -255,14 +260,37 @@ class Engine:
                 raise FoldkvError(f"the engine has failed and takes no more requests: {self._dead}. Open a new one.")
             if self._refusing:
                 raise InputError("the engine is being closed and takes no more requests.")
-            waiting = len(self._inbox) + self._scheduler.waiting
+            waiting = self._waiting()
             if waiting >= self._max_queue:
                 raise QueueFullError(
                     f"{waiting} requests wait for a slot, as many as may (max_queue). Try again later."
                 )
-            self._inbox.append(group)
-            self._changed.notify_all()
+            if self._prefixes is not None and self._prefixes.on_disk and request.use_prefixes:
+                self._fetching += 1
+                self._readers.submit(self._fetch, group)
+            else:
+                self._inbox.append(group)
+                self._changed.notify_all()
         return generation
+
+    def _waiting(self) -> int:
+        return self._fetching + len(self._inbox) + self._scheduler.waiting
+
+    def _fetch(self, group: Group) -> None:
+        """Read a kept state for a request from disk, then queue it."""
+        assert self._prefixes is not None
+        try:
+            self._prefixes.fetch(group.checked.prompt, exact=group.checked.request.exact)
+        except Exception:
+            LOG.exception("request %s: reading a kept state failed; it is fed whole", group.id)
+        with self._changed:
+            self._fetching -= 1
+            if not self._stopping and self._dead is None:
+                self._inbox.append(group)
+                self._changed.notify_all()
+                return
+        for answer in group.answers:
+            answer.end("cancelled")
 
     async def generate(self, request: Request) -> AsyncIterator[Completion]:
         """The pieces of a request as they come. Leaving the loop early cancels it. Errors are those of :meth:`submit`."""
@@ -285,7 +313,7 @@ class Engine:
         """What it does and did; any thread may ask at any time."""
         counts, scheduler = self._scheduler.counts, self._scheduler
         return Stats(
-            self.slots, scheduler.running, len(self._inbox) + scheduler.waiting, counts.prompt_tokens, counts.cached_tokens,
+            self.slots, scheduler.running, self._waiting(), counts.prompt_tokens, counts.cached_tokens,
             counts.looked_up_tokens, counts.new_tokens, counts.decode_steps, counts.chunk_steps, counts.seconds, counts.model_seconds,
             dict(Counter(counts.finished)), self._session.state_bytes, None if self._prefixes is None else self._prefixes.stats(),
         )  # fmt: skip
@@ -304,7 +332,7 @@ class Engine:
         end = time.monotonic() + timeout
         with self._changed:
             self._refusing = True
-            while self._inbox or self._scheduler.busy:
+            while self._fetching or self._inbox or self._scheduler.busy:
                 left = end - time.monotonic()
                 if left <= 0 or self._dead is not None:
                     return False
@@ -316,6 +344,7 @@ class Engine:
         with self._changed:
             self._refusing = self._stopping = True
             self._changed.notify_all()
+        self._readers.shutdown(wait=True)
         self._thread.join()
         self._session.close()
         if self._own is not None:

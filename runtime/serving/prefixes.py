@@ -198,6 +198,26 @@ class PrefixIndex:
             self._misses += 1
         return None
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether it has a folder."""
+        return self._folder is not None
+
+    def fetch(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> None:
+        """Read into memory what :meth:`find` would otherwise read from disk, on a thread that may wait for it.
+
+        Args:
+            tokens: the prompt.
+            exact: look for exact ones only.
+
+        Raises:
+            InputError: ``tokens`` are no token ids.
+        """
+        row = _row(tokens)
+        for key in reversed(self._begun_with(row)):
+            if self._entry(key, row[: key[0]], exact) is not None:
+                return
+
     def holds(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> bool:
         """Whether :meth:`put` of these tokens would change nothing, so that no copy need be made; then it counts as used.
 
@@ -212,14 +232,14 @@ class PrefixIndex:
         digest = new_digest()
         digest.update(row.data)
         key, folder = (len(row), digest.digest()), self._folder
-        held = self._memory.get(key)
-        in_memory = held is not None and (self._exact(held) or not exact)
+        with self._lock:
+            held = self._memory.get(key)
+            in_memory = held is not None and (self._exact(held) or not exact)
+            if in_memory:
+                self._memory.move_to_end(key)
         on_disk = folder.exact(key) if folder else None
         if not in_memory and (on_disk is None or (exact and not on_disk)):
             return False
-        with self._lock:
-            if held is not None:
-                self._memory.move_to_end(key)
         if folder:
             folder.touch(key)
         return True

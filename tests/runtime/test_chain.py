@@ -51,9 +51,9 @@ def test_small_models_take_one_thread_for_a_step(tiny_bundle: Path, monkeypatch:
     made: list[tuple[bool, int]] = []
     options = chain.session_options
 
-    def record(library: object, threads: int, *, decode: bool) -> object:
+    def record(library: object, threads: int, *, decode: bool, gpu: bool) -> object:
         made.append((decode, threads))
-        return options(library, threads, decode=decode)
+        return options(library, threads, decode=decode, gpu=gpu)
 
     monkeypatch.setattr(chain, "session_options", record)
     with Session(tiny_bundle, context=64, threads=2) as session:

@@ -173,6 +173,19 @@ def test_states_after_answers_are_used_if_bits_need_not_be_the_same(model: Model
         )
 
 
+def test_kept_states_are_there_after_a_restart(model: Model, tmp_path: Path) -> None:
+    request = Request(prompt(2 * CHUNK + 5), max_new_tokens=3, logprobs=1, stop_tokens=NEVER)
+    answers = []
+    for _ in range(2):
+        with index(model, folder=tmp_path / "kept", disk_bytes=1 << 28) as prefixes, Engine(
+            model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+        ) as engine:  # fmt: skip
+            answers.append(engine.complete(request)[0])
+            prefixes.flush()
+    assert [answer.usage.cached_tokens for answer in answers if answer.usage] == [0, 2 * CHUNK]
+    assert answers[0].logprobs == answers[1].logprobs
+
+
 def test_completions_of_a_request_share_its_prompt_and_draw_for_themselves(engine: Engine, model: Model) -> None:
     hot = Sampling(temperature=1.2, seed=4)
     request = Request(prompt(50), max_new_tokens=6, n=5, sampling=hot, stop_tokens=NEVER)
