@@ -136,7 +136,7 @@ class SamplingBody(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_regex: str | None = None
-    user: str | None = None
+    user: str | None = None  # says who asks, and asks for nothing
 
     @model_validator(mode="after")
     def _together(self) -> SamplingBody:
@@ -232,6 +232,7 @@ class ChatBody(SamplingBody):
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
+    # As `user`; what prompts have in common is found without a key.
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
