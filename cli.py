@@ -22,7 +22,7 @@ from .export.checkpoint.config_reader import spec_from_file
 from .progress import Progress
 from .records import to_json
 from .shell import Group, progress
-from .units import read_tokens, size_text
+from .units import read_size, read_tokens, size_text
 
 if TYPE_CHECKING:
     from .export.contract.geometry import ModelSpec
@@ -52,6 +52,18 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
             return tuple(int(number) for number in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 0,1", param, ctx)
+
+
+class _Size(click.ParamType[int]):
+    """Bytes: 4096, 512KiB, 4MiB or 1GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return read_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
@@ -501,6 +513,93 @@ def generate_command(
             "state_bytes": engine.stats().state_bytes,
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@main.command("serve")
+@click.argument("bundle", type=_folder)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes one that is free."
+)
+@click.option(
+    "--context", type=_Tokens(), help="Tokens of a prompt and its answer; default: what the model takes, at most 32k."
+)
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Answers that run at once.")
+@click.option(
+    "--chunk", type=_Tokens(), default=256, show_default=True, help="Tokens of a prompt that go through at once."
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, help="Requests that may wait.")
+@click.option("--prefix-memory", type=_Size(), metavar="SIZE", help="Memory for states to use again, such as 4GiB.")
+@click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
+@click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")
+@click.option("--chat-format", metavar="NAME", help="Encoding of conversations, for bundles that do not say theirs.")
+@click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the checkpoint's.")
+@click.option("--api-keys", type=_folder, metavar="FILE", help="Answer only clients that send a key of this file.")
+@click.option("--no-keys", is_flag=True, help="Answer everybody, also where other machines reach --host.")
+@click.option("--open-metrics", is_flag=True, help="/metrics needs no key.")
+@click.option(
+    "--max-body", type=_Size(), default="4MiB", show_default=True, metavar="SIZE", help="Most bytes of a request."
+)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that an answer may take.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running answers have after a signal.",
+)
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="ORIGIN", help="Let web pages from there ask; can be repeated."
+)
+@click.option("--no-page", is_flag=True, help="Leave out the page at /.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="The most threads per operator; default: 1 for a small model, else all processors.",
+)
+@click.option(
+    "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
+)
+@_weights_from
+@click.option("--verify", is_flag=True, help="Read the weight files whole first, and refuse others than the lock's.")
+@_signature
+@_public_key
+@_read_in_place
+@_json
+def serve_command(
+    bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, prefix_memory: int | None,
+    prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None, api_keys: Path | None,
+    no_keys: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool,
+    threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None,
+    public_key: Path | None, no_place: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Answer OpenAI's clients with the model of BUNDLE, until a signal comes.
+
+    The API is at /v1; /health, /ready and /metrics are for those who run it, and / is a page to chat. After SIGTERM or Ctrl-C no
+    new request is taken, and those that run have --grace seconds.
+    """
+    _expect_key(signature, public_key)
+    from .runtime import Model
+    from .runtime.server.app import Limits
+    from .runtime.server.serve import Address, Prefixes, Sizes, Started, serve, who_may_ask
+
+    def say(started: Started) -> None:
+        click.echo(json.dumps(to_json(started)) if as_json else str(started))
+
+    address = Address(host, port)
+    limits = Limits(
+        keys=who_may_ask(address, api_keys, no_keys=no_keys), open_metrics=open_metrics, max_body=max_body, origins=origins,
+        page=not no_page,
+    )  # fmt: skip
+    with address.socket() as listening, Model(
+        bundle, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=slots, verify=verify,
+        place=not no_place, signature=signature, public_key=public_key, progress=progress(),
+    ) as model:  # fmt: skip
+        serve(
+            model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say,
+            sizes=Sizes(context, slots, chunk, max_queue),
+            prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
+        )  # fmt: skip
 
 
 @main.command("validate")

@@ -52,6 +52,7 @@ def _builds() -> dict[str, Feature]:
 
 
 _VALIDATE = (*_to_run(ONNX_RUNTIME), *_EXPORT, "transformers", "safetensors", "jinja2", "jsonschema", "polygraphy")
+_SERVE = ("starlette", "uvicorn", "prometheus_client")
 #: model-signing imports pyOpenSSL and does not ask for it.
 _SIGN = ("model_signing", "OpenSSL", "cryptography", "pydantic")
 #: What is not listed needs only click: `plan`, `targets`, `inspect` of artifacts.
@@ -61,6 +62,7 @@ FEATURES = {
     "inject": Feature(_EXPORT, "inject"),
     **_builds(),
     **{one.run_feature: Feature(_to_run(one), "generate", one.gpu, one.package) for one in BACKENDS.values()},
+    "serve": Feature(("numpy", "tokenizers", "pydantic", *_SERVE), "serve"),
     "validate": Feature(_VALIDATE, "validate"),
     "evidence": Feature(("numpy", "jsonschema", "cyclonedx", "in_toto_attestation", *_SIGN), "evidence"),
     "verify signatures": Feature(_SIGN),

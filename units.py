@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _TOKENS = {"k": 1 << 10, "m": 1 << 20}
@@ -19,6 +20,19 @@ def read_tokens(value: Any) -> int:
     if not (digits.isascii() and digits.isdigit()) or int(digits) < 1:
         raise ValueError(f"{value!r} is not a number of tokens; expected for example 4096, 64k or 1M.")
     return int(digits) * unit
+
+
+def read_size(value: Any) -> int:
+    """Bytes: 4096, "512KiB", "4MiB", "1GiB" or "2TiB" (powers of 1024; "KB", "K" and so on mean the same).
+
+    Raises:
+        ValueError: it is something else, or less than 1; the message says what was expected.
+    """
+    text = str(value).strip().lower() if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
+    found = re.fullmatch(r"([0-9]{1,15})\s*(?:([kmgt])i?)?b?", text)
+    if found is None or int(found[1]) < 1:
+        raise ValueError(f"{value!r} is not a number of bytes; expected for example 4096, 512KiB, 4MiB or 1GiB.")
+    return int(found[1]) << (10 * (" kmgt".index(found[2]) if found[2] else 0))
 
 
 def size_text(count: float) -> str:

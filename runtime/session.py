@@ -162,7 +162,7 @@ class Session:
         replaced as a whole, as ``foldkv build`` does it, leaves them as they were; open the new one when it suits you.
         """
         reasons: tuple[str, ...] = ("the session is closed",) if self._executor is None else ()
-        if self._torn:
+        if self._torn and not self._lock.locked():  # a run that is on its way may still end well
             reasons += ("a run failed half way; reset the session or restore a snapshot",)
         return reasons + self.model.changes()
 

@@ -96,6 +96,7 @@ CASES = [
     ("build TensorRT-RTX engines with plugins", (*BUILD, "a100"), ("tensorrt_rtx", "triton"), "foldkv[rtx,plugins]"),
     ("generate", ("generate", "BUNDLE", "x"), ("onnxruntime",), "foldkv[cpu]"),
     ("generate", ("generate", "BUNDLE", "x"), ("tokenizers", "numpy"), "numpy>="),
+    ("serve", ("serve", "BUNDLE"), ("starlette", "uvicorn", "prometheus_client"), "foldkv[serve]"),
     (
         "validate",
         ("validate", "BUNDLE", "--reference", "CHECKPOINT", "--report", "OUT"),

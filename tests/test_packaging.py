@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
     packages = ("export", "optimize", "plugins", "runtime", "validation")
-    kinds = {".py", ".toml", ".json", ".j2", ".css", ".typed"}
+    kinds = {".py", ".toml", ".json", ".j2", ".css", ".html", ".typed"}
     wanted = {path.relative_to(ROOT) for path in ROOT.glob("*.py")} | {Path("py.typed")}
     for package in packages:
         wanted |= {p.relative_to(ROOT) for p in (ROOT / package).rglob("*") if p.suffix in kinds}

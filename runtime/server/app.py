@@ -1,0 +1,431 @@
+"""The endpoints.
+
+``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions`` are OpenAI's. ``/health`` says that the process lives, ``/ready`` that it takes
+requests, ``/metrics`` is for Prometheus and ``/`` is a page to chat. Every error has OpenAI's shape, and nothing of the inside in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..completion import Completion
+from .answers import Answer
+from .bodies import Body, ChatBody, CompletionBody, names_of, read_body
+from .generations import Generations
+from .keys import Keys
+from .metrics import CONTENT_TYPE, Metrics
+from .page import page, page_headers
+from .problems import AGAIN, Problem, problem_of, to_json
+from .requests import Job, chat_job, completion_job
+from .service import Service
+
+_log = logging.getLogger(__name__)
+#: Seconds after which a stream without news says that it lives, so that nobody between takes it for dead.
+_SILENCE = 15.0
+#: What whoever watches the server asks all the time.
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+#: What the log and the numbers say where the client left before there was an answer; nginx made it known.
+_LEFT = 499
+_JSON = "application/json"
+#: What needs no key, whatever the server was told.
+_OPEN = frozenset({"/", "/health", "/ready"})
+MakeJob = Callable[[Any, Service], Job]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes, and from whom.
+
+    Attributes:
+        keys: who may ask; None for everybody.
+        open_metrics: /metrics needs no key.
+        max_body: bytes of a request, at most.
+        body_timeout: seconds in which a body must arrive.
+        origins: of pages that may ask from a browser, as in ``https://example.com``; "*" for all.
+        page: there is a page at /.
+    """
+
+    keys: Keys | None = None
+    open_metrics: bool = False
+    max_body: int = 4 << 20
+    body_timeout: float = 30.0
+    origins: tuple[str, ...] = ()
+    page: bool = True
+
+
+class Application:
+    """The endpoints over a service, as an application of ASGI.
+
+    Attributes:
+        asgi: the application.
+    """
+
+    def __init__(self, service: Service, limits: Limits = Limits()) -> None:
+        """Nothing is listened to yet."""
+        self._service, self._limits = service, limits
+        self._metrics = Metrics(service)
+        self._stopping = False
+        self._running = set[Generations]()
+        routes = [
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._read_metrics),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            *([Route("/", self._page)] if limits.page else []),
+        ]
+        middleware = [Middleware(_Watched, metrics=self._metrics, paths={route.path for route in routes})]
+        if limits.origins:
+            middleware.append(
+                Middleware(
+                    CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST"],
+                    allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+                )
+            )  # fmt: skip
+        middleware.append(Middleware(_Guarded, refuse=self._refuse))
+        self.asgi = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _not_found})
+        self.asgi.router.redirect_slashes = False
+
+    def stop(self) -> None:
+        """Take no more requests; those that run go on."""
+        self._stopping = True
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    def cancel(self) -> None:
+        """End the answers that run; their clients are told that the server stops."""
+        for generations in list(self._running):
+            generations.cancel()
+
+    # Who may ask
+
+    def _refuse(self, scope: Scope) -> Problem | None:
+        path, keys = scope["path"], self._limits.keys
+        free = path in _OPEN or (path == "/metrics" and self._limits.open_metrics)
+        if keys is not None and not free and not keys.allow(_header(scope, b"authorization")):
+            return Problem(
+                401, "This server needs a key: Authorization: Bearer KEY.", code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )  # fmt: skip
+        return None
+
+    # What the server is
+
+    async def _health(self, _: HttpRequest) -> Response:
+        return _json({"status": "ok"})
+
+    async def _ready(self, _: HttpRequest) -> Response:
+        reasons = ["the server is stopping"] if self._stopping else []
+        reasons += self._service.engine.not_ready()
+        return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def _read_metrics(self, _: HttpRequest) -> Response:
+        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _page(self, _: HttpRequest) -> Response:
+        return Response(page(), media_type="text/html", headers=page_headers())
+
+    async def _models(self, _: HttpRequest) -> Response:
+        return _json({"object": "list", "data": [self._facts()]})
+
+    async def _model(self, request: HttpRequest) -> Response:
+        name = request.path_params["name"]
+        if name != self._service.name:
+            raise Problem(404, f"The model {name[:60]!r} is not here.", "model", "model_not_found")
+        return _json(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        service = self._service
+        return {
+            "id": service.name, "object": "model", "created": service.created, "owned_by": "foldkv",
+            "max_model_len": service.context, "chat": service.chat is not None,
+        }  # fmt: skip
+
+    # What it answers
+
+    async def _completions(self, request: HttpRequest) -> Response:
+        return await self._answer(request, CompletionBody, completion_job)
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        return await self._answer(request, ChatBody, chat_job)
+
+    async def _answer(self, request: HttpRequest, kind: type[Body], make: MakeJob) -> Response:
+        if self._stopping:
+            raise _stopping()
+        clock, data = self._metrics.clock(), await self._read(request)
+        # Long prompts take a while to read and to encode; others go on meanwhile.
+        number = request.scope["request_id"]
+        job = await asyncio.to_thread(lambda: _made(kind, data, make, self._service, number))
+        if self._stopping:  # since
+            raise _stopping()
+        generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
+        answer = Answer(job, self._service)
+        self._running.add(generations)
+
+        def end() -> None:
+            self._running.discard(generations)
+            generations.cancel()
+
+        async def pieces() -> AsyncGenerator[tuple[int, Completion]]:
+            reasons = list[str]()
+            try:
+                async for prompt, piece in generations:
+                    clock.piece(prompt, piece)
+                    if piece.finish_reason is not None:
+                        reasons.append(piece.finish_reason)
+                    yield prompt, piece
+                    self._check(piece)
+            finally:
+                end()
+                usage = answer.usage()
+                request.scope["facts"] = (
+                    f"{usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
+                    f"+ {usage['completion_tokens']} new, {' '.join(reasons) or 'left'}"
+                )
+
+        if job.stream:
+            return _Events(_events(job, answer, pieces(), number), end)
+        async with contextlib.aclosing(pieces()) as running, _cancelled_without(request.receive, generations.cancel):
+            async for prompt, piece in running:
+                answer.feed(prompt, piece)
+        return _json(answer.whole())
+
+    def _check(self, piece: Completion) -> None:
+        """Raise why an answer ended that nobody can use."""
+        if piece.finish_reason == "timeout":
+            raise Problem(504, f"The answer took more than {self._service.timeout:g} s.", code="timeout")
+        if piece.finish_reason == "cancelled":
+            raise _stopping() if self._stopping else ClientDisconnect
+
+    async def _read(self, request: HttpRequest) -> bytes:
+        """The body, if it is not too long and comes in time."""
+        most, kind = self._limits.max_body, request.headers.get("content-type", "")
+        if kind.split(";")[0].strip().lower() != _JSON:
+            # A page of another site can send other types without asking the browser whether it may.
+            raise Problem(
+                415, f"The body must be JSON, with the header content-type: {_JSON}.", code="unsupported_type"
+            )
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_timeout):
+                if int(request.headers.get("content-length", 0)) > most:
+                    raise _too_long(most)
+                async for part in request.stream():
+                    data += part
+                    if len(data) > most:
+                        raise _too_long(most)
+        except TimeoutError:
+            raise Problem(
+                408, f"The body did not arrive within {self._limits.body_timeout:g} s.", code="timeout",
+                headers={"connection": "close"},
+            ) from None  # fmt: skip
+        return bytes(data)
+
+
+def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service, number: str) -> Job:
+    body = read_body(kind, data)
+    try:
+        return make(body, service)
+    except Exception as error:
+        raise problem_of(error, number, names_of(kind)) from error
+
+
+def _stopping() -> Problem:
+    return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(AGAIN)})
+
+
+def _too_long(most: int) -> Problem:
+    return Problem(
+        413, f"The body has more than {most} bytes, which is the limit here.", code="body_too_long",
+        headers={"connection": "close"},
+    )  # fmt: skip
+
+
+def _json(facts: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(facts), status, headers, _JSON)
+
+
+def _problem(problem: Problem) -> Response:
+    return _json(problem.facts(), problem.status, dict(problem.headers))
+
+
+async def _not_found(request: HttpRequest, error: Exception) -> Response:
+    """What Starlette refuses: paths and methods that there are not."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method[:20], request.url.path[:100]
+    message = f"{method} {path!r} does not exist." if error.status_code == 404 else f"{path} does not take {method}."
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    known = error.status_code in codes
+    return _problem(
+        Problem(error.status_code, message if known else error.detail, code=codes.get(error.status_code), headers=error.headers or {})
+    )  # fmt: skip
+
+
+# Streams
+
+
+async def _events(
+    job: Job, answer: Answer, pieces: AsyncGenerator[tuple[int, Completion]], number: str
+) -> AsyncGenerator[bytes]:
+    """The events of a stream. One that fails ends with an error, and not with what says that all came."""
+    async with contextlib.aclosing(pieces):
+        try:
+            async for prompt, piece in pieces:
+                for chunk in answer.feed(prompt, piece):
+                    yield _event(chunk)
+        except ClientDisconnect:
+            return
+        except Exception as error:  # noqa: BLE001 - the status has been sent, so it is told in the stream
+            yield _event(problem_of(error, number).facts())
+            return
+    if job.usage:
+        yield _event(answer.last_chunk())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(facts: Any) -> bytes:
+    return b"data: " + to_json(facts) + b"\n\n"
+
+
+class _Events(Response):
+    """Events of a stream as they come; ``left`` is called when the client has gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes], left: Callable[[], None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._left = events, left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As Starlette calls it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        following: asyncio.Task[bytes] | None = None
+        try:
+            async with _cancelled_without(receive, self._left):
+                while True:
+                    following = asyncio.ensure_future(anext(self._events))
+                    while not (await asyncio.wait({following}, timeout=_SILENCE))[0]:
+                        await send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+                    try:
+                        event = following.result()
+                    except StopAsyncIteration:
+                        break
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            if following is not None and not following.done():
+                following.cancel()
+                await asyncio.wait({following})
+            await self._events.aclose()
+            self._left()  # also where the first event was never asked for
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@contextlib.asynccontextmanager
+async def _cancelled_without(receive: Receive, left: Callable[[], None]) -> AsyncIterator[None]:
+    """Calls ``left`` as soon as the client closes the connection."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+# Around all endpoints
+
+
+class _Watched:
+    """Gives every request an id, writes one line of log for it, and counts it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            return
+        number, start, status = f"req-{secrets.token_hex(8)}", time.monotonic(), 0
+        scope["request_id"] = number
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            status = status or _LEFT
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.answered(path, status)
+            client, facts = scope.get("client") or ("?",), scope.get("facts", "")
+            took = time.monotonic() - start
+            quiet = path in _PROBES and status == 200
+            _log.log(
+                logging.DEBUG if quiet else logging.INFO, "%s %s %s %r %d %.3f s%s", number, client[0], scope["method"], scope["path"][:100], status, took,
+                f" {facts}" if facts else "",
+            )  # fmt: skip
+
+
+class _Guarded:
+    """Refuses who may not ask, and turns whatever is raised into an error of OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, refuse: Callable[[Scope], Problem | None]) -> None:
+        self._app, self._refuse = app, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        problem = self._refuse(scope)
+        if problem is None:
+            try:
+                await self._app(scope, receive, watched)
+                return
+            except ClientDisconnect:
+                return  # nobody is there to be told
+            except Exception as error:  # noqa: BLE001 - the last resort of the server
+                problem = problem_of(error, scope["request_id"])
+        if not begun:
+            await _problem(problem)(scope, receive, send)
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[0].decode("latin-1") if len(values) == 1 else None

@@ -1,0 +1,394 @@
+"""The server over a real model, asked by OpenAI's own client, by curl and by sockets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import openai
+import pytest
+from bad_requests import BAD
+from prometheus_client.parser import text_string_to_metric_families
+from served import CONTEXT, Running, answering, http, serving
+
+from foldkv.export.contract.chat import ChatFile
+from foldkv.runtime import Model, plan_bytes
+from foldkv.runtime.chat import ChatFormat
+from foldkv.runtime.server.app import Limits
+from foldkv.runtime.server.keys import Keys
+from foldkv.runtime.serving.request import Request
+
+TEXT = "def scale(values, factor):\n    return"
+ASKED: Any = {"model": "tiny", "prompt": TEXT, "max_tokens": 16, "temperature": 0}
+TALK: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "temperature": 0}
+
+
+def metrics(running: Running) -> dict[tuple[str, str], float]:
+    """Samples by name and the value of the label that matters."""
+    text = http().get(f"{running.url}/metrics").text
+    label = lambda sample: "".join(v for k, v in sorted(sample.labels.items()) if k != "model_name")
+    return {
+        (sample.name, label(sample)): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def until(true: Callable[[], bool], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def idle(running: Running) -> bool:
+    stats = running.service.engine.stats()
+    return (
+        until(lambda: not running.application.running and not running.service.engine.stats().running, 10)
+        and stats is not None
+    )
+
+
+# What clients ask
+
+
+def test_a_completion_is_the_text_of_the_engine_and_a_stream_of_it_is_the_same(running: Running) -> None:
+    client, service = running.client(), running.service
+    answer = client.completions.create(**ASKED)
+    (expected,) = service.engine.complete(Request(TEXT, max_new_tokens=16))
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
+    assert answer.object == "text_completion" and answer.model == "tiny" and answer.id.startswith("cmpl-")
+    assert answer.system_fingerprint == f"fp_{service.engine.model.bundle.digest[:12]}"
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(TEXT)
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    chunks = list(client.completions.create(**ASKED, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == choice.text
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + [choice.finish_reason]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
+    assert len({chunk.id for chunk in chunks}) == 1 and len(chunks) > 4
+
+
+def test_chat_reads_messages_as_the_encoding_has_it_and_streams_what_it_answers_whole(running: Running) -> None:
+    client, service = running.client(), running.service
+    for thinking in (True, False):
+        more: Any = {"extra_body": {"chat_template_kwargs": {"thinking": thinking}}}
+        answer = client.chat.completions.create(**TALK, **more)
+        message: Any = answer.choices[0].message
+        assert service.chat is not None and answer.usage is not None
+        prompt = service.chat.prompt(TALK["messages"], thinking=thinking)
+        assert answer.usage.prompt_tokens == len(prompt.token_ids(service.tokenizer))
+        said = message.reasoning_content if thinking else message.content
+        assert said and not (message.content if thinking else getattr(message, "reasoning_content", None))
+        chunks: list[Any] = list(client.chat.completions.create(**TALK, **more, stream=True))
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        assert deltas[0].role == "assistant"
+        name = "reasoning_content" if thinking else "content"
+        assert "".join(getattr(delta, name, None) or "" for delta in deltas) == said
+        assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason == "length"
+
+
+def test_several_prompts_and_answers_are_choices_in_order(running: Running) -> None:
+    client = running.client()
+    ids = list(b"import os\n")
+    asked: Any = {**ASKED, "max_tokens": 6}
+    alone = [client.completions.create(**{**asked, "prompt": one}).choices[0].text for one in (TEXT, ids)]
+    both = client.completions.create(**{**asked, "prompt": [list(TEXT.encode()), ids], "n": 2})
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in both.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert both.usage is not None and both.usage.prompt_tokens == len(TEXT) + len(ids)
+    assert both.usage.completion_tokens == 4 * 6
+    streamed: dict[int, str] = {}
+    for chunk in client.completions.create(**{**asked, "prompt": [TEXT, "import os\n"]}, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + choice.text
+    assert streamed == dict(enumerate(alone))
+
+
+def test_a_seed_repeats_an_answer_and_answers_without_one_differ(running: Running) -> None:
+    client = running.client()
+    drawn: Any = {**ASKED, "max_tokens": 8, "temperature": 1.5, "n": 2}
+    texts = [[c.text for c in client.completions.create(**drawn, seed=seed).choices] for seed in (-7, -7, 8)]
+    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1]
+    assert client.completions.create(**drawn).choices[0].text != client.completions.create(**drawn).choices[0].text
+
+
+def test_stop_strings_penalties_and_bias_do_what_they_say(running: Running) -> None:
+    client = running.client()
+    text = client.completions.create(**ASKED).choices[0].text
+    mark = text[6:9]
+    stopped: Any = client.completions.create(**ASKED, stop=[mark, "\0"]).choices[0]
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (text[: text.index(mark)], "stop", mark)
+    token = ord(text[0])
+    biased = client.completions.create(**ASKED, logit_bias={str(token): -100}).choices[0].text
+    assert text[0] not in biased and biased
+    ended: Any = client.completions.create(**ASKED, extra_body={"stop_token_ids": [ord(text[3])]}).choices[0]
+    assert ended.text == text[: text.index(text[3])] and ended.stop_reason == ord(text[3])
+    few = client.completions.create(**ASKED, extra_body={"repetition_penalty": 5.0}).choices[0].text
+    assert len(set(few)) > len(set(text))
+
+
+def test_probabilities_have_openais_shapes(running: Running) -> None:
+    client = running.client()
+    found = client.completions.create(**ASKED, logprobs=3).choices[0]
+    rows = found.logprobs
+    assert rows is not None and rows.tokens and rows.token_logprobs and rows.top_logprobs and rows.text_offset
+    assert "".join(rows.tokens) == found.text and rows.text_offset == list(range(len(rows.tokens)))
+    for token, logprob, top in zip(rows.tokens, rows.token_logprobs, rows.top_logprobs, strict=True):
+        assert logprob is not None and logprob <= 0 and max(top, key=lambda one: top[one]) == token and len(top) == 3
+        assert top[token] == logprob
+    chat = client.chat.completions.create(**TALK, logprobs=True, top_logprobs=2)
+    told = chat.choices[0].logprobs
+    assert told is not None and told.content is not None and chat.usage is not None
+    assert len(told.content) == chat.usage.completion_tokens
+    assert all(one.top_logprobs[0].logprob == one.logprob and len(one.top_logprobs) == 2 for one in told.content)
+    assert bytes(byte for one in told.content for byte in one.bytes or []).decode() == "".join(
+        t.token for t in told.content
+    )
+    chunks = list(client.chat.completions.create(**TALK, logprobs=True, top_logprobs=2, stream=True))
+    parts = [one for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content or []]
+    assert [(one.token, one.logprob) for one in parts] == [(one.token, one.logprob) for one in told.content]
+
+
+def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -> None:
+    before, talk = metrics(running), "Once more: " + "it was said before. " * 20
+    first, second = (
+        running.client().completions.create(model="tiny", prompt=talk + end, max_tokens=2).usage for end in ("a", "b")
+    )
+    assert first is not None and second is not None and second.prompt_tokens_details is not None
+    assert first.prompt_tokens_details is not None and first.prompt_tokens_details.cached_tokens == 0
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached and cached <= len(talk) and cached % 128 == 0
+    grown = {key: value - before.get(key, 0) for key, value in metrics(running).items()}
+    assert grown["foldkv:prefix_cache_hits_total", ""] == cached
+    assert grown["foldkv:prefix_cache_queries_total", ""] == 2 * len(talk) + 2
+    assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
+
+
+def test_models_and_what_the_server_is(running: Running) -> None:
+    (model,) = running.client().models.list().data
+    assert model.id == "tiny" and running.client().models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="not here"):
+        running.client().models.retrieve("other")
+    for path, facts in (("health", {"status": "ok"}), ("ready", {"ready": True, "reasons": []})):
+        answer = http().get(f"{running.url}/{path}")
+        assert (answer.status_code, answer.json()) == (200, facts)
+
+
+def test_curl_gets_a_stream_that_ends_with_done(running: Running) -> None:
+    body = json.dumps({**ASKED, "stream": True})
+    command = ["curl", "-sNi", f"{running.url}/v1/completions", "-H", "content-type: application/json", "-d", body]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    head, _, events = out.replace("\r\n", "\n").partition("\n\n")
+    assert (
+        head.startswith("HTTP/1.1 200") and "content-type: text/event-stream" in head and "x-request-id: req-" in head
+    )
+    rows = events.strip().split("\n\n")
+    assert rows[-1] == "data: [DONE]" and all(row.startswith("data: ") for row in rows)
+    assert json.loads(rows[0].removeprefix("data: "))["object"] == "text_completion"
+
+
+def test_more_prompts_than_the_queue_is_long_are_answered_one_after_the_other(model: Model) -> None:
+    with serving(model, slots=1, max_queue=1) as service, answering(service) as running:
+        asked: Any = {**ASKED, "prompt": [f"x = {number}" for number in range(6)], "max_tokens": 2}
+        answer = running.client().completions.create(**asked)
+        assert [choice.index for choice in answer.choices] == list(range(6)) and all(c.text for c in answer.choices)
+
+
+# What clients should not do
+
+
+def test_every_bad_request_is_an_error_of_openais_shape_and_the_server_goes_on(running: Running) -> None:
+    assert len(BAD) >= 80
+    wrong = []
+    for case in BAD:
+        answer = http().request(case.method, running.url + case.path, content=case.content, headers=case.headers)
+        try:
+            error = answer.json()["error"]
+            fine = set(error) == {"message", "type", "param", "code"} and len(error["message"]) > 10
+            fine = fine and "Traceback" not in answer.text and ".py" not in answer.text
+            fine = fine and answer.status_code == case.status and case.says in json.dumps(error)
+        except (ValueError, KeyError, TypeError):
+            fine = False
+        if not fine:
+            wrong.append(f"{str(case)[:200]}: {answer.status_code} {answer.text[:300]}")
+    assert not wrong, "\n".join(wrong)
+    assert running.client().completions.create(**ASKED).choices[0].text
+    assert idle(running)
+
+
+def test_bodies_that_are_too_long_are_refused(running: Running) -> None:
+    long = json.dumps({**ASKED, "prompt": "x" * (70 << 10)}).encode()
+    for content in (long, iter([long[:1000], long[1000:]])):  # with its length in the head, and in parts without
+        answer = http().post(
+            f"{running.url}/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_long"
+
+
+def test_who_leaves_is_no_longer_answered(running: Running) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    before = metrics(running)
+    for stream in (True, False):
+        body = json.dumps({**ASKED, "max_tokens": 450, "stream": stream, "n": 2}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            connection.sendall(head.encode() + body)
+            assert until(lambda: running.service.engine.stats().running > 0)
+            if stream:
+                connection.recv(10)
+        assert idle(running)
+    grown = {key: value - before.get(key, 0) for key, value in metrics(running).items()}
+    assert grown["foldkv:request_success_total", "cancelled"] == 4
+    assert grown["foldkv:http_requests_total", "/v1/completions499"] == 1, "the one that waited for all of its answer"
+
+
+def test_metrics_count_what_was_answered(running: Running) -> None:
+    before = metrics(running)
+    answer = running.client().completions.create(**{**ASKED, "n": 2})
+    list(running.client().completions.create(**ASKED, stream=True))
+    assert idle(running)
+    after = metrics(running)
+    grown = {key: after[key] - before.get(key, 0) for key in after}
+    assert answer.usage is not None
+    assert grown["foldkv:prompt_tokens_total", ""] == 2 * len(TEXT)
+    assert grown["foldkv:generation_tokens_total", ""] == 3 * 16
+    assert grown["foldkv:request_success_total", "length"] == 3
+    assert grown["foldkv:time_to_first_token_seconds_count", ""] == 3
+    assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 15
+    assert grown["foldkv:e2e_request_latency_seconds_count", ""] == 3
+    assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
+    assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
+    states = {label: value for (name, label), value in after.items() if name == "foldkv:state_bytes"}
+    assert states == plan_bytes(running.service.engine.model.bundle.state, CONTEXT, 2)
+
+
+def test_the_page_is_whole_and_may_ask_only_this_server(running: Running) -> None:
+    answer = http().get(f"{running.url}/")
+    policy = answer.headers["content-security-policy"]
+    assert answer.headers["content-type"] == "text/html; charset=utf-8" and "connect-src 'self'" in policy
+    assert "http://" not in answer.text and "https://" not in answer.text and "innerHTML" not in answer.text
+    assert "unsafe" not in policy
+
+
+# Servers that are told otherwise
+
+
+def test_a_model_with_a_template_is_asked_in_its_own_words_and_its_answer_is_content(model: Model) -> None:
+    template = "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}model:"
+    with (
+        serving(model, chat=ChatFormat(ChatFile("jinja", template=template))) as service,
+        answering(service) as running,
+    ):
+        answer = running.client().chat.completions.create(**TALK)
+        plain = running.client().completions.create(**{**ASKED, "prompt": "user: Hi\nmodel:", "max_tokens": 12})
+        assert answer.usage == plain.usage and answer.choices[0].message.content == plain.choices[0].text
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            running.client().chat.completions.create(**TALK, tools=[tool], tool_choice="required")
+
+
+def test_with_keys_only_who_has_one_is_answered(model: Model) -> None:
+    with serving(model) as service, answering(service, Limits(keys=Keys(["first-key", "other-key"]))) as running:
+        for key in ("first-key", "other-key"):
+            assert running.client(key).models.list().data
+        for key in ("first-ke", "first-key2", "-", "none"):
+            headers = {"authorization": f"Bearer {key}"}
+            for path in ("/v1/models", "/metrics", "/v1/x"):
+                answer = http().get(f"{running.url}{path}", headers=headers)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        with pytest.raises(openai.AuthenticationError):
+            running.client("wrong").chat.completions.create(**TALK)
+        for path in ("/health", "/ready", "/"):
+            assert http().get(f"{running.url}{path}").status_code == 200
+        assert http().get(f"{running.url}/metrics", headers={"authorization": "Bearer other-key"}).status_code == 200
+
+
+def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) -> None:
+    long: Any = {**ASKED, "max_tokens": 450, "stream": True}
+    with serving(model, slots=1, max_queue=1, timeout=60) as service, answering(service, grace=0) as running:
+        client = running.client()
+        first = client.completions.create(**long)
+        next(first)
+        second = client.completions.create(**long)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(**ASKED)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        running.server.ask_to_stop()
+        for stream in (first, second):  # ended at once, as the server was told, and not as if all had come
+            with pytest.raises(openai.APIError, match="stopping"):
+                list(stream)
+
+
+def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> None:
+    long: Any = {**ASKED, "max_tokens": 450}
+    with serving(model, slots=1, timeout=0.05) as service, answering(service, Limits(body_timeout=0.2)) as running:
+        with pytest.raises(openai.APIStatusError) as late:
+            running.client().completions.create(**long)
+        assert late.value.status_code == 504 and late.value.code == "timeout"
+        with pytest.raises(openai.APIError, match="more than"):
+            list(running.client().completions.create(**long, stream=True))
+        host, port = running.url.removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)))) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            connection.sendall(head)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
+        assert answer.startswith(b"HTTP/1.1 408") and b'"code":"timeout"' in answer
+
+
+def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
+    with serving(model, slots=1) as service, answering(service, grace=30) as running:
+        stream = running.client().completions.create(**{**ASKED, "max_tokens": 100}, stream=True)
+        text = next(stream).choices[0].text
+        assert {http().get(f"{running.url}/ready").status_code for _ in range(5)} == {200}, (
+            "a step on its way is no failure"
+        )
+        running.server.ask_to_stop()
+        assert until(lambda: http().get(f"{running.url}/ready").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="stopping"):
+            running.client().completions.create(**ASKED)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert len(text + "".join(chunk.choices[0].text for chunk in rest)) == 100
+
+
+def test_pages_of_others_ask_only_where_the_server_was_told_so(running: Running, model: Model) -> None:
+    origin = {"origin": "https://example.com"}
+    assert "access-control-allow-origin" not in http().get(f"{running.url}/health", headers=origin).headers
+    with serving(model) as service, answering(service, Limits(origins=("https://example.com",), page=False)) as other:
+        assert (
+            http().get(f"{other.url}/health", headers=origin).headers["access-control-allow-origin"] == origin["origin"]
+        )
+        asked = {
+            **origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        allowed = http().options(f"{other.url}/v1/completions", headers=asked)
+        assert allowed.status_code == 200 and "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        refused = http().post(f"{other.url}/v1/completions", headers=origin, content=b"{}")
+        assert refused.status_code == 415 and "access-control-allow-origin" in refused.headers
+        assert http().get(f"{other.url}/").status_code == 404
+
+
+def test_an_unexpected_failure_is_a_number_that_the_log_knows(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret of the inside")
+
+    monkeypatch.setattr(type(running.service.tokenizer), "encode", broken)
+    with pytest.raises(openai.InternalServerError) as failed:
+        running.client().completions.create(**ASKED)
+    assert failed.value.code == "internal_error" and "secret" not in str(failed.value)
+    number = str(failed.value.body["message"]).split()[-1].rstrip(".")  # type: ignore[index]
+    assert number in caplog.text and "a secret of the inside" in caplog.text

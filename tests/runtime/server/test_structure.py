@@ -1,0 +1,120 @@
+"""Answers that keep to what the request says, whichever model answers: JSON, patterns, choices, grammars and calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import openai
+import pytest
+from served import Running
+
+#: The model writes source code, with much white space.
+NO_SPACE = {"logit_bias": {"32": -100, "10": -100, "9": -100, "13": -100}}
+TALK: Any = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Hi"}],
+    "max_tokens": 200,
+    "temperature": 1,
+    "seed": 3,
+    **NO_SPACE,
+}
+QUIET = {"chat_template_kwargs": {"thinking": False}}
+SCHEMA = {
+    "type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"],
+    "additionalProperties": False,
+}  # fmt: skip
+ONE = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
+ADD: Any = {"type": "function", "function": {"name": "add", "strict": True, "parameters": ONE}}
+SUB: Any = {
+    "type": "function",
+    "function": {"name": "sub", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}},
+}
+
+
+def test_a_schema_holds_for_the_content_and_leaves_the_reasoning_free(running: Running) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    message = (
+        running.client().chat.completions.create(**TALK, response_format=form, extra_body=QUIET).choices[0].message
+    )
+    value = json.loads(message.content or "")
+    assert set(value) == {"a", "b"} and isinstance(value["a"], bool) and value["b"] in ("x", "yy")
+    free: Any = running.client().chat.completions.create(**{**TALK, "max_tokens": 20}, response_format=form).choices[0]
+    assert free.message.reasoning_content and not free.message.content and free.finish_reason == "length"
+    whole = running.client().chat.completions.create(**TALK, response_format={"type": "json_object"}, extra_body=QUIET)
+    assert (whole.choices[0].message.content or "").startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"guided_regex": "[ab]{3}-[0-9]{2}"}, "[ab]{3}-[0-9]{2}"),
+        ({"structured_outputs": {"regex": "x+y"}}, "x+y"),
+        ({"structured_outputs": {"choice": ["red", "green"]}}, "red|green"),
+        ({"structured_outputs": {"json": {"enum": [1, "two"]}}}, '1|"two"'),
+        ({"structured_outputs": {"grammar": 'start: "<" WORD ">"\nWORD: /[a-c]{2}/'}}, "<[a-c]{2}>"),
+    ],
+)
+def test_texts_keep_to_patterns_choices_and_grammars(running: Running, asked: Any, pattern: str) -> None:
+    client = running.client()
+    text: Any = {
+        "model": "tiny",
+        "prompt": "The answer: ",
+        "max_tokens": 60,
+        "temperature": 1.2,
+        "n": 2,
+        "extra_body": asked,
+    }
+    for choice in client.completions.create(**text).choices:
+        assert re.fullmatch(pattern, choice.text) and choice.finish_reason == "stop"
+    talk = client.chat.completions.create(**TALK, extra_body={**asked, **QUIET})
+    assert re.fullmatch(pattern, talk.choices[0].message.content or "")
+
+
+def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(running: Running) -> None:
+    client = running.client()
+    asked: Any = {**TALK, "max_tokens": 600, "tools": [ADD, SUB], "parallel_tool_calls": False, "extra_body": QUIET}
+    named: Any = {"type": "function", "function": {"name": "add"}}
+    found = client.chat.completions.create(**asked, tool_choice=named).choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.tool_calls and not found.message.content
+    (call,) = found.message.tool_calls
+    assert call.type == "function" and call.function.name == "add"
+    value = json.loads(call.function.arguments)
+    assert set(value) == {"a"} and isinstance(value["a"], bool)
+    chunks = list(client.chat.completions.create(**asked, tool_choice="required", stream=True))
+    parts: Any = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or []]
+    assert {part.index for part in parts} == {0} and parts[0].function.name in ("add", "sub")
+    json.loads("".join(part.function.arguments for part in parts))
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_tool_that_must_not_be_called_is_not(running: Running) -> None:
+    asked: Any = {**TALK, "tools": [ADD], "max_tokens": 30, "extra_body": QUIET}
+    found = running.client().chat.completions.create(**asked, tool_choice="none")
+    plain = running.client().chat.completions.create(**{**asked, "tools": openai.omit})
+    assert not found.choices[0].message.tool_calls
+    assert found.usage is not None and plain.usage is not None
+    assert found.usage.prompt_tokens == plain.usage.prompt_tokens, (
+        "the model is not told of tools that it must not call"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}}}, "response_format", "thing"),
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs", "pattern"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs", "pattern"),
+        ({"guided_regex": ""}, "guided_regex", "regular expression"),
+        ({"structured_outputs": {"grammar": "start: nothing"}, **QUIET}, "structured_outputs", "grammar"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs", "thinking off"),
+        ({"structured_outputs": {"choice": ["a"]}, "tools": [ADD]}, "structured_outputs", "tools"),
+        ({"response_format": {"type": "json_object"}, "tools": [SUB]}, "response_format", "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object", "not": {}}}}]}, "tools", "f"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_nothing_can_be_held_to_is_refused(running: Running, fields: Any, param: str, says: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        running.client().chat.completions.create(model="tiny", messages=TALK["messages"], extra_body=fields)
+    assert refused.value.param == param and says in str(refused.value)

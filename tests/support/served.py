@@ -1,0 +1,90 @@
+"""Servers over a real model, on free ports, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+from openai import OpenAI
+
+from foldkv.runtime import Model, Tokenizer
+from foldkv.runtime.chat import ChatFormat, chat_format
+from foldkv.runtime.server.app import Application, Limits
+from foldkv.runtime.server.serve import Address, Prefixes, Server
+from foldkv.runtime.server.service import Service
+from foldkv.runtime.serving.engine import Engine
+
+#: Tokens of a prompt and its answer. A token is a byte here, and tools take many.
+CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    service: Service
+    application: Application
+    server: Server
+
+    def client(self, key: str = "none") -> OpenAI:
+        return _client(f"{self.url}/v1", key)
+
+
+@functools.cache
+def http() -> httpx.Client:
+    """One for all, because making one takes longer than most requests."""
+    return httpx.Client(timeout=60)
+
+
+@functools.cache
+def _client(url: str, key: str) -> OpenAI:
+    return OpenAI(base_url=url, api_key=key, max_retries=0, http_client=http())
+
+
+@contextmanager
+def answering(service: Service, limits: Limits | None = None, grace: float = 5) -> Iterator[Running]:
+    """A server over a service, in a thread."""
+    application = Application(service, limits or Limits())
+    began = threading.Event()
+    server = Server(application, grace=grace, ready=began.set)
+    with Address(port=0).socket() as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(server.run(listening)))
+        thread.start()
+        try:
+            assert began.wait(30)
+            yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service, application, server)
+        finally:
+            server.ask_to_stop()
+            thread.join()
+
+
+@contextmanager
+def serving(
+    model: Model,
+    *,
+    slots: int = 2,
+    max_queue: int = 8,
+    timeout: float | None = 60,
+    prefixes: int = 0,
+    chat: ChatFormat | None = None,
+) -> Iterator[Service]:
+    """A service over an engine of its own, which keeps so many bytes of states."""
+    tokenizer, chunk = Tokenizer.from_bundle(model.bundle), 128
+    with contextlib.ExitStack() as stack:
+        index = Prefixes(memory=prefixes or None).open(model, slots, chunk)
+        if index is not None:
+            stack.enter_context(index)
+        engine = stack.enter_context(
+            Engine(
+                model, tokenizer=tokenizer, slots=slots, context=CONTEXT, chunk=chunk, max_queue=max_queue, prefixes=index
+            )
+        )  # fmt: skip
+        format = chat or chat_format("v4-0731")
+        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, format, timeout=timeout, prefixes=index)
