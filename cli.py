@@ -529,6 +529,11 @@ def generate_command(
     "--chunk", type=_Tokens(), default=256, show_default=True, help="Tokens of a prompt that go through at once."
 )
 @click.option("--max-queue", type=click.IntRange(min=1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="Compute every answer's steps alone, so that its bits depend on nobody. Slower.",
+)
 @click.option("--prefix-memory", type=_Size(), metavar="SIZE", help="Memory for states to use again, such as 4GiB.")
 @click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
 @click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")
@@ -567,8 +572,8 @@ def generate_command(
 @_read_in_place
 @_json
 def serve_command(
-    bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, prefix_memory: int | None,
-    prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None, api_keys: Path | None,
+    bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, batch_invariant: bool,
+    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None, api_keys: Path | None,
     no_keys: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool,
     threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None,
     public_key: Path | None, no_place: bool, as_json: bool,
@@ -597,7 +602,7 @@ def serve_command(
     ) as model:  # fmt: skip
         serve(
             model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say,
-            sizes=Sizes(context, slots, chunk, max_queue),
+            sizes=Sizes(context, slots, chunk, max_queue, batch_invariant),
             prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
         )  # fmt: skip
 

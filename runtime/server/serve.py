@@ -130,12 +130,14 @@ class Sizes:
         slots: sequences.
         chunk: tokens of a prompt.
         max_queue: requests that may wait.
+        batch_invariant: compute every sequence's steps alone.
     """
 
     context: int | None = None
     slots: int = 8
     chunk: int = 256
     max_queue: int = 64
+    batch_invariant: bool = False
 
     def context_of(self, bundle: Bundle) -> int:
         """The context for a bundle."""
@@ -225,7 +227,8 @@ def serve(
             stack.enter_context(index)
         engine = stack.enter_context(
             Engine(
-                model, tokenizer=tokenizer, slots=sizes.slots, context=context, chunk=sizes.chunk, max_queue=sizes.max_queue, prefixes=index
+                model, tokenizer=tokenizer, slots=sizes.slots, context=context, chunk=sizes.chunk, max_queue=sizes.max_queue, prefixes=index,
+                batch_invariant=sizes.batch_invariant,
             )
         )  # fmt: skip
         service = Service(

@@ -51,16 +51,19 @@ def _json(form: ResponseFormat, service: Service, *, after: str) -> NewConstrain
 
 
 def _calls(body: ChatBody, service: Service, *, thinks: bool) -> NewConstraint | None:
-    """What calls must keep to. Where the model may call as it likes, only tools that say ``strict`` are a reason for a grammar."""
+    """What calls must keep to.
+
+    Where the model may call as it likes and no tool says ``strict``, a schema that no grammar can hold is left to the model, and so
+    are all where nothing can compile grammars.
+    """
     chosen, tools = body.tool_choice or "auto", body.tools
     if not tools or service.chat is None:
         return None
     several = body.parallel_tool_calls is not False
     strict = any((tool.get("function") or {}).get("strict") is True for tool in tools)
-    if chosen == "auto" and several and not strict:
-        return None
-    if chosen == "none" and not installed("llguidance"):
-        return None  # the model is not told of them
+    free = chosen == "auto" and several and not strict
+    if (free or chosen == "none") and not installed("llguidance"):
+        return None  # with "none" the model is not told of them
     from ..serving.tool_grammar import tool_grammar
 
     choice = chosen if isinstance(chosen, str) else chosen.model_dump()
@@ -70,6 +73,8 @@ def _calls(body: ChatBody, service: Service, *, thinks: bool) -> NewConstraint |
         )
         return None if grammar is None else service.grammars.lark(grammar)
     except InputError as error:
+        if free:
+            return None
         text = str(error)
         raise _refused(error, "tool_choice" if text.startswith("tool_choice") else "tools") from None
 

@@ -10,6 +10,9 @@ import openai
 import pytest
 from served import Running
 
+from foldkv.runtime.server.bodies import ChatBody, read_body
+from foldkv.runtime.server.structure import chat_constraint
+
 #: The model writes source code, with much white space.
 NO_SPACE = {"logit_bias": {"32": -100, "10": -100, "9": -100, "13": -100}}
 TALK: Any = {
@@ -87,6 +90,20 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(runni
     assert {part.index for part in parts} == {0} and parts[0].function.name in ("add", "sub")
     json.loads("".join(part.function.arguments for part in parts))
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_tools_are_a_grammar_also_where_the_model_may_call_as_it_likes(running: Running) -> None:
+    """A schema that no grammar can hold is left to the model, unless its tool says ``strict``."""
+    odd: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    for tools, held in (([SUB], True), ([ADD, SUB], True), ([odd], False), ([SUB, odd], False)):
+        body = read_body(ChatBody, json.dumps({"model": "tiny", "messages": TALK["messages"], "tools": tools}).encode())
+        made = chat_constraint(body, running.service, thinks=False)
+        assert (made is not None) == held
+        if made is not None:
+            constraint = made()
+            for token in b"free text":
+                assert constraint.allowed()[token]
+                constraint.took(token)
 
 
 def test_a_tool_that_must_not_be_called_is_not(running: Running) -> None:
