@@ -157,21 +157,27 @@ def test_prompts_that_begin_alike_are_not_fed_again_and_have_the_same_bits(model
 
 
 def test_states_after_answers_are_used_if_bits_need_not_be_the_same(model: Model) -> None:
-    first = prompt(45)
+    """Lengths around chunk, ratios and window, with neighbours: within what another chunking changes anyway."""
     with index(model) as prefixes, Engine(
-        model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+        model, slots=3, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
     ) as engine:  # fmt: skip
-        [answer] = engine.complete(Request(first, max_new_tokens=6, stop_tokens=NEVER, exact=False))
-        turn = [*first, *answer.token_ids, *prompt(4)]
-        loose, exact, none = (
-            engine.complete(Request(turn, max_new_tokens=4, logprobs=0, stop_tokens=NEVER, **more))[0]
-            for more in ({"exact": False}, {"exact": True}, {"use_prefixes": False})
-        )
-        assert [one.usage.cached_tokens for one in (loose, exact, none) if one.usage] == [45 + 5, CHUNK, 0]
-        assert exact.logprobs == none.logprobs and exact.token_ids == loose.token_ids
-        np.testing.assert_allclose(
-            [one.logprob for one in loose.logprobs], [one.logprob for one in none.logprobs], atol=1e-3
-        )
+        for length in (31, 45, 124, 128, 131):
+            first = prompt(length)
+            beside = engine.submit(Request(prompt(60, length), stop_tokens=NEVER))
+            [answer] = engine.complete(Request(first, max_new_tokens=6, stop_tokens=NEVER, exact=False))
+            turn = [*first, *answer.token_ids, *prompt(4)]
+            loose, exact, none = (
+                engine.complete(Request(turn, max_new_tokens=3, logprobs=0, stop_tokens=NEVER, **more))[0]
+                for more in ({"exact": False}, {"exact": True}, {"use_prefixes": False})
+            )
+            beside.cancel()
+            cached = [one.usage.cached_tokens for one in (loose, exact, none) if one.usage]
+            assert cached == [length + 5, length // CHUNK * CHUNK, 0]
+            assert exact.token_ids == loose.token_ids == none.token_ids
+            for other in (loose, exact):
+                np.testing.assert_allclose(
+                    [one.logprob for one in other.logprobs], [one.logprob for one in none.logprobs], atol=1e-3
+                )
 
 
 def test_kept_states_are_there_after_a_restart(model: Model, tmp_path: Path) -> None:
