@@ -184,7 +184,14 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"executed": lambda: result_tables.executed(result_tables.gpu_results())},
     ROOT / "docs" / "gpu.md": {"times": lambda: result_tables.times(result_tables.gpu_results())},
     ROOT / "docs" / "serving.md": {
-        make.__name__: make for make in (result_tables.clients, result_tables.waiting, result_tables.reuse)
+        make.__name__: make
+        for make in (
+            result_tables.clients,
+            result_tables.waiting,
+            result_tables.reuse,
+            result_tables.load,
+            result_tables.peer,
+        )
     },
     ROOT / "docs" / "results.md": {
         make.__name__: make

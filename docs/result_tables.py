@@ -155,6 +155,42 @@ def clients() -> str:
     )
 
 
+def load() -> str:
+    """A server under load, killed and restarted."""
+
+    def line(name: str, label: str) -> list[str]:
+        row, kill = result("serving-load")[name]["load"], result("serving-load")[name]["kill"]
+        memory = [f"{row['memory_bytes'][key] / 2**20:.0f}" for key in ("first", "last", "most")]
+        failed = sum(count for how, count in row["ended"].items() if how.startswith("error"))
+        return [
+            label, f"{row['clients']}, {row['seconds']:.0f} s", f"{row['ended'].get('answered', 0):,}", f"{row['ended'].get('left', 0):,}", f"{failed}",
+            f"{row['wrong_count'] - failed}", " / ".join(memory), f"{kill['tokens_from_before']:,}, {'the same' if kill['same'] else 'OTHER'} answers",
+        ]  # fmt: skip
+
+    heads = (
+        "steps", "clients", "answered", "left early", "errors", "answers that are not those given alone", "MiB after a third, at the end, most",
+        "after kill -9: tokens not fed, answers",
+    )  # fmt: skip
+    return _table(heads, [line("batch_invariant", "`--batch-invariant`"), line("shared_steps", "shared (default)")])
+
+
+def peer() -> str:
+    """Our engine beside onnxruntime-genai's."""
+
+    def line(row: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
+        grown = [f"{row[key] / first[key]:.1f} x" for key in ("foldkv_tokens_s", "genai_tokens_s")]
+        return [f"{row['clients']}", *grown, f"{row['genai_tokens_s'] / row['foldkv_tokens_s']:.1f} x"]
+
+    rows = result("serving-peer")["rows"]
+    heads = (
+        "clients",
+        "foldkv, as many times as with one",
+        "onnxruntime-genai, as many times as with one",
+        "tokens a second, genai / foldkv",
+    )
+    return _table(heads, (line(row, rows[0]) for row in rows))
+
+
 def waiting() -> str:
     """What a long prompt does to others."""
     row = result("serving-cpu")["waiting"]
