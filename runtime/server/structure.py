@@ -71,7 +71,7 @@ def _calls(body: ChatBody, service: Service, *, thinks: bool) -> NewConstraint |
         grammar = tool_grammar(
             service.chat, tools, choice, tokenizer=service.tokenizer, thinking=thinks, parallel=several
         )
-        return None if grammar is None else service.grammars.lark(grammar)
+        return None if grammar is None else service.grammars.lark(grammar, free=False)
     except InputError as error:
         if free:
             return None
