@@ -375,7 +375,8 @@ def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) ->
         seen = []
         for stream in (first, second):  # ended at once, as the server was told, and not as if all had come
             with pytest.raises(openai.APIError, match="stopping"):
-                seen += [chunk.choices[0].finish_reason for chunk in stream]
+                for chunk in stream:
+                    seen.append(chunk.choices[0].finish_reason)
         assert set(seen) <= {None}
 
 
