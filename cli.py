@@ -584,7 +584,7 @@ def serve_command(
     new request is taken, and those that run have --grace seconds.
     """
     _expect_key(signature, public_key)
-    from .runtime import Model
+    from .runtime import Model, load_bundle
     from .runtime.server.app import Limits
     from .runtime.server.serve import Address, Prefixes, Sizes, Started, serve, who_may_ask
 
@@ -596,15 +596,17 @@ def serve_command(
         keys=who_may_ask(address, api_keys, no_keys=no_keys), open_metrics=open_metrics, max_body=max_body, origins=origins,
         page=not no_page,
     )  # fmt: skip
-    with address.socket() as listening, Model(
-        bundle, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=slots, verify=verify,
-        place=not no_place, signature=signature, public_key=public_key, progress=progress(),
-    ) as model:  # fmt: skip
-        serve(
-            model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say,
-            sizes=Sizes(context, slots, chunk, max_queue, batch_invariant),
-            prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
-        )  # fmt: skip
+    sizes = Sizes(context, slots, chunk, max_queue, batch_invariant)
+    with address.socket() as listening:
+        room = sizes.context_of(load_bundle(bundle))
+        with Model(
+            bundle, threads=threads, weights_from=weights_from, devices=devices, context=room, batch=slots, verify=verify,
+            place=not no_place, signature=signature, public_key=public_key, progress=progress(),
+        ) as model:  # fmt: skip
+            serve(
+                model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say, sizes=sizes,
+                prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
+            )  # fmt: skip
 
 
 @main.command("validate")

@@ -118,7 +118,7 @@ def reuse(model: Model, length: int) -> dict[str, Any]:
     """Time to the first token of a prompt, cold and after a kept state; and the bytes of that state."""
     rng = np.random.default_rng(length)
     shared = rng.integers(32, 127, length).tolist()
-    with PrefixIndex(model.bundle.meaning, producer="benchmark", memory_bytes=4 << 30) as prefixes, Engine(
+    with PrefixIndex.of(model, memory_bytes=4 << 30) as prefixes, Engine(
         model, slots=1, context=length + 256, prefixes=prefixes
     ) as engine:  # fmt: skip
         cold, none = first_token(engine, shared)

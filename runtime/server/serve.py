@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ...errors import ArtifactError, InputError, system_failure
-from ...packages import version_of
 from ..bundle import Bundle
 from ..chat import ChatFormat, chat_format
 from ..model import Model
@@ -101,8 +100,8 @@ class Prefixes:
     folder: Path | None = None
     disk: int | None = None
 
-    def open(self, model: Model, slots: int, chunk: int) -> PrefixIndex | None:
-        """The index for a model with so many slots and so long chunks, which decide how results are rounded.
+    def open(self, model: Model, chunk: int) -> PrefixIndex | None:
+        """The index for a model that is fed in such chunks.
 
         Raises:
             InputError: there is room for a folder and no folder, or the folder cannot be used.
@@ -113,11 +112,8 @@ class Prefixes:
             return None
         from ..serving.prefixes import PrefixIndex
 
-        bundle = model.bundle
-        library = f"{bundle.backend.library} {version_of(bundle.backend.module)}"
-        return PrefixIndex(
-            bundle.meaning, producer=f"{bundle.digest}, {slots} slots, chunks of {chunk}, {library}",
-            memory_bytes=self.memory or _MEMORY, folder=self.folder, disk_bytes=(self.disk or _DISK) if self.folder else 0,
+        return PrefixIndex.of(
+            model, chunk=chunk, memory_bytes=self.memory or _MEMORY, folder=self.folder, disk_bytes=(self.disk or _DISK) if self.folder else 0
         )  # fmt: skip
 
 
@@ -224,7 +220,7 @@ def serve(
     context = sizes.context_of(bundle)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_logging())
-        index = prefixes.open(model, sizes.slots, sizes.chunk)
+        index = prefixes.open(model, sizes.chunk)
         if index is not None:
             stack.enter_context(index)
         engine = stack.enter_context(

@@ -11,8 +11,11 @@ from ..completion import Completion, Finish, Usage, Writer
 from ..sampling import Sampler, token_logprob
 from ..snapshots import SlotSnapshot
 from ..tokenizer import Tokenizer
+from .constraint import Constraint
 from .request import Checked
 
+#: Tokens of a prompt that the text of an answer is decoded after. What stands before them changes no character of it.
+_BEFORE = 4096
 #: Gets every piece of every completion, and at most one error, after which nothing more comes.
 Give = Callable[[Completion | BaseException], None]
 
@@ -29,6 +32,7 @@ class Group:
         cancelled: whether nobody wants it any more; any thread may set it.
         cached: tokens of the prompt that were not fed.
         first_token: when the first token was chosen; None before.
+        tokenizer: gives the text; None for none.
         failed: whether it ended with an error.
         logged: whether its line was logged.
     """
@@ -41,7 +45,8 @@ class Group:
         self.cancelled, self.cached = False, 0
         self.first_token: float | None = None
         self.failed = self.logged = False
-        self.answers = [Answer(self, index, tokenizer) for index in range(checked.request.n)]
+        self.tokenizer = tokenizer
+        self.answers = [Answer(self, index) for index in range(checked.request.n)]
 
     @property
     def ended(self) -> bool:
@@ -71,24 +76,40 @@ class Answer:
         index: its number among the request's completions.
         slot: where its state is; None while it has none.
         fed: tokens in the caches.
-        tokens: prompt and answer; the last one of an answer is not in the caches.
+        new: tokens of the answer; the last one is not in the caches.
         cold: whether the state has the bits of a run that used no kept state.
         fork: state and logits after the prompt, if another completion of the request has fed it.
         reason: why it ended, or None.
     """
 
-    def __init__(self, group: Group, index: int, tokenizer: Tokenizer | None) -> None:
-        """Begin with nothing fed."""
-        request = group.checked.request
+    def __init__(self, group: Group, index: int) -> None:
+        """Nothing is fed, and nothing made that costs time: a request may ask for many and be cancelled."""
         self.group, self.index = group, index
         self.slot: int | None = None
         self.fed, self.cold = 0, True
-        self.tokens = list(group.checked.prompt)
+        self.new: list[int] = []
         self.fork: tuple[SlotSnapshot, FloatArray] | None = None
         self.reason: Finish | None = None
-        self._sampler = Sampler(request.sampling, index, group.checked.prompt)
-        self._constraint = None if request.constraint is None else request.constraint()
-        self._writer = Writer(index, tokenizer, group.checked.prompt, group.checked.stop, request.skip_special_tokens)
+        self._sampler: Sampler | None = None
+        self._constraint: Constraint | None = None
+        self._writer: Writer | None = None
+
+    def begin(self, slot: int) -> None:
+        """Take a slot. A constraint that cannot be made ends the request."""
+        request, self.slot = self.group.checked.request, slot
+        self._sampler = Sampler(request.sampling, self.index, self.prompt)
+        self._writer = Writer(
+            self.index,
+            self.group.tokenizer,
+            self.prompt[-_BEFORE:],
+            self.group.checked.stop,
+            request.skip_special_tokens,
+        )
+        if request.constraint is not None:
+            try:
+                self._constraint = request.constraint()
+            except Exception as error:  # noqa: BLE001 - the caller's own
+                self.group.fail(error)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -98,7 +119,12 @@ class Answer:
     @property
     def count(self) -> int:
         """Tokens of the answer so far."""
-        return len(self.tokens) - len(self.prompt)
+        return len(self.new)
+
+    @property
+    def held(self) -> list[int]:
+        """The tokens in the caches."""
+        return [*self.prompt, *self.new][: self.fed]
 
     @property
     def feeding(self) -> bool:
@@ -113,6 +139,7 @@ class Answer:
     def take(self, logits: FloatArray) -> None:
         """Choose the next token from logits [V], and give out what it makes final. A failure ends the request."""
         checked = self.group.checked
+        assert self._sampler is not None and self._writer is not None, "it has a slot"
         try:
             token = self._sampler(logits, None if self._constraint is None else self._constraint.allowed())
             if self._constraint is not None:
@@ -123,9 +150,9 @@ class Answer:
         if self.group.first_token is None:
             self.group.first_token = time.monotonic()
         if token in checked.stop_tokens:
-            self.end("stop", token if checked.told else None)
+            self.end("stop", token if token in checked.named else None)
             return
-        self.tokens.append(token)
+        self.new.append(token)
         alternatives = checked.request.logprobs
         piece = self._writer.push(token, None if alternatives is None else token_logprob(logits, token, alternatives))
         if piece is not None and piece.finish_reason is not None:
@@ -141,7 +168,8 @@ class Answer:
     def end(self, reason: Finish, stop_token: int | None = None) -> None:
         """End it, and give out what was held back."""
         if not self.ended:
-            self._give_last(self._writer.finish(reason, stop_token))
+            writer = self._writer or Writer(self.index, None)  # it never began
+            self._give_last(writer.finish(reason, stop_token))
 
     def _give_last(self, piece: Completion) -> None:
         self.reason = piece.finish_reason

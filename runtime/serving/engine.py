@@ -29,7 +29,7 @@ from ..model import Model
 from ..session import Session
 from ..tokenizer import Tokenizer
 from .answer import Group
-from .prefixes import PrefixIndex, PrefixStats
+from .prefixes import PrefixIndex, PrefixStats, producer_of
 from .request import Request, check_request
 from .scheduler import Scheduler
 
@@ -43,7 +43,7 @@ class Stats:
     Attributes:
         slots: completions that can run at once.
         running: completions that have a slot.
-        waiting: completions that wait for one.
+        waiting: requests that have not begun.
         prompt_tokens: tokens of prompts that were begun.
         cached_tokens: those of them that were not fed.
         looked_up_tokens: tokens of prompts for which a kept state was looked for.
@@ -194,7 +194,7 @@ class Engine:
             context: tokens that a sequence can hold; see :class:`~foldkv.runtime.Session`.
             chunk: tokens of a prompt that are fed in one step. A larger one feeds faster, and others wait longer for it.
             max_queue: requests that may wait for a slot.
-            prefixes: states to start from, and where to keep them; whoever made it closes it.
+            prefixes: states to start from, and where to keep them, from :meth:`PrefixIndex.of` with this chunk. Whoever made it closes it.
             batch_invariant: compute every sequence's steps alone: its bits then do not depend on who else runs. Without it the
                 sequences share matrix products, which rounds a little otherwise; with it a step takes as long as all of them one by one.
 
@@ -214,6 +214,12 @@ class Engine:
             bundle = self.model.bundle
             self.tokenizer = tokenizer or (None if bundle.tokenizer is None else Tokenizer.from_bundle(bundle))
             self._session = Session(self.model, context=context, batch=slots, chunk=chunk)
+            if prefixes is not None and prefixes.producer != (ours := producer_of(self.model, chunk)):
+                self._session.close()
+                raise InputError(
+                    f"the index keeps states of {prefixes.producer!r}; this engine makes those of {ours!r}. "
+                    f"Make it with PrefixIndex.of(model, chunk={chunk}, ...)."
+                )
         except BaseException:
             if self._own is not None:
                 self._own.close()
@@ -285,10 +291,13 @@ class Engine:
             LOG.exception("request %s: reading a kept state failed; it is fed whole", group.id)
         with self._changed:
             self._fetching -= 1
-            if not self._stopping and self._dead is None:
+            dead = self._dead
+            if not self._stopping and dead is None:
                 self._inbox.append(group)
                 self._changed.notify_all()
                 return
+        if dead is not None:
+            group.fail(FoldkvError(f"the engine has failed: {dead}. Open a new one."))
         for answer in group.answers:
             answer.end("cancelled")
 

@@ -20,8 +20,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ... import __version__
 from ...errors import InputError, short
+from ...packages import version_of
 from ..bundle import StateMeaning
+from ..model import Model
 from ..snapshots import SlotSnapshot
 from .prefix_files import Entry, Key, PrefixFolder, Tokens, new_digest
 
@@ -89,8 +92,7 @@ class PrefixIndex:
 
         Args:
             meaning: what rows mean: ``bundle.meaning``.
-            producer: what computes the bits: the bundle's digest, the chunk, the slots, the version of the library. Snapshots of
-                another producer are never exact.
+            producer: what computes the bits; engines want :func:`producer_of`. Snapshots of another producer are never exact.
             memory_bytes: the most bytes of rows and tokens in memory. The least recently used leave.
             folder: where snapshots are also written, and found after a restart. None for memory only.
             disk_bytes: the most bytes of the folder's files.
@@ -117,6 +119,29 @@ class PrefixIndex:
             self._folder = PrefixFolder(
                 folder, meaning, producer=producer, most_bytes=disk_bytes, waiting_bytes=memory_bytes
             )
+
+    @classmethod
+    def of(
+        cls, model: Model, *, chunk: int = 256, memory_bytes: int, folder: Path | None = None, disk_bytes: int = 0
+    ) -> Self:
+        """An index for the engines of a model that feed prompts in chunks of this size.
+
+        Args:
+            model: an open model.
+            chunk: what the engines are opened with.
+            memory_bytes, folder, disk_bytes: as of the class.
+
+        Raises:
+            InputError, SystemFailure, MissingDependencyError: as the class does.
+        """
+        return cls(
+            model.bundle.meaning, producer=producer_of(model, chunk), memory_bytes=memory_bytes, folder=folder, disk_bytes=disk_bytes
+        )  # fmt: skip
+
+    @property
+    def producer(self) -> str:
+        """What computes the bits."""
+        return self._producer
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +265,9 @@ class PrefixIndex:
         on_disk = folder.exact(key) if folder else None
         if not in_memory and (on_disk is None or (exact and not on_disk)):
             return False
-        if folder:
+        if folder and held is not None and in_memory and on_disk is None:
+            folder.write(key, held)  # it was not written when it came: too much waited, or the disk was full
+        elif folder:
             folder.touch(key)
         return True
 
@@ -333,6 +360,13 @@ class PrefixIndex:
 
     def _exact(self, entry: Entry) -> bool:
         return entry.exact and entry.producer == self._producer
+
+
+def producer_of(model: Model, chunk: int) -> str:
+    """Names what computes the bits of a prompt's state: the bundle, the versions that run it, and the chunks it is fed in."""
+    bundle = model.bundle
+    library = f"{bundle.backend.library} {version_of(bundle.backend.module)}"
+    return f"{bundle.digest}, {library}, foldkv {__version__}, chunks of {chunk}"
 
 
 def _row(tokens: Sequence[int] | npt.NDArray[Any]) -> Tokens:

@@ -66,7 +66,7 @@ class Checked:
         most: new tokens, at most.
         stop: its stop strings, each once.
         stop_tokens: which end a completion.
-        told: whether the request named them.
+        named: those of them that are told as the reason: the request named them, and they are no end of sequence.
     """
 
     request: Request
@@ -74,7 +74,7 @@ class Checked:
     most: int
     stop: tuple[str, ...]
     stop_tokens: frozenset[int]
-    told: bool
+    named: frozenset[int]
 
 
 def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer | None, context: int) -> Checked:
@@ -131,9 +131,9 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer | None,
             f"a prompt of {len(prompt)} tokens and {asked} exceed the context of {context}. "
             "Ask for less, or open the engine with a larger context."
         )
-    told = request.stop_tokens is not None
-    stops = _stop_tokens(request.stop_tokens, vocabulary) if told else frozenset(bundle.model.eos_token_ids)
-    return Checked(request, prompt, most, stop, stops, told)
+    ends = frozenset(bundle.model.eos_token_ids)
+    stops = ends if request.stop_tokens is None else _stop_tokens(request.stop_tokens, vocabulary)
+    return Checked(request, prompt, most, stop, stops, stops - ends)
 
 
 def _in_range(name: str, value: object, least: int, most: int | None) -> None:
@@ -166,9 +166,9 @@ def _tokens(request: Request, tokenizer: Tokenizer | None, vocabulary: int) -> t
     return tuple(given)
 
 
-def _stop_tokens(tokens: Collection[int] | None, vocabulary: int) -> frozenset[int]:
+def _stop_tokens(tokens: Collection[int], vocabulary: int) -> frozenset[int]:
     try:
-        stops = [-1 if isinstance(token, bool) else operator.index(token) for token in tokens or ()]
+        stops = [-1 if isinstance(token, bool) else operator.index(token) for token in tokens]
     except TypeError:
         stops = [-1]
     if not all(0 <= token < vocabulary for token in stops):

@@ -67,7 +67,9 @@ class Scheduler:
         """
         self.counts = Counts()
         self._session, self._prefixes, self._alone = session, prefixes, batch_invariant
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[Answer] = deque()  # first completions of requests, in the order in which they came
+        self._forks: deque[Answer] = deque()  # others, whose prompt has been fed
+        self._fork_is_next = False
         self._slots: list[Answer | None] = [None] * session.batch
         self._turns: deque[Answer] = deque()  # those whose prompts are fed, in the order of their turns
         self._chunk_is_next = True
@@ -78,7 +80,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Completions without a slot."""
+        """Requests that have not begun."""
         return len(self._waiting)
 
     @property
@@ -89,7 +91,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._waiting) or self.running > 0
+        return bool(self._waiting or self._forks) or self.running > 0
 
     def step(self) -> None:
         """Do what comes next: nothing, one token of all, or a chunk of one."""
@@ -110,48 +112,60 @@ class Scheduler:
 
     def fail_all(self, error: BaseException) -> None:
         """End everything with an error, and empty the slots."""
-        for answer in (*self._slots, *self._waiting):
-            if answer is not None:
-                answer.group.fail(error)
-        self._waiting.clear()
+        for answer in self._everyone():
+            answer.group.fail(error)
+        self._drop_ended()
         self._leave(keep=False)
 
     def end_all(self) -> None:
         """End everything as cancelled."""
-        for answer in (*self._slots, *self._waiting):
-            if answer is not None:
-                answer.group.cancelled = True
+        for answer in self._everyone():
+            answer.group.cancelled = True
         self._end_unwanted()
         self._leave(keep=False)
 
     # Who is there
 
+    def _everyone(self) -> list[Answer]:
+        return [answer for answer in (*self._slots, *self._waiting, *self._forks) if answer is not None]
+
     def _end_unwanted(self) -> None:
         now = time.monotonic()
-        for answer in (*self._slots, *self._waiting):
-            if answer is not None and (reason := answer.group.unwanted(now)):
+        for answer in self._everyone():
+            if reason := answer.group.unwanted(now):
                 for one in answer.group.answers:
                     one.end(reason)
-        if any(answer.ended for answer in self._waiting):
-            for answer in [one for one in self._waiting if one.ended]:
-                self._waiting.remove(answer)
-                self._note_end(answer)
+        self._drop_ended()
         self._leave()
 
+    def _drop_ended(self) -> None:
+        """Take those that have ended out of the queues."""
+        for queue in (self._waiting, self._forks):
+            for answer in [one for one in queue if one.ended]:
+                queue.remove(answer)
+                self._note_end(answer)
+
     def _admit(self) -> None:
-        while self._waiting and None in self._slots:
-            answer = self._waiting.popleft()
-            slot = answer.slot = self._slots.index(None)
+        """Fill free slots. Requests and further completions of others take turns, so that nobody waits for all of a large request."""
+        while (self._waiting or self._forks) and None in self._slots:
+            fork = bool(self._forks) and (self._fork_is_next or not self._waiting)
+            queue, self._fork_is_next = (self._forks, False) if fork else (self._waiting, True)
+            answer, slot = queue[0], self._slots.index(None)
             self._slots[slot] = answer
+            queue.popleft()
+            answer.begin(slot)
+            if answer.ended:
+                self._leave()
+                continue
             if answer.fork is not None:
                 snapshot, logits = answer.fork
                 answer.fork = None
                 self._session.restore_slot(slot, snapshot)
                 answer.fed = len(answer.prompt)
                 self._taken(answer, logits)
-                continue
-            self._start(answer, slot)
-            self._turns.append(answer)
+            else:
+                self._start(answer, slot)
+                self._turns.append(answer)
         self._leave()
 
     def _start(self, answer: Answer, slot: int) -> None:
@@ -164,7 +178,8 @@ class Scheduler:
         hit = self._prefixes.find(prompt, exact=request.exact)
         if hit is not None:
             self._session.restore_slot(slot, hit.snapshot)
-            answer.fed, answer.cold = hit.length, hit.exact
+            # A state of an engine with other chunks may have been kept under the same name.
+            answer.fed, answer.cold = hit.length, hit.exact and hit.length % self._session.chunk == 0
             answer.group.cached = hit.length
             self.counts.cached_tokens += hit.length
 
@@ -182,11 +197,12 @@ class Scheduler:
             self._note_end(answer)
 
     def _note_end(self, answer: Answer) -> None:
-        self.counts.finished[answer.reason or ""] += 1
+        """Count and log a request when the last of its completions has ended."""
         group = answer.group
         if not group.ended or group.logged:
             return
         group.logged = True
+        self.counts.finished.update(one.reason or "" for one in group.answers)
         now = time.monotonic()
         first = "-" if group.first_token is None else f"{1e3 * (group.first_token - group.arrived):.0f} ms"
         LOG.info(
@@ -217,20 +233,20 @@ class Scheduler:
             self._keep(answer, exact=answer.cold)
 
     def _fork(self, answer: Answer, logits: FloatArray) -> None:
-        """Let the request's other completions begin after the prompt that this one has fed. They are next in the queue."""
+        """Let the request's other completions begin after the prompt that this one has fed."""
         others = answer.group.answers[1:]
         if not others or answer.slot is None:
             return
         fork = self._session.snapshot_slot(answer.slot), logits.copy()
-        for other in reversed(others):
+        for other in others:
             other.fork, other.cold = fork, answer.cold
-            self._waiting.appendleft(other)
+            self._forks.append(other)
 
     def _decode(self, running: list[Answer]) -> None:
         """One token of every sequence."""
         self.counts.decode_steps += 1
         for group in [[answer] for answer in running] if self._alone else [running]:
-            rows = self._forward({answer: answer.tokens[-1:] for answer in group})
+            rows = self._forward({answer: answer.new[-1:] for answer in group})
             if rows is None:
                 return
             for answer in group:
@@ -252,10 +268,11 @@ class Scheduler:
         try:
             rows = self._session.forward(chunks)
         except FoldkvError as error:
-            LOG.error("a step failed; the %d requests in it end with this error: %s", self.running, error)
+            LOG.error("a step failed; the %d completions in slots end with this error: %s", self.running, error)
             for other in self._slots:
                 if other is not None:
                     other.group.fail(error)
+                    other.fed = 0  # nothing of it is left that could be kept
             self._session.reset()
             return None
         finally:
@@ -263,13 +280,18 @@ class Scheduler:
         return {answer: rows[answer.slot][0] for answer in fed if answer.slot is not None}
 
     def _keep(self, answer: Answer, *, exact: bool) -> None:
-        """Keep the state of a completion for requests that begin with the same tokens."""
+        """Keep the state of a completion for requests that begin with the same tokens. One that cannot be kept is not missed."""
         request = answer.group.checked.request
-        if self._prefixes is None or answer.slot is None or not request.use_prefixes or (request.exact and not exact):
+        if self._prefixes is None or answer.slot is None or not request.use_prefixes or not answer.fed:
             return
-        tokens = np.array(answer.tokens[: answer.fed], np.int64)
-        if not self._prefixes.holds(tokens, exact=exact):
-            self._prefixes.put(tokens, self._session.snapshot_slot(answer.slot), exact=exact)
+        if request.exact and not exact:
+            return
+        try:
+            tokens = np.array(answer.held, np.int64)
+            if not self._prefixes.holds(tokens, exact=exact):
+                self._prefixes.put(tokens, self._session.snapshot_slot(answer.slot), exact=exact)
+        except (FoldkvError, MemoryError):
+            LOG.exception("request %s: its state was not kept", answer.group.id)
 
 
 def is_kept(chunk: int, last: int) -> bool:

@@ -81,7 +81,7 @@ def serving(
     """A service over an engine of its own, which keeps so many bytes of states."""
     tokenizer, chunk = Tokenizer.from_bundle(model.bundle), 128
     with contextlib.ExitStack() as stack:
-        index = Prefixes(memory=prefixes or None).open(model, slots, chunk)
+        index = Prefixes(memory=prefixes or None).open(model, chunk)
         if index is not None:
             stack.enter_context(index)
         engine = stack.enter_context(

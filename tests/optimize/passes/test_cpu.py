@@ -59,7 +59,8 @@ def test_logits_and_state_equal_those_of_the_function_bodies(
         found = executor.run(
             step["input_ids"], step["positions"], step["num_tokens"], position + chunk, step["logit_indices"]
         )
-        np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-4)
+        for slot, count in enumerate(step["num_tokens"]):  # behind them is padding, which an executor need not compute
+            np.testing.assert_allclose(found[slot, :count], wanted[slot, :count], rtol=2e-4, atol=2e-4)
         for row, want in zip(rows, after, strict=True):
             np.testing.assert_allclose(buffers.arrays[row.name], want, rtol=2e-4, atol=2e-4, err_msg=row.name)
 

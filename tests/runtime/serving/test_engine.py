@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def index(model: Model, **more: Any) -> PrefixIndex:
-    return PrefixIndex(model.bundle.meaning, producer="a test", memory_bytes=1 << 28, **more)
+    return PrefixIndex.of(model, **({"chunk": CHUNK, "memory_bytes": 1 << 28} | more))
 
 
 def mixed(count: int) -> list[Request]:
@@ -156,21 +157,27 @@ def test_prompts_that_begin_alike_are_not_fed_again_and_have_the_same_bits(model
 
 
 def test_states_after_answers_are_used_if_bits_need_not_be_the_same(model: Model) -> None:
-    first = prompt(45)
+    """Lengths around chunk, ratios and window, with neighbours: within what another chunking changes anyway."""
     with index(model) as prefixes, Engine(
-        model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+        model, slots=3, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
     ) as engine:  # fmt: skip
-        [answer] = engine.complete(Request(first, max_new_tokens=6, stop_tokens=NEVER, exact=False))
-        turn = [*first, *answer.token_ids, *prompt(4)]
-        loose, exact, none = (
-            engine.complete(Request(turn, max_new_tokens=4, logprobs=0, stop_tokens=NEVER, **more))[0]
-            for more in ({"exact": False}, {"exact": True}, {"use_prefixes": False})
-        )
-        assert [one.usage.cached_tokens for one in (loose, exact, none) if one.usage] == [45 + 5, CHUNK, 0]
-        assert exact.logprobs == none.logprobs and exact.token_ids == loose.token_ids
-        np.testing.assert_allclose(
-            [one.logprob for one in loose.logprobs], [one.logprob for one in none.logprobs], atol=1e-3
-        )
+        for length in (31, 45, 124, 128, 131):
+            first = prompt(length)
+            beside = engine.submit(Request(prompt(60, length), stop_tokens=NEVER))
+            [answer] = engine.complete(Request(first, max_new_tokens=6, stop_tokens=NEVER, exact=False))
+            turn = [*first, *answer.token_ids, *prompt(4)]
+            loose, exact, none = (
+                engine.complete(Request(turn, max_new_tokens=3, logprobs=0, stop_tokens=NEVER, **more))[0]
+                for more in ({"exact": False}, {"exact": True}, {"use_prefixes": False})
+            )
+            beside.cancel()
+            cached = [one.usage.cached_tokens for one in (loose, exact, none) if one.usage]
+            assert cached == [length + 5, length // CHUNK * CHUNK, 0]
+            assert exact.token_ids == loose.token_ids == none.token_ids
+            for other in (loose, exact):
+                np.testing.assert_allclose(
+                    [one.logprob for one in other.logprobs], [one.logprob for one in none.logprobs], atol=1e-3
+                )
 
 
 def test_kept_states_are_there_after_a_restart(model: Model, tmp_path: Path) -> None:
@@ -318,6 +325,66 @@ def test_a_failed_step_ends_who_was_in_it_and_nobody_else(
     with pytest.raises(FoldkvError, match="ONNX Runtime failed"):
         running.result()
     assert engine.complete(request)[0].token_ids == expected and not engine.not_ready()
+
+
+def test_a_failed_step_keeps_nothing_and_the_engine_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps computed alone, one answer can have ended in the very step in which another one fails."""
+    forward, left = Session.forward, [5]
+
+    def fails_later(self: Session, chunks: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            self._torn = True
+            raise FoldkvError("ONNX Runtime failed")
+        return forward(self, chunks, **more)
+
+    with index(model) as prefixes, Engine(
+        model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes, batch_invariant=True
+    ) as engine:  # fmt: skip
+        monkeypatch.setattr(Session, "forward", fails_later)
+        # A chunk and a chunk of each, with a step of the first between; then a step in which the first ends and the second fails.
+        for first_most in range(1, 5):
+            left[0] = 5
+            pair = [
+                engine.submit(Request(prompt(9, number), most, exact=False, stop_tokens=NEVER))
+                for number, most in enumerate((first_most, 50))
+            ]
+            with pytest.raises(FoldkvError, match="ONNX Runtime failed"):
+                for generation in pair:
+                    generation.result()
+            for generation in pair:
+                generation.cancel()
+        assert not engine.not_ready()
+        assert engine.complete(Request(prompt(9), 2, stop_tokens=NEVER))[0].finish_reason == "length"
+        monkeypatch.setattr(Session, "snapshot_slot", lambda self, slot: (_ for _ in ()).throw(MemoryError()))
+        assert engine.complete(Request(prompt(50, 7), 2, stop_tokens=NEVER))[0].finish_reason == "length"
+
+
+def test_many_completions_of_one_request_keep_nobody_out(model: Model) -> None:
+    with Engine(model, slots=1, context=CONTEXT, chunk=CHUNK, max_queue=3) as engine:
+        started = time.perf_counter()
+        large = engine.submit(Request(prompt(300), 3, n=128, stop_tokens=NEVER))
+        assert time.perf_counter() - started < 1, "what each completion needs is made when it begins"
+        next(large)
+        small = engine.submit(Request(prompt(4), 1, stop_tokens=NEVER))
+        assert small.result()[0].finish_reason == "length"
+        assert engine.stats().new_tokens < 30, "the small one did not wait for all of the large one"
+        large.cancel()
+        assert len(large.result()) == 128
+        assert engine.drain(5) and engine.stats().finished["cancelled"] > 100
+
+
+def test_an_index_for_other_chunks_is_refused(model: Model) -> None:
+    with index(model, chunk=CHUNK * 2) as prefixes, pytest.raises(InputError, match=rf"chunk={CHUNK}"):
+        Engine(model, slots=1, context=CONTEXT, chunk=CHUNK, prefixes=prefixes)
+
+
+def test_the_end_of_a_sequence_is_no_stop_reason(engine: Engine, model: Model) -> None:
+    [end] = model.bundle.model.eos_token_ids
+    sure = Sampling(logit_bias={end: 1000.0})
+    for stops in (None, [5, end]):
+        [completion] = engine.complete(Request(prompt(4), 5, sure, stop_tokens=stops))
+        assert (completion.finish_reason, completion.stop_reason, completion.token_ids) == ("stop", None, ())
 
 
 def test_a_request_leaves_one_line(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
