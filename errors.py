@@ -50,6 +50,10 @@ class CapacityError(InputError):
     """A sequence would not fit into the allocated state; nothing was changed."""
 
 
+class GrammarError(InputError):
+    """An answer cannot go on within its grammar: the grammar is too complex, or the vocabulary cannot write what must follow."""
+
+
 class QueueFullError(FoldkvError):
     """As many requests wait as may: the engine is busy, and the same request may be taken on later."""
 

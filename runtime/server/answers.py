@@ -20,7 +20,10 @@ _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Answer:
-    """The answer to a job. Feed it every piece; take the chunks while it grows, or the whole at the end."""
+    """The answer to a job. Feed it every piece; take the chunks of a stream while it grows, or the whole of another at the end.
+
+    Of a stream nothing is kept that has been given out.
+    """
 
     def __init__(self, job: Job, service: Service) -> None:
         """Nothing has been answered yet."""
@@ -36,7 +39,7 @@ class Answer:
         self._usage: dict[int, Usage] = {}
 
     def feed(self, prompt: int, piece: Completion) -> list[dict[str, Any]]:
-        """The chunks that a piece of an answer to a prompt makes."""
+        """The chunks that a piece of an answer to a prompt makes; none if it is no stream."""
         index = prompt * self._job.answers + piece.index
         if piece.usage is not None:
             self._usage[index] = piece.usage
@@ -62,7 +65,7 @@ class Answer:
         return self._head | {"choices": [], "usage": self.usage()}
 
     def whole(self) -> dict[str, Any]:
-        """All of the answer."""
+        """All of the answer, which is no stream."""
         return self._head | {"choices": [choice.whole() for choice in self._choices], "usage": self.usage()}
 
 
@@ -97,11 +100,17 @@ class _Text(_Choice):
         self._offset = 0
 
     def feed(self, piece: Completion) -> list[dict[str, Any]]:
-        """One chunk for each piece."""
-        self._texts.append(piece.text)
+        """One chunk for each piece that says something."""
         rows = self._logprobs(piece.logprobs or ()) if self._job.logprobs else None
         if piece.finish_reason is not None:
             self._ended = piece
+        if not self._job.stream:
+            self._texts.append(piece.text)
+            for name, values in (rows or {}).items():
+                self._rows[name] += values
+            return []
+        if not piece.text and not piece.logprobs and piece.finish_reason is None:
+            return []
         return [self._row({"text": piece.text}, rows, piece.finish_reason)]
 
     def whole(self) -> dict[str, Any]:
@@ -123,8 +132,6 @@ class _Text(_Choice):
             )
             found["text_offset"].append(self._offset)
             self._offset += len(self._stream.push(one.token))
-        for name, values in found.items():
-            self._rows[name] += values
         return found
 
 
@@ -135,10 +142,10 @@ class _Chat(_Choice):
         super().__init__(index, job, tokenizer)
         assert job.parser is not None
         self._parser = job.parser()
-        self._events = list[Event]()
-        self._logprobs = list[Any]()
-        self._told = 0  # logprobs that chunks had
+        self._events = list[Event]()  # of a whole answer
+        self._logprobs = list[Any]()  # that no chunk had yet
         self._begun = False
+        self._called, self._broken = False, False  # whether there are calls, and one that is not complete
 
     def feed(self, piece: Completion) -> list[dict[str, Any]]:
         """Chunks for what the piece makes certain; its probabilities go with the first of them."""
@@ -146,8 +153,14 @@ class _Chat(_Choice):
         if piece.finish_reason is not None:
             events += self._parser.finish()
             self._ended = piece
-        self._events += events
-        self._logprobs += [_chat_logprob(self._tokenizer, one) for one in piece.logprobs or ()]
+        for event in events:
+            if isinstance(event, CallEnd):
+                self._called, self._broken = True, self._broken or not event.complete
+        if self._job.logprobs:
+            self._logprobs += [_chat_logprob(self._tokenizer, one) for one in piece.logprobs or ()]
+        if not self._job.stream:
+            self._events += events
+            return []
         deltas = [delta for event in events if (delta := _delta(event)) is not None]
         chunks = []
         if not self._begun and (deltas or self._ended is not None):
@@ -175,16 +188,13 @@ class _Chat(_Choice):
         )
 
     def _untold(self) -> dict[str, Any] | None:
-        if not self._job.logprobs or self._told == len(self._logprobs):
-            return None
-        told, self._told = self._told, len(self._logprobs)
-        return {"content": self._logprobs[told:]}
+        untold, self._logprobs = self._logprobs, []
+        return {"content": untold} if untold else None
 
     def _reason(self) -> str | None:
         """ "tool_calls" if the model stopped after calls that are all complete: nobody should run others."""
         reason = self._ended.finish_reason if self._ended is not None else None
-        ends = [event for event in self._events if isinstance(event, CallEnd)]
-        return "tool_calls" if reason == "stop" and ends and all(event.complete for event in ends) else reason
+        return "tool_calls" if reason == "stop" and self._called and not self._broken else reason
 
 
 def _delta(event: Event) -> dict[str, Any] | None:

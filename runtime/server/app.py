@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import ipaddress
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +48,10 @@ _PROBES = frozenset({"/health", "/ready", "/metrics"})
 #: What the log and the numbers say where the client left before there was an answer; nginx made it known.
 _LEFT = 499
 _JSON = "application/json"
+#: Bodies that are read at once: parsed, encoded, and their grammars compiled. Much of it is done beside Python.
+_READERS = 4
+#: Bodies that are read or wait for it, at most.
+_READING = 64
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
 MakeJob = Callable[[Any, Service], Job]
@@ -60,6 +68,8 @@ class Limits:
         body_timeout: seconds in which a body must arrive.
         origins: of pages that may ask from a browser, as in ``https://example.com``; "*" for all.
         page: there is a page at /.
+        any_host: requests may come under any name. Otherwise a server without keys that only this machine can reach answers requests
+            to a name of this machine alone: the browser of somebody here may have been sent by a page whose name was made to lead here.
     """
 
     keys: Keys | None = None
@@ -68,6 +78,7 @@ class Limits:
     body_timeout: float = 30.0
     origins: tuple[str, ...] = ()
     page: bool = True
+    any_host: bool = False
 
 
 class Application:
@@ -77,9 +88,11 @@ class Application:
         asgi: the application.
     """
 
-    def __init__(self, service: Service, limits: Limits = Limits()) -> None:
-        """Nothing is listened to yet."""
+    def __init__(self, service: Service, limits: Limits = Limits(), *, only_here: bool = False) -> None:
+        """Nothing is listened to yet. ``only_here``: no other machine will reach it."""
         self._service, self._limits = service, limits
+        self._local = only_here and limits.keys is None and not limits.any_host
+        self._readers, self._reading = ThreadPoolExecutor(_READERS, thread_name_prefix="foldkv-bodies"), 0
         self._metrics = Metrics(service)
         self._stopping = False
         self._running = set[Generations]()
@@ -109,6 +122,10 @@ class Application:
         """Take no more requests; those that run go on."""
         self._stopping = True
 
+    def close(self) -> None:
+        """Read no more bodies."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
     @property
     def running(self) -> int:
         """Requests that are being answered."""
@@ -122,23 +139,35 @@ class Application:
     # Who may ask
 
     def _refuse(self, scope: Scope) -> Problem | None:
-        path, keys = scope["path"], self._limits.keys
+        path = scope["path"]
+        if self._local and not all(_is_local(value) for value in _headers(scope, b"host")):
+            return Problem(
+                403, "This server answers only requests to localhost or 127.0.0.1, because it asks for no key.", code="host_not_allowed"
+            )  # fmt: skip
         free = path in _OPEN or (path == "/metrics" and self._limits.open_metrics)
-        if keys is not None and not free and not keys.allow(_header(scope, b"authorization")):
+        if not free and not self._knows(scope):
             return Problem(
                 401, "This server needs a key: Authorization: Bearer KEY.", code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )  # fmt: skip
         return None
 
+    def _knows(self, scope: Scope) -> bool:
+        """Whether who asks has a key, or needs none."""
+        keys, given = self._limits.keys, _headers(scope, b"authorization")
+        return keys is None or keys.allow(given[0] if len(given) == 1 else None)
+
     # What the server is
 
     async def _health(self, _: HttpRequest) -> Response:
         return _json({"status": "ok"})
 
-    async def _ready(self, _: HttpRequest) -> Response:
+    async def _ready(self, request: HttpRequest) -> Response:
         reasons = ["the server is stopping"] if self._stopping else []
-        reasons += self._service.engine.not_ready()
+        inside = self._service.engine.not_ready()
+        if inside and not self._knows(request.scope):  # they name files, and what failed
+            inside = ("the model cannot answer; who asks with a key is told why",)
+        reasons += inside
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     async def _read_metrics(self, _: HttpRequest) -> Response:
@@ -177,7 +206,7 @@ class Application:
         clock, data = self._metrics.clock(), await self._read(request)
         # Long prompts take a while to read and to encode; others go on meanwhile.
         number = request.scope["request_id"]
-        job = await asyncio.to_thread(lambda: _made(kind, data, make, self._service, number))
+        job = await self._job(lambda: _made(kind, data, make, self._service, number))
         if self._stopping:  # since
             raise _stopping()
         generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
@@ -195,8 +224,11 @@ class Application:
                     clock.piece(prompt, piece)
                     if piece.finish_reason is not None:
                         reasons.append(piece.finish_reason)
+                    problem = self._broken_off(piece)
+                    if problem is not None:  # OpenAI has no such reasons
+                        yield prompt, dataclasses.replace(piece, finish_reason=None)
+                        raise problem
                     yield prompt, piece
-                    self._check(piece)
             finally:
                 end()
                 usage = answer.usage()
@@ -212,12 +244,29 @@ class Application:
                 answer.feed(prompt, piece)
         return _json(answer.whole())
 
-    def _check(self, piece: Completion) -> None:
-        """Raise why an answer ended that nobody can use."""
+    async def _job(self, make: Callable[[], Job]) -> Job:
+        """A job, made on a thread of its own, if not too many are."""
+        if self._reading >= _READING:
+            raise Problem(
+                429, f"{self._reading} requests wait to be read, as many as may. Try again later.", code="queue_full",
+                headers={"retry-after": str(AGAIN)},
+            )  # fmt: skip
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, make)
+        finally:
+            self._reading -= 1
+
+    def _broken_off(self, piece: Completion) -> Exception | None:
+        """Why an answer ended before its end, or None."""
         if piece.finish_reason == "timeout":
-            raise Problem(504, f"The answer took more than {self._service.timeout:g} s.", code="timeout")
+            # OpenAI's client would send the request again, which takes as long.
+            return Problem(
+                504, f"The answer took more than {self._service.timeout:g} s.", code="timeout", headers={"x-should-retry": "false"}
+            )  # fmt: skip
         if piece.finish_reason == "cancelled":
-            raise _stopping() if self._stopping else ClientDisconnect
+            return _stopping() if self._stopping else ClientDisconnect()
+        return None
 
     async def _read(self, request: HttpRequest) -> bytes:
         """The body, if it is not too long and comes in time."""
@@ -248,6 +297,8 @@ def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service, number
     body = read_body(kind, data)
     try:
         return make(body, service)
+    except RecursionError:
+        raise Problem(400, "The body is nested too deeply.", code="invalid_value") from None
     except Exception as error:
         raise problem_of(error, number, names_of(kind)) from error
 
@@ -426,6 +477,16 @@ class _Guarded:
             await _problem(problem)(scope, receive, send)
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
-    values = [value for key, value in scope["headers"] if key == name]
-    return values[0].decode("latin-1") if len(values) == 1 else None
+def _headers(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+
+
+def _is_local(host: str) -> bool:
+    """Whether a ``Host`` header names this machine as such. Any port will do: it may have been forwarded."""
+    name = re.sub(r":\d*$", "", host.strip().lower())
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

@@ -6,12 +6,14 @@ error with the field's name. null means what leaving the field out means.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from ...errors import nearest, short
 from .problems import Problem
@@ -22,6 +24,14 @@ _STOPS = 16
 _ANSWERS = 128
 #: Prompts in one request, at most.
 _PROMPTS = 256
+#: Messages, tools, and ids or texts in other lists, at most.
+_MESSAGES, _TOOLS, _LISTED = 1 << 14, 1 << 10, 1 << 16
+#: Findings that are told, at most.
+_FINDINGS = 5
+#: Letters of a place in a body that are told.
+_SHOWN = 200
+#: Letters of a name that may be a known one misspelt, at most.
+_NAME = 64
 #: A half of a surrogate pair, written as an escape. No text in UTF-8 has one.
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 #: Fields of OpenAI's API that this server does not have, and what to do instead.
@@ -46,6 +56,18 @@ class Strict(BaseModel):
     """Values of exactly the declared types, and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """Fields that are not known come first, and only some: pydantic would list them all, which takes long for a million."""
+        if isinstance(value, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = itertools.islice((name for name in value if name not in known), _FINDINGS + 1)
+            found = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=value[name]) for name in unknown]
+            if found:
+                raise ValidationError.from_exception_data(cls.__name__, found)
+        return value
 
 
 def _stops(value: Any) -> Any:
@@ -105,7 +127,7 @@ class StructuredOutputs(Strict):
 
     regex: str | None = None
     grammar: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=_LISTED, fail_fast=True)] | None = None
     json_: Annotated[dict[str, Any] | str | None, _given(_schema)] = Field(default=None, alias="json")
 
     @model_validator(mode="after")
@@ -123,7 +145,9 @@ class SamplingBody(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Annotated[tuple[str, ...] | None, _given(_stops)] = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=_LISTED, fail_fast=True)] | None = (
+        None
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -218,11 +242,11 @@ def _choice(value: Any) -> Any:
 class ChatBody(SamplingBody):
     """The body of /v1/chat/completions. Messages and tools are read by foldkv.runtime.chat."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], Field(max_length=_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[str | ToolChoice | None, _given(_choice)] = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -231,7 +255,7 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: TemplateOptions | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     # As `user`; what prompts have in common is found without a key.
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
@@ -259,7 +283,7 @@ def read_body(kind: type[Body], data: bytes) -> Body:
     """The body of a request.
 
     Raises:
-        Problem: it is not JSON of an object, or a field is wrong; the message lists every finding.
+        Problem: it is not JSON of an object, or a field is wrong; the message lists the first findings.
     """
     try:
         table = json.loads(data.decode(), parse_constant=_no_constant)
@@ -275,12 +299,12 @@ def read_body(kind: type[Body], data: bytes) -> Body:
         return kind.model_validate(table)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = list(dict.fromkeys(_finding(one, kind) for one in found))
-        more = f" And {len(lines) - 5} more." if len(lines) > 5 else ""
+        lines = [_finding(one, kind) for one in found[:_FINDINGS]]
+        more = " And more." if len(found) > _FINDINGS else ""
         unknown = any(one["type"] == "extra_forbidden" for one in found)
-        place = _where(found[0]["loc"]) or str(found[0].get("ctx", {}).get("error", "")).split(" ")[0]
+        place = _where(found[0]["loc"])[:_SHOWN] or str(found[0].get("ctx", {}).get("error", "")).split(" ")[0]
         raise Problem(
-            400, " ".join(lines[:5]) + more, param=place if re.split(r"[.\[]", place)[0] in names_of(kind, table) else None,
+            400, " ".join(lines) + more, param=place if re.split(r"[.\[]", place)[0] in names_of(kind, table) else None,
             code="unknown_parameter" if unknown else "invalid_value",
         ) from None  # fmt: skip
 
@@ -300,14 +324,16 @@ def _where(place: tuple[int | str, ...]) -> str:
 
 
 def _finding(item: Any, kind: type[BaseModel]) -> str:
-    where, what = _where(item["loc"]), item["type"]
+    where, what = _where(item["loc"])[:_SHOWN], item["type"]
     if what == "extra_forbidden":
         name = str(item["loc"][-1])
         known = [field.alias or key for key, field in kind.model_fields.items()]
-        hint = f": {_REFUSED[name]}" if name in _REFUSED else nearest(name, known)
+        hint = f": {_REFUSED[name]}" if name in _REFUSED else nearest(name[:_NAME], known)
         return f"{where} is not a field that this server knows{hint}."
     if what == "missing":
         return f"{where} is missing."
+    if what == "too_long":
+        return f"{where} has {item['ctx']['actual_length']} items; expected at most {item['ctx']['max_length']}."
     own = what == "value_error"
     expected = str(item["ctx"]["error"]) if own else item["msg"].removeprefix("Input should be ")
     return f"{where} is {short(item['input'])}; expected {expected}." if where else f"Expected {expected}."

@@ -38,7 +38,7 @@ class Generations:
             one.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Completion]]:
-        """Pieces, each with the number of its request; none of requests that had not begun when somebody cancelled.
+        """Pieces, each with the number of its request. One that had not begun when somebody cancelled has one piece, which says so.
 
         Raises:
             FoldkvError: the engine failed.
@@ -54,7 +54,9 @@ class Generations:
             try:
                 async with places:
                     generation = self._taken[0] if number == 0 else await self._begun(self._requests[number])
-                    if generation is not None:
+                    if generation is None:
+                        came.put_nowait((number, Completion(0, "", (), "cancelled")))
+                    else:
                         async for piece in generation:
                             came.put_nowait((number, piece))
                 came.put_nowait((number, None))

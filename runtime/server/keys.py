@@ -1,6 +1,6 @@
 """Keys of the API: who may ask.
 
-The keys are read once, from a file that only its owner and group can read, and kept as digests. A comparison takes as long for a
+The keys are read once, from a file that only its owner can read, and kept as digests. A comparison takes as long for a
 key that is nearly right as for one that is all wrong.
 """
 
@@ -28,14 +28,14 @@ class Keys:
         """Read keys, one in a line. Empty lines, and lines that begin with ``#``, are none.
 
         Raises:
-            InputError: the file cannot be read, everybody can read it, it has no key, or a line is no key.
+            InputError: the file cannot be read, others than its owner can, it has no key, or a line is no key.
         """
         try:
             with Path(path).open("rb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # of the file that is read
-                if mode & stat.S_IRWXO:
+                if mode & (stat.S_IRWXG | stat.S_IRWXO):
                     raise InputError(
-                        f"{path} holds keys, and every user of this machine has access to it (mode {mode:o}). Run `chmod 600 {path}`."
+                        f"{path} holds keys, and others than its owner have access to it (mode {mode:o}). Run `chmod 600 {path}`."
                     )
                 text = file.read().decode("ascii")
         except OSError as error:

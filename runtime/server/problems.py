@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import CapacityError, InputError, MissingDependencyError, QueueFullError
+from ...errors import CapacityError, GrammarError, InputError, MissingDependencyError, QueueFullError
 
 _log = logging.getLogger(__name__)
 #: Seconds after which a client that was sent away may ask again.
@@ -64,6 +64,8 @@ def problem_of(error: BaseException, request: str, fields: frozenset[str] = froz
         return Problem(429, str(error), code="queue_full", headers={"retry-after": str(AGAIN)})
     if isinstance(error, CapacityError):
         return Problem(400, str(error), code="context_length_exceeded")
+    if isinstance(error, GrammarError):
+        return Problem(400, str(error), code="grammar_failed")
     if isinstance(error, InputError):
         place = _PLACE.match(str(error))
         named = place is not None and re.split(r"[\[.]", place[0])[0] in fields

@@ -21,6 +21,9 @@ from .structure import chat_constraint, completion_constraint
 _NEW_TOKENS = 16
 #: Answers to all prompts of a request, at most.
 _ANSWERS = 256
+#: What an answer that is not a stream may take, in tokens of all its choices. A token whose probability is told takes as much as
+#: four, and so does each of its alternatives: some 350 bytes.
+_KEPT, _ROW = 1 << 22, 4
 #: What an effort of OpenAI means where the encoding has no level of this name: the first of these that it has.
 _EFFORTS = {
     "minimal": ("low", "high"), "low": ("low", "high"), "medium": ("high",), "high": ("high",), "xhigh": ("xhigh", "max"),
@@ -140,8 +143,21 @@ def _job(
         )
         for number, prompt in enumerate(prompts)
     )
+    _check_kept(requests, body)
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return Job(name, requests, prompts, answers, bool(body.stream), usage, logprobs is not None, parser)
+
+
+def _check_kept(requests: Sequence[Request], body: SamplingBody) -> None:
+    """Refuse what could take too much memory until all of it is there."""
+    tokens, told = sum(request.n * (request.max_new_tokens or 0) for request in requests), requests[0].logprobs
+    if body.stream or tokens * (1 if told is None else _ROW * (1 + told)) <= _KEPT:
+        return
+    what = "" if told is None else f", with their probabilities and {told} alternatives each,"
+    raise Problem(
+        400, f"The answers may have {tokens} tokens together{what} which is too much to be kept until the end. Ask for stream: true, a smaller "
+        "max_tokens, or fewer answers or alternatives.", "n" if told is None else "logprobs", "invalid_value",
+    )  # fmt: skip
 
 
 def _room(prompt: int, most: int | None, usual: int | None, context: int, field: str) -> int:

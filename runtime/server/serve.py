@@ -193,6 +193,7 @@ def serve(
     name: str | None = None,
     timeout: float | None = None,
     grace: float = 30.0,
+    free_grammars: bool = True,
     say: Callable[[Started], None],
 ) -> None:
     """Answer requests until a signal comes, then end what runs and return.
@@ -207,6 +208,7 @@ def serve(
         name: of the model, for clients; default: that of its checkpoint.
         timeout: seconds that a request may take.
         grace: seconds that running requests have after a signal.
+        free_grammars: clients may write grammars by hand.
         say: told once requests are answered.
 
     Raises:
@@ -228,9 +230,19 @@ def serve(
             )
         )  # fmt: skip
         service = Service(
-            engine, tokenizer, name or model_name(bundle), context, sizes.slots, format, why, timeout, index
+            engine,
+            tokenizer,
+            name or model_name(bundle),
+            context,
+            sizes.slots,
+            format,
+            why,
+            timeout,
+            index,
+            free_grammars,
         )
-        application = Application(service, limits)
+        application = Application(service, limits, only_here=_only_here(listening))
+        stack.callback(application.close)
         started = Started(_url(listening), service.name, context, sizes.slots)
         server = Server(application, grace=grace, ready=lambda: say(started))
         stack.enter_context(_signals(server))
@@ -248,6 +260,11 @@ class Started:
 
     def __str__(self) -> str:
         return f"{self.model} is served at {self.url} (context {self.context}, {self.slots} slots)"
+
+
+def _only_here(listening: socket.socket) -> bool:
+    """Whether no other machine can reach the socket."""
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _url(listening: socket.socket) -> str:

@@ -30,6 +30,7 @@ class Service:
         no_chat: why not.
         timeout: seconds that a request may take; None for any.
         prefixes: states that prompts may begin with.
+        free_grammars: clients may write grammars by hand, and not only schemas, patterns and choices.
         created: when the server began, in seconds since 1970.
     """
 
@@ -42,6 +43,7 @@ class Service:
     no_chat: str = ""
     timeout: float | None = None
     prefixes: PrefixIndex | None = None
+    free_grammars: bool = True
     created: int = field(default_factory=lambda: int(time()))
 
     @property

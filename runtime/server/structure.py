@@ -71,7 +71,7 @@ def _calls(body: ChatBody, service: Service, *, thinks: bool) -> NewConstraint |
         grammar = tool_grammar(
             service.chat, tools, choice, tokenizer=service.tokenizer, thinking=thinks, parallel=several
         )
-        return None if grammar is None else service.grammars.lark(grammar)
+        return None if grammar is None else service.grammars.lark(grammar, free=False)
     except InputError as error:
         if free:
             return None
@@ -91,6 +91,11 @@ def _structured(body: SamplingBody, service: Service, *, after: str) -> NewConst
         if asked.choice is not None:
             return service.grammars.choice(asked.choice, after=after)
         if asked.grammar is not None:
+            if not service.free_grammars:
+                raise Problem(
+                    400, "structured_outputs.grammar is turned off at this server. Use json, regex or choice.", "structured_outputs.grammar",
+                    "not_available",
+                )  # fmt: skip
             if after:
                 raise InputError("a grammar is for all of the answer, and the model thinks first. Turn thinking off.")
             return service.grammars.lark(asked.grammar)

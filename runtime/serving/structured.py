@@ -9,17 +9,19 @@ describes; a grammar that wants such a token names it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ArtifactError, CapacityError, InputError, short
+from ...errors import ArtifactError, GrammarError, InputError, short
 from ...packages import require
 from ..chat.revisions import MARKS
 from ..tokenizer import Tokenizer
@@ -27,8 +29,16 @@ from .constraint import NewConstraint
 
 #: The largest grammar that is read, in characters: a schema, a pattern, all choices together.
 LARGEST_GRAMMAR = 512 * 1024
-#: So many compiled grammars are kept.
-_KEPT = 64
+#: So many compiled grammars are kept, and at most so many characters of them; a character takes up to some 250 bytes when compiled.
+_KEPT, _KEPT_CHARACTERS = 64, 1 << 20
+#: Bytes of stack for llguidance, of which only those that it uses are taken. It follows rules and references by recursion, some
+#: kilobytes for each, and a stack that is full ends the process. So the largest grammar with the longest chain fits.
+_STACK = 512 << 20
+#: States of the lexer of one answer, of one to two kilobytes each.
+_LEXER_STATES = 1 << 16
+#: Items of a row of the parser. A step takes time with their number, and with its square where a grammar is ambiguous, which only
+#: those that are written by hand are: with 500 of them 10 ms. An object of a schema has four for each of its properties.
+_ITEMS, _ITEMS_OF_FREE = 2000, 500
 #: Between the parts of a JSON value. Models that may write any white space sometimes write nothing else.
 WHITE_SPACE = r"[ \t\n\r]{1,40}"
 
@@ -78,7 +88,8 @@ class Grammars:
                 f"answers of this model cannot be kept to a grammar: its tokenizer.json is of a kind that llguidance does not read: "
                 f"{reason(str(error))}."
             ) from None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        #: By the digest of what they were compiled from; with each the number of its characters.
+        self._compiled: OrderedDict[bytes, tuple[int, Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def json_schema(self, schema: Mapping[str, Any] | str, *, after: str = "") -> NewConstraint:
@@ -119,15 +130,20 @@ class Grammars:
         texts = " | ".join(map(quoted, dict.fromkeys(choices)))
         return self._value(f"value: TEXT\nTEXT: {texts}", after, "the list of choices")
 
-    def lark(self, grammar: str) -> NewConstraint:
+    def lark(self, grammar: str, *, free: bool = True) -> NewConstraint:
         """A text of a grammar in llguidance's variant of Lark's syntax.
+
+        Args:
+            grammar: with a rule ``start``.
+            free: somebody wrote it as they liked, so that it may be ambiguous and has to keep to a lower limit; False for those of
+                :func:`~foldkv.runtime.serving.tool_grammar.tool_grammar`.
 
         Raises:
             InputError: the grammar is not valid.
         """
         if not isinstance(grammar, str):
             raise InputError(f"the grammar is {short(grammar)}; expected a text in Lark's syntax.")
-        return self._compile(grammar, "the grammar")
+        return self._compile(grammar, "the grammar", items=_ITEMS_OF_FREE if free else _ITEMS)
 
     def _value(self, rules: str, after: str, what: str) -> NewConstraint:
         """A grammar whose rules define "value", after any text up to a mark."""
@@ -137,30 +153,36 @@ class Grammars:
         before, terminal = text_before(after, after, token, name="BEFORE", content=any_text([after]))
         return self._compile(f"start: {before} value\n{terminal}\n{rules}", what)
 
-    def _compile(self, grammar: str, what: str) -> NewConstraint:
-        import llguidance
-
+    def _compile(self, grammar: str, what: str, *, items: int = _ITEMS) -> NewConstraint:
         _check_text(grammar, what)
+        key = hashlib.sha256(f"{items} {grammar}".encode()).digest()
         with self._lock:
-            matcher = self._compiled.get(grammar)
+            _, matcher = self._compiled.get(key, (0, None))
             if matcher is not None:
-                self._compiled.move_to_end(grammar)
+                self._compiled.move_to_end(key)
         if matcher is None:
-            limits = llguidance.LLParserLimits(verbose_errors=False)
-            matcher = llguidance.LLMatcher(
-                self._vocabulary, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
-            )
-            # Without a token yet: whether the end is all that can come, and whether anything can.
-            matcher.consume_tokens([])
-            tried = matcher.deep_copy()
-            tried.compute_bitmask()
-            if tried.is_error():
-                raise InputError(f"{what} cannot be used: {reason(tried.get_error())}.")
+            matcher = with_deep_stack(lambda: self._matcher(grammar, what, items))
             with self._lock:
-                self._compiled[grammar] = matcher
-                while len(self._compiled) > _KEPT:
+                self._compiled[key] = (len(grammar), matcher)
+                while len(self._compiled) > _KEPT or sum(n for n, _ in self._compiled.values()) > _KEPT_CHARACTERS:
                     self._compiled.popitem(last=False)
         return lambda: _Matching(matcher.deep_copy(), self._vocab_size, self._eos, self._end)
+
+    def _matcher(self, grammar: str, what: str, items: int) -> Any:
+        """llguidance's, at the start of a text."""
+        import llguidance
+
+        limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=items, max_lexer_states=_LEXER_STATES)
+        matcher = llguidance.LLMatcher(
+            self._vocabulary, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
+        )
+        # Without a token yet: whether the end is all that can come, and whether anything can.
+        matcher.consume_tokens([])
+        tried = matcher.deep_copy()
+        tried.compute_bitmask()
+        if tried.is_error():
+            raise InputError(f"{what} cannot be used: {reason(tried.get_error())}.")
+        return matcher
 
 
 class _Matching:
@@ -180,7 +202,7 @@ class _Matching:
         """The tokens that may come next, [V]; once ended, the ends of sequence.
 
         Raises:
-            CapacityError: llguidance gave up, because the grammar is too complex or the vocabulary cannot write what must follow.
+            GrammarError: llguidance gave up, because the grammar is too complex or the vocabulary cannot write what must follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
@@ -198,7 +220,7 @@ class _Matching:
 
         Raises:
             InputError: it was not allowed; nothing has changed.
-            CapacityError: as for :meth:`allowed`.
+            GrammarError: as for :meth:`allowed`.
         """
         matcher = self._matcher
         if token in self._ends:
@@ -211,10 +233,33 @@ class _Matching:
         if not matcher.consume_token(known):
             raise self._given_up()
 
-    def _given_up(self) -> CapacityError:
-        return CapacityError(
+    def _given_up(self) -> GrammarError:
+        return GrammarError(
             f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
         )
+
+
+_Made = TypeVar("_Made")
+_starting = threading.Lock()
+
+
+def with_deep_stack(make: Callable[[], _Made]) -> _Made:
+    """What ``make`` returns or raises, on a thread with a stack that llguidance cannot fill with any grammar that is read."""
+    made: Future[_Made] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:  # noqa: BLE001 - raised again where it was called
+            made.set_exception(error)
+
+    with _starting:  # the size is of the process: of all threads that begin
+        before = threading.stack_size(_STACK)
+        try:
+            threading.Thread(target=run, name="foldkv-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return made.result()
 
 
 def _check_text(text: str, what: str) -> None:

@@ -7,8 +7,11 @@ the value, with other tokens than the tag's own; the parser would end the value 
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +23,24 @@ from ..chat.formats import ChatFormat, Tools
 from ..chat.messages import Tool, read_tools, wrong
 from ..chat.revisions import DSML, EOS, REVISIONS, THOUGHT, Revision
 from ..tokenizer import Tokenizer
-from .structured import any_text, json_rule, quoted, reason, single_token, text_before, written
+from .structured import (
+    LARGEST_GRAMMAR,
+    any_text,
+    json_rule,
+    quoted,
+    reason,
+    single_token,
+    text_before,
+    with_deep_stack,
+    written,
+)
 
 #: A rule of llguidance's counts up to so many parameters that were written.
 _MOST_PARAMETERS = 64
+#: Schemas that the values of one parameter are split into, at most; one that has more is written as JSON alone.
+_MOST_SPLITS = 1024
+#: So many answers of llguidance about schemas are kept.
+_KEPT = 1024
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
 _OF_STRINGS = frozenset({"minLength", "maxLength", "pattern"})
 _COMBINING = frozenset({"$ref", "$dynamicRef", "allOf", "anyOf", "if", "not", "oneOf"})
@@ -115,6 +132,7 @@ class _Writer:
         self._revision = revision
         self._dsml, self._thought = single_token(tokenizer, DSML), single_token(tokenizer, THOUGHT)
         self._rules: list[str] = []
+        self._size = 0  # characters of schemas, as given and as written
 
     def grammar(self, tools: Sequence[Tool], *, must: bool, thinking: bool, several: bool) -> str:
         """See :func:`tool_grammar`. Without tools the answer has no calls."""
@@ -149,7 +167,11 @@ class _Writer:
 
     def _call(self, tool: Tool, number: int) -> str:
         """The name of a rule for calls of a tool. Each parameter comes once, in any order, and the required ones must."""
-        parameters, name = list(_parameters(tool)), f"call{number}"
+        self._count(_size_of(tool))
+        parameters, name = [], f"call{number}"
+        for one in _parameters(tool):
+            self._count(len(one.schema or ""))
+            parameters.append(one)
         head = self._own(f'<{self._revision.invoke} name="{tool.name}">\n')
         end = self._own(f"</{self._revision.invoke}>")
         if not parameters:
@@ -166,6 +188,15 @@ class _Writer:
             some = f'({some} | "\\n")'
         self._rules += [f"{name}: {head} {some} {end}", f"{name}_rest::_: " + "\n  | ".join(rows)]
         return name
+
+    def _count(self, characters: int) -> None:
+        """Schemas are copied for each parameter that refers to others: nothing goes on that is too large in the end."""
+        self._size += characters
+        if self._size > 2 * LARGEST_GRAMMAR:
+            raise InputError(
+                f"the schemas of the tools are too large: {self._size} characters and more; at most {2 * LARGEST_GRAMMAR} are read. Give "
+                "fewer tools or simpler parameters."
+            )
 
     def _parameter(self, parameter: _Parameter, name: str) -> str:
         revision, rows = self._revision, []
@@ -220,6 +251,13 @@ class _Parameter:
     schema: str | None
 
 
+def _size_of(tool: Tool) -> int:
+    try:
+        return len(json.dumps(tool.function.get("parameters"), ensure_ascii=False, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the parameters of the tool {tool.name} cannot be read: {error}.") from None
+
+
 def _parameters(tool: Tool) -> Iterator[_Parameter]:
     """The parameters of a tool, the required ones first."""
     where, root = f"parameters of the tool {tool.name}", tool.function.get("parameters") or {}
@@ -247,7 +285,10 @@ def _parameters(tool: Tool) -> Iterator[_Parameter]:
         if not name or any(sign in name for sign in '"<>\n') or DSML in name or len(name) > 256:
             raise wrong(f"{where}: a name", name, 'at most 256 letters without ", <, > and line breaks')
         own = properties.get(name, schema.get("additionalProperties", True))
-        texts, others = _split(own, root, at, 0)
+        try:
+            texts, others = _split(own, root, at, {})
+        except _TooManyError:
+            texts, others = [], [own]
         if not texts and not others:
             if name in required:
                 raise wrong(at, own, "a schema that some value has")
@@ -281,19 +322,32 @@ def _target(ref: object, root: Any, where: str) -> Any:
     return found
 
 
-def _split(schema: Any, root: Any, where: str, depth: int) -> tuple[list[_Text], list[Any]]:
+class _TooManyError(Exception):
+    """A schema is not worth splitting."""
+
+
+def _split(schema: Any, root: Any, where: str, seen: dict[int, Any], depth: int = 0) -> tuple[list[_Text], list[Any]]:
     """The values of a schema: those that are texts, and schemas of the others.
 
     Texts of a schema that combines others in ways that are not followed here stay with the others: they are written as JSON.
+
+    ``seen`` has the schemas that were split, by their ids. References may lead to the same one again and again, and around in
+    a circle: each is split once, so that this takes no more time than the schema is long.
+
+    Raises:
+        _TooManyError: there are too many, or one comes again.
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     schema = _followed(schema, root, where)
+    if id(schema) in seen or len(seen) >= _MOST_SPLITS:
+        raise _TooManyError
+    seen[id(schema)] = schema
     said = schema.keys() & _ASSERTIONS
     for key in said & {"anyOf", "oneOf"}:
         if len(said) > 1 or depth > 8 or not isinstance(schema[key], list):
             return [], [schema]
-        parts = [_split(one, root, where, depth + 1) for one in schema[key]]
+        parts = [_split(one, root, where, seen, depth + 1) for one in schema[key]]
         if key == "oneOf" and sum(bool(texts) for texts, _ in parts) > 1:
             return [], [schema]
         others = [one for _, found in parts for one in found]
@@ -329,8 +383,8 @@ def _text(schema: Mapping[str, Any]) -> _Text | None:
         return _Text(shortest=shortest, longest=longest)
     # The anchors are of the whole only where there is no choice around them, and a pattern without them is looked for in the text.
     whole = isinstance(pattern, str) and re.fullmatch(r"\^(.*)\$", pattern, re.DOTALL)
-    if not whole or _has_choice_or_anchor(whole[1]) or _problem(json_rule({"type": "string", "pattern": pattern})):
-        return None
+    if not whole or _problem(json_rule({"type": "string", "pattern": pattern})) or _has_choice_or_anchor(whole[1]):
+        return None  # a pattern that is none is not looked into: that takes long where a bracket is never closed
     return _Text(pattern=llguidance.regex_to_lark(whole[1], "dw"), shortest=shortest, longest=longest)
 
 
@@ -382,9 +436,29 @@ def _moved(schema: Any, *, refer: bool = True) -> Any:
     return made
 
 
-@functools.lru_cache(maxsize=1024)
+#: What is wrong with schemas, by their digests.
+_problems: OrderedDict[bytes, str] = OrderedDict()
+_lock = threading.Lock()
+
+
 def _problem(schema: str) -> str:
     """What llguidance has against a schema; "" for nothing."""
+    if len(schema) > LARGEST_GRAMMAR:
+        return f"it has {len(schema)} characters; at most {LARGEST_GRAMMAR} are read"
+    key = hashlib.sha256(schema.encode()).digest()
+    with _lock:
+        found = _problems.get(key)
+    if found is None:
+        found = with_deep_stack(lambda: _asked(schema))
+    with _lock:
+        _problems[key] = found
+        _problems.move_to_end(key)
+        while len(_problems) > _KEPT:
+            _problems.popitem(last=False)
+    return found
+
+
+def _asked(schema: str) -> str:
     import llguidance
 
     try:

@@ -141,6 +141,10 @@ BAD = [
     Bad(CHAT, b"{}", "messages is missing"),
     chat("messages", messages="Hi"),
     talk("messages"),
+    text("too much to be kept", n=100, max_tokens=1000, logprobs=20),
+    chat("too much to be kept", n=128, max_tokens=1000, logprobs=True, top_logprobs=8),
+    Bad(CHAT, b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required", "tools": [{"function": {"name": "f", "parameters": '
+        b'{"properties": {"a": ' + b'{"allOf": [' * 400 + b"{}" + b"]}" * 400 + b"}}" + b"}}]}", "nested"),
     talk("messages[0]", 5),
     talk("messages[0].role", {"content": "Hi"}),
     talk("messages[0].role", {"role": "wizard", "content": "Hi"}),

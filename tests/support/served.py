@@ -49,9 +49,11 @@ def _client(url: str, key: str) -> OpenAI:
 
 
 @contextmanager
-def answering(service: Service, limits: Limits | None = None, grace: float = 5) -> Iterator[Running]:
+def answering(
+    service: Service, limits: Limits | None = None, grace: float = 5, *, only_here: bool = False
+) -> Iterator[Running]:
     """A server over a service, in a thread."""
-    application = Application(service, limits or Limits())
+    application = Application(service, limits or Limits(), only_here=only_here)
     began = threading.Event()
     server = Server(application, grace=grace, ready=began.set)
     with Address(port=0).socket() as listening:
@@ -63,6 +65,7 @@ def answering(service: Service, limits: Limits | None = None, grace: float = 5) 
         finally:
             server.ask_to_stop()
             thread.join()
+            application.close()
 
 
 @contextmanager

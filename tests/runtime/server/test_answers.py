@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,24 @@ def test_a_call_that_breaks_off_is_no_reason_to_run_tools(served: Any) -> None:
         with pytest.raises(ValueError):
             json.loads(choice.message.tool_calls[-1].function.arguments)  # type: ignore[union-attr]
         assert whole(served, pieces([CALLS[:end]], "stop")).choices[0].finish_reason == "stop"
+
+
+def test_nothing_of_a_stream_is_kept(served: Any) -> None:
+    """However long it is."""
+    rows = (TokenLogprob(65, -0.5, tuple((token, -1.0) for token in range(66, 74))),)
+    text = dataclasses.replace(job(stream=True, logprobs=True), parser=None)
+    for one in (job(stream=True, logprobs=True), text):
+        answer, told, chunks = Answer(one, served), list[int](), 0
+        tracemalloc.start()
+        for number in range(1500):
+            piece = Completion(0, "A", (65,), logprobs=rows)
+            chunks += sum(
+                choice["logprobs"] is not None for chunk in answer.feed(0, piece) for choice in chunk["choices"]
+            )
+            if number % 500 == 499:
+                told.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert chunks == 1500 and told[2] - told[0] < 20_000
 
 
 def test_half_characters_have_no_bytes_and_what_cannot_come_has_a_number(served: Any) -> None:

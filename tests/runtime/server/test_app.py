@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,10 +22,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import CONTEXT, Running, answering, http, serving
 
 from foldkv.export.contract.chat import ChatFile
-from foldkv.runtime import Model, plan_bytes
+from foldkv.runtime import Model, Tokenizer, plan_bytes
 from foldkv.runtime.chat import ChatFormat
+from foldkv.runtime.server import app
 from foldkv.runtime.server.app import Limits
+from foldkv.runtime.server.bodies import CompletionBody, read_body
+from foldkv.runtime.server.generations import Generations
 from foldkv.runtime.server.keys import Keys
+from foldkv.runtime.server.requests import completion_job
 from foldkv.runtime.serving.request import Request
 
 TEXT = "def scale(values, factor):\n    return"
@@ -313,6 +322,45 @@ def test_with_keys_only_who_has_one_is_answered(model: Model) -> None:
         assert http().get(f"{running.url}/metrics", headers={"authorization": "Bearer other-key"}).status_code == 200
 
 
+def test_why_a_server_is_not_ready_is_told_only_to_those_with_a_key(tiny_bundle: Path, tmp_path: Path) -> None:
+    """It may name files."""
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with (
+        Model(copy, threads=1) as model,
+        serving(model) as service,
+        answering(service, Limits(keys=Keys(["key"]))) as running,
+    ):
+        os.utime(copy / "tokenizer.json", (1, 1))
+        (inside,) = service.engine.not_ready()
+        for headers, known in (
+            ({}, False),
+            ({"authorization": "Bearer no"}, False),
+            ({"authorization": "Bearer key"}, True),
+        ):
+            answer = http().get(f"{running.url}/ready", headers=headers)
+            assert answer.status_code == 503 and (inside in answer.json()["reasons"]) == known
+            assert known or (str(copy) not in answer.text and "tokenizer.json" not in answer.text)
+
+
+def test_a_server_of_this_machine_alone_is_not_asked_under_other_names(model: Model) -> None:
+    """A page whose name is made to lead to 127.0.0.1 would be of the same origin as the server."""
+    with serving(model) as service:
+        names = {
+            "evil.example": 403, "evil.example:8000": 403, "localhost.evil.example": 403, "10.0.0.1": 403, "": 403, "localhost": 200,
+            "LocalHost:81": 200, "127.0.0.1": 200, "127.0.0.1:9": 200, "[::1]:80": 200, "[::1]": 200,
+        }  # fmt: skip
+        with answering(service, only_here=True) as running:
+            for host, status in names.items():
+                for path in ("/", "/v1/models", "/metrics"):
+                    answer = http().get(f"{running.url}{path}", headers={"host": host})
+                    assert answer.status_code == status, (host, path)
+                    assert status == 200 or answer.json()["error"]["code"] == "host_not_allowed"
+        for limits in (Limits(any_host=True), Limits(keys=Keys(["key"]))):
+            with answering(service, limits, only_here=True) as running:
+                headers = {"host": "proxy.example", "authorization": "Bearer key"}
+                assert http().get(f"{running.url}/v1/models", headers=headers).status_code == 200
+
+
 def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) -> None:
     long: Any = {**ASKED, "max_tokens": 450, "stream": True}
     with serving(model, slots=1, max_queue=1, timeout=60) as service, answering(service, grace=0) as running:
@@ -324,9 +372,67 @@ def test_a_full_queue_a_time_limit_and_a_stop_are_told_in_words(model: Model) ->
             client.completions.create(**ASKED)
         assert int(refused.value.response.headers["retry-after"]) >= 1
         running.server.ask_to_stop()
+        seen = []
         for stream in (first, second):  # ended at once, as the server was told, and not as if all had come
             with pytest.raises(openai.APIError, match="stopping"):
-                list(stream)
+                for chunk in stream:
+                    seen.append(chunk.choices[0].finish_reason)
+        assert set(seen) <= {None}
+
+
+def test_prompts_that_had_not_begun_when_somebody_cancelled_say_so(model: Model) -> None:
+    """A stop between two prompts of a request would make the second one an answer without text otherwise."""
+    with serving(model, slots=1) as service:
+
+        async def reasons() -> dict[int, str | None]:
+            requests = [Request(text, max_new_tokens=1 if text == "a" else 400) for text in "abc"]
+            generations, found = Generations(service.engine, requests), dict[int, str | None]()
+            async for number, piece in generations:
+                found[number] = piece.finish_reason
+                if piece.finish_reason is not None:
+                    generations.cancel()
+            return found
+
+        assert asyncio.run(reasons()) == {0: "length", 1: "cancelled", 2: "cancelled"}
+
+
+def test_slow_bodies_hold_up_no_others_and_are_limited(
+    running: Running, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    free, real = threading.Event(), Tokenizer.encode
+    request.addfinalizer(free.set)
+
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        if text == "slow":
+            free.wait(30)
+        return real(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr(app, "_READING", app._READERS)
+    asked: Any = {**ASKED, "max_tokens": 1}
+    answers: list[str] = []
+
+    def ask() -> None:
+        answers.append(running.client().completions.create(**{**asked, "prompt": "slow"}).choices[0].text)
+
+    threads = [threading.Thread(target=ask) for _ in range(app._READERS)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: running.application._reading == len(threads))
+    assert http().get(f"{running.url}/health").status_code == 200
+    with pytest.raises(openai.RateLimitError, match="wait to be read") as refused:
+        running.client().completions.create(**asked)
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    free.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(answers) == len(threads) and running.client().completions.create(**asked).choices[0].text
+
+
+def test_what_is_too_much_to_keep_can_be_streamed(running: Running) -> None:
+    """The whole of an answer with its probabilities is refused, see the bad requests; nothing of a stream is kept."""
+    body = {"prompt": "x", "n": 100, "max_tokens": 1000, "logprobs": 20, "stream": True}
+    assert completion_job(read_body(CompletionBody, json.dumps(body).encode()), running.service).stream
 
 
 def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> None:
@@ -335,8 +441,14 @@ def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> N
         with pytest.raises(openai.APIStatusError) as late:
             running.client().completions.create(**long)
         assert late.value.status_code == 504 and late.value.code == "timeout"
+        assert late.value.response.headers["x-should-retry"] == "false", "OpenAI's client would ask again"
         with pytest.raises(openai.APIError, match="more than"):
             list(running.client().completions.create(**long, stream=True))
+        for path, asked in (("completions", long), ("chat/completions", {**TALK, "max_tokens": 450})):
+            rows = http().post(f"{running.url}/v1/{path}", json={**asked, "stream": True}).text.strip().split("\n\n")
+            *chunks, last = [json.loads(row.removeprefix("data: ")) for row in rows]
+            assert last["error"]["code"] == "timeout", "and no [DONE]"
+            assert all(one["choices"][0]["finish_reason"] is None for one in chunks), "OpenAI has no reason for this"
         host, port = running.url.removeprefix("http://").split(":")
         with closing(socket.create_connection((host, int(port)))) as connection:
             head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"

@@ -31,13 +31,17 @@ def test_a_file_has_one_key_in_a_line(tmp_path: Path) -> None:
     ("text", "mode", "says"),
     [
         ("key\n", 0o604, "chmod 600"),
+        ("key\n", 0o640, "chmod 600"),
+        ("key\n", 0o610, "chmod 600"),
         ("key\n", 0o602, "chmod 600"),
         ("\n# none\n", 0o600, "no key"),
         ("good\nbad key\n", 0o600, "line 2"),
         ("k\u00e9y\n", 0o600, "ASCII"),
     ],
 )
-def test_a_file_that_is_open_to_all_or_has_no_keys_is_refused(tmp_path: Path, text: str, mode: int, says: str) -> None:
+def test_a_file_that_is_open_to_others_or_has_no_keys_is_refused(
+    tmp_path: Path, text: str, mode: int, says: str
+) -> None:
     path = key_file(tmp_path, text, mode)
     with pytest.raises(InputError, match=says) as error:
         Keys.from_file(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -10,8 +11,9 @@ import openai
 import pytest
 from served import Running
 
-from foldkv.runtime.server.bodies import ChatBody, read_body
-from foldkv.runtime.server.structure import chat_constraint
+from foldkv.runtime.server.bodies import ChatBody, CompletionBody, read_body
+from foldkv.runtime.server.problems import Problem
+from foldkv.runtime.server.structure import chat_constraint, completion_constraint
 
 #: The model writes source code, with much white space.
 NO_SPACE = {"logit_bias": {"32": -100, "10": -100, "9": -100, "13": -100}}
@@ -104,6 +106,31 @@ def test_tools_are_a_grammar_also_where_the_model_may_call_as_it_likes(running: 
             for token in b"free text":
                 assert constraint.allowed()[token]
                 constraint.took(token)
+
+
+def test_grammars_that_clients_write_can_be_turned_off(running: Running) -> None:
+    body = {"prompt": "x", "structured_outputs": {"grammar": 'start: "a"'}}
+    service = dataclasses.replace(running.service, free_grammars=False)
+    read = read_body(CompletionBody, json.dumps(body).encode())
+    assert completion_constraint(read, running.service) is not None
+    with pytest.raises(Problem, match="turned off") as refused:
+        completion_constraint(read, service)
+    assert refused.value.status == 400 and refused.value.param == "structured_outputs.grammar"
+    for other in ({"regex": "a"}, {"choice": ["a"]}, {"json": {"const": 1}}):
+        again = read_body(CompletionBody, json.dumps({**body, "structured_outputs": other}).encode())
+        assert completion_constraint(again, service) is not None
+
+
+def test_a_grammar_that_gives_up_is_no_matter_of_the_context(running: Running) -> None:
+    asked: Any = {"model": "tiny", "prompt": "x", "max_tokens": 150, "temperature": 0}
+    with pytest.raises(openai.BadRequestError, match="within its grammar") as refused:
+        running.client().completions.create(
+            **asked,
+            extra_body={"structured_outputs": {"grammar": 'start: s\ns: s s | "a" | s s s'}},
+            logit_bias={"97": 100},
+        )
+    assert refused.value.code == "grammar_failed"
+    assert running.client().completions.create(**{**asked, "max_tokens": 2}).choices[0].text
 
 
 def test_a_tool_that_must_not_be_called_is_not(running: Running) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldkv import packages
-from foldkv.errors import CapacityError, InputError, MissingDependencyError
+from foldkv.errors import CapacityError, GrammarError, InputError, MissingDependencyError
 from foldkv.runtime.serving import structured
 from foldkv.runtime.serving.structured import Grammars
 from foldkv.runtime.tokenizer import Tokenizer
@@ -322,7 +322,7 @@ def test_what_cannot_be_written_with_the_vocabulary_is_an_error_and_not_an_end(t
     grammars = Grammars(Tokenizer(tmp_path / "tokenizer.json"), 4, [3])
     constraint = grammars.choice(["ab"])()
     constraint.took(1)
-    with pytest.raises(CapacityError, match="the answer cannot go on within its grammar"):
+    with pytest.raises(GrammarError, match="the answer cannot go on within its grammar"):
         constraint.allowed()
 
 
@@ -330,10 +330,44 @@ def test_a_grammar_that_turns_out_too_complex_is_an_error_and_not_an_end(byte_mo
     """llguidance has limits of its own, which it reaches while it runs."""
     schema = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1200)}}
     constraint = byte_model.grammars.json_schema(schema)()
-    with pytest.raises(CapacityError, match=r"the answer cannot go on within its grammar: .*items; max is"):
+    with pytest.raises(GrammarError, match=r"the answer cannot go on within its grammar: .*items; max is") as caught:
         follow(constraint, byte_model.spelling, '{"p7": ')
-    with pytest.raises(CapacityError, match="cannot go on"):
+    assert not isinstance(caught.value, CapacityError), "nothing says that a prompt is too long"
+    with pytest.raises(GrammarError, match="cannot go on"):
         constraint.allowed()
+
+
+def test_an_ambiguous_grammar_gives_up_before_its_steps_are_slow(byte_model: Model) -> None:
+    """Each step takes time with the square of what a text could be so far. Schemas, which are long but not ambiguous, may have more."""
+    constraint = byte_model.grammars.lark('start: s\ns: s s | "a" | s s s')()
+    with pytest.raises(GrammarError, match=r"items; max is 500"):
+        follow(constraint, byte_model.spelling, "a" * 150)
+    long = byte_model.grammars.json_schema({"properties": {f"p{i}": {"type": "null"} for i in range(300)}})()
+    assert follow(long, byte_model.spelling, '{"p1": null, "p299": null}') == "" and long.ended
+
+
+@pytest.mark.parametrize("kind", ["rules", "terminals", "references"])
+def test_long_chains_do_not_end_the_process(byte_model: Model, kind: str) -> None:
+    """llguidance follows them by recursion, which took more than the stack of a thread."""
+    n = 10_000
+    if kind == "references":
+        chain = {f"s{i}": {"$ref": f"#/$defs/s{i + 1}"} for i in range(n)} | {f"s{n}": {"const": "a"}}
+        new = byte_model.grammars.json_schema({"$ref": "#/$defs/s0", "$defs": chain})
+        assert follow(new(), byte_model.spelling, '"a"') == ""
+    else:
+        name = {"rules": "s", "terminals": "S"}[kind]
+        rules = "\n".join(f'{name}{i}: "a" {name}{i + 1}' for i in range(n))
+        new = byte_model.grammars.lark(f'start: {name}0\n{rules}\n{name}{n}: "b"')
+        assert follow(new(), byte_model.spelling, "aaab") == "b"
+
+
+def test_what_compiled_grammars_take_is_bounded(byte_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "_KEPT_CHARACTERS", 1000)
+    grammars = Grammars(byte_model.tokenizer, 300, [END])
+    for text in ("k" * 300, "l" * 300, "m" * 300, "n" * 2000):
+        constraint = grammars.choice([text])()
+        assert sum(characters for characters, _ in grammars._compiled.values()) <= 1000
+        assert follow(constraint, byte_model.spelling, text) == "", "what is not kept is used all the same"
 
 
 def test_a_vocabulary_that_does_not_belong_to_the_model_is_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from foldkv.errors import InputError
 from foldkv.export.contract.chat import JINJA, ChatFile
 from foldkv.runtime.chat import CallEnd, ChatFormat, chat_format, joined
+from foldkv.runtime.serving import tool_grammar as tool_grammar_module
 from foldkv.runtime.serving.constraint import NewConstraint
 from foldkv.runtime.serving.structured import Grammars
 from foldkv.runtime.serving.tool_grammar import tool_grammar
@@ -313,6 +316,48 @@ def test_values_of_schemas_in_their_many_forms(models: Mapping[str, Model]) -> N
         for text, value, right in rows:
             left = follow(new(), model.spelling, _block(_call("f", ("a", text, value))))
             assert (left == "") == right, (schema, text, value, left)
+
+
+def test_schemas_that_refer_to_each_other_again_and_again_take_no_time(models: Mapping[str, Model]) -> None:
+    """What each of them can be is looked at once; it was at most 4 ** 9 times."""
+    model, began = models["bytes"], time.process_time()
+    around = {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 4}}
+    down = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 4} for i in range(8)} | {"d8": {"type": "null"}}
+    many = {"a": {"anyOf": [{"anyOf": [{"const": f"{i} {j}"} for j in range(40)]} for i in range(40)]}}
+    for first, definitions in (("a", around), ("d0", down), ("a", many)):
+        schema = {"properties": {"x": {"$ref": f"#/$defs/{first}"}}, "$defs": definitions}
+        new = model.answers([_tool("f", schema)])
+        if definitions is around:  # it has no values
+            continue
+        right = "null" if definitions is down else '"7 9"'
+        assert follow(new(), model.spelling, _block(_call("f", ("x", "false", right)))) == ""
+        assert follow(new(), model.spelling, _block(_call("f", ("x", "false", "true")))) != ""
+    assert time.process_time() - began < 3
+
+
+def test_schemas_that_grow_when_they_are_written_are_refused_early(models: Mapping[str, Model]) -> None:
+    """Each parameter that refers to another comes with all of them."""
+    big, began = {"enum": [f"{i:06}" for i in range(15_000)]}, time.process_time()
+    properties = {f"p{i}": {"type": "array", "items": {"$ref": "#/$defs/big"}} for i in range(64)}
+    with pytest.raises(InputError, match=r"the schemas of the tools are too large: \d+ characters and more"):
+        models["bytes"].answers([_tool("f", {"properties": properties, "$defs": {"big": big}})])
+    long = {"properties": {"a": {"type": "string", "pattern": "^" + "[" * 200_000 + "$"}}}
+    with pytest.raises(InputError, match="f: a has a schema that calls cannot be held to"):
+        models["bytes"].answers([_tool("f", long)])
+    assert time.process_time() - began < 5
+
+
+def test_what_is_known_of_schemas_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool_grammar_module, "_KEPT", 2)
+    asked: list[str] = []
+    real = tool_grammar_module._asked
+    monkeypatch.setattr(tool_grammar_module, "_asked", lambda schema: asked.append(schema) or real(schema))
+    monkeypatch.setattr(tool_grammar_module, "_problems", OrderedDict())
+    for name in ("strin", "strin", "nul", "strin", "boo", "nul"):
+        assert f"Invalid type: {name}" in tool_grammar_module._problem(f'{{"type": "{name}"}}')
+    assert [json.loads(one)["type"] for one in asked] == ["strin", "nul", "boo", "nul"]
+    assert len(tool_grammar_module._problems) == 2 and all(len(key) == 32 for key in tool_grammar_module._problems)
+    assert "at most" in tool_grammar_module._problem(" " * 600_000) and len(asked) == 4
 
 
 def test_names_that_are_required_and_not_described_have_any_value(models: Mapping[str, Model]) -> None:
