@@ -541,6 +541,9 @@ def generate_command(
 @click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the checkpoint's.")
 @click.option("--api-keys", type=_folder, metavar="FILE", help="Answer only clients that send a key of this file.")
 @click.option("--no-keys", is_flag=True, help="Answer everybody, also where other machines reach --host.")
+@click.option(
+    "--no-free-grammars", is_flag=True, help="Refuse grammars that clients write by hand (structured_outputs.grammar)."
+)
 @click.option("--open-metrics", is_flag=True, help="/metrics needs no key.")
 @click.option(
     "--max-body", type=_Size(), default="4MiB", show_default=True, metavar="SIZE", help="Most bytes of a request."
@@ -573,10 +576,10 @@ def generate_command(
 @_json
 def serve_command(
     bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, batch_invariant: bool,
-    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None, api_keys: Path | None,
-    no_keys: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool,
-    threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None,
-    public_key: Path | None, no_place: bool, as_json: bool,
+    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None,
+    api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float,
+    origins: tuple[str, ...], no_page: bool, threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None,
+    verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer OpenAI's clients with the model of BUNDLE, until a signal comes.
 
@@ -594,7 +597,7 @@ def serve_command(
     address = Address(host, port)
     limits = Limits(
         keys=who_may_ask(address, api_keys, no_keys=no_keys), open_metrics=open_metrics, max_body=max_body, origins=origins,
-        page=not no_page,
+        page=not no_page, any_host=no_keys,
     )  # fmt: skip
     sizes = Sizes(context, slots, chunk, max_queue, batch_invariant)
     with address.socket() as listening:
@@ -605,7 +608,7 @@ def serve_command(
         ) as model:  # fmt: skip
             serve(
                 model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say, sizes=sizes,
-                prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
+                free_grammars=not no_free_grammars, prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
             )  # fmt: skip
 
 
