@@ -68,6 +68,9 @@ THOROUGH = {
     ("export/test_stitch.py", "test_onnx_gives_the_logits_of_transformers"): "one_head_one_group_two_streams|sliding_only_no_hash",
     ("export/test_stitch.py", "test_looking_at_more_rows_than_needed_changes_nothing"): "one_head_one_group_two_streams",
     ("export/test_flat.py", "test_plain_onnx_runtime_computes_what_the_segments_do"): "plain",
+    ("plugins/test_tensorrt.py", "test_enqueue_computes_the_operator"): "-1$",
+    ("plugins/test_cuda.py", "test_every_operator_through_the_launcher"): "Scaled.*-prefill|Experts-dense-prefill|index_fp8",
+    ("test_packages.py", "test_a_missing_package_is_exit_3_with_the_line_that_installs_it"): "jinja2_1|build TensorRT",
     ("test_shell.py", "test_an_interrupted_build_takes_its_child_and_its_threads_along"): "process",
 }  # fmt: skip
 #: Who asks for one of these waits for an export.
