@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
+import httpx2
 
 import foldkv
 
@@ -86,14 +86,14 @@ def tokens_of(chunks: list[dict[str, Any]]) -> list[str]:
     return list(itertools.chain.from_iterable(found))
 
 
-async def whole(client: httpx.AsyncClient, body: dict[str, Any]) -> list[str]:
+async def whole(client: httpx2.AsyncClient, body: dict[str, Any]) -> list[str]:
     """The tokens of an answer that comes at once."""
     answer = await client.post("/v1/completions", json=body)
     answer.raise_for_status()
     return tokens_of([answer.json()])
 
 
-async def streamed(client: httpx.AsyncClient, body: dict[str, Any], leave_after: int | None) -> list[str] | None:
+async def streamed(client: httpx2.AsyncClient, body: dict[str, Any], leave_after: int | None) -> list[str] | None:
     """The tokens of a stream; None if the client left after so many events."""
     chunks = []
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
@@ -115,7 +115,7 @@ async def one_client(
 ) -> None:
     """Ask one request after the other until the time is over."""
     rng = random.Random(number)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
         while time.monotonic() < end:
             which, way = rng.randrange(len(asked)), rng.random()
             try:
@@ -132,7 +132,7 @@ async def one_client(
                             got = await whole(client, asked[which])
                     except TimeoutError:
                         got = None
-            except (httpx.HTTPError, RuntimeError) as error:
+            except (httpx2.HTTPError, RuntimeError) as error:
                 seen.ended[f"error: {type(error).__name__}"] += 1
                 seen.wrong.append(f"{which}: {error!r}")
                 await asyncio.sleep(0.05)
@@ -167,7 +167,7 @@ async def load(
 
     await asyncio.gather(watch(), *(one_client(url, number, asked, alone, end, seen) for number in range(clients)))
     took = time.monotonic() - start
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
         for _ in range(200):  # those whose clients have left leave at their next step
             text = (await client.get("/metrics")).text
             running, waiting = (
@@ -188,7 +188,7 @@ async def load(
 
 async def answers_alone(url: str, asked: list[dict[str, Any]]) -> list[list[str]]:
     """What every request gets while nobody else asks."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
         return [await whole(client, body) for body in asked]
 
 
@@ -211,7 +211,7 @@ async def killed(
 
 async def after_kill(url: str, asked: list[dict[str, Any]], alone: list[list[str]]) -> dict[str, Any]:
     """Whether a restarted server gives the same answers, and how much it had not to feed."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
         cached, same = 0, True
         for body, expected in zip(asked, alone, strict=True):
             answer = (await client.post("/v1/completions", json=body)).json()

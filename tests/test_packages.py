@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import re
 import shutil
@@ -207,6 +209,42 @@ def test_extras_and_versions_are_those_of_the_project() -> None:
         }  # fmt: skip
         line = packages.pip_line([module])
         assert any(f"foldkv[{extra}]" in line for extra in extras) or (not extras and f"'{package}>=" in line), line
+
+
+#: Modules of packages that come with one that the project asks for.
+COMES_WITH = {
+    "google": "in-toto-attestation", "huggingface_hub": "transformers", "markupsafe": "jinja2",
+    "packageurl": "cyclonedx-python-lib", "pydantic_core": "pydantic",
+}  # fmt: skip
+#: Not on every platform, and not needed by a test.
+NOT_ASKED_FOR = {"onnxruntime_genai"}
+
+
+def test_every_package_that_code_imports_is_asked_for() -> None:
+    # One that was left from an older requirement, or that comes with another today, is missing on a fresh machine.
+    files = [path for path in ROOT.rglob("*.py") if not {".venv", ".typing"} & set(path.relative_to(ROOT).parts)]
+    trees = {path: ast.parse(path.read_text()) for path in files}
+    imported = {
+        name.split(".")[0]: path
+        for path, tree in trees.items() for node in ast.walk(tree) for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        )
+    }  # fmt: skip
+    ours = {"foldkv", *(path.stem for path in files)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
+    asked = {packages._normalised(re.match(r"[\w.-]+", line)[0]) for line in lines}  # type: ignore[index]
+    distributions = importlib.metadata.packages_distributions()
+    missing = {
+        module: path
+        for module, path in imported.items()
+        if module not in sys.stdlib_module_names and module not in ours | NOT_ASKED_FOR
+        and not {packages._normalised(name) for name in (
+            [*distributions.get(module, []), COMES_WITH.get(module, module), packages.package_of(module)]
+        )} & asked
+    }  # fmt: skip
+    assert len(imported) > 50 and not missing
 
 
 def test_a_checkout_that_was_not_installed_knows_its_extras(monkeypatch: pytest.MonkeyPatch) -> None:

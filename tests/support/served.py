@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 from openai import OpenAI
 
 from foldkv.runtime import Model, Tokenizer
@@ -38,9 +38,9 @@ class Running:
 
 
 @functools.cache
-def http() -> httpx.Client:
+def http() -> httpx2.Client:
     """One for all, because making one takes longer than most requests."""
-    return httpx.Client(timeout=60)
+    return httpx2.Client(timeout=60)
 
 
 @functools.cache
