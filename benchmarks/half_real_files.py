@@ -1,10 +1,12 @@
-"""The files of half_real.py: a checkpoint with random weights but experts, its bundle, and stacks with some experts that have values."""
+"""The files of half_real.py and half_real_validate.py: a checkpoint with random weights but experts, its bundle, and stacks with some experts
+that have values."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,15 +27,22 @@ from foldkv.runtime.weight_files import WeightFiles
 _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE.parent / "tests" / "support"), str(_HERE / "gpu")]
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 #: The router's bias of experts that are not marked: no score makes up for it.
 _NEVER = -1e4
 #: How a script marks what the checkpoint and the stacks have; the stacks' header has it too.
 _MARKED = "marked"
 
 
-def make(config: Path, work: Path) -> dict[str, Any]:
-    """Write the checkpoint without marked experts, export it and build the bundle, unless they are there."""
+def make(config: Path, work: Path, marked: int = 0, tokenizer: Path | None = None) -> dict[str, Any]:
+    """Write the checkpoint, export it and build the bundle, unless they are there.
+
+    Args:
+        config: the released config.json.
+        work: folder for all of it.
+        marked: experts of a layer that have values in the checkpoint too; routing goes to them then.
+        tokenizer: a tokenizer.json to put beside the weights.
+    """
     from checkpoints import sparse_checkpoint
 
     facts = work / "made.json"
@@ -42,7 +51,11 @@ def make(config: Path, work: Path) -> dict[str, Any]:
         return found
     checkpoint = sparse_checkpoint(config, work / "checkpoint")
     for file in sorted(checkpoint.glob("*.safetensors")):
-        _fill(file)
+        _fill(file, marked)
+    if marked:
+        _route(checkpoint, marked)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, checkpoint / "tokenizer.json")
     seconds = {}
     for name, words in {
         "export": ("export", checkpoint, "-o", work / "graph"),
@@ -58,8 +71,8 @@ def make(config: Path, work: Path) -> dict[str, Any]:
     return content
 
 
-def _fill(file: Path) -> None:
-    """Give every tensor of a file random values, but routed experts."""
+def _fill(file: Path, marked: int) -> None:
+    """Give every tensor of a file random values, but routed experts that are not among the first ``marked``."""
     from random_weights import _drawn, header_of
 
     head = header_of(file)
@@ -67,7 +80,8 @@ def _fill(file: Path) -> None:
     generator = torch.Generator().manual_seed(int(re.findall(r"\d+", file.name)[0]))
     with file.open("r+b") as out:
         for name, row in table.items():
-            if _EXPERT.search(name) or row["dtype"] == "I64":
+            expert = _EXPERT.search(name)
+            if (expert and int(expert[1]) >= marked) or row["dtype"] == "I64":
                 continue
             out.seek(len(head) + row["data_offsets"][0])
             _drawn(name, table, generator).view(torch.uint8).numpy().tofile(out)
@@ -75,9 +89,34 @@ def _fill(file: Path) -> None:
 
 def mark(checkpoint: Path, bundle: Path, count: int) -> dict[str, Any]:
     """Let routing go to the first ``count`` experts, and give them values in the stacks."""
+    before = stacks_of(bundle).folder
+    _route(checkpoint, count)
+    stacks = stacks_of(bundle)
+    if before.exists() and before != stacks.folder:
+        before.rename(stacks.folder)  # the same stacks, but the checkpoint's files have other dates now
+    return lay_out(stacks, count, drawn=True)
+
+
+def lay_out(stacks: Stacks, count: int, *, drawn: bool) -> dict[str, Any]:
+    """Write the stacks with the first ``count`` experts: random ones, or those of the checkpoint. The others are holes."""
+    start = time.monotonic()
+    stacks.folder.mkdir(parents=True, exist_ok=True)
+    written = sum(_lay_out(stacks, owner, parts, count, drawn) for owner, parts in stacks.by_owner.items())
+    shape = next(
+        one.shape for parts in stacks.by_owner.values() for one in parts.values() if not isinstance(one, Decoded)
+    )
+    return {
+        "bytes": stacks.bytes, "written": written, "seconds": round(time.monotonic() - start, 1),
+        "expert_bytes": _expert_bytes(stacks) * count * len([o for o, p in stacks.by_owner.items() if len(p)]),
+        "experts": shape[0],
+    }  # fmt: skip
+
+
+def _route(checkpoint: Path, count: int) -> None:
+    """Let routing go to the first ``count`` experts alone."""
     from random_weights import header_of
 
-    rng, before = np.random.default_rng(count), stacks_of(bundle).folder
+    rng = np.random.default_rng(count)
     for file in sorted(checkpoint.glob("*.safetensors")):
         head = header_of(file)
         for name, row in json.loads(head[8:]).items():
@@ -91,21 +130,6 @@ def mark(checkpoint: Path, bundle: Path, count: int) -> dict[str, Any]:
             with file.open("r+b") as out:
                 out.seek(len(head) + row["data_offsets"][0])
                 values.tofile(out)
-    stacks, start = stacks_of(bundle), time.monotonic()
-    if before.exists() and before != stacks.folder:
-        before.rename(stacks.folder)  # the same stacks, but the checkpoint's files have other dates now
-    stacks.folder.mkdir(parents=True, exist_ok=True)
-    written = 0
-    for owner, parts in stacks.by_owner.items():
-        written += _lay_out(stacks, owner, parts, count)
-    shape = next(
-        one.shape for parts in stacks.by_owner.values() for one in parts.values() if not isinstance(one, Decoded)
-    )
-    return {
-        "bytes": stacks.bytes, "written": written, "seconds": round(time.monotonic() - start, 1),
-        "expert_bytes": _expert_bytes(stacks) * count * len([o for o, p in stacks.by_owner.items() if len(p)]),
-        "experts": shape[0],
-    }  # fmt: skip
 
 
 def stacks_of(bundle: Path) -> Stacks:
@@ -130,7 +154,7 @@ def _expert_bytes(stacks: Stacks) -> int:
     return sum(one.bytes // one.shape[0] for one in parts if not isinstance(one, Decoded))
 
 
-def _lay_out(stacks: Stacks, owner: str, parts: Any, count: int) -> int:
+def _lay_out(stacks: Stacks, owner: str, parts: Any, count: int, drawn: bool) -> int:
     """The file of a layer; returns the bytes that were written."""
     path, begins, have, written = stacks.path(owner), offsets(parts), 0, 0
     if path.exists():
@@ -147,8 +171,10 @@ def _lay_out(stacks: Stacks, owner: str, parts: Any, count: int) -> int:
                 continue
             size = stack.bytes // stack.shape[0]
             out.seek(begins[role] + have * size)
-            for _ in range(have, count):
-                written += out.write(_codes(rng, role, stack.shape[2], size))
+            for expert in range(have, count):
+                own = stacks._lock.weights[owner][stack.of]
+                made = _codes(rng, role, stack.shape[2], size) if drawn else stacks._rows(stack, own, expert).tobytes()
+                written += out.write(made)
         out.truncate(4096 + sum(one.bytes for one in parts.values()))
         out.seek(0)
         out.write(header(parts, {"layer": owner, DIGEST: "not hashed", _MARKED: str(max(have, count))}))
