@@ -99,6 +99,13 @@ _read_in_place = click.option(
     is_flag=True,
     help="On the cpu, read weights from the checkpoint's files, and copy none. Slow: every step decodes matrices and experts.",
 )
+_matrices = click.option(
+    "--matrices",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="On the cpu, the type in which the matrices of a large model are read: float32 is the fastest and is made in memory; auto takes it if that is at most half of the free memory.",
+)
 _plugins = click.option(
     "--plugins",
     type=click.Choice(["on", "off"]),
@@ -463,11 +470,12 @@ def evidence_command(
 @_signature
 @_public_key
 @_read_in_place
+@_matrices
 @_json
 def generate_command(
     bundle: Path, text: str, max_new_tokens: int, context: int | None, temperature: float, top_k: int | None, top_p: float,
     seed: int, stop: tuple[str, ...], add_special_tokens: bool, threads: int | None, devices: tuple[int, ...] | None,
-    weights_from: Path | None, verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, as_json: bool,
+    weights_from: Path | None, verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, matrices: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue TEXT with the model of BUNDLE, printing as it goes."""
     _expect_key(signature, public_key)
@@ -490,6 +498,7 @@ def generate_command(
             weights_from=weights_from,
             verify=verify,
             place=not no_place,
+            matrices=matrices,
             signature=signature,
             public_key=public_key,
             progress=progress(),
@@ -573,13 +582,14 @@ def generate_command(
 @_signature
 @_public_key
 @_read_in_place
+@_matrices
 @_json
 def serve_command(
     bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, batch_invariant: bool,
     prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None,
     api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float,
     origins: tuple[str, ...], no_page: bool, threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None,
-    verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, as_json: bool,
+    verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, matrices: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer OpenAI's clients with the model of BUNDLE, until a signal comes.
 
@@ -604,7 +614,7 @@ def serve_command(
         room = sizes.context_of(load_bundle(bundle))
         with Model(
             bundle, threads=threads, weights_from=weights_from, devices=devices, context=room, batch=slots, verify=verify,
-            place=not no_place, signature=signature, public_key=public_key, progress=progress(),
+            place=not no_place, matrices=matrices, signature=signature, public_key=public_key, progress=progress(),
         ) as model:  # fmt: skip
             serve(
                 model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say, sizes=sizes,

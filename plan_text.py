@@ -9,11 +9,11 @@ from typing import Any
 
 from .errors import InputError
 from .export.contract.geometry import ModelSpec
-from .export.contract.step_time import warning
+from .export.contract.step_time import BFLOAT16, FLOAT32, STORED, warning
 from .export.memory import OFFERED, MemoryPlan, parameter_count, plan_memory, weight_bytes
 from .optimize.fit import TargetPlan, export_estimate, graph_bytes, plan_targets
 from .optimize.history import Estimate, read_runs
-from .optimize.kept_weights import FORMATS, cpu_step, cpu_step_seconds
+from .optimize.kept_weights import FORMATS, cpu_step, cpu_step_seconds, wide_matrix_bytes
 from .optimize.targets import resolve_targets
 from .runtime.stacks_made import made_here, stacks_folder
 from .tables import table
@@ -240,25 +240,37 @@ def _assumptions(spec: ModelSpec, plans: Sequence[TargetPlan]) -> list[str]:
 
 def _step_facts(spec: ModelSpec, plan: TargetPlan) -> dict[str, Any]:
     matrices, experts = cpu_step(spec, plan.built_in)
-    seconds = {
-        name: round(cpu_step_seconds(spec, plan.built_in, second=name == "copied"), 2)
-        for name in ("copied", "no_place")
-    }
-    return {"matrix_bytes": matrices, "expert_bytes": experts, "seconds": seconds, "estimate": True}
+    ways, wide = _ways(spec, plan), wide_matrix_bytes(spec, plan.built_in)
+    seconds = {name: round(cpu_step_seconds(spec, matrices=way), 2) for name, way in ways.items()}
+    return {
+        "matrix_bytes": matrices, "expert_bytes": experts, "float32_bytes": wide, "seconds": seconds, "estimate": True,
+    }  # fmt: skip
 
 
 def _step_text(spec: ModelSpec, plan: TargetPlan) -> str:
     matrices, experts = cpu_step(spec, plan.built_in)
-    copied, decoded = (cpu_step_seconds(spec, plan.built_in, second=second) for second in (True, False))
+    takes = {name: _seconds_text(cpu_step_seconds(spec, matrices=way)) for name, way in _ways(spec, plan).items()}
     held = (
         "memory holds them"
         if matrices + experts <= plan.capacity
         else f"the {size_text(plan.capacity)} of memory do not hold them: the disk is read in every step"
     )
+    wide = (
+        f", {takes['float32']} where memory holds the matrices in float32 ({size_text(wide_matrix_bytes(spec, plan.built_in))})"
+        if "float32" in takes
+        else ""
+    )
     return (
         f"A step of one sequence on {plan.target.name} reads {size_text(matrices)} of matrices and {size_text(experts)} of experts; {held}. On two processors it takes "
-        f"{_seconds_text(copied)}, with `--no-place` {_seconds_text(decoded)} (rates as measured, docs/results.md)."
+        f"{takes['copied']}{wide}, with `--no-place` {takes['no_place']} (rates as measured, docs/results.md)."
     )
+
+
+def _ways(spec: ModelSpec, plan: TargetPlan) -> dict[str, str]:
+    """How a step can read its matrices, by the names of the plan."""
+    if not wide_matrix_bytes(spec, plan.built_in):
+        return {"copied": FLOAT32, "no_place": STORED}
+    return {"copied": BFLOAT16, "float32": FLOAT32, "no_place": STORED}
 
 
 def _seconds_text(seconds: float) -> str:

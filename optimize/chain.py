@@ -6,7 +6,8 @@ are those for the cpu, except that a GPU decodes a whole matrix of an expert at 
 
 Segments for the cpu have a second form where it is faster: experts in e2m1 as stacks (optimize/passes/stack_experts.py), and
 the matrices of a large model in bfloat16, in blocks of rows (optimize/passes/row_blocks.py). The runtime makes what no file of the
-checkpoint has in that form, once for all bundles of a checkpoint, and then runs it. Then nothing large is placed.
+checkpoint has in that form, once for all bundles of a checkpoint, and then runs it. Then nothing large is placed. If there are such matrices,
+a third form takes them whole, in float32, for machines whose memory holds that.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def write_chain(
         layout: name of the cache layout.
         rope_dim: rotated channels of a row, for packed layouts.
         place: convert weights once, into the bundle; else the segments convert them in every step.
-        stack: also write the second form of the segments that have one.
+        stack: also write the second form of the segments that have one, and the third.
         gpu: whether a GPU computes the segments.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
@@ -153,9 +154,10 @@ def write_chain(
         models[name] = segment.model
         second = _second(package, name, placements.get(name), layout, rope_dim) if stack else None
         if second is not None:
-            key = f"{name}.stacked"
-            models[key], stacked[name] = second
-            nodes[key] = {"inlined": optimize_for_cpu(models[key])}
+            forms, stacked[name] = second
+            for key, model in forms.items():
+                models[key] = model
+                nodes[key] = {"inlined": optimize_for_cpu(model)}
     _share_step(models)
     if gpu:
         for model in models.values():
@@ -179,8 +181,8 @@ def write_chain(
 
 def _second(
     package: Package, name: str, placed: Placement | None, layout: str, rope_dim: int
-) -> tuple[ir.Model, Stacked] | None:
-    """The second form of a segment and what it takes; None if there is none."""
+) -> tuple[dict[str, ir.Model], Stacked] | None:
+    """The second form of a segment, and the third, by name, and what they take; None if there is none."""
     if placed is None:
         return None
     segment = package.segment(name)
@@ -192,10 +194,20 @@ def _second(
         stored = next(value.dtype for value in segment.model.graph.inputs if value.name == role)
         assert stored is not None
         take_row_blocks(segment.model, role, blocks, ir.DataType.BFLOAT16 if role in decoded else stored)
-    _prepare(package, segment, replace(placed, rows={}) if experts else placed, layout, rope_dim)
+    others = replace(placed, rows={}) if experts else placed
+    _prepare(package, segment, others, layout, rope_dim)
+    forms = {f"{name}.stacked": segment.model}
+    if placed.blocks:
+        third = package.segment(name)
+        stack_experts(third.model, EXPERTS)
+        _prepare(package, third, replace(others, widened=placed.widened | placed.blocks.keys()), layout, rope_dim)
+        forms[f"{name}.wide"] = third.model
     dropped = [*(_PACKED if experts else ()), *decoded, *(one.scale for one in decoded.values())]
-    form = Stacked(f"{FOLDER}/{name}.stacked.onnx", {**experts, **decoded}, tuple(dropped), placed.blocks)
-    return segment.model, form
+    form = Stacked(
+        f"{FOLDER}/{name}.stacked.onnx", {**experts, **decoded}, tuple(dropped), placed.blocks,
+        f"{FOLDER}/{name}.wide.onnx" if placed.blocks else "",
+    )  # fmt: skip
+    return forms, form
 
 
 def _decoded(model: ir.Model, role: str) -> Decoded | None:

@@ -187,10 +187,17 @@ def cpu_step(spec: ModelSpec, stored: str) -> tuple[int, int]:
     return matrices - found.experts, found.experts * spec.experts_per_token // spec.num_experts
 
 
-def cpu_step_seconds(spec: ModelSpec, stored: str, *, second: bool) -> float:
+def cpu_step_seconds(spec: ModelSpec, *, matrices: str) -> float:
     """See :func:`~foldkv.export.contract.step_time.step_seconds`."""
     chosen = parameter_groups(spec)["experts"] * spec.experts_per_token // spec.num_experts
-    return step_seconds(sum(_products(spec).values()), chosen, second=second)
+    return step_seconds(sum(_products(spec).values()), chosen, matrices=matrices)
+
+
+def wide_matrix_bytes(spec: ModelSpec, stored: str) -> int:
+    """Bytes of the matrices of a large model in float32, which a runtime holds where memory allows it; 0 if the bundle or the checkpoint
+    has them in float32."""
+    size = 4 * sum(_products(spec).values())
+    return size if size > SMALL and stored != FLOAT32 else 0
 
 
 def _products(spec: ModelSpec) -> Counter[str]:

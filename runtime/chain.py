@@ -22,7 +22,7 @@ from ..export.contract.engine_set import EngineTable
 from ..export.contract.lock import LOCK, WeightsLock
 from ..export.contract.stacks import ONNX_RUNTIME, reads_stacks
 from ..export.contract.state import STATE_TYPES
-from ..export.contract.step_time import step_seconds, warning
+from ..export.contract.step_time import STORED, step_seconds, warning
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
 from ..packages import installed, lacks, overwritten, pip_line
@@ -34,6 +34,7 @@ from .placement import on_processor, wanted_on_host
 from .stacks import Stacks, stack_sources
 from .weight_check import WeightCheck
 from .weight_files import TYPES, WeightFiles, check_indices
+from .wide import AUTO, BFLOAT16, FLOAT32, takes_float32, widen
 
 #: Models with smaller weights are computed with one thread, unless the caller says otherwise.
 SMALL_BYTES = 64 << 20
@@ -45,7 +46,11 @@ STREAMS, AFTER, PAST, PRESENT = "streams", "after", "past.", "present."
 
 
 class ChainModel:
-    """The segments of a bundle, loaded, and its weights, mapped. Any number of executors share it, also on several threads."""
+    """The segments of a bundle, loaded, and its weights, mapped. Any number of executors share it, also on several threads.
+
+    Attributes:
+        matrices: the type in which the matrices of a large model are read; empty where every step decodes them, or the build did.
+    """
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class ChainModel:
         weights_from: Path | None = None,
         verify: bool = False,
         place: bool = True,
+        matrices: str = AUTO,
         instead: Mapping[str, bytes] | None = None,
         memory: ChainMemory | None = None,
         progress: Say = silent,
@@ -67,6 +73,7 @@ class ChainModel:
             weights_from: where the checkpoint's weight files are.
             verify: hash the weight files, and refuse others than the lock's.
             place: run the second form of segments (runtime/stacks.py) where the bundle has one; else with weights as the checkpoint has them.
+            matrices: whether the third form is run instead (runtime/wide.py).
             instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
             memory: where tensors lie; the default is what the bundle's backend needs.
             progress: called while stacks are made; a :class:`~foldkv.progress.Progress` learns more.
@@ -106,9 +113,16 @@ class ChainModel:
             place = False
         if not place and (slow := warning(self._first_form_seconds(lock))):
             progress(f"every step decodes its weights: {slow}")
+        self.matrices, self._form = "", "weights as stored"
         if place and self.table.stacked:
+            wide = takes_float32(self.table, matrices)
             self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
-            self.table = self.table.in_stacks()
+            if wide:
+                widen(self.table, self.files, progress)
+            self._form = "stacks"
+            if self.table.matrices():
+                self.matrices = FLOAT32 if wide else BFLOAT16
+            self.table = self.table.in_stacks(wide=wide)
         self._instead = instead or {}
         if backend.provider not in onnxruntime.get_available_providers():
             raise _no_provider(bundle, f"this ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}")
@@ -143,6 +157,12 @@ class ChainModel:
             weights = self.weights[call.owner] = {}
             for role, bound in self.table.weights[call.owner].items():
                 weights[role] = self._value(call.owner, role, bound)
+
+    @property
+    def way(self) -> str:
+        """What the last bits of results depend on beside the bundle and the library: how weights are read, and threads."""
+        read = f"{self._form}, matrices in {self.matrices}" if self.matrices else self._form
+        return f"{read}, threads {self._threads[False]} and {self._threads[True]}"
 
     @property
     def decode_sessions(self) -> dict[str, Any]:
@@ -201,12 +221,13 @@ class ChainModel:
             if call.segment in self.table.stacked
         }
         products = sum(prod(lock.weights[owner][role].shape) for owner, form in forms.items() for role in form.blocks)
-        return step_seconds(products, 0, second=False)
+        return step_seconds(products, 0, matrices=STORED)
 
     def _refuse_unlisted(self) -> None:
         """What the table names in the bundle must be files that the manifest lists, with their digests."""
         placed = {b.file for roles in self.table.weights.values() for b in roles.values() if b.placed}
-        graphs = {*self.table.segments.values(), *(form.file for form in self.table.stacked.values())}
+        forms = self.table.stacked.values()
+        graphs = {*self.table.segments.values(), *(file for form in forms for file in (form.file, form.wide) if file)}
         others = sorted({*graphs, *placed} - self.bundle.manifest.files.keys())
         others += sorted(file for file in graphs if not file.endswith(".onnx"))
         if others:

@@ -17,6 +17,7 @@ from ..progress import Say, silent
 from .backend import Executor
 from .buffers import Buffers
 from .bundle import Bundle, load_bundle, require_backend
+from .wide import AUTO, MATRICES
 
 if TYPE_CHECKING:
     from .chain import ChainModel
@@ -40,6 +41,7 @@ class Model:
         batch: int = 1,
         verify: bool = False,
         place: bool = True,
+        matrices: str = AUTO,
         signature: Path | None = None,
         public_key: Path | None = None,
         progress: Say = silent,
@@ -64,6 +66,9 @@ class Model:
             place: for ONNX Runtime on the cpu: read experts in e2m1 in the order that suits it, and the e4m3 matrices of a large model
                 in bfloat16. The first model that does so copies them to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in
                 memory). Otherwise every step decodes the weights from the checkpoint's files, which takes many times as long and no room.
+            matrices: for ONNX Runtime on the cpu: how to read the matrices of a large model: "float32", made in memory when the model is
+                opened, twice the bytes and more than twice as fast; "bfloat16", mapped from files; or "auto": float32 if it takes at
+                most half of the free memory. The results differ in the order of sums.
             signature: a folder that ``foldkv evidence --key`` wrote. The model is opened only if it was signed with the key of ``public_key``
                 and vouches for this bundle; nothing is deserialised before. It says what the weights should be, too: ``verify=True``
                 compares them.
@@ -84,6 +89,12 @@ class Model:
         except TypeError:
             name, wrong = ("weights_from", weights_from) if isinstance(bundle, str | Path) else ("bundle", bundle)
             raise InputError(f"{name} must be the path of a folder, got {short(wrong)}.") from None
+        if matrices not in MATRICES:
+            raise InputError(f"matrices must be one of {', '.join(map(repr, MATRICES))}; got {short(matrices)}.")
+        if not place and matrices != AUTO:
+            raise InputError(
+                f"matrices in {matrices} are made from copies, and place=False (`--no-place`) makes none. Leave one of the two out."
+            )
         if (signature is None) != (public_key is None):
             raise InputError(
                 "signature and public_key belong together: the folder of evidence, and the key that one trusts."
@@ -110,13 +121,20 @@ class Model:
             from .chain import ChainModel
 
             self._loaded = ChainModel(
-                self.bundle, threads=threads, weights_from=source, verify=verify, place=place, progress=progress
-            )
+                self.bundle, threads=threads, weights_from=source, verify=verify, place=place, matrices=matrices,
+                progress=progress,
+            )  # fmt: skip
 
     @property
     def chain(self) -> ChainModel | None:
         """The opened segments of a bundle of graphs, for tools that look inside; None for engines."""
         return None if self.bundle.backend.engine else self._loaded
+
+    @property
+    def matrices(self) -> str:
+        """The type in which the matrices of a large model are read on the cpu: "float32" or "bfloat16"; else "auto", which stands for
+        the only way there is."""
+        return (self.chain.matrices if self.chain is not None else "") or AUTO
 
     def open(self, context: int, batch: int) -> tuple[Buffers, Executor]:
         """State for ``batch`` sequences of up to ``context`` tokens, and what runs chunks over it.

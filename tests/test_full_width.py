@@ -30,7 +30,7 @@ PROMPT, CHUNK, DECODED = 22, 16, 2
 def test_a_layer_of_full_width_computes_what_transformers_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the second form: matrices in blocks of rows, experts as stacks, both from files."""
+    """Through the second form, matrices in blocks of rows, and the third, matrices in float32; with experts as stacks, all from files."""
     monkeypatch.setenv("FOLDKV_CACHE", str(tmp_path / "cache"))
     config = json.loads(CONFIG.read_text()) | {
         "num_hidden_layers": 1, "compress_ratios": [4], "num_hash_layers": 0, "vocab_size": 128, "num_nextn_predict_layers": 0,
@@ -44,20 +44,23 @@ def test_a_layer_of_full_width_computes_what_transformers_computes(
     form = ChainTable.read(built.folder / CHAIN).stacked["csa-moe"]
     assert len(form.blocks) == 14 and len(form.stacks) == 4 + 9, "all products; experts and e4m3 matrices"
     tokens = np.random.default_rng(7).integers(0, 128, PROMPT + DECODED).tolist()
-    ours, found = _streams(built.folder, tokens), list[Any]()
+    found = list[Any]()
     read_layered(
         LayeredReference(Checkpoint(checkpoint)), [Job(tokens, edges=edges_of(CHUNK, len(tokens)))],
         observe=lambda layer, streams: found.append(streams[0].numpy()),
     )  # fmt: skip
     [expected] = found
-    apart = np.abs(ours - expected).max(axis=(1, 2)) / np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
-    assert apart.max() < 3e-5, (apart[:PROMPT].max(), apart[PROMPT:].max())
+    for matrices in ("bfloat16", "float32"):
+        ours = _streams(built.folder, tokens, matrices)
+        apart = np.abs(ours - expected).max(axis=(1, 2)) / np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
+        assert apart.max() < 3e-5, (matrices, apart[:PROMPT].max(), apart[PROMPT:].max())
 
 
-def _streams(bundle: Path, tokens: list[int]) -> Any:
+def _streams(bundle: Path, tokens: list[int], matrices: str) -> Any:
     """The streams [n, N, C] after the layer."""
     found: list[Any] = []
-    model = ChainModel(load_bundle(bundle))
+    model = ChainModel(load_bundle(bundle), matrices=matrices)
+    assert model.matrices == matrices and f"matrices in {matrices}" in model.way
     executor = ChainExecutor(model, len(tokens), 1)
     edges = [*range(0, PROMPT, CHUNK), *range(PROMPT, len(tokens) + 1)]
     for at, end in itertools.pairwise(edges):

@@ -28,6 +28,7 @@ from ..runtime.backend import Observed
 from ..runtime.bundle import Bundle
 from ..runtime.chain import ChainModel
 from ..runtime.chain_executor import ChainExecutor
+from ..runtime.wide import AUTO, FLOAT32
 from .jobs import Job, in_batches
 from .layered import read_layered
 from .layered_subject import LayeredSubject
@@ -37,18 +38,24 @@ from .selection import Ints
 class GraphChoices:
     """The entries that the indexers of a chain of graphs chose. All texts use one copy of the chain."""
 
-    def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int, matrices: str = AUTO) -> None:
         """Open the chain with what its indexers choose as outputs.
+
+        Args:
+            bundle: the bundle.
+            csa_layers: layers with an indexer.
+            threads: of the chain.
+            matrices: how the subject reads the matrices of a large model.
 
         Raises:
             ArtifactError: a segment with an indexer does not name what it chose.
         """
         self._csa, self._bundle, self._threads = list(csa_layers), bundle, threads
         self._known: dict[tuple[int, ...], dict[int, Ints]] = {}
-        table = ChainTable.read(bundle.folder / CHAIN).in_stacks()
+        table = ChainTable.read(bundle.folder / CHAIN).in_stacks(wide=matrices == FLOAT32)
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
         opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
-        self._model = ChainModel(bundle, threads=threads, instead=opened)
+        self._model = ChainModel(bundle, threads=threads, matrices=matrices, instead=opened)
 
     def chosen(self, tokens: Sequence[int]) -> dict[int, Ints]:
         """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""

@@ -266,7 +266,11 @@ class _Inside:
         bundle = sides.subject.bundle
         # A second copy of the weights is nothing where they are mapped, and too much on a GPU.
         recomputed = bundle.backend.gpu or not self._layers
-        self._graph = None if recomputed else GraphChoices(bundle, self._layers, threads=sides.threads)
+        self._graph = (
+            None
+            if recomputed
+            else GraphChoices(bundle, self._layers, threads=sides.threads, matrices=sides.subject.model.matrices)
+        )
 
     @property
     def needs_streams(self) -> bool:

@@ -54,6 +54,7 @@ class Sources:
         threads: of the reference and the subject.
         whole: the reference in memory, else layer by layer.
         context: tokens of the longest question.
+        matrices: how the subject reads the matrices of a large model.
     """
 
     bundle: str
@@ -65,6 +66,7 @@ class Sources:
     threads: int
     whole: bool
     context: int
+    matrices: str
 
 
 def answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
@@ -165,7 +167,7 @@ def _answer(sources: Sources, questions: list[Question]) -> list[tuple[bool, boo
 def _open(sources: Sources) -> tuple[ExitStack, Reference, Subject]:
     with ExitStack() as stack:
         checkpoint = Checkpoint(Path(sources.checkpoint), allow_unknown_keys=sources.allowed)
-        model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads))
+        model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads, matrices=sources.matrices))
         _refuse_others(sources, checkpoint, model)
         subject: Subject = stack.enter_context(
             open_subject(model, context=sources.context, threads=sources.threads, layered=not sources.whole)

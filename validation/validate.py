@@ -27,6 +27,7 @@ from ..runtime.bundle import Bundle, load_bundle, missing_here
 from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
+from ..runtime.wide import AUTO, BFLOAT16
 from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
@@ -252,11 +253,11 @@ def _measure(
     progress("loading the subject and the reference")
     folder, allowed = checkpoint.folder, checkpoint.allowed_keys
     room = max([plan.longest(), *plan.contexts])
+    whole = _fits(checkpoint) if layered is None else not layered
     model = Model(
         bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
-        context=max(room, bundle.smallest("context")), progress=progress,
+        context=max(room, bundle.smallest("context")), matrices=_matrices(checkpoint, whole), progress=progress,
     )  # fmt: skip
-    whole = _fits(checkpoint) if layered is None else not layered
     opened = open_subject(
         model, context=plan.longest(), threads=threads, layered=not whole, folder=scratch, progress=progress
     )
@@ -274,6 +275,7 @@ def _measure(
                 sources = Sources(
                     str(bundle.folder.resolve()), str(folder.resolve()), bundle.digest, checkpoint.identity(), tuple(allowed),
                     tuple(environment(bundle).items()), threads, whole, plan.longest(),
+                    model.matrices,
                 )  # fmt: skip
                 cluster = stack.enter_context(Cluster(ray, sources))
             found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model), cluster)
@@ -297,9 +299,14 @@ def _oracle(checkpoint: Checkpoint, whole: bool, scratch: Path, progress: Progre
     return LayeredOracleRunner(checkpoint, folder=scratch, progress=progress)
 
 
-def _fits(checkpoint: Checkpoint) -> bool:
-    """Whether this machine's memory holds the model in float32, beside the rest."""
-    return 4 * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
+def _fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
+    """Whether this machine's memory holds the model in float32 so many times, beside the rest."""
+    return 4 * copies * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
+
+
+def _matrices(checkpoint: Checkpoint, whole: bool) -> str:
+    """How the subject reads its matrices: as a service does, if memory holds them beside the reference."""
+    return AUTO if whole and _fits(checkpoint, 2) else BFLOAT16
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

@@ -18,7 +18,9 @@ from .stacks import SAFETENSORS, Decoded, RowBlocks, Stack, block_name, offsets
 
 CHAIN, PLACED = "chain.json", "placed.bin"
 STEP = "step"
-VERSION = 3
+VERSION = 4
+#: Between the float32 matrices of a call, for the processor's caches and vectors.
+_ALIGNMENT = 64
 #: Bytes of an element, by the names of types in a chain.
 ITEM_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int8": 1, "float8e4m3fn": 1,
@@ -68,21 +70,28 @@ def stacks_file(owner: str) -> str:
     return f"stacks/{owner}"
 
 
+def wide_file(owner: str) -> str:
+    """The name under which the weights of a call name its matrices in float32, which lie in memory alone."""
+    return f"wide/{owner}"
+
+
 @dataclass(frozen=True)
 class Stacked:
-    """The second form of a segment.
+    """The second form of a segment, and the third.
 
     Attributes:
         file: its graph.
         stacks: what it takes by role.
         instead_of: the roles of the first form that it does not take.
         blocks: the roles that it takes in blocks of rows, whether they are stacks or as in the first form.
+        wide: the graph of the third form, which takes the roles of ``blocks`` whole, in float32; empty if there are none.
     """
 
     file: str
     stacks: dict[str, Stack | Decoded]
     instead_of: tuple[str, ...]
     blocks: dict[str, RowBlocks] = field(default_factory=dict)
+    wide: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,24 +106,44 @@ class ChainTable:
     weights: dict[str, dict[str, Bound]]
     stacked: dict[str, Stacked] = field(default_factory=dict)
 
-    def in_stacks(self) -> ChainTable:
-        """The same chain with the second form of every segment that has one."""
+    def in_stacks(self, *, wide: bool = False) -> ChainTable:
+        """The same chain with the second form of every segment that has one; ``wide`` with the third where there is one."""
         weights = dict(self.weights)
         for call in self.calls:
             form = self.stacked.get(call.segment)
             if form is not None:
-                kept = {role: bound for role, bound in weights[call.owner].items() if role not in form.instead_of}
-                made = {
-                    role: Bound(stacks_file(call.owner), True, at, form.stacks[role].dtype, form.stacks[role].shape)
-                    for role, at in offsets(form.stacks).items()
-                }
+                roles = self._whole(call.owner, form)
+                places = _wide_places(roles, form) if wide else {}
                 weights[call.owner] = {
                     name: bound
-                    for role, whole in (kept | made).items()
-                    for name, bound in _in_blocks(role, whole, form.blocks.get(role)).items()
+                    for role, whole in roles.items()
+                    for name, bound in (
+                        {role: Bound(wide_file(call.owner), True, places[role], "float32", whole.shape)}
+                        if role in places
+                        else _in_blocks(role, whole, form.blocks.get(role))
+                    ).items()
                 }
-        files = self.segments | {name: form.file for name, form in self.stacked.items()}
+        files = self.segments | {
+            name: form.wide if wide and form.wide else form.file for name, form in self.stacked.items()
+        }
         return replace(self, segments=files, weights=weights, stacked={})
+
+    def matrices(self) -> dict[str, dict[str, Bound]]:
+        """What the third form of segments has in float32: by call and role, where the values lie in bfloat16 or float16."""
+        return {
+            call.owner: {role: bound for role, bound in self._whole(call.owner, form).items() if role in form.blocks}
+            for call in self.calls
+            if (form := self.stacked.get(call.segment)) is not None and form.blocks
+        }
+
+    def _whole(self, owner: str, form: Stacked) -> dict[str, Bound]:
+        """The weights of a call's second form, with none in blocks."""
+        kept = {role: bound for role, bound in self.weights[owner].items() if role not in form.instead_of}
+        made = {
+            role: Bound(stacks_file(owner), True, at, form.stacks[role].dtype, form.stacks[role].shape)
+            for role, at in offsets(form.stacks).items()
+        }
+        return kept | made
 
     @property
     def files(self) -> set[str]:
@@ -143,6 +172,7 @@ class ChainTable:
                     {role: _stack_row(stack) for role, stack in form.stacks.items()},
                     list(form.instead_of),
                     {role: [one.group, one.rows] for role, one in form.blocks.items()},
+                    form.wide,
                 ]
                 for name, form in self.stacked.items()
             },
@@ -200,16 +230,28 @@ def _in_blocks(role: str, whole: Bound, blocks: RowBlocks | None) -> dict[str, B
     }
 
 
+def _wide_places(roles: dict[str, Bound], form: Stacked) -> dict[str, int]:
+    """Where every float32 matrix of a call begins in :func:`wide_file`, by role."""
+    found, at = {}, 0
+    for role, whole in roles.items():
+        if role in form.blocks:
+            found[role] = at
+            at += -(-4 * prod(whole.shape) // _ALIGNMENT) * _ALIGNMENT
+    return found
+
+
 def _stack_row(stack: Stack | Decoded) -> list[Any]:
     if isinstance(stack, Decoded):
         return [stack.of, stack.scale, list(stack.block), list(stack.shape)]
     return [stack.of, list(stack.parts), stack.dtype, list(stack.shape)]
 
 
-def _stacked(file: Any, stacks: Any, instead_of: Any, blocks: Any) -> Stacked:
+def _stacked(file: Any, stacks: Any, instead_of: Any, blocks: Any, wide: Any) -> Stacked:
+    if type(wide) is not str or bool(wide) != bool(blocks):
+        raise ValueError(f"the third form of a segment is {wide!r} and has {len(blocks)} matrices")
     return Stacked(
         str(file), {str(role): _stack(*row) for role, row in stacks.items()}, tuple(map(str, instead_of)),
-        {str(role): _row_blocks(*row) for role, row in blocks.items()},
+        {str(role): _row_blocks(*row) for role, row in blocks.items()}, wide,
     )  # fmt: skip
 
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 #: Above this many seconds a token, a bundle is for validation.
 VALIDATION = 10.0
-# Nanoseconds for a parameter of a product, and of a chosen expert. In the first form of segments e4m3 is decoded in every step.
-_SECOND, _FIRST = (0.78, 0.05), (8.7, 1.3)
+#: How matrices are read: decoded in every step from what is stored (the first form of segments), or in bfloat16 or float32.
+STORED, BFLOAT16, FLOAT32 = "stored", "bfloat16", "float32"
+# Nanoseconds for a parameter of a product, and of a chosen expert.
+_RATES = {STORED: (8.7, 1.3), BFLOAT16: (0.78, 0.05), FLOAT32: (0.32, 0.05)}
 
 
-def step_seconds(products: int, experts: int, *, second: bool) -> float:
+def step_seconds(products: int, experts: int, *, matrices: str) -> float:
     """Seconds of a step of one sequence.
 
     Args:
         products: parameters of all matrices that a step multiplies with, experts left out.
         experts: parameters of the chosen experts of all layers.
-        second: whether segments run in their second form (stacks.py).
+        matrices: ``STORED``, ``BFLOAT16`` or ``FLOAT32``. In the first, experts are decoded in every step, too.
     """
-    matrix, expert = _SECOND if second else _FIRST
+    matrix, expert = _RATES[matrices]
     return (products * matrix + experts * expert) / 1e9
 
 

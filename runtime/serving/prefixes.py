@@ -363,10 +363,11 @@ class PrefixIndex:
 
 
 def producer_of(model: Model, chunk: int) -> str:
-    """Names what computes the bits of a prompt's state: the bundle, the versions that run it, and the chunks it is fed in."""
+    """Names what computes the bits of a prompt's state: the bundle, the versions and the way that run it, and the chunks it is fed in."""
     bundle = model.bundle
     library = f"{bundle.backend.library} {version_of(bundle.backend.module)}"
-    return f"{bundle.digest}, {library}, foldkv {__version__}, chunks of {chunk}"
+    way = "" if model.chain is None else f", {model.chain.way}"
+    return f"{bundle.digest}, {library}, foldkv {__version__}, chunks of {chunk}{way}"
 
 
 def _row(tokens: Sequence[int] | npt.NDArray[Any]) -> Tokens:

@@ -73,7 +73,16 @@ def test_the_figures_are_those_of_a_run_without_even_if_a_worker_is_killed(
 def test_a_worker_that_would_compute_otherwise_is_refused(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     with Model(tiny_bundle) as model:
         right = spread.Sources(
-            str(tiny_bundle), str(tiny_checkpoint), model.bundle.digest, "0" * 64, (), (("torch", "0.1"),), 1, True, 64
+            str(tiny_bundle),
+            str(tiny_checkpoint),
+            model.bundle.digest,
+            "0" * 64,
+            (),
+            (("torch", "0.1"),),
+            1,
+            True,
+            64,
+            "auto",
         )
     with pytest.raises(InputError, match=r"(?s)torch .* expected 0\.1.*another checkpoint"):
         spread._open(right)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ TABLE = ChainTable(
         "head": {"weight": Bound("a", False, 8, "bfloat16", (5, 4))},
     },
     {
-        "moe": Stacked("segments/moe.stacked.onnx", STACKS, ("experts.codes",), {"wq": RowBlocks(3, 2)}),
-        "head": Stacked("segments/head.stacked.onnx", {}, (), {"weight": RowBlocks(5, 4)}),
+        "moe": Stacked(
+            "segments/moe.stacked.onnx", STACKS, ("experts.codes",), {"wq": RowBlocks(3, 2)}, "segments/moe.wide.onnx"
+        ),
+        "head": Stacked("segments/head.stacked.onnx", {}, (), {"weight": RowBlocks(5, 4)}, "segments/head.wide.onnx"),
     },
 )
 
@@ -68,6 +71,21 @@ def test_the_second_form_takes_stacks_instead() -> None:
     }
     assert other.in_stacks() == other
     assert file_bytes(STACKS) == HEADER + 256 + 32 + 96 and offsets(STACKS)["experts.w2"] == HEADER + 256
+
+
+def test_the_third_form_takes_matrices_whole_in_float32() -> None:
+    second, other = TABLE.in_stacks(), TABLE.in_stacks(wide=True)
+    assert other.segments == {name: file.replace("stacked", "wide") for name, file in second.segments.items()}
+    assert other.weights["head"] == {"weight": Bound("wide/head", True, 0, "float32", (5, 4))}
+    assert other.weights["layers.0"] == {
+        role: bound for role, bound in second.weights["layers.0"].items() if ".rows." not in role
+    } | {"wq": Bound("wide/layers.0", True, 0, "float32", (6, 8))}
+    assert TABLE.matrices() == {
+        "layers.0": {"wq": Bound("stacks/layers.0", True, HEADER + 288, "bfloat16", (6, 8))},
+        "head": {"weight": Bound("a", False, 8, "bfloat16", (5, 4))},
+    }
+    without = replace(TABLE, stacked={name: replace(form, blocks={}, wide="") for name, form in TABLE.stacked.items()})
+    assert without.in_stacks(wide=True) == without.in_stacks() and not any(without.matrices().values())
 
 
 def test_a_header_is_one_of_safetensors_of_a_fixed_size() -> None:
@@ -110,6 +128,7 @@ def change(part: int, value: object, role: str = "experts.w13") -> Callable[[dic
         (lambda content: content.pop("stacked"), "KeyError"), (lambda content: content.update(version=1), "version 1"),
         (change(2, [4], "wq"), r"blocks of \[4\]"), (change(3, [6, 0], "wq"), r"the shape \[6, 0\]"),
         (lambda content: content["stacked"]["moe"][3].update(wq=[3, 0]), "blocks have 0 of 3 rows"),
+        (lambda content: content["stacked"]["moe"].__setitem__(4, ""), "the third form of a segment is '' and has 1 matrices"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_one_error(tmp_path: Path, damage: Callable[[dict[str, Any]], object], reason: str) -> None:
