@@ -241,7 +241,7 @@ def _assumptions(spec: ModelSpec, plans: Sequence[TargetPlan]) -> list[str]:
 def _step_facts(spec: ModelSpec, plan: TargetPlan) -> dict[str, Any]:
     matrices, experts = cpu_step(spec, plan.built_in)
     ways, wide = _ways(spec, plan), wide_matrix_bytes(spec, plan.built_in)
-    seconds = {name: round(cpu_step_seconds(spec, matrices=way), 2) for name, way in ways.items()}
+    seconds = {name: round(cpu_step_seconds(spec, plan.built_in, matrices=way), 2) for name, way in ways.items()}
     return {
         "matrix_bytes": matrices, "expert_bytes": experts, "float32_bytes": wide, "seconds": seconds, "estimate": True,
     }  # fmt: skip
@@ -249,7 +249,10 @@ def _step_facts(spec: ModelSpec, plan: TargetPlan) -> dict[str, Any]:
 
 def _step_text(spec: ModelSpec, plan: TargetPlan) -> str:
     matrices, experts = cpu_step(spec, plan.built_in)
-    takes = {name: _seconds_text(cpu_step_seconds(spec, matrices=way)) for name, way in _ways(spec, plan).items()}
+    takes = {
+        name: _seconds_text(cpu_step_seconds(spec, plan.built_in, matrices=way))
+        for name, way in _ways(spec, plan).items()
+    }
     held = (
         "memory holds them"
         if matrices + experts <= plan.capacity

@@ -16,7 +16,7 @@ from ..export.contract.geometry import ModelSpec
 from ..export.contract.lock import Weight
 from ..export.contract.products import EXACT, head_product, layer_products
 from ..export.contract.stacks import SMALL
-from ..export.contract.step_time import step_seconds
+from ..export.contract.step_time import STACKED, STORED, step_seconds
 from ..export.contract.weights import BFLOAT16, E4M3
 from ..export.memory import parameter_groups, table_bytes
 
@@ -187,10 +187,17 @@ def cpu_step(spec: ModelSpec, stored: str) -> tuple[int, int]:
     return matrices - found.experts, found.experts * spec.experts_per_token // spec.num_experts
 
 
-def cpu_step_seconds(spec: ModelSpec, *, matrices: str) -> float:
-    """See :func:`~foldkv.export.contract.step_time.step_seconds`."""
+def cpu_step_seconds(spec: ModelSpec, stored: str, *, matrices: str) -> float:
+    """See :func:`~foldkv.export.contract.step_time.step_seconds`; ``stored`` is the format of the checkpoint's experts."""
     chosen = parameter_groups(spec)["experts"] * spec.experts_per_token // spec.num_experts
-    return step_seconds(sum(_products(spec).values()), chosen, matrices=matrices)
+    plain, stacked = stored not in (FP8, FP4), matrices != STORED and _stacks_experts(spec, stored)
+    experts = FLOAT32 if plain else STACKED if stacked else STORED
+    return step_seconds(sum(_products(spec).values()), chosen, matrices=matrices, experts=experts)
+
+
+def _stacks_experts(spec: ModelSpec, stored: str) -> bool:
+    """Whether ONNX Runtime multiplies with the experts as they are (optimize/passes/stack_experts.py)."""
+    return stored == FP4 and not any(size % 32 for size in (spec.hidden_size, spec.moe_intermediate_size))
 
 
 def wide_matrix_bytes(spec: ModelSpec, stored: str) -> int:
@@ -218,8 +225,8 @@ def stacked_bytes(spec: ModelSpec, stored: str, backend: Backend) -> int:
     """
     if backend.engine or backend.gpu:
         return 0
-    found, sizes = cpu_weight_bytes(spec, stored), (spec.hidden_size, spec.moe_intermediate_size)
-    return found.decoded + (found.experts if stored == FP4 and not any(size % 32 for size in sizes) else 0)
+    found = cpu_weight_bytes(spec, stored)
+    return found.decoded + (found.experts if _stacks_experts(spec, stored) else 0)
 
 
 def index_queries(spec: ModelSpec) -> int:

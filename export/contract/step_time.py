@@ -7,22 +7,24 @@ from __future__ import annotations
 
 #: Above this many seconds a token, a bundle is for validation.
 VALIDATION = 10.0
-#: How matrices are read: decoded in every step from what is stored (the first form of segments), or in bfloat16 or float32.
-STORED, BFLOAT16, FLOAT32 = "stored", "bfloat16", "float32"
+#: How matrices are read: decoded in every step from what is stored (the first form of segments), or in bfloat16 or float32. Experts are decoded,
+#: too, or read as stacks, or in float32.
+STORED, BFLOAT16, FLOAT32, STACKED = "stored", "bfloat16", "float32", "stacked"
 # Nanoseconds for a parameter of a product, and of a chosen expert.
-_RATES = {STORED: (8.7, 1.3), BFLOAT16: (0.78, 0.05), FLOAT32: (0.32, 0.05)}
+_MATRICES = {STORED: 8.7, BFLOAT16: 0.78, FLOAT32: 0.32}
+_EXPERTS = {STORED: 1.3, STACKED: 0.05, FLOAT32: 0.32}
 
 
-def step_seconds(products: int, experts: int, *, matrices: str) -> float:
+def step_seconds(products: int, chosen: int, *, matrices: str, experts: str = STORED) -> float:
     """Seconds of a step of one sequence.
 
     Args:
         products: parameters of all matrices that a step multiplies with, experts left out.
-        experts: parameters of the chosen experts of all layers.
-        matrices: ``STORED``, ``BFLOAT16`` or ``FLOAT32``. In the first, experts are decoded in every step, too.
+        chosen: parameters of the chosen experts of all layers.
+        matrices: ``STORED``, ``BFLOAT16`` or ``FLOAT32``.
+        experts: ``STORED``, ``STACKED`` or ``FLOAT32``.
     """
-    matrix, expert = _RATES[matrices]
-    return (products * matrix + experts * expert) / 1e9
+    return (products * _MATRICES[matrices] + chosen * _EXPERTS[experts]) / 1e9
 
 
 def warning(seconds: float) -> str:

@@ -41,7 +41,9 @@ def test_the_report_has_each_deployments_distance_from_the_bundle(quick_checkpoi
         apart = []
         for tokens, one in zip(windows, ours, strict=True):
             other = _log_softmax(oracle.read(tokens, deployment=name).logits)
-            apart.append((np.exp(other) * (other - one)).sum(axis=1)[:-1])  # the last token predicts nothing of the text
+            apart.append(
+                (np.exp(other) * (other - one)).sum(axis=1)[:-1]
+            )  # the last token predicts nothing of the text
         assert row["kl_mean"] == pytest.approx(np.concatenate(apart).mean(), rel=1e-4)
         assert row["kl_max"] == pytest.approx(np.concatenate(apart).max(), rel=1e-3)
     assert found[W8A8]["kl_mean"] > 3 * content["metrics"]["oracle_kl_mean"], "it is another computation"
