@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -48,8 +49,8 @@ def main(config: Path, output: Path, work: Path, marked: int, tokens: int) -> No
         "--distance", "16", "--cases-per-distance", "1", "--cases-per-kind", "0", "--sweep-cases", "0", "--layered", "--json",
     ]  # fmt: skip
     load, start = os.getloadavg()[0], time.monotonic()
-    with (work / "validate.json").open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "foldkv", *map(str, words)], stdout=out)
+    with (work / "validate.json").open("w") as out, (work / "validate.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "foldkv", *map(str, words)], stdout=out, stderr=log)
         peak = _peak(process)
     report = json.loads((work / "validate.json").read_text())
     content = {
@@ -65,12 +66,24 @@ def main(config: Path, output: Path, work: Path, marked: int, tokens: int) -> No
         "load": [load, os.getloadavg()[0]],
         "seconds": round(time.monotonic() - start, 1),
         "exit_code": process.returncode,
+        "phases": phases((work / "validate.log").read_text().splitlines()),
         **peak,
         "metrics": report["metrics"],
         "verdicts": report["verdicts"],
         "provenance": report["provenance"],
     }  # fmt: skip
     output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def phases(lines: list[str]) -> list[dict[str, Any]]:
+    """What a run was doing, and the second in which it began, from what it said."""
+    found = []
+    for line in lines:
+        match = re.match(r"\[(?:(\d+):)?(\d+):(\d+)\] (.*)", line)
+        if match and not re.match(r"[\d.]+ (\w+ )?of ", match[4]):
+            hours, minutes, seconds = (int(part or 0) for part in match.groups()[:3])
+            found.append({"second": 3600 * hours + 60 * minutes + seconds, "what": match[4]})
+    return found
 
 
 def _peak(process: subprocess.Popen[bytes]) -> dict[str, Any]:

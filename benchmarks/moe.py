@@ -1,9 +1,9 @@
 """Whole models with 8 to 256 routed experts, six chosen: cpu bundles beside transformers' eager attention, decode and chunks.
 
 ``python benchmarks/moe.py -o benchmarks/results/moe-cpu.json``. Every count has a checkpoint of its own in the released
-format (e2m1 experts, e4m3 matrices; random weights), and a bundle, which is opened in two ways: "stacked" has the experts in the order of QMoE,
-"unstacked" reads them where they lie (`--no-place`). At each count both and transformers take turns in one process: one
-step or chunk of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
+format (e2m1 experts, e4m3 matrices; random weights), and a bundle, which is opened in three ways: "float32" and "bfloat16" have the experts in the
+order of QMoE and the matrices in this type, "stored" reads all where it lies (`--no-place`). At each count these and transformers take turns in
+one process: one step or chunk of each, with the same tokens; the counts take turns by rounds. Memory is that of a process that holds one of them
 only, after as many steps and chunks.
 """
 
@@ -30,8 +30,12 @@ import foldkv
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-#: Ways to open the bundle by name: whether experts are placed.
-FORMS = {"stacked": True, "unstacked": False}
+#: Ways to open the bundle by name.
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {"matrices": "float32"},
+    "bfloat16": {"matrices": "bfloat16"},
+    "stored": {"place": False},
+}
 _SLIDING, _CSA, _HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 #: A model with layers of all kinds and the released ratios; the number of routed experts is left open.
 CONFIG: dict[str, Any] = {
@@ -54,7 +58,7 @@ def open_side(side: str, folder: Path, threads: int) -> Step:
     if side != "transformers":
         from foldkv.runtime.session import Session
 
-        session = Session(folder / "cpu", context=1024, threads=threads, chunk=_CHUNK, place=FORMS[side])
+        session = Session(folder / "cpu", context=1024, threads=threads, chunk=_CHUNK, **FORMS[side])
         return lambda tokens: session.prefill([tokens])[0]
     import torch
     import transformers

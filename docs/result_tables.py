@@ -247,7 +247,7 @@ def experts() -> str:
     """Steps and memory by the number of experts."""
 
     def line(row: Mapping[str, Any]) -> list[str]:
-        ways = ("stacked", "unstacked", "transformers")
+        ways = ("float32", "bfloat16", "stored", "transformers")
         step = " / ".join(f"{1000 * row['step_seconds'][way]:.0f}" for way in ways)
         chunk = " / ".join(f"{row['chunk_seconds'][way]:.2f}" for way in ways)
         memory = [" / ".join(_mib(row["resident_bytes"][way][kind]) for way in ways) for kind in ("RssAnon", "RssFile")]

@@ -31,6 +31,7 @@ from .bundle import Bundle, StateMeaning
 from .model import Model
 from .sampling import GREEDY, Sampler, Sampling
 from .snapshots import SlotSnapshot, Snapshot
+from .wide import AUTO
 
 Logits = Literal["last", "all"]
 #: Why a sequence ended: a stop token or stop string, or the number of tokens that was asked for.
@@ -61,6 +62,7 @@ class Session:
         devices: Sequence[int] | None = None,
         verify: bool = False,
         place: bool = True,
+        matrices: str = AUTO,
         signature: Path | None = None,
         public_key: Path | None = None,
         progress: Say = silent,
@@ -78,6 +80,7 @@ class Session:
             devices: for a folder of engines: numbers of the GPUs that share the layers.
             verify: for a folder: compare the sha256 of the weight files; see :class:`~foldkv.runtime.Model`.
             place: for a folder: read experts in the order that suits ONNX Runtime; see :class:`~foldkv.runtime.Model`.
+            matrices: for a folder: how to read the matrices of a large model; see :class:`~foldkv.runtime.Model`.
             signature, public_key: for a folder: evidence that must vouch for the bundle, and the key; see :class:`~foldkv.runtime.Model`.
             progress: for a folder: called while weights are copied to GPUs or experts to the disk.
 
@@ -91,17 +94,18 @@ class Session:
                 raise InputError(f"{name} must be an integer of 1 or more, got {value!r}.")
         self._own = None if isinstance(model, Model) else Model(
             model, threads=threads, weights_from=weights_from, devices=devices, context=context, batch=batch, verify=verify, place=place,
-            signature=signature, public_key=public_key, progress=progress,
+            matrices=matrices, signature=signature, public_key=public_key, progress=progress,
         )  # fmt: skip
         opened = model if isinstance(model, Model) else self._own
         assert opened is not None
         if self._own is None and (
             verify
             or not place
+            or matrices != AUTO
             or any(one is not None for one in (threads, weights_from, devices, signature, public_key))
         ):
             raise InputError(
-                "threads, weights_from, devices, verify, place, signature and public_key belong to the model, which is open already. Give them to Model."
+                "threads, weights_from, devices, verify, place, matrices, signature and public_key belong to the model, which is open already. Give them to Model."
             )
         self.model: Model = opened
         self.bundle: Bundle = opened.bundle

@@ -22,7 +22,7 @@ def test_a_cpu_bundle_is_verified_before_it_is_used(tiny_bundle: Path, tmp_path:
         Model(tiny_bundle, verify=True)
     pack(tiny_bundle, tmp_path / "packed")
     with Model(tmp_path / "packed", verify=True) as model:
-        with pytest.raises(InputError, match="verify, place, signature and public_key belong to the model"):
+        with pytest.raises(InputError, match="verify, place, matrices, signature and public_key belong to the model"):
             Session(model, verify=True)
         assert model.changes() == ()
     file = tmp_path / "packed" / "weights" / "model.safetensors"
