@@ -693,6 +693,7 @@ def serve_command(
 @click.option(
     "--devices", type=_Numbers(), help="For engines: GPUs that share the layers, such as 0,1; default: the first alone."
 )
+@_matrices
 @click.option(
     "--layered/--whole",
     default=None,
@@ -709,7 +710,7 @@ def validate_command(
     bundle: Path, reference: Path, report: Path, gates: tuple[str, ...], text: Path | None, seed: int, texts: int,
     text_tokens: int, distances: tuple[int, ...], cases_per_distance: int, cases_per_kind: int,
     case_tokens: int, sweep_cases: int, contexts: tuple[int, ...],
-    baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, layered: bool | None,
+    baseline: Path | None, threads: int | None, devices: tuple[int, ...] | None, matrices: str, layered: bool | None,
     ray: str | None, allow_unknown_keys: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how much accuracy BUNDLE lost against the PyTorch reference. BUNDLE can be of any target that this machine executes.
@@ -736,6 +737,7 @@ def validate_command(
         baseline=baseline,
         threads=threads,
         devices=devices,
+        matrices=matrices,
         layered=layered,
         ray=ray,
         progress=progress(),

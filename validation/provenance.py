@@ -10,6 +10,7 @@ from .. import __version__
 from ..export.checkpoint.reader import Checkpoint
 from ..packages import version_of
 from ..runtime.bundle import Bundle
+from ..runtime.wide import AUTO
 from .binding import binding
 from .cases import Text
 from .environment import environment
@@ -55,7 +56,8 @@ def executed(sides: Sides) -> dict[str, Any]:
     """What is known when it was executed."""
     subject = sides.subject
     places = ", ".join(subject.model.devices()) or "the CPU"
-    return {
+    matrices = {} if subject.model.matrices == AUTO else {"matrices": subject.model.matrices}
+    return matrices | {
         "subject": subject.name,
         "reference": sides.reference.name,
         "yardstick": "" if sides.yardstick is None else sides.yardstick.name,

@@ -63,6 +63,7 @@ def validate(
     baseline: Path | None = None,
     threads: int | None = None,
     devices: Sequence[int] | None = None,
+    matrices: str = AUTO,
     keep: bool = False,
     key: str = "",
     allow_unknown_keys: Sequence[str] = (),
@@ -84,6 +85,8 @@ def validate(
         threads: threads of the reference, and of a subject on the CPU; the default is
             :func:`~foldkv.runtime.chain.threads_for`.
         devices: for engines: numbers of the GPUs that share the layers; the default is the first GPU alone.
+        matrices: how a bundle for the cpu reads the matrices of a large model; see :class:`~foldkv.runtime.Model`. "auto" takes float32
+            only where memory holds it beside the reference; the report says which it was.
         keep: if the report there has figures of the same bundle, plan, text and versions, judge those again.
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
@@ -118,10 +121,10 @@ def validate(
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
     old = read_report(baseline) if baseline is not None else None
     unvalidated = not_validated(bundle, loaded.manifest)
-    measured = _measured_key(loaded, plan, words, devices)
+    measured = _measured_key(loaded, plan, words, devices, matrices)
     made, stored = _stored(report, measured) if keep else (None, None)
     threads = stored.provenance["threads"] if stored is not None else threads or _default_threads(loaded)
-    command = _command(bundle, reference, report, plan, text, chosen, threads, devices, allow_unknown_keys)
+    command = _command(bundle, reference, report, plan, text, chosen, threads, devices, matrices, allow_unknown_keys)
     judged = sha256_json([command, unvalidated, str(baseline), old, key])
 
     def judged_result(found: Measurements, source: str, absent: str = "") -> ValidationResult:
@@ -166,6 +169,7 @@ def validate(
                     words,
                     threads,
                     devices,
+                    matrices,
                     layered,
                     scratch,
                     folder,
@@ -212,12 +216,12 @@ def _check_checkpoint(bundle: Path, checkpoint: Checkpoint, manifest: BundleMani
         )
 
 
-def _measured_key(bundle: Bundle, plan: Plan, text: Text, devices: Sequence[int] | None) -> str:
+def _measured_key(bundle: Bundle, plan: Plan, text: Text, devices: Sequence[int] | None, matrices: str) -> str:
     """A digest of everything that the figures depend on; thresholds are not part of it."""
     versions = {name: version_of(name) for name in ("transformers", "torch", bundle.backend.module)}
     places = None if devices is None else list(devices)
     what = [__version__, SCHEMA_VERSION, versions, vars(plan), text.sha256]
-    return sha256_json([*what, sha256_file(bundle.folder / MANIFEST), places])
+    return sha256_json([*what, sha256_file(bundle.folder / MANIFEST), places, matrices])
 
 
 def _stored(report: Path, measured: str) -> tuple[ReportManifest | None, Measurements | None]:
@@ -233,7 +237,7 @@ def _stored(report: Path, measured: str) -> tuple[ReportManifest | None, Measure
 
 def _command(
     bundle: Path, reference: Path, report: Path, plan: Plan, text: Path | None, gates: list[Gate], threads: int,
-    devices: Sequence[int] | None, allow_unknown_keys: Sequence[str],
+    devices: Sequence[int] | None, matrices: str, allow_unknown_keys: Sequence[str],
 ) -> str:  # fmt: skip
     """A shell command that measures the same again."""
     words = ["foldkv", "validate", str(bundle), "--reference", str(reference), "--report", str(report), *plan.options()]
@@ -241,12 +245,13 @@ def _command(
     words += ["--text", str(text)] if text is not None else []
     words += [word for key in allow_unknown_keys for word in ("--allow-unknown-key", key)]
     words += ["--devices", ",".join(map(str, devices))] if devices is not None else []
+    words += ["--matrices", matrices] if matrices != AUTO else []
     return shlex.join([*words, "--threads", str(threads)])
 
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    layered: bool | None, scratch: Path, report: Path, ray: str | None, progress: Progress,
+    matrices: str, layered: bool | None, scratch: Path, report: Path, ray: str | None, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
@@ -256,7 +261,7 @@ def _measure(
     whole = _fits(checkpoint) if layered is None else not layered
     model = Model(
         bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
-        context=max(room, bundle.smallest("context")), matrices=_matrices(checkpoint, whole), progress=progress,
+        context=max(room, bundle.smallest("context")), matrices=_matrices(matrices, checkpoint, whole), progress=progress,
     )  # fmt: skip
     opened = open_subject(
         model, context=plan.longest(), threads=threads, layered=not whole, folder=scratch, progress=progress
@@ -304,9 +309,9 @@ def _fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
     return 4 * copies * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
 
 
-def _matrices(checkpoint: Checkpoint, whole: bool) -> str:
-    """How the subject reads its matrices: as a service does, if memory holds them beside the reference."""
-    return AUTO if whole and _fits(checkpoint, 2) else BFLOAT16
+def _matrices(asked: str, checkpoint: Checkpoint, whole: bool) -> str:
+    """How the subject reads its matrices: as a service does, if memory holds them beside the reference, or as asked."""
+    return asked if asked != AUTO or (whole and _fits(checkpoint, 2)) else BFLOAT16
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:
