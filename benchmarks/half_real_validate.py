@@ -36,7 +36,7 @@ _TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-v4" / "tokenizer.
     "--work", type=click.Path(path_type=Path), required=True, help="Folder for all files, which are kept there."
 )
 @click.option("--marked", default=8, show_default=True, help="Experts of a layer that have values.")
-@click.option("--tokens", default=64, show_default=True, help="Of the one text.")
+@click.option("--tokens", default=272, show_default=True, help="Of the one text.")
 def main(config: Path, output: Path, work: Path, marked: int, tokens: int) -> None:
     """Measure and write the results as JSON."""
     work = work.resolve()
@@ -69,7 +69,7 @@ def main(config: Path, output: Path, work: Path, marked: int, tokens: int) -> No
         "phases": phases((work / "validate.log").read_text().splitlines()),
         **peak,
         "metrics": report["metrics"],
-        "verdicts": report["verdicts"],
+        "gates": {one["name"]: one["verdict"] for one in report["gates"]},
         "provenance": report["provenance"],
     }  # fmt: skip
     output.write_text(json.dumps(content, indent=2) + "\n")
