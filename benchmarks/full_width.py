@@ -133,7 +133,7 @@ def _subject(bundle: Path, tokens: list[int], prompt: int, chunk: int) -> tuple[
             found[seen.layer].append(seen.streams[0].copy())
 
     start = time.monotonic()
-    model = ChainModel(load_bundle(bundle), progress=click.echo)
+    model = ChainModel(load_bundle(bundle), matrices="bfloat16", progress=click.echo)
     opened = time.monotonic() - start
     executor, took = ChainExecutor(model, len(tokens), 1), list[tuple[int, float]]()
     edges = [*range(0, prompt, chunk), *range(prompt, len(tokens) + 1)]

@@ -101,7 +101,8 @@ def run(bundle: Path, count: int, single: int, chunk: int) -> dict[str, Any]:
     with _peak() as peak:
         start = time.monotonic()
         say = partial(click.echo, err=True)
-        model = ChainModel(loaded, weights_from=weights_of(bundle), instead=_with_choices(bundle), progress=say)
+        whole = ChainModel(loaded, weights_from=weights_of(bundle), matrices="bfloat16", progress=say)
+        model = whole.with_graphs(_with_choices(bundle))
         opened = time.monotonic() - start
         vocabulary = loaded.model.vocab_size
         tokens = np.random.default_rng(count).integers(0, vocabulary, 2 * single + chunk)
@@ -125,6 +126,7 @@ def run(bundle: Path, count: int, single: int, chunk: int) -> dict[str, Any]:
             click.echo(json.dumps(steps[-1]), err=True)
         executor.close()
         model.close()
+        whole.close()
     decode = [step for step in steps if step["tokens"] == 1]
     layers = {layer for layer, _ in everything}
     return {

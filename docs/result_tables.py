@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -300,6 +301,14 @@ def half_real() -> str:
         ]  # fmt: skip
 
     return _table(head, map(line, result("half-real-cpu")["rows"]))
+
+
+def half_real_validate() -> str:
+    """A whole model validated a layer at a time: what it did, and for how long."""
+    found = result("half-real-validate")
+    phases = [*found["phases"], {"second": found["seconds"], "what": ""}]
+    spent = [(one["what"], after["second"] - one["second"]) for one, after in itertools.pairwise(phases) if one["what"]]
+    return _table(("the run says", "minutes"), ((what, f"{seconds / 60:.1f}") for what, seconds in spent))
 
 
 def expert_layer() -> str:

@@ -8,6 +8,7 @@ plans memory ahead, which makes a step an eighth faster; for chunks the plan of 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import threading
 from collections.abc import Mapping
@@ -61,8 +62,8 @@ class ChainModel:
         verify: bool = False,
         place: bool = True,
         matrices: str = AUTO,
-        instead: Mapping[str, bytes] | None = None,
         memory: ChainMemory | None = None,
+        reserve: int = 0,
         progress: Say = silent,
     ) -> None:
         """Find and map the weights, and load the segments.
@@ -74,8 +75,8 @@ class ChainModel:
             verify: hash the weight files, and refuse others than the lock's.
             place: run the second form of segments (runtime/stacks.py) where the bundle has one; else with weights as the checkpoint has them.
             matrices: whether the third form is run instead (runtime/wide.py).
-            instead: graphs of segments to load instead of the bundle's, with more outputs, for tools that look inside.
             memory: where tensors lie; the default is what the bundle's backend needs.
+            reserve: bytes of memory that are to stay free, for state, when it is decided how matrices are read.
             progress: called while stacks are made; a :class:`~foldkv.progress.Progress` learns more.
 
         Raises:
@@ -115,15 +116,18 @@ class ChainModel:
             progress(f"every step decodes its weights: {slow}")
         self.matrices, self._form = "", "weights as stored"
         if place and self.table.stacked:
-            wide = takes_float32(self.table, matrices)
+            takes_float32(self.table, matrices, reserve)  # an error comes before the copies, which can take long
             self._stacks = OpenedFiles(Stacks(self.table, lock, paths, self.files).open(progress))
-            if wide:
-                widen(self.table, self.files, progress)
+            wide = takes_float32(self.table, matrices, reserve) and widen(
+                self.table, self.files, progress, must=matrices == FLOAT32
+            )
             self._form = "stacks"
             if self.table.matrices():
                 self.matrices = FLOAT32 if wide else BFLOAT16
             self.table = self.table.in_stacks(wide=wide)
-        self._instead = instead or {}
+        if not self.matrices and matrices != AUTO and threads_for(self.table) > 1:
+            progress(f"{bundle.folder} has no forms to choose from: its matrices are read as they were built")
+        self._instead: Mapping[str, bytes] = {}
         if backend.provider not in onnxruntime.get_available_providers():
             raise _no_provider(bundle, f"this ONNX Runtime has {', '.join(onnxruntime.get_available_providers())}")
         if backend.gpu:
@@ -136,7 +140,24 @@ class ChainModel:
         self.sessions: dict[str, Any] = {}
         self._decode_sessions: dict[str, Any] = {}
         self.weights: dict[str, dict[str, Tensor]] = {}
-        self._closed = False
+        self._closed, self._owns = False, True
+        self._open_whole()
+
+    def with_graphs(self, graphs: Mapping[str, bytes]) -> ChainModel:
+        """The same chain with other graphs of some segments, which have more outputs: for tools that look inside.
+
+        Weights are shared, so this chain must stay open as long. What is returned has to be closed, too.
+
+        Raises:
+            ArtifactError: a graph cannot be loaded, or is not one of these segments.
+        """
+        other = copy.copy(self)
+        other._lock, other._owns, other._instead = threading.Lock(), False, dict(graphs)
+        other.sessions, other._decode_sessions, other.weights = {}, {}, {}
+        other._open_whole()
+        return other
+
+    def _open_whole(self) -> None:
         try:
             self._open()
         except BaseException:
@@ -196,14 +217,16 @@ class ChainModel:
         return session
 
     def close(self) -> None:
-        """Drop the segments and the mapped files; executors keep what they use. Weights on a GPU are freed."""
+        """Drop the segments, the mapped files and matrices in memory; executors keep what they use. Weights on a GPU are freed."""
         for weights in self.weights.values():
             for tensor in weights.values():
                 tensor.close()
         self.sessions, self._decode_sessions, self.weights = {}, {}, {}
         if not self._closed:
             self._closed = True
-            self.memory.close()
+            if self._owns:
+                self.memory.close()
+                self.files.close()
 
     def _value(self, owner: str, role: str, bound: Bound) -> Tensor:
         array = self.files.view(bound)

@@ -15,7 +15,7 @@ from ..errors import InputError, short
 from ..plugins.cuda import device_name
 from ..progress import Say, silent
 from .backend import Executor
-from .buffers import Buffers
+from .buffers import Buffers, plan_bytes
 from .bundle import Bundle, load_bundle, require_backend
 from .wide import AUTO, MATRICES
 
@@ -58,8 +58,9 @@ class Model:
             weights_from: folder with the checkpoint's weight files. Without it they are looked for where ``FOLDKV_WEIGHTS``
                 says, in ``weights/`` of the bundle, and where the checkpoint was exported from.
             devices: for engines: numbers of the GPUs that share the layers; the default is the first GPU alone.
-            context: for engines: tokens of a sequence for which there must be room; the default is the engines' largest.
-            batch: for engines: sequences for which there must be room.
+            context: tokens of a sequence for which there must be room on the GPUs of engines, whose largest is the default; on the cpu,
+                matrices in float32 leave room for it.
+            batch: sequences for which there must be room.
             verify: read the checkpoint's weight files whole, and refuse them if their sha256 is not what the lock says, or the Hugging
                 Face cache that they lie in. Engines' files are hashed while they are copied. Without it names, sizes and headers
                 are compared.
@@ -105,6 +106,8 @@ class Model:
 
             check_signature(self.bundle, signature, public_key)
         require_backend(self.bundle)
+        if matrices != AUTO and self.bundle.backend.gpu:
+            raise InputError(f"matrices are for bundles of the target cpu; {folder} is for a GPU. Leave them out.")
         self._loaded: Any
         if self.bundle.backend.engine:
             from .engine_model import EngineModel
@@ -122,7 +125,7 @@ class Model:
 
             self._loaded = ChainModel(
                 self.bundle, threads=threads, weights_from=source, verify=verify, place=place, matrices=matrices,
-                progress=progress,
+                reserve=sum(plan_bytes(self.bundle.state, context, batch).values()) if context else 0, progress=progress,
             )  # fmt: skip
 
     @property

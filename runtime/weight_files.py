@@ -67,6 +67,10 @@ class WeightFiles:
         """Take bytes [n] in memory for a file."""
         self._files[name] = _Mapped(Path(name), data)
 
+    def close(self) -> None:
+        """Drop all files; arrays over them keep theirs."""
+        self._files = {}
+
     def view(self, bound: Bound) -> npt.NDArray[Any]:
         """A weight as an array over the mapped file: nothing is read or copied.
 

@@ -27,8 +27,9 @@ import pytest
 from checkpoints import random_checkpoint, small_checkpoint
 
 from foldkv.export.package import export_checkpoint
-from foldkv.optimize import history
+from foldkv.optimize import chain, history
 from foldkv.optimize.build import build_bundles
+from foldkv.optimize.passes import row_blocks
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +75,7 @@ THOROUGH = {
     ("test_shell.py", "test_an_interrupted_build_takes_its_child_and_its_threads_along"): "process",
 }  # fmt: skip
 #: Who asks for one of these waits for an export.
-_EXPORTS = {"tiny_graph", "served_graph", "released_graph"}
+_EXPORTS = {"tiny_graph", "served_graph", "released_graph", "large_bundle"}
 #: Seconds of processor time, those of child processes included, that a test without the mark "slow" may take. It should take
 #: less than a tenth; the rest is for machines that are slow or busy, so that only a test of another kind fails.
 _QUICK_SECONDS = 30
@@ -248,3 +249,14 @@ def released_checkpoint(tiny_checkpoint: Path, shared_folder: Path) -> Callable[
 def released_graph(released_checkpoint: Callable[[str], Path], shared_folder: Path) -> Callable[[str], Path]:
     """Gives the graph package, with its weights in float32, of a form of :func:`released_checkpoint`."""
     return lambda form: exported(released_checkpoint(form), shared_folder / f"released-graph-{form}", "hf")
+
+
+@pytest.fixture(scope="session")
+def large_bundle(released_graph: Callable[[str], Path], shared_folder: Path) -> Path:
+    """The trained model in the released formats, built as a large one, with blocks of at most 9 rows of 64 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain, "SMALL", 0)
+        patch.setattr(row_blocks, "BLOCK_BYTES", 4 * 64 * 9)
+        [result] = build_bundles(released_graph("instruct"), shared_folder / "large", ["cpu"]).results
+    assert result.exit_code == 0, result.reason
+    return result.folder

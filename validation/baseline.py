@@ -180,6 +180,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return f"{side['text']} ({side['text_sha256'][:12]}...)"
 
     rows = [(name, old[name], new[name]) for name in _TOLD]
+    rows += [("matrices", old.get("matrices", "as built"), new.get("matrices", "as built"))]
     rows += [
         ("checkpoint", old["checkpoint_sha256"][:12], new["checkpoint_sha256"][:12]),
         ("text", text(old), text(new)),

@@ -17,7 +17,6 @@ import onnx
 import torch
 
 from ..errors import ArtifactError
-from ..export.contract.chain import CHAIN, ChainTable
 from ..export.contract.geometry import ModelSpec
 from ..export.contract.layouts import cache_layout
 from ..export.contract.rows import row_format_named
@@ -28,7 +27,6 @@ from ..runtime.backend import Observed
 from ..runtime.bundle import Bundle
 from ..runtime.chain import ChainModel
 from ..runtime.chain_executor import ChainExecutor
-from ..runtime.wide import AUTO, FLOAT32
 from .jobs import Job, in_batches
 from .layered import read_layered
 from .layered_subject import LayeredSubject
@@ -38,24 +36,22 @@ from .selection import Ints
 class GraphChoices:
     """The entries that the indexers of a chain of graphs chose. All texts use one copy of the chain."""
 
-    def __init__(self, bundle: Bundle, csa_layers: Sequence[int], *, threads: int, matrices: str = AUTO) -> None:
-        """Open the chain with what its indexers choose as outputs.
+    def __init__(self, chain: ChainModel, csa_layers: Sequence[int]) -> None:
+        """Load the chain's segments once more, with what their indexers choose as outputs; weights are shared.
 
         Args:
-            bundle: the bundle.
+            chain: of the subject, which stays open.
             csa_layers: layers with an indexer.
-            threads: of the chain.
-            matrices: how the subject reads the matrices of a large model.
 
         Raises:
             ArtifactError: a segment with an indexer does not name what it chose.
         """
-        self._csa, self._bundle, self._threads = list(csa_layers), bundle, threads
+        self._csa, self._bundle, table = list(csa_layers), chain.bundle, chain.table
         self._known: dict[tuple[int, ...], dict[int, Ints]] = {}
-        table = ChainTable.read(bundle.folder / CHAIN).in_stacks(wide=matrices == FLOAT32)
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
-        opened = {name: _with_choices(bundle.folder / table.segments[name]) for name in kinds}
-        self._model = ChainModel(bundle, threads=threads, matrices=matrices, instead=opened)
+        self._model = chain.with_graphs(
+            {name: _with_choices(self._bundle.folder / table.segments[name]) for name in kinds}
+        )
 
     def chosen(self, tokens: Sequence[int]) -> dict[int, Ints]:
         """By layer, the entries [n, places] int32 (-1: none) that each query attends to, from one prefill of an empty state."""
@@ -86,7 +82,7 @@ class GraphChoices:
         """
         for batch in in_batches([Job(tokens, edges=[]) for tokens in texts]):
             executor = ChainExecutor(self._model, max(len(job.tokens) for job in batch), 1)
-            side = LayeredSubject(self._bundle, executor, name="choices", threads=self._threads)
+            side = LayeredSubject(self._bundle, executor, name="choices", way=self._model.way)
             read_layered(side, batch, folder=folder, progress=progress)
             executor.close()
             for job in batch:

@@ -36,17 +36,17 @@ from .runners import CHUNK, Logits, Look, SessionRunner, Subject
 class LayeredSubject:
     """What a bundle's chain makes of texts; read by :func:`~foldkv.validation.layered.read_layered`."""
 
-    def __init__(self, bundle: Bundle, executor: ChainExecutor, *, name: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, executor: ChainExecutor, *, name: str, way: str) -> None:
         """Take an opened chain.
 
         Args:
             bundle: the bundle.
             executor: runs its segments, with state for one sequence that is as long as the longest text.
             name: tells apart what is kept of it.
-            threads: of the chain; they change the last bits, and so what may be kept.
+            way: how the chain computes (:attr:`~foldkv.runtime.chain.ChainModel.way`), which changes the last bits, and so what may be kept.
         """
         self._bundle, self._executor = bundle, executor
-        self._name, self._threads = name, threads
+        self._name, self._way = name, way
         table = ChainTable.read(bundle.folder / CHAIN)
         self._sizes = {owner: sum(one.bytes for one in roles.values()) for owner, roles in table.weights.items()}
         self.num_layers: int = bundle.model.num_layers
@@ -54,7 +54,7 @@ class LayeredSubject:
     def key(self, jobs: Sequence[Job]) -> str:
         """A digest of everything that the streams of these jobs depend on."""
         manifest = sha256_file(self._bundle.folder / MANIFEST)
-        return sha256_json([self._name, manifest, self._threads, [job.key for job in jobs]])
+        return sha256_json([self._name, manifest, self._way, [job.key for job in jobs]])
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of a layer's weights."""
@@ -138,14 +138,13 @@ class LayeredSubjectRunner:
     in_memory = False
 
     def __init__(
-        self, model: Model, *, context: int, threads: int, folder: Path | None = None, progress: Say = silent, chunk: int = CHUNK
+        self, model: Model, *, context: int, folder: Path | None = None, progress: Say = silent, chunk: int = CHUNK
     ) -> None:  # fmt: skip
         """Open a chain for texts of up to ``context`` tokens, in chunks of ``chunk``.
 
         Args:
             model: a bundle for ONNX Runtime.
             context: tokens of the longest text.
-            threads: of the model.
             folder: where a pass keeps what it has after every layer, so that it goes on after an interruption.
             progress: a :class:`~foldkv.progress.Progress` gets the bytes of weights.
             chunk: tokens of a chunk, where a question does not say it.
@@ -155,13 +154,14 @@ class LayeredSubjectRunner:
         """
         self.model, self.bundle, self._chunk = model, model.bundle, chunk
         self.name = f"{self.bundle.target} bundle"
-        self._threads, self.kept, self._progress = threads, folder, progress
+        self.kept, self._progress = folder, progress
         self.context = max(context, self.bundle.smallest("context"))
         buffers, executor = model.open(self.context, 1)
         self.state_bytes = buffers.bytes
         assert isinstance(executor, ChainExecutor)
         self._executor = executor
-        self._side = LayeredSubject(self.bundle, executor, name="subject", threads=threads)
+        assert model.chain is not None
+        self._side = LayeredSubject(self.bundle, executor, name="subject", way=model.chain.way)
         self._answers = Answers(self._side, "the bundle", self._side.logits, folder=folder, progress=progress)
 
     def __enter__(self) -> Self:
@@ -177,7 +177,7 @@ class LayeredSubjectRunner:
         if context > LONGEST:
             return SessionRunner(self.model, context=context, chunk=self._chunk)
         return LayeredSubjectRunner(
-            self.model, context=context, threads=self._threads, folder=self.kept, progress=self._progress,
+            self.model, context=context, folder=self.kept, progress=self._progress,
             chunk=self._chunk,
         )  # fmt: skip
 
@@ -234,7 +234,7 @@ class LayeredSubjectRunner:
 
 
 def open_subject(
-    model: Model, *, context: int, threads: int, layered: bool, folder: Path | None = None, progress: Say = silent
+    model: Model, *, context: int, layered: bool, folder: Path | None = None, progress: Say = silent
 ) -> AbstractContextManager[Subject]:
     """What measures a bundle: its chain a layer at a time, if that is wanted and it runs on the CPU, else a session.
 
@@ -243,5 +243,5 @@ def open_subject(
     """
     backend = model.bundle.backend
     if layered and not backend.engine and not backend.gpu:
-        return LayeredSubjectRunner(model, context=context, threads=threads, folder=folder, progress=progress)
+        return LayeredSubjectRunner(model, context=context, folder=folder, progress=progress)
     return SessionRunner(model, context=context)

@@ -264,13 +264,10 @@ class _Inside:
         self._sides = sides
         self._layers = list(sides.checkpoint.spec.indexed_ratios)
         bundle = sides.subject.bundle
-        # A second copy of the weights is nothing where they are mapped, and too much on a GPU.
+        # A GPU has no room for a second copy of the weights.
         recomputed = bundle.backend.gpu or not self._layers
-        self._graph = (
-            None
-            if recomputed
-            else GraphChoices(bundle, self._layers, threads=sides.threads, matrices=sides.subject.model.matrices)
-        )
+        chain = None if recomputed else sides.subject.model.chain
+        self._graph = None if chain is None else GraphChoices(chain, self._layers)
 
     @property
     def needs_streams(self) -> bool:

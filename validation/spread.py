@@ -169,9 +169,7 @@ def _open(sources: Sources) -> tuple[ExitStack, Reference, Subject]:
         checkpoint = Checkpoint(Path(sources.checkpoint), allow_unknown_keys=sources.allowed)
         model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads, matrices=sources.matrices))
         _refuse_others(sources, checkpoint, model)
-        subject: Subject = stack.enter_context(
-            open_subject(model, context=sources.context, threads=sources.threads, layered=not sources.whole)
-        )
+        subject: Subject = stack.enter_context(open_subject(model, context=sources.context, layered=not sources.whole))
         reference: Reference = (
             TransformersRunner(checkpoint.folder, allow_unknown_keys=sources.allowed)
             if sources.whole

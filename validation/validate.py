@@ -261,11 +261,9 @@ def _measure(
     whole = _fits(checkpoint) if layered is None else not layered
     model = Model(
         bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
-        context=max(room, bundle.smallest("context")), matrices=_matrices(matrices, checkpoint, whole), progress=progress,
+        context=max(room, bundle.smallest("context")), matrices=_matrices(matrices, checkpoint, whole and ray is None, bundle.profile), progress=progress,
     )  # fmt: skip
-    opened = open_subject(
-        model, context=plan.longest(), threads=threads, layered=not whole, folder=scratch, progress=progress
-    )
+    opened = open_subject(model, context=plan.longest(), layered=not whole, folder=scratch, progress=progress)
     with torch_threads(threads), model, opened as subject:
         oracle = _oracle(checkpoint, whole, scratch, progress) if bundle.profile == SERVED else None
         reference = _transformers(checkpoint, FLOAT32, whole, scratch, progress)
@@ -309,9 +307,11 @@ def _fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
     return 4 * copies * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
 
 
-def _matrices(asked: str, checkpoint: Checkpoint, whole: bool) -> str:
-    """How the subject reads its matrices: as a service does, if memory holds them beside the reference, or as asked."""
-    return asked if asked != AUTO or (whole and _fits(checkpoint, 2)) else BFLOAT16
+def _matrices(asked: str, checkpoint: Checkpoint, whole: bool, profile: str) -> str:
+    """How the subject reads its matrices: as asked, or as a service does if memory holds them beside the reference and the oracle."""
+    if asked != AUTO or (whole and _fits(checkpoint, 3 if profile == SERVED else 2)):
+        return asked
+    return BFLOAT16
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

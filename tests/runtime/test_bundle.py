@@ -20,6 +20,7 @@ from foldkv.errors import ArtifactError, FoldkvError
 from foldkv.optimize.build import build_bundles
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.chain import ChainModel
 from foldkv.runtime.session import Session
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.inside import GraphChoices
@@ -220,7 +221,8 @@ def test_layers_of_a_bundle_in_a_cache_can_be_compared(tiny_bundle: Path, tmp_pa
     snapshot = hub_cache(tiny_bundle, tmp_path / "models--x--y")
     tokens = list(range(40, 120))
     expected, found = (
-        GraphChoices(load_bundle(folder), (1, 3), threads=1).chosen(tokens) for folder in (tiny_bundle, snapshot)
+        GraphChoices(ChainModel(load_bundle(folder), threads=1), (1, 3)).chosen(tokens)
+        for folder in (tiny_bundle, snapshot)
     )
     assert expected.keys() == {1, 3} and all(np.array_equal(expected[layer], found[layer]) for layer in expected)
 

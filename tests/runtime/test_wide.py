@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,11 @@ from foldkv.export.contract.chain import STEP, Bound, Call, ChainTable, Stacked
 from foldkv.export.contract.stacks import RowBlocks
 from foldkv.progress import BYTES, Progress, _Lines
 from foldkv.runtime import Model, wide
+from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.chain import ChainModel
 from foldkv.runtime.host_memory import available_memory
 from foldkv.runtime.weight_files import WeightFiles
+from foldkv.validation.inside import GraphChoices
 
 SHAPES = {"wq": (5, 7), "wo": (3, 4)}
 
@@ -73,9 +79,59 @@ def test_float32_is_taken_where_memory_is_ample(monkeypatch: pytest.MonkeyPatch)
     assert wide.takes_float32(table, "float32")
     monkeypatch.setattr(wide, "available_memory", lambda: size)
     assert wide.takes_float32(table, "float32")
+    monkeypatch.setattr(wide, "available_memory", lambda: 2 * size + 100)
+    assert wide.takes_float32(table, "auto", 100) and not wide.takes_float32(table, "auto", 101)
+    with pytest.raises(InputError, match="376 B in float32 and the state 500 B, and 852 B of memory are free"):
+        wide.takes_float32(table, "float32", 500)
     monkeypatch.setattr(wide, "available_memory", lambda: size - 1)
     with pytest.raises(InputError, match=r"the matrices take 376 B in float32, and 375 B .*`--matrices bfloat16"):
         wide.takes_float32(table, "float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
+def test_matrices_are_memory_of_this_process_and_a_lack_of_it_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def anonymous() -> int:
+        [line] = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("RssAnon")]
+        return int(line.split()[1]) << 10
+
+    before, room = anonymous(), wide._room(32 << 20)
+    room[:] = 1
+    assert anonymous() - before > 24 << 20
+    table, files, lines = chain("bfloat16"), WeightFiles(), list[str]()
+
+    def refused(size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(wide, "_room", refused)
+    with pytest.raises(InputError, match=r"gives no 376 B of memory .*Cannot allocate memory.*`--matrices bfloat16`"):
+        wide.widen(table, files)
+    assert not wide.widen(table, files, lines.append, must=False) and not files._files
+    assert lines == [
+        "the system gives no 376 B of memory for matrices in float32 ([Errno 12] Cannot allocate memory): they are read in bfloat16"
+    ]
+
+
+@pytest.mark.slow
+def test_matrices_in_memory_are_freed_with_the_model_and_shared_by_tools_that_look_inside(large_bundle: Path) -> None:
+    model = ChainModel(load_bundle(large_bundle), matrices="float32")
+    held = weakref.ref(model.files._files["wide/layers.1"].bytes)
+    bound = model.table.weights["layers.1"]["attn.wq_a.weight"]
+    inside = GraphChoices(model, [1])
+    assert inside._model.files is model.files and inside._model.way == model.way
+    assert held() is not None and model.files.view(bound).dtype == np.float32
+    expected = inside.chosen(list(range(70)))
+    inside.close()
+    assert model.files.view(bound).any(), "what it shares is not its to free"
+    model.close()
+    del inside, model
+    gc.collect()
+    assert held() is None
+    other = ChainModel(load_bundle(large_bundle), matrices="bfloat16")
+    inside = GraphChoices(other, [1])
+    found = inside.chosen(list(range(70)))
+    assert np.array_equal(found[1], expected[1])
+    inside.close()
+    other.close()
 
 
 def test_a_small_model_has_no_third_form(tiny_bundle: Path) -> None:
@@ -110,8 +166,17 @@ def test_memory_is_what_the_system_and_the_control_groups_leave(
         (folder / "memory.stat").write_text("anon 300000\ninactive_file 100000\nactive_file 50000\n")
     cgroup.write_text("0::/outer/inner\n")
     assert available_memory() == 700000 - 500000 + 150000
+    (groups / "outer" / "inner" / "memory.high").write_text("600000\n")
+    assert available_memory() == 600000 - 500000 + 150000, "beyond it every allocation is slowed down"
     cgroup.write_text("0::/outer\n")
     (groups / "outer" / "memory.max").write_text("100\n")
     assert available_memory() == 0, "more is taken than the limit"
+    # Version 1, in a container: the path of the group is not mounted, its own files are at the root.
+    (groups / "memory").mkdir()
+    (groups / "memory" / "memory.limit_in_bytes").write_text("400000\n")
+    (groups / "memory" / "memory.usage_in_bytes").write_text("300000\n")
+    (groups / "memory" / "memory.stat").write_text("cache 9\ntotal_inactive_file 1000\ntotal_active_file 500\n")
+    cgroup.write_text("4:memory:/docker/0a\n3:cpu,cpuacct:/docker/0a\n0::/\n")
+    assert available_memory() == 100000 + 1500
     meminfo.write_text("MemTotal: 2000 kB\n")
     assert available_memory() == 0, "the system does not say"

@@ -59,7 +59,8 @@ def test_what_an_indexer_chose_follows_from_streams_and_index_rows(
         tokens = Tokenizer.from_bundle(model.bundle).encode(words)[:160]
         look = subject.look(tokens)
         np.testing.assert_array_equal(look.logits, subject.logits(tokens))
-        inside = GraphChoices(model.bundle, layers, threads=1)
+        assert model.chain is not None
+        inside = GraphChoices(model.chain, layers)
         told = inside.chosen(tokens)
         inside.close()
         keys = index_keys(model.bundle, spec, look.rows, len(tokens))

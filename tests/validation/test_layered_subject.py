@@ -12,6 +12,7 @@ import pytest
 from foldkv.errors import FoldkvError
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.runtime.bundle import load_bundle
+from foldkv.runtime.chain import ChainModel
 from foldkv.runtime.model import Model
 from foldkv.validation import jobs
 from foldkv.validation.inside import GraphChoices
@@ -42,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
 
 
 def layered(model: Model, folder: Path | None = None) -> LayeredSubjectRunner:
-    return LayeredSubjectRunner(model, context=CONTEXT, threads=1, folder=folder)
+    return LayeredSubjectRunner(model, context=CONTEXT, folder=folder)
 
 
 def test_every_answer_is_that_of_a_session(model: Model) -> None:
@@ -134,8 +135,8 @@ def test_a_failure_names_the_call_and_the_next_question_is_answered(tiny_bundle:
 
 def test_choices_are_those_of_one_prefill(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     layers = list(Checkpoint(tiny_checkpoint).spec.indexed_ratios)
-    bundle = load_bundle(tiny_bundle)
-    one, together = (GraphChoices(bundle, layers, threads=1) for _ in range(2))
+    chain = ChainModel(load_bundle(tiny_bundle), threads=1)
+    one, together = (GraphChoices(chain, layers) for _ in range(2))
     together.prepare(TEXTS)
     for tokens in TEXTS:
         want, have = one.chosen(tokens), together.chosen(tokens)
@@ -145,3 +146,4 @@ def test_choices_are_those_of_one_prefill(tiny_bundle: Path, tiny_checkpoint: Pa
         )
     one.close()
     together.close()
+    chain.close()

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -382,3 +383,24 @@ def test_a_figure_is_told_from_the_threshold_that_it_misses() -> None:
 def test_the_line_of_a_report_survives_a_shell(world: Path) -> None:
     words = shlex.split(content(world)["provenance"]["command"])
     assert words[:3] == ["foldkv", "validate", str(world / "bundles" / "cpu")] and words[-2] == "--threads"
+
+
+@pytest.mark.slow
+def test_a_report_says_how_matrices_were_read(
+    large_bundle: Path, released_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = Plan(texts=1, text_tokens=72, distances=(16,), cases_per_distance=1, cases_per_kind=0, sweep_cases=0)
+    reports = {}
+    for matrices in ("bfloat16", "float32", "auto"):
+        folder = tmp_path / matrices
+        validate(
+            large_bundle, released_checkpoint("instruct"), folder, plan=plan, matrices=matrices, threads=1,
+            baseline=tmp_path / "bfloat16" if matrices == "float32" else None,
+        )  # fmt: skip
+        reports[matrices] = json.loads((folder / "report.json").read_text())
+        assert 0 <= reports[matrices]["metrics"]["kl_mean"] < 1e-9 and reports[matrices]["metrics"]["topk_overlap"] == 1
+    assert [reports[name]["provenance"]["matrices"] for name in reports] == ["bfloat16", "float32", "float32"]
+    assert "--matrices float32" in reports["float32"]["provenance"]["command"]
+    assert "--matrices" not in reports["auto"]["provenance"]["command"]
+    assert reports["float32"]["metrics"] == reports["auto"]["metrics"] != reports["bfloat16"]["metrics"]
+    assert "matrices: bfloat16 before, float32 now" in json.dumps(reports["float32"]["comparison"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,8 +20,6 @@ from foldkv.export.contract import step_time
 from foldkv.export.contract.chain import CHAIN, ChainTable
 from foldkv.export.contract.stacks import Decoded, RowBlocks, block_name
 from foldkv.export.loading import weight_value
-from foldkv.optimize import chain
-from foldkv.optimize.build import build_bundles
 from foldkv.optimize.passes import row_blocks
 from foldkv.optimize.passes.row_blocks import take_row_blocks
 from foldkv.runtime import Session, stacks
@@ -112,42 +112,44 @@ def test_what_is_no_product_is_refused() -> None:
         take_row_blocks(model, ROLE, RowBlocks(12, 4), ir.DataType.BFLOAT16)
 
 
-@pytest.fixture(scope="module")
-def bundle(released_graph: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model in the released formats, built as a large one, with blocks of at most 9 rows of 64 columns."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chain, "SMALL", 0)
-        patch.setattr(row_blocks, "BLOCK_BYTES", 4 * 64 * 9)
-        [result] = build_bundles(released_graph("instruct"), tmp_path_factory.mktemp("large"), ["cpu"]).results
-    assert result.status == "built", result.reason
-    return result.folder
-
-
 @pytest.mark.slow
-def test_a_large_model_computes_the_same_in_both_forms(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_computes_the_same_in_all_forms(large_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "VALIDATION", 0)
     tokens = np.random.default_rng(0).integers(0, 256, 150).tolist()
-    logits, lines = {}, dict[bool, list[str]]()
-    for place in (True, False):
-        lines[place] = []
-        with Session(bundle, context=256, chunk=64, place=place, progress=lines[place].append) as session:
+    logits, lines = {}, dict[str, list[str]]()
+    forms: dict[str, dict[str, Any]] = {
+        "stored": {"place": False},
+        "bfloat16": {"matrices": "bfloat16"},
+        "float32": {"matrices": "float32"},
+        "auto": {},
+    }
+    for name, form in forms.items():
+        lines[name] = []
+        with Session(large_bundle, context=256, chunk=64, progress=lines[name].append, **form) as session:
+            assert session.model.matrices == {"stored": "auto", "auto": "float32"}.get(name, name)
             rows = [session.prefill([tokens])[0]]
             rows += [session.decode([token])[0] for token in tokens[:8]]
-            logits[place] = np.array(rows)
-    spread = float(logits[False].std())
-    assert np.abs(logits[True] - logits[False]).max() < 1e-4 * spread
-    assert lines == {True: [], False: ["every step decodes its weights: about 0 s a token: for validation only"]}
-    assert (bundle / "placed.bin").stat().st_size < 1 << 17, "no matrix is placed"
+            logits[name] = np.array(rows)
+    spread = float(logits["stored"].std())
+    assert all(np.abs(found - logits["stored"]).max() < 1e-4 * spread for found in logits.values())
+    assert np.array_equal(logits["auto"], logits["float32"])
+    [widened] = lines["float32"]
+    assert re.fullmatch(r"widening [\d.]+ \w+ of matrices to float32, in memory", widened)
+    assert lines == {
+        "stored": ["every step decodes its weights: about 0 s a token: for validation only"], "bfloat16": [],
+        "float32": [widened], "auto": [widened],
+    }  # fmt: skip
+    assert (large_bundle / "placed.bin").stat().st_size < 1 << 17, "no matrix is placed"
 
 
 @pytest.mark.slow
 def test_decoded_matrices_are_the_checkpoints_values(
-    bundle: Path, released_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large_bundle: Path, released_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOLDKV_CACHE", str(tmp_path))
     monkeypatch.setattr(stacks, "IN_MEMORY", 0)
-    checkpoint, model = Checkpoint(released_checkpoint("instruct")), ChainModel(load_bundle(bundle))
-    table, compared = ChainTable.read(bundle / CHAIN), 0
+    checkpoint, model = Checkpoint(released_checkpoint("instruct")), ChainModel(load_bundle(large_bundle))
+    table, compared = ChainTable.read(large_bundle / CHAIN), 0
     second = table.in_stacks()
     for call in table.calls:
         form = table.stacked.get(call.segment)
@@ -164,7 +166,7 @@ def test_decoded_matrices_are_the_checkpoints_values(
 
 @pytest.mark.slow
 def test_a_matrix_that_bfloat16_cannot_hold_is_refused(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOLDKV_CACHE", str(tmp_path))
     monkeypatch.setattr(stacks, "IN_MEMORY", 0)
@@ -176,5 +178,5 @@ def test_a_matrix_that_bfloat16_cannot_hold_is_refused(
 
     monkeypatch.setattr(stacks.Stacks, "_whole", tiny)
     with pytest.raises(InputError, match=r"layers.\d.*: a value is too small for bfloat16. Run .*--no-place"):
-        ChainModel(load_bundle(bundle))
+        ChainModel(load_bundle(large_bundle))
     assert not list(tmp_path.rglob("*.part"))
