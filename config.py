@@ -61,6 +61,7 @@ class BuildConfig(_Strict):
     layout: Annotated[str, AfterValidator(_known_layout)] = DENSE
     jobs: int | None = Field(default=None, ge=1)
     cache: str | None = None
+    ray: str | None = None
     shapes: ShapesConfig = ShapesConfig()
 
 

@@ -37,6 +37,7 @@ plugins = "on"                     # "off": function bodies in engines of GPU ta
 layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph in ONNX Runtime
 jobs = 2                           # targets at once; default: the processors
 cache = "plans"                    # plans of engines, which machines can share; default: FOLDKV_CACHE
+ray = "local"                      # or the address of a Ray cluster: its workers build the plans of engines; default: this process
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size
 batch = [1, 1, 64]                 # sequences in a decode step
@@ -62,7 +63,7 @@ baseline = "release-1/report"      # an older report, or the folder of several: 
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
 ```
 
-Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `build.targets`, `backend`, `jobs`, `cache`, `context`, `devices`, `text`, `contexts`,
+Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `build.targets`, `backend`, `jobs`, `cache`, `ray`, `context`, `devices`, `text`, `contexts`,
 `gates`, `baseline` and `threads` are examples; all others are the defaults.
 
 A run that cannot succeed is refused before the first stage. Reasons are targets that this machine cannot build for, layouts that a
