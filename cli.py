@@ -696,7 +696,7 @@ def serve_command(
 @click.option(
     "--ray",
     metavar="local|ADDRESS",
-    help="Let the workers of this Ray cluster answer the cases; local: one of this machine's processors. The figures are the same.",
+    help="Let the workers of this Ray cluster answer texts and cases; local: one of this machine's processors. The figures are the same.",
 )
 @_allow_unknown_key
 @_json

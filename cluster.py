@@ -55,10 +55,12 @@ class Cluster:
             _reach(address)
             with _signals_kept():
                 ray.init(**where, logging_level="ERROR", log_to_driver=False)
+            # A task that wants more processors than any node has would wait for ever.
+            self._largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         except (OSError, RuntimeError, ValueError) as error:
             raise MissingDependencyError(
                 f"there is no Ray cluster at {address!r} ({_reason(error)}). Start one with `ray start --head` and "
-                f"give its address, or give {LOCAL!r}."
+                f"give its address, or give {LOCAL!r}. One that asks for a token also needs RAY_AUTH_MODE=token, as Ray's documentation says."
             ) from None
 
     @property
@@ -79,7 +81,9 @@ class Cluster:
             processors: that the task takes.
             answers: how many there are.
         """
-        task = self._ray.remote(num_cpus=processors, num_returns=answers, max_retries=AGAIN)(function)
+        task = self._ray.remote(num_cpus=min(processors, self._largest), num_returns=answers, max_retries=AGAIN)(
+            function
+        )
         found = task.remote(*arguments)
         return found if isinstance(found, list) else [found]
 
