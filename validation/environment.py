@@ -12,9 +12,14 @@ from ..runtime.bundle import Bundle
 _VECTORS = re.compile(r"(?:s?sse|avx|amx|fma|f16c|asimd|sve|sme(?!p)|bf16|i8mm|fp(?!u))")
 
 
-def environment(bundle: Bundle) -> dict[str, str]:
-    """Versions by package, with Python's and foldkv's own. A package that is not installed is left out."""
-    return versions(dict.fromkeys([*FEATURES["validate"].modules, bundle.backend.module]))
+def environment(bundle: Bundle, *, executed: bool = True) -> dict[str, str]:
+    """Versions by package, with Python's and foldkv's own. A package that is not installed is left out.
+
+    Args:
+        bundle: what is measured.
+        executed: with the library that executes it, else only what references need.
+    """
+    return versions(dict.fromkeys([*FEATURES["validate"].modules, *([bundle.backend.module] if executed else [])]))
 
 
 def instructions() -> frozenset[str]:

@@ -29,16 +29,20 @@ _SHARES_EACH = 4
 
 
 def spread(sides: Sides, cluster: Cluster, sources: Sources) -> Sides:
-    """The same sides, of which the workers answer what can be asked of them."""
+    """The same sides, of which the workers answer what can be asked of them. A bundle for a GPU answers here."""
     shared = cluster.shared(sources)
 
     def questions(side: str) -> _Questions:
         return _Questions(cluster, sources, shared, side)
 
+    if not sides.subject.bundle.backend.gpu:
+        sides = replace(
+            sides,
+            subject=_Subject(sides.subject, questions(SUBJECT)),
+            choices=None if sides.choices is None else _Choices(sides.choices, questions(CHOICES)),
+        )
     return replace(
         sides,
-        subject=_Subject(sides.subject, questions(SUBJECT)),
-        choices=None if sides.choices is None else _Choices(sides.choices, questions(CHOICES)),
         reference=_Reference(sides.reference, questions(REFERENCE)),
         oracle=None if sides.oracle is None else _Oracle(sides.oracle, questions(ORACLE)),
         yardstick=None if sides.yardstick is None else _Reference(sides.yardstick, questions(YARDSTICK)),

@@ -16,6 +16,7 @@ from typing import Any
 from ..backends import FLOAT32
 from ..cluster import refuse_others
 from ..export.checkpoint.reader import Checkpoint
+from ..runtime.bundle import load_bundle
 from ..runtime.model import Model
 from .environment import environment, instructions
 from .inside import Choices
@@ -40,11 +41,12 @@ class Sources:
     """What a worker opens, and what it must find.
 
     Attributes:
-        bundle, checkpoint: folders, which all workers see under the same path.
+        bundle, checkpoint: folders, which all workers see under the same path. A bundle for a GPU is only looked at: workers answer for
+            its references.
         digest: of the bundle.
         identity: of the checkpoint.
         allowed: keys of the checkpoint's config.json to ignore.
-        environment: versions of Python and of packages.
+        environment: versions of Python and of the packages that a worker computes with.
         instructions: of the processor, as :func:`~foldkv.validation.environment.instructions` gives them.
         threads: of all sides.
         whole: models in memory, else a layer at a time.
@@ -91,28 +93,26 @@ class Worker:
     """What a worker has opened. A side is opened when it is first asked."""
 
     def __init__(self, sources: Sources) -> None:
-        """Open the bundle and the checkpoint, and compare them with what is expected.
+        """Read what the bundle and the checkpoint are, and compare it with what is expected.
 
         Raises:
             InputError: this worker would compute something else; all differences are named.
         """
         self._sources, self._whole = sources, sources.whole
         self._checkpoint = Checkpoint(Path(sources.checkpoint), allow_unknown_keys=sources.allowed)
-        with ExitStack() as stack:
-            self._model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads))
-            bundle, here = self._model.bundle, instructions()
-            others = ["another bundle"] if bundle.digest != sources.digest else []
-            others += ["another checkpoint"] if self._checkpoint.identity() != sources.identity else []
-            if here != sources.instructions:
-                more, less = sorted(here - sources.instructions), sorted(sources.instructions - here)
-                others.append(
-                    f"another processor, with {', '.join(more) or 'nothing more'}, without {', '.join(less) or 'nothing'}"
-                )
-            refuse_others(
-                dict(sources.environment), environment(bundle), others,
-                step="Give all nodes the same processors, the same packages and the same files under the same paths.",
-            )  # fmt: skip
-            self._stack = stack.pop_all()
+        self._bundle, self._stack = load_bundle(Path(sources.bundle)), ExitStack()
+        here = instructions()
+        others = ["another bundle"] if self._bundle.digest != sources.digest else []
+        others += ["another checkpoint"] if self._checkpoint.identity() != sources.identity else []
+        if here != sources.instructions:
+            more, less = sorted(here - sources.instructions), sorted(sources.instructions - here)
+            others.append(
+                f"another processor, with {', '.join(more) or 'nothing more'}, without {', '.join(less) or 'nothing'}"
+            )
+        refuse_others(
+            dict(sources.environment), environment(self._bundle), others,
+            step="Give all nodes the same processors, the same packages and the same files under the same paths.",
+        )  # fmt: skip
 
     def answers(self, side: str, jobs: Sequence[Job]) -> list[Any]:
         """As :func:`answer`."""
@@ -143,14 +143,15 @@ class Worker:
 
     @cached_property
     def _subject(self) -> Subject:
+        model = self._stack.enter_context(Model(self._bundle.folder, threads=self._sources.threads))
         opened = open_subject(
-            self._model, context=self._sources.context, threads=self._sources.threads, layered=not self._whole
+            model, context=self._sources.context, threads=self._sources.threads, layered=not self._whole
         )
         return self._stack.enter_context(opened)
 
     @cached_property
     def _choices(self) -> Choices:
-        found = open_choices(self._model.bundle, self._checkpoint, whole=self._whole, threads=self._sources.threads)
+        found = open_choices(self._bundle, self._checkpoint, whole=self._whole, threads=self._sources.threads)
         assert found is not None
         self._stack.callback(found.close)
         return found
@@ -161,7 +162,7 @@ class Worker:
 
     @cached_property
     def _yardstick(self) -> Reference:
-        return open_transformers(self._checkpoint, self._model.bundle.precision, whole=self._whole)
+        return open_transformers(self._checkpoint, self._bundle.precision, whole=self._whole)
 
     @cached_property
     def _oracle(self) -> Oracle:

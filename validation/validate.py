@@ -92,8 +92,8 @@ def validate(
         layered: compute references a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
             the whole model if it takes less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
-        ray: address of a Ray cluster whose workers answer texts and cases, or "local" for one of this machine's processors; for bundles
-            that run on processors. The figures are the same.
+        ray: address of a Ray cluster whose workers answer texts and cases, or "local" for one of this machine's processors. A bundle
+            for a GPU answers here, its references there. The figures are the same.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
@@ -113,8 +113,6 @@ def validate(
     loaded = _checked_bundle(bundle, devices)
     if ray is not None:
         require("validate with Ray")
-        if loaded.backend.gpu:
-            raise InputError(f"--ray is for bundles that run on processors; {bundle} is for a GPU. Leave it out.")
     chosen = resolve_gates(gates or {}, loaded.profile, loaded.precision)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
@@ -289,7 +287,7 @@ def _measure(
         if cluster is not None:
             sources = Sources(
                 str(bundle.folder.resolve()), str(checkpoint.folder.resolve()), bundle.digest, checkpoint.identity(),
-                tuple(checkpoint.allowed_keys), tuple(environment(bundle).items()), instructions(), threads, whole, plan.longest(),
+                tuple(checkpoint.allowed_keys), tuple(environment(bundle, executed=not bundle.backend.gpu).items()), instructions(), threads, whole, plan.longest(),
             )  # fmt: skip
             sides = spread(sides, cluster, sources)
         found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model))
