@@ -24,6 +24,8 @@ from .packages import require
 LOCAL = "local"
 #: How often a task is run again whose worker was lost.
 AGAIN = 8
+# In Ray's error for a function whose module a worker does not find.
+_UNKNOWN = "failed to import on the worker"
 # Ray does not tell lost connections from refused ones, and tries for many minutes.
 _CONNECT_SECONDS = 10
 
@@ -103,11 +105,12 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FoldkvError):
                 raise error.cause from None
-            if isinstance(error.cause, ImportError):
-                raise _unusable(str(error.cause)) from None
+            if _UNKNOWN in str(error.cause) or isinstance(error.cause, ImportError):
+                raise MissingDependencyError(
+                    f"a worker of the Ray cluster cannot run foldkv: {str(error.cause).strip().splitlines()[-1]}. Install the same "
+                    "packages on all nodes."
+                ) from None
             raise
-        except self._ray.exceptions.RaySystemError as error:  # the worker could not read the function or its arguments
-            raise _unusable(_reason(error)) from None
         except self._ray.exceptions.RayError as error:
             raise MissingDependencyError(
                 f"the Ray cluster lost {what} {AGAIN + 1} times ({_reason(error)}). Look at its memory, or leave out --ray."
@@ -148,12 +151,6 @@ def refuse_others(
     if findings or others:
         title = f"a worker of the Ray cluster on {platform.node()} would compute something else"
         raise InputError(listing(title, [*findings, *others], step))
-
-
-def _unusable(reason: str) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"a worker of the Ray cluster cannot run foldkv: {reason}. Install the same packages on all nodes."
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -84,6 +84,7 @@ class ValidateConfig(_Strict):
     contexts: list[Tokens] = []
     baseline: str | None = None
     threads: int | None = Field(default=None, ge=1)
+    ray: str | None = None
 
 
 class PipelineConfig(_Strict):

@@ -241,6 +241,8 @@ class _Pipeline:
         from .validation.validate import check_contexts
 
         wanted, profile = self.config.validation, self.config.export.profile
+        if wanted.ray is not None:
+            require("validate with Ray")
         if wanted.text is not None:
             load_text(Path(wanted.text))
         for older, report in ((self.baseline(name), self.report(name)) for name in wanted.targets):
@@ -473,7 +475,7 @@ def _validate(
         # Always called: the report also lists what has been built beside the bundle since.
         found = validate(
             work.bundles / name, Path(work.config.checkpoint), report, gates=wanted.gates, plan=work.plan(),
-            threads=wanted.threads, devices=work.devices(name), keep=not force, key=work.validate_key(name),
+            threads=wanted.threads, ray=wanted.ray, devices=work.devices(name), keep=not force, key=work.validate_key(name),
             text=Path(wanted.text) if wanted.text else None,
             baseline=work.baseline(name),
             allow_unknown_keys=work.config.export.allow_unknown_keys,

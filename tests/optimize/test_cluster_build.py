@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from foldkv.errors import BuildError, InputError, MissingDependencyError
 from foldkv.export.package import export_checkpoint
 from foldkv.optimize import cluster_build
 from foldkv.optimize.build import build_bundles, check_ray
+from foldkv.optimize.engine_build import build_plan
 from foldkv.optimize.recipe import Shapes
 from foldkv.optimize.targets import resolve_targets
 
@@ -97,33 +99,19 @@ def test_the_bundle_is_that_of_a_build_without_even_if_a_worker_is_killed(graph:
     )
 
 
-def endlessly() -> None:
-    time.sleep(1000)
-
-
-def test_what_a_worker_refuses_is_one_error_and_an_end_lets_those_go_who_wait(tmp_path: Path) -> None:
+def test_a_plan_that_cannot_be_built_is_the_error_of_a_build_without(tmp_path: Path) -> None:
     (tmp_path / "graph").mkdir()
     (tmp_path / "graph" / "model.onnx").write_bytes(b"no graph")
-    plan, released = tmp_path / "some.plan", list[str]()
-    with Cluster(LOCAL, "build with Ray", processors=2) as cluster:
-        with pytest.raises(BuildError, match="parse"):
-            cluster_build.ClusterBuilder(cluster)(
-                tmp_path / "graph" / "model.onnx", plan, sm=80, ranges=[], context=(1, 1, 1), backend=TENSORRT_RTX,
-                plugins=0, capture=False,
-            )  # fmt: skip
-        assert not plan.exists()
-        [endless] = cluster.give(endlessly)
-
-        def wait() -> None:
-            with contextlib.suppress(Exception):
-                cluster.wait(endless, "a sleep")
-            released.append("yes")
-
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        cluster.end()
-        waiting.join(5)
-        assert released
+    plan, options = tmp_path / "some.plan", {"ranges": [], "context": (1, 1, 1), "plugins": 0, "capture": False}
+    options |= {"sm": 80, "backend": TENSORRT_RTX}
+    with pytest.raises(BuildError) as alone:
+        build_plan(tmp_path / "graph" / "model.onnx", plan, **options)
+    with (
+        Cluster(LOCAL, "build with Ray", processors=1) as cluster,
+        pytest.raises(BuildError, match=re.escape(str(alone.value))),
+    ):
+        cluster_build.ClusterBuilder(cluster)(tmp_path / "graph" / "model.onnx", plan, **options)
+    assert not plan.exists()
 
 
 def test_a_worker_with_other_packages_is_refused() -> None:
