@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # Test files run at once; each process takes up to 2 GiB. tests/conftest.py puts the longest files first.
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
-LINKS := __init__.py __main__.py artifact.py backends.py caches.py cli.py config.py doctor.py errors.py inputs.py inspection.py manifests.py \
+LINKS := __init__.py __main__.py artifact.py backends.py caches.py cli.py cluster.py config.py doctor.py errors.py inputs.py inspection.py manifests.py \
 	onnx_files.py packages.py pipeline.py plan_text.py progress.py records.py report_text.py run_text.py shell.py tables.py \
 	targets_text.py py.typed units.py \
 	export optimize plugins runtime validation

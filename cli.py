@@ -257,6 +257,11 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     "--cache", type=_folder, help="Folder with plans of engines, which machines can share; default: FOLDKV_CACHE."
 )
 @click.option(
+    "--ray",
+    metavar="local|ADDRESS",
+    help="Let the workers of this Ray cluster build the plans of engines; local: one of this machine's processors.",
+)
+@click.option(
     "--no-place",
     is_flag=True,
     help="Leave the weights of bundles for ONNX Runtime as they are stored; every step then converts them. Slow, but writes none.",
@@ -264,7 +269,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
 @_json
 def build_command(
     graph: Path, output: Path, targets: tuple[str, ...], backend: str | None, plugins: str | None, layout: str | None,
-    jobs: int | None, weights_from: Path | None, cache: Path | None, no_place: bool, as_json: bool,
+    jobs: int | None, weights_from: Path | None, cache: Path | None, ray: str | None, no_place: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build one bundle per target from the graph package GRAPH. TensorRT-RTX and ONNX Runtime build without a GPU.
 
@@ -278,7 +283,7 @@ def build_command(
 
     report = build_bundles(
         graph, output, resolve_targets(targets, backend), plugins=_on(plugins), layout=layout, jobs=jobs,
-        weights_from=weights_from, place=not no_place, cache=cache, progress=progress(),
+        weights_from=weights_from, place=not no_place, cache=cache, ray=ray, progress=progress(),
     )  # fmt: skip
     record_builds(graph, report.results)
     if as_json:
@@ -702,7 +707,7 @@ def serve_command(
 @click.option(
     "--ray",
     metavar="local|ADDRESS",
-    help="Let the workers of this Ray cluster answer the cases; local: one of this machine's processors. The figures are the same.",
+    help="Let the workers of this Ray cluster answer texts and cases; local: one of this machine's processors. The figures are the same.",
 )
 @_allow_unknown_key
 @_json

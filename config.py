@@ -61,6 +61,7 @@ class BuildConfig(_Strict):
     layout: Annotated[str, AfterValidator(_known_layout)] = DENSE
     jobs: int | None = Field(default=None, ge=1)
     cache: str | None = None
+    ray: str | None = None
     shapes: ShapesConfig = ShapesConfig()
 
 
@@ -83,6 +84,7 @@ class ValidateConfig(_Strict):
     contexts: list[Tokens] = []
     baseline: str | None = None
     threads: int | None = Field(default=None, ge=1)
+    ray: str | None = None
 
 
 class PipelineConfig(_Strict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import platform
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from . import __version__
 from .backends import BACKENDS, ONNX_RUNTIME, Backend
 from .errors import FoldkvError, MissingDependencyError, system_failure
 
@@ -66,6 +68,7 @@ FEATURES = {
     "validate": Feature(_VALIDATE, "validate"),
     "evidence": Feature(("numpy", "jsonschema", "cyclonedx", "in_toto_attestation", *_SIGN), "evidence"),
     "verify signatures": Feature(_SIGN),
+    "build with Ray": Feature(("ray",)),
     "validate with Ray": Feature(("ray",)),
     "trends": Feature(("jinja2", "jsonschema"), "trends"),
     "chat templates": Feature(("jinja2",)),
@@ -141,6 +144,12 @@ def requirement(module: str) -> str:
 def version_of(module: str) -> str | None:
     """The installed version, of whichever package has the module; None: not installed, or without metadata."""
     return _version(package_of(module)) or _version(VARIANTS.get(module, ""))
+
+
+def versions(wanted: Iterable[str]) -> dict[str, str]:
+    """Versions by package of these modules, with Python's and foldkv's own. A package that is not installed is left out."""
+    found = {package_of(module): version_of(module) for module in wanted}
+    return {"python": platform.python_version(), "foldkv": __version__} | {name: v for name, v in found.items() if v}
 
 
 def has_package(package: str) -> bool:

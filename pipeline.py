@@ -20,7 +20,7 @@ from .artifact import MANIFEST, check_destination, sha256_file, sha256_json
 from .config import PipelineConfig
 from .errors import EXIT_ENVIRONMENT, EXIT_GATE_FAILED, EXIT_OK, ArtifactError, InputError
 from .manifests import BundleManifest, GraphManifest, ReportManifest, reason_to_replace
-from .optimize.build import build_bundles, reasons_to_build
+from .optimize.build import build_bundles, check_ray, reasons_to_build
 from .optimize.choices import check_here, choose
 from .optimize.fit import export_estimate, graph_bytes, plan_target
 from .optimize.history import Estimate, read_runs, record_builds, record_export
@@ -221,6 +221,8 @@ class _Pipeline:
             self._check_validation()
         if BUILD in self.stages:
             check_here(choices)
+            if config.build.ray is not None:
+                check_ray(targets)
         if EXPORT in self.stages:
             if missing(FEATURES["export"].modules) and self.export_reason():
                 require("export")
@@ -239,6 +241,8 @@ class _Pipeline:
         from .validation.validate import check_contexts
 
         wanted, profile = self.config.validation, self.config.export.profile
+        if wanted.ray is not None:
+            require("validate with Ray")
         if wanted.text is not None:
             load_text(Path(wanted.text))
         for older, report in ((self.baseline(name), self.report(name)) for name in wanted.targets):
@@ -448,6 +452,7 @@ def _build(work: _Pipeline, result: PipelineResult, force: bool, progress: Progr
         **work.build_options(),
         jobs=work.config.build.jobs,
         cache=Path(work.config.build.cache) if work.config.build.cache else None,
+        ray=work.config.build.ray,
         force=force,
         progress=progress,
     )
@@ -470,7 +475,7 @@ def _validate(
         # Always called: the report also lists what has been built beside the bundle since.
         found = validate(
             work.bundles / name, Path(work.config.checkpoint), report, gates=wanted.gates, plan=work.plan(),
-            threads=wanted.threads, devices=work.devices(name), keep=not force, key=work.validate_key(name),
+            threads=wanted.threads, ray=wanted.ray, devices=work.devices(name), keep=not force, key=work.validate_key(name),
             text=Path(wanted.text) if wanted.text else None,
             baseline=work.baseline(name),
             allow_unknown_keys=work.config.export.allow_unknown_keys,

@@ -37,6 +37,7 @@ plugins = "on"                     # "off": function bodies in engines of GPU ta
 layout = "dense"                   # with plugins also "fp8" or "fp8+fp4"; "fp8+fp4" for a served graph in ONNX Runtime
 jobs = 2                           # targets at once; default: the processors
 cache = "plans"                    # plans of engines, which machines can share; default: FOLDKV_CACHE
+ray = "local"                      # or the address of a Ray cluster: its workers build the plans of engines; default: this process
 
 [build.shapes]                     # smallest, typical, largest; engines are optimised for the typical size
 batch = [1, 1, 64]                 # sequences in a decode step
@@ -60,10 +61,11 @@ contexts = ["64k"]                 # long streams with planted values; default: 
 gates = { kl-mean = 1e-6 }         # thresholds that replace the defaults below
 baseline = "release-1/report"      # an older report, or the folder of several: shows what has changed since; default: none
 threads = 1                        # for bundle and reference; default: 1 for a small model, else all processors
+ray = "local"                      # or the address of a Ray cluster: its workers answer texts and cases; default: this process
 ```
 
 Every key is shown. Only `version`, `checkpoint` and `output` are required. The values of `build.targets`, `backend`, `jobs`, `cache`, `context`, `devices`, `text`, `contexts`,
-`gates`, `baseline` and `threads` are examples; all others are the defaults.
+`gates`, `baseline`, `threads` and both `ray` are examples; all others are the defaults.
 
 A run that cannot succeed is refused before the first stage. Reasons are targets that this machine cannot build for, layouts that a
 target cannot keep, missing packages, and folders that cannot be written. A stage is skipped if the hashes of its inputs, its settings

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..artifact import MANIFEST, check_destination, only_writer, sha256_file, sha256_json, staged
+from ..cluster import Cluster
 from ..errors import EXIT_OK, BuildError, InputError
 from ..export.checkpoint.texts import TOKENIZER
 from ..export.contract.chain import CHAIN
@@ -39,12 +41,13 @@ from ..manifests import (
     reason_to_replace,
     write,
 )
-from ..packages import as_user_error
+from ..packages import as_user_error, require
 from ..progress import Progress, Say, silent
 from ..records import to_json
 from ..units import size_text
 from .choices import Choice, backend_version, check_here, choose
-from .engine_build import end_children
+from .cluster_build import ClusterBuilder
+from .engine_build import Builder, build_plan, end_children
 from .floor import weight_floor, weights_moved_without_plugins
 from .history import expected_build
 from .kept_weights import built_in, locked_format
@@ -67,6 +70,7 @@ def build_bundles(
     weights_from: Path | None = None,
     place: bool = True,
     cache: Path | None = None,
+    ray: str | None = None,
     progress: Say = silent,
 ) -> BuildReport:
     """Build ``out/<target>/`` for every target.
@@ -91,18 +95,22 @@ def build_bundles(
         place: let bundles for ONNX Runtime have weights in float32 that the checkpoint stores in another type; else every step
             converts them.
         cache: folder with the plans of engines; machines can share it. The default is FOLDKV_CACHE or ~/.cache/foldkv.
+        ray: address of a Ray cluster whose workers build the plans of engines, or "local" for one of this machine's processors; for
+            engines that are built without a GPU. Bundles without engines are written here.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
 
     Raises:
         ArtifactError: the graph package is damaged.
-        InputError: unknown targets or layout, a layout that a target does not support, weights are missing or others, or
-            ``out`` cannot be written.
-        MissingDependencyError: this machine cannot build for some of the targets; all are named.
+        InputError: unknown targets or layout, a layout that a target does not support, weights are missing or others, a cluster
+            cannot build for a target, or ``out`` cannot be written.
+        MissingDependencyError: this machine cannot build for some of the targets; all are named. Or there is no such cluster.
     """
     package = read_package(graph, verify=True)
     planned = _jobs(package, targets, plugins, layout, shapes, place, cache)
     graphs = any(not job.target.backend.engine for job in planned)
     files = package.find_weights(weights_from) if graphs else {}
+    if ray is not None:
+        check_ray([job.target for job in planned])
     check_here([job.choice for job in planned])
     for job in planned:
         check_destination(Path(out) / job.target.name, kind=BundleManifest.KIND)
@@ -110,7 +118,7 @@ def build_bundles(
     report, counting, done = Progress.of(progress), threading.Lock(), list[Target]()
 
     def one(job: _Job) -> TargetResult:
-        result = _build_target(job, files, Path(out) / job.target.name, force, report)
+        result = _build_target(job, files, Path(out) / job.target.name, force, builder, report)
         with counting:
             done.append(job.target)
             report.steps(len(done), len(planned), "targets")
@@ -118,15 +126,38 @@ def build_bundles(
 
     if len(planned) > 1:
         report.steps(0, len(planned), "targets")
-    pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
-    try:
-        return BuildReport(list(pool.map(one, planned)))
-    except BaseException:  # an interrupt: do not wait for the others, which may take minutes
-        pool.shutdown(wait=False, cancel_futures=True)
-        end_children()
-        raise
-    finally:
-        pool.shutdown(wait=False)
+    processors, cluster = len(os.sched_getaffinity(0)), None
+    builder: Builder = build_plan
+    with ExitStack() as stack:
+        if ray is not None and any(job.target.backend.engine for job in planned):
+            cluster = stack.enter_context(Cluster(ray, "build with Ray", processors=processors))
+            builder = ClusterBuilder(cluster)
+        pool = ThreadPoolExecutor(jobs or processors)
+        try:
+            return BuildReport(list(pool.map(one, planned)))
+        except BaseException:  # an interrupt: do not wait for the others, which may take minutes
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            if cluster is not None:
+                cluster.end()
+            raise
+        finally:
+            pool.shutdown(wait=False)
+
+
+def check_ray(targets: Sequence[Target]) -> None:
+    """Check that the workers of a cluster can build for these targets.
+
+    Raises:
+        InputError: some are built on a GPU; all are named.
+        MissingDependencyError: Ray is not installed.
+    """
+    require("build with Ray")
+    others = [target.name for target in targets if target.backend.engine and not target.backend.builds_without_gpu]
+    if others:
+        raise InputError(
+            f"--ray spreads engines that are built on processors; those of {', '.join(others)} are built on a GPU. Build these without it."
+        )
 
 
 def reasons_to_build(
@@ -244,7 +275,9 @@ class _Job:
         )
 
 
-def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: bool, report: Progress) -> TargetResult:
+def _build_target(
+    job: _Job, files: Mapping[str, Path], folder: Path, force: bool, builder: Builder, report: Progress
+) -> TargetResult:  # fmt: skip
     start = time.monotonic()
     target = job.target
 
@@ -262,8 +295,11 @@ def _build_target(job: _Job, files: Mapping[str, Path], folder: Path, force: boo
                 if expected is not None:
                     progress.expect(expected.low, expected.high)
                 with staged(folder, kind=BundleManifest.KIND) as work:
-                    build = _write_engine if target.backend.engine else _write_graph
-                    made = build(job, files, work, progress)
+                    made = (
+                        _write_engine(job, work, builder, progress)
+                        if target.backend.engine
+                        else _write_graph(job, files, work, progress)
+                    )
                     seconds = round(time.monotonic() - start, 3)
                     write(work, _manifest(job, spec, made, seconds), known=made.known)
             layers, engines = made.engine.plugin_layers, (made.engine.segments or {}).values()
@@ -392,7 +428,7 @@ def _write_graph(job: _Job, files: Mapping[str, Path], work: Path, progress: Pro
     return _Made(state, EngineFacts(CHAIN, nodes=nodes), BuildCost(peak), known=known)
 
 
-def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Progress) -> _Made:
+def _write_engine(job: _Job, work: Path, builder: Builder, progress: Progress) -> _Made:
     from .engine_set import write_engines
 
     package = job.package
@@ -408,7 +444,8 @@ def _write_engine(job: _Job, files: Mapping[str, Path], work: Path, progress: Pr
     try:
         made = write_engines(
             package, work, scratch, target=job.target, shapes=job.shapes, plugins=job.plugins,
-            backend_version=backend_version(job.target), layout=job.layout, cache=PlanCache(job.cache), progress=progress,
+            backend_version=backend_version(job.target), layout=job.layout, cache=PlanCache(job.cache), build=builder,
+            progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

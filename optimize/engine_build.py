@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from .targets import Target
 
 #: Smallest, typical and largest shape, by input.
 Ranges = dict[str, list[list[int]]]
+#: What builds a plan: :func:`build_plan`, or something else that takes its arguments and returns what it does.
+Builder = Callable[..., dict[str, Any]]
 # A build takes one processor and a few hundred megabytes. All targets of a process share these.
 _SLOTS = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
 _children: set[subprocess.Popen[str]] = set()

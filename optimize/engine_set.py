@@ -29,7 +29,7 @@ from ..manifests import OperatorCoverage, SegmentEngine
 from ..plugins.inject import Given, Injection, inject_nodes, set_library, updated_in_place
 from ..progress import Progress, Say, silent
 from .bundled_kernels import Bundled, bundle_kernels
-from .engine_build import build_plan, profiles
+from .engine_build import Builder, profiles
 from .passes.linears import read_stored
 from .passes.lower import CONSTANTS, MODEL, Lowered, lowered_segment
 from .plan_cache import PlanCache
@@ -92,6 +92,7 @@ def write_engines(
     shapes: Shapes,
     plugins: bool,
     backend_version: str,
+    build: Builder,
     layout: str = DENSE,
     cache: PlanCache | None = None,
     progress: Say = silent,
@@ -106,6 +107,7 @@ def write_engines(
         shapes: sizes that the engines are built for.
         plugins: give foldkv's operators to plugins.
         backend_version: of the library that builds.
+        build: builds a plan.
         layout: name of the cache layout.
         cache: where plans are kept.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` learns more.
@@ -153,13 +155,13 @@ def write_engines(
 
     def one(name: str) -> dict[str, Any]:
         facts = _plan(
-            segments[name], work / PLANS / f"{name}.plan", name, target, shapes, backend_version, cache, report
+            segments[name], work / PLANS / f"{name}.plan", name, target, shapes, backend_version, cache, build, report
         )
         done.append(name)
         report.steps(len(done), len(names), "engines")
         return facts
 
-    with ThreadPoolExecutor(len(names)) as pool:  # engine_build.py bounds how many run at once
+    with ThreadPoolExecutor(len(names)) as pool:  # engine_build.py, or the cluster, bounds how many run at once
         built = dict(zip(names, pool.map(one, names), strict=True))
     launched = {kernel for facts in built.values() for kernel in facts["kernels"]}
     if launched - bundled.names:
@@ -254,7 +256,7 @@ def _roles(package: Package, name: str) -> dict[str, Weight]:
 
 def _plan(
     segment: _Segment, plan: Path, name: str, target: Target, shapes: Shapes, backend_version: str, cache: PlanCache,
-    report: Progress,
+    build: Builder, report: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Build one plan, or take it from the cache; returns what is known of it."""
     backend, sm = target.backend, target.sm
@@ -273,7 +275,7 @@ def _plan(
         if facts is not None:
             return facts | {"reused": True}
         try:
-            facts = build_plan(
+            facts = build(
                 segment.folder / MODEL, plan, sm=named, ranges=ranges, context=shapes.context, backend=backend,
                 plugins=sum(segment.plugins.values()), capture=segment.captures, progress=progress,
             )  # fmt: skip

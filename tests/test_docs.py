@@ -66,6 +66,7 @@ def test_the_sample_pipeline_can_be_loaded_and_shows_every_key_with_its_default(
             "threads",
             "devices",
             "cache",
+            "ray",
             "batch",
             "chunk",
             "context",

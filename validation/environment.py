@@ -1,16 +1,33 @@
-"""What computes: the versions of Python and of the packages that measure."""
+"""What computes: the versions of Python and of the packages that measure, and the processor."""
 
 from __future__ import annotations
 
-import platform
+import re
+from pathlib import Path
 
-from .. import __version__
-from ..packages import FEATURES, package_of, version_of
+from ..packages import FEATURES, versions
 from ..runtime.bundle import Bundle
 
+#: Instruction sets that libraries choose kernels by, as Linux names them.
+_VECTORS = re.compile(r"(?:s?sse|avx|amx|fma|f16c|asimd|sve|sme(?!p)|bf16|i8mm|fp(?!u))")
 
-def environment(bundle: Bundle) -> dict[str, str]:
-    """Versions by package, with Python's and foldkv's own. A package that is not installed is left out."""
-    modules = dict.fromkeys([*FEATURES["validate"].modules, bundle.backend.module])
-    found = {package_of(module): version_of(module) for module in modules}
-    return {"python": platform.python_version(), "foldkv": __version__} | {name: v for name, v in found.items() if v}
+
+def environment(bundle: Bundle, *, executed: bool = True) -> dict[str, str]:
+    """Versions by package, with Python's and foldkv's own. A package that is not installed is left out.
+
+    Args:
+        bundle: what is measured.
+        executed: with the library that executes it, else only what references need.
+    """
+    return versions(dict.fromkeys([*FEATURES["validate"].modules, *([bundle.backend.module] if executed else [])]))
+
+
+def instructions() -> frozenset[str]:
+    """Instruction sets for vectors and matrices that this machine's processors have: kernels for others round otherwise in the last bits.
+    Empty where the system does not say it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(word for word in found[1].split() if _VECTORS.match(word)) if found else frozenset()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,20 +34,38 @@ from .layered_subject import LayeredSubject
 from .selection import Ints
 
 
+class Choices(Protocol):
+    """Says which entries the indexers of a bundle chose."""
+
+    #: Whether it is to be told of all texts before it is asked.
+    ahead: bool
+
+    def prepare(self, texts: Sequence[Sequence[int]], *, folder: Path | None = None, progress: Say = silent) -> None:
+        """Find out now what is chosen in these texts."""
+
+    def chosen(self, tokens: Sequence[int]) -> dict[int, Ints]:
+        """As :meth:`GraphChoices.chosen`."""
+        ...
+
+    def close(self) -> None:
+        """Free what was opened."""
+
+
 class GraphChoices:
     """The entries that the indexers of a chain of graphs chose. All texts use one copy of the chain."""
 
-    def __init__(self, chain: ChainModel, csa_layers: Sequence[int]) -> None:
+    def __init__(self, chain: ChainModel, csa_layers: Sequence[int], *, ahead: bool = False) -> None:
         """Load the chain's segments once more, with what their indexers choose as outputs; weights are shared.
 
         Args:
             chain: of the subject, which stays open.
             csa_layers: layers with an indexer.
+            ahead: whether :meth:`prepare` is to be called, because the model does not fit into memory.
 
         Raises:
             ArtifactError: a segment with an indexer does not name what it chose.
         """
-        self._csa, self._bundle, table = list(csa_layers), chain.bundle, chain.table
+        self._csa, self._bundle, table, self.ahead = list(csa_layers), chain.bundle, chain.table, ahead
         self._known: dict[tuple[int, ...], dict[int, Ints]] = {}
         kinds = {call.segment for call in table.calls if call.layer in self._csa}
         self._model = chain.with_graphs(

@@ -3,66 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..export.checkpoint.reader import Checkpoint
 from ..progress import Progress
 from ..runtime.tokenizer import Tokenizer
-from .behaviour import BehaviourFigure, ask
+from .behaviour import BehaviourFigure, ask, is_answer
 from .behaviour import metrics as behaviour_metrics
 from .behaviour_cases import SWEEP, BehaviourCase, kind_cases, sweep_cases
 from .cases import RetrievalCase, Text, retrieval_cases, text_windows
 from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
 from .divergence import LayerFigure, Streams, first_divergence, layer_figure, token_errors
-from .inside import GraphChoices, index_keys
+from .inside import index_keys
 from .jobs import Job
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
 from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
 from .reproducers import Reproducers
 from .result import Measurements
-from .runners import Look, Oracle, Reading, Reference, Subject
+from .runners import Look, Oracle, Reading, Runner
 from .selection import Ints, Selection, SelectionFigure, compare_selections
 from .settings import Plan
-from .spread import Cluster, answers
+from .sides import Sides
 
 # Sizes that never line up with a window or a ratio: every chunk edge falls somewhere else.
 _ODD_CHUNKS = (1, 3, 7, 2, 13, 5, 31, 1, 11)
 
 
-@dataclass(frozen=True)
-class Sides:
-    """Subject and references, opened.
-
-    Attributes:
-        subject: the bundle.
-        reference: transformers in float32, in memory or layer by layer.
-        oracle: what a bundle of the profile served must compute; None in others.
-        yardstick: transformers in bfloat16, for a bundle in bfloat16; None for others.
-        checkpoint: of all of them.
-        tokenizer: likewise.
-        threads: of the references, and of a subject on the CPU.
-    """
-
-    subject: Subject
-    reference: Reference
-    oracle: Oracle | None
-    yardstick: Reference | None
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    threads: int
-
-
 def measure(
-    sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress, reproducers: Reproducers,
-    cluster: Cluster | None = None,
+    sides: Sides, plan: Plan, text: Text, behaviour: list[BehaviourCase], progress: Progress, reproducers: Reproducers
 ) -> Measurements:  # fmt: skip
     """Measure everything except long contexts, and save the layers that tell most.
 
-    ``behaviour`` is what :func:`behaviour_cases` gave. A cluster answers the values to retrieve, if there is one.
+    ``behaviour`` is what :func:`behaviour_cases` gave.
 
     Raises:
         InputError: the text has fewer than two tokens.
@@ -91,11 +65,8 @@ def measure(
     alone: list[Streams] = []
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
     questions = [_question(tokenizer, case) for case in cases]
-    shares = None if cluster is None else cluster.ask(questions)
     # All that the sides will be asked: one that reads its weights again for every question reads them once.
-    asked_last: list[tuple[list[int], int | None]] = []
-    if cluster is None:
-        asked_last += [(tokens, len(answer)) for tokens, answer in questions]
+    asked_last: list[tuple[list[int], int | None]] = [(tokens, len(answer)) for tokens, answer in questions]
     asked_last += [(case.tokens, len(case.answer)) for case in behaviour]
     seen = texts if inside.needs_streams else texts[:1]
     subject.announce(
@@ -103,6 +74,7 @@ def measure(
         pieces=[(tokens, _odd_sizes(len(tokens))) for tokens in texts],
         logits=[*((one, None) for one in texts[len(seen) :]), *asked_last],
     )
+    inside.announce(texts, progress)
     looks = []
     for number, tokens in enumerate(texts, 1):
         progress(f"text {number} of {len(texts)}, {len(tokens)} tokens, by the bundle")
@@ -113,7 +85,7 @@ def measure(
         chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
         chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
     once, again = subject.again(texts[0])
-    inside.prepare(texts, looks, progress)
+    inside.prepare(texts, looks)
     actual_choices = [inside.chosen(tokens, look) for tokens, look in zip(texts, looks, strict=True)]
     jobs = [
         Job(tokens, chosen=chosen, keep_streams=number == 0 and oracle is None)
@@ -162,15 +134,12 @@ def measure(
     _reproduce(sides, reproducers, texts, looks[0], layers, alone, worst)
     selection = compare_selections(expected_choices, actual_choices, ratios)
     total = concatenate(figures)
-    if cluster is not None and shares is not None:
-        solved = cluster.collect(shares, progress)
-    else:
-        solved = np.zeros((2, len(cases)), bool)
-        for number, case in enumerate(cases):
-            if number % plan.cases_per_distance == 0:
-                progress(f"retrieval at distance {case.distance}")
-            progress.steps(number, len(cases), "values")
-            solved[:, number] = [answers(side, *questions[number]) for side in (reference, subject)]
+    solved = np.zeros((2, len(cases)), bool)
+    for number, case in enumerate(cases):
+        if number % plan.cases_per_distance == 0:
+            progress(f"retrieval at distance {case.distance}")
+        progress.steps(number, len(cases), "values")
+        solved[:, number] = [_answers(side, *questions[number]) for side in (reference, subject)]
     asked = _ask(sides, behaviour, progress)
     metrics = (
         summary(total)
@@ -261,24 +230,21 @@ class _Inside:
     """What the subject's indexers chose, observed or recomputed; see inside.py."""
 
     def __init__(self, sides: Sides) -> None:
-        self._sides = sides
-        self._layers = list(sides.checkpoint.spec.indexed_ratios)
-        bundle = sides.subject.bundle
-        # A GPU has no room for a second copy of the weights.
-        recomputed = bundle.backend.gpu or not self._layers
-        chain = None if recomputed else sides.subject.model.chain
-        self._graph = None if chain is None else GraphChoices(chain, self._layers)
+        self._sides, self._layers = sides, list(sides.checkpoint.spec.indexed_ratios)
 
     @property
     def needs_streams(self) -> bool:
         """Whether choices are recomputed."""
-        return self._graph is None and bool(self._layers)
+        return self._sides.choices is None and bool(self._layers)
 
-    def prepare(self, texts: list[list[int]], looks: list[Look], progress: Progress) -> None:
-        """Say of which texts it will be asked: a chain that goes a layer at a time reads them now, and the reference or the oracle is told
-        that it will be asked what its indexers choose from the subject's rows."""
-        if self._graph is not None and not self._sides.subject.in_memory:
-            self._graph.prepare(texts, folder=self._sides.subject.kept, progress=progress)
+    def announce(self, texts: list[list[int]], progress: Progress) -> None:
+        """Say of which texts it will be asked: a chain that goes a layer at a time reads them now."""
+        choices = self._sides.choices
+        if choices is not None and choices.ahead:
+            choices.prepare(texts, folder=self._sides.subject.kept, progress=progress)
+
+    def prepare(self, texts: list[list[int]], looks: list[Look]) -> None:
+        """Tell the reference or the oracle that it will be asked what its indexers choose from the subject's rows, if it will."""
         if self.needs_streams:
             (self._sides.oracle or self._sides.reference).prepare(
                 [
@@ -295,15 +261,15 @@ class _Inside:
         """By layer, the entries [n, places] of each query."""
         if not self._layers:
             return {}
-        if self._graph is not None:
-            return self._graph.chosen(tokens)
         sides = self._sides
+        if sides.choices is not None:
+            return sides.choices.chosen(tokens)
         return (sides.oracle or sides.reference).alone(tokens, look.streams, self._keys(tokens, look)).chosen
 
     def close(self) -> None:
-        """Free what was opened."""
-        if self._graph is not None:
-            self._graph.close()
+        """Free what says the choices."""
+        if self._sides.choices is not None:
+            self._sides.choices.close()
 
 
 def _layers(sides: Sides, tokens: list[int], look: Look, reading: Reading) -> tuple[list[LayerFigure], list[Streams]]:
@@ -395,6 +361,11 @@ def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], lis
     """The tokens that are fed, and those that should be the likeliest after the last of them."""
     prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
     return [*prompt, *answer[:-1]], answer
+
+
+def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
+    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
+    return is_answer(answer, runner.logits(tokens, last=len(answer)))
 
 
 def _odd_sizes(length: int) -> list[int]:

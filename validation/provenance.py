@@ -14,9 +14,9 @@ from ..runtime.wide import AUTO
 from .binding import binding
 from .cases import Text
 from .environment import environment
-from .measure import Sides
 from .selection import OBSERVED, RECOMPUTED
 from .settings import Plan
+from .sides import Sides
 
 
 def about(bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int) -> dict[str, Any]:

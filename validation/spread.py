@@ -1,194 +1,210 @@
-"""Cases answered by the workers of a Ray cluster, https://docs.ray.io. Each opens the bundle and the reference once, from the same paths.
+"""The sides of a validation in front of the workers of a Ray cluster: what is announced is answered there.
 
-A case is a question from an empty state, so its answer does not depend on who answers it: the figures are those of a run without. A
-worker whose files, packages or threads would compute otherwise is refused. A share whose worker is lost is answered again by another.
+A question is a text from an empty state, so its answer does not depend on who gives it: the figures are those of a run without. The sides
+here answer what is about streams after layers, which are hundreds of times as large as logits, and what goes on from a state.
 """
 
 from __future__ import annotations
 
-import platform
-import re
-import socket
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ..errors import FoldkvError, InputError, MissingDependencyError, listing
-from ..export.checkpoint.reader import Checkpoint
-from ..packages import require
-from ..progress import Progress
-from ..runtime.backend import default_threads
-from ..runtime.model import Model
-from .behaviour import is_answer
-from .environment import environment
+from ..cluster import Cluster
+from ..progress import Say, silent
+from .inside import Choices
 from .jobs import Job
-from .layered_runner import LayeredRunner
-from .layered_subject import open_subject
-from .runners import Reference, Runner, Subject, TransformersRunner, torch_threads
+from .runners import Alone, Logits, Look, Oracle, Reading, Reference, Subject
+from .selection import Ints
+from .sides import Sides
+from .spread_worker import CHOICES, ORACLE, REFERENCE, SUBJECT, YARDSTICK, Sources, answer
 
-#: The tokens that are fed, and those that should be the likeliest after the last of them.
-Question = tuple[list[int], list[int]]
-#: The address that means a cluster of this machine's own processors, for this run.
-LOCAL = "local"
-#: Questions of a share. A lost worker loses no more than this.
+#: Questions of a share, of models in memory. A lost worker loses no more than this.
 SHARE = 8
-#: How often a share is answered again whose worker was lost.
-_AGAIN = 8
+#: Shares for each worker, so that none waits long for the last.
+_SHARES_EACH = 4
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What a worker opens, and what it must find.
+def spread(sides: Sides, cluster: Cluster, sources: Sources) -> Sides:
+    """The same sides, of which the workers answer what can be asked of them. A bundle for a GPU answers here."""
+    shared = cluster.shared(sources)
 
-    Attributes:
-        bundle, checkpoint: folders, which all workers see under the same path.
-        digest: of the bundle.
-        identity: of the checkpoint.
-        allowed: keys of the checkpoint's config.json to ignore.
-        environment: versions of Python and of packages.
-        threads: of the reference and the subject.
-        whole: the reference in memory, else layer by layer.
-        context: tokens of the longest question.
-        matrices: how the subject reads the matrices of a large model.
-    """
+    def questions(side: str) -> _Questions:
+        return _Questions(cluster, sources, shared, side)
 
-    bundle: str
-    checkpoint: str
-    digest: str
-    identity: str
-    allowed: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...]
-    threads: int
-    whole: bool
-    context: int
-    matrices: str
-
-
-def answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:
-    """Whether the greedy continuation is the answer: every answer token is the likeliest one."""
-    return is_answer(answer, runner.logits(tokens, last=len(answer)))
-
-
-class Cluster:
-    """A Ray cluster that answers questions. A context manager; leaving it ends what it started.
-
-    Raises:
-        MissingDependencyError: Ray is not installed, or there is no cluster at the address.
-    """
-
-    def __init__(self, address: str, sources: Sources) -> None:
-        """Connect to ``address``, or start a cluster on this machine if that is "local"."""
-        require("validate with Ray")
-        import ray
-
-        self._ray: Any = ray
-        self._sources = sources
-        where: dict[str, Any] = (
-            {"num_cpus": default_threads(), "include_dashboard": False} if address == LOCAL else {"address": address}
+    if not sides.subject.bundle.backend.gpu:
+        sides = replace(
+            sides,
+            subject=_Subject(sides.subject, questions(SUBJECT)),
+            choices=None if sides.choices is None else _Choices(sides.choices, questions(CHOICES)),
         )
-        try:
-            _reach(address)
-            ray.init(**where, logging_level="ERROR", log_to_driver=False)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise MissingDependencyError(
-                f"there is no Ray cluster at {address!r} ({str(error).strip().splitlines()[0][:200]}). Start one with `ray start --head` and "
-                f"give its address, or give {LOCAL!r}."
-            ) from None
-
-    def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """Begin to answer; :meth:`collect` takes what this returns."""
-        workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._sources.threads)
-        # Each pass through a reference that is computed layer by layer reads all weights.
-        size = SHARE if self._sources.whole else -(-len(questions) // workers)
-        task = self._ray.remote(num_cpus=self._sources.threads, max_retries=_AGAIN)(_answer)
-        sources = self._ray.put(self._sources)
-        return [task.remote(sources, list(questions[at : at + size])) for at in range(0, len(questions), size)]
-
-    def collect(self, shares: Sequence[Any], progress: Progress) -> npt.NDArray[np.bool_]:
-        """Whether reference and subject answered each question: [2, n].
-
-        Raises:
-            FoldkvError: a worker cannot answer, or workers were lost again and again.
-        """
-        found = []
-        for number, share in enumerate(shares):
-            progress.steps(number, len(shares), "shares of the cases")
-            try:
-                found += self._ray.get(share)
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, FoldkvError) else error from None
-            except self._ray.exceptions.RayError as error:
-                raise MissingDependencyError(
-                    f"the Ray cluster lost a share of the cases {_AGAIN + 1} times ({str(error).strip().splitlines()[0][:200]}). "
-                    "Look at its memory, or validate without --ray."
-                ) from None
-        return np.array(found, bool).reshape(-1, 2).T
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+    return replace(
+        sides,
+        reference=_Reference(sides.reference, questions(REFERENCE)),
+        oracle=None if sides.oracle is None else _Oracle(sides.oracle, questions(ORACLE)),
+        yardstick=None if sides.yardstick is None else _Reference(sides.yardstick, questions(YARDSTICK)),
+    )
 
 
-def _reach(address: str) -> None:
-    """Connect to ``host:port`` and leave: Ray itself tries for many minutes.
+class _Questions:
+    """What the workers were asked about one side."""
 
-    Raises:
-        OSError: nobody answers.
+    def __init__(self, cluster: Cluster, sources: Sources, shared: Any, side: str) -> None:
+        self._cluster, self._sources, self._shared, self._side = cluster, sources, shared, side
+        self._given: dict[str, Any] = {}
+
+    def give(self, jobs: Sequence[Job]) -> list[Job]:
+        """Ask the workers, and return the jobs that they do not get."""
+        new = {job.key: job for job in jobs if not _inside(job)}
+        threads = self._sources.threads
+        workers = max(1, self._cluster.processors // threads)
+        # Each pass through a model that goes a layer at a time reads all weights.
+        parts, most = (_SHARES_EACH * workers, SHARE) if self._sources.whole else (workers, len(new))
+        for share in shares(
+            [(key, len(job.tokens)) for key, job in new.items() if key not in self._given], parts, most
+        ):
+            found = self._cluster.give(
+                answer, self._shared, self._side, [new[key] for key in share], processors=threads, answers=len(share)
+            )
+            self._given |= dict(zip(share, found, strict=True))
+        return [job for job in jobs if _inside(job)]
+
+    def answer(self, job: Job) -> Any:
+        """What a worker answers; None if none was asked."""
+        given = self._given.get(job.key)
+        return None if given is None else self._cluster.wait(given, f"questions to {self._side}")
+
+
+def _inside(job: Job) -> bool:
+    """Whether a question is about what is inside of a model."""
+    return job.keep_streams or job.given is not None
+
+
+def shares(sizes: Sequence[tuple[str, int]], parts: int, most: int) -> list[list[str]]:
+    """Split things into parts of about the same size, in order.
+
+    Args:
+        sizes: names and sizes, in order.
+        parts: how many, unless parts would get too long.
+        most: things of a part.
     """
-    if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):
-        socket.create_connection((found[1], int(found[2])), timeout=10).close()
+    found, total, seen, last = list[list[str]](), sum(size for _, size in sizes), 0, -1
+    for name, size in sizes:
+        part = seen * parts // total
+        if part != last or len(found[-1]) == most:
+            found.append([])
+        found[-1].append(name)
+        seen, last = seen + size, part
+    return found
 
 
-#: In a worker: what it has opened, and how to close it.
-_opened: dict[Sources, tuple[ExitStack, Reference, Subject]] = {}
+class _Subject:
+    """See :class:`~foldkv.validation.runners.Subject`."""
+
+    def __init__(self, own: Subject, questions: _Questions) -> None:
+        self._own, self._questions = own, questions
+        self.name, self.model, self.bundle = own.name, own.model, own.bundle
+        self.context, self.state_bytes, self.in_memory = own.context, own.state_bytes, own.in_memory
+        self.kept: Path | None = own.kept
+
+    def announce(
+        self, *, looks: Sequence[Sequence[int]] = (), pieces: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+        logits: Sequence[tuple[Sequence[int], int | None]] = (),
+    ) -> None:  # fmt: skip
+        jobs = [_fed(tokens, sizes) for tokens, sizes in pieces]
+        self._questions.give([*jobs, *(Job(tokens, last=last) for tokens, last in logits)])
+        self._own.announce(looks=looks)
+
+    def look(self, tokens: Sequence[int]) -> Look:
+        return self._own.look(tokens)
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        found: Logits | None = self._questions.answer(Job(tokens, last=last))
+        return self._own.logits(tokens, last=last) if found is None else found
+
+    def logits_in(self, tokens: Sequence[int], sizes: Sequence[int]) -> Logits:
+        found: Logits | None = self._questions.answer(_fed(tokens, sizes))
+        return self._own.logits_in(tokens, sizes) if found is None else found
+
+    def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
+        return self._own.again(tokens)
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        return self._own.tail_logits(tokens, tail)
+
+    def at(self, context: int) -> AbstractContextManager[Subject]:
+        return self._own.at(context)
 
 
-def _answer(sources: Sources, questions: list[Question]) -> list[tuple[bool, bool]]:
-    """In a worker: whether reference and subject answer each question."""
-    if sources not in _opened:
-        for stack, *_ in _opened.values():
-            stack.close()
-        _opened.clear()
-        _opened[sources] = _open(sources)
-    _, reference, subject = _opened[sources]
-    with torch_threads(sources.threads):
-        reference.prepare([Job(tokens, last=len(answer)) for tokens, answer in questions])
-        subject.announce(logits=[(tokens, len(answer)) for tokens, answer in questions])
-        return [(answers(reference, *question), answers(subject, *question)) for question in questions]
+class _Choices:
+    """See :class:`~foldkv.validation.inside.Choices`."""
+
+    ahead = True
+
+    def __init__(self, own: Choices, questions: _Questions) -> None:
+        self._own, self._questions = own, questions
+
+    def prepare(self, texts: Sequence[Sequence[int]], *, folder: Path | None = None, progress: Say = silent) -> None:
+        self._questions.give([Job(tokens) for tokens in texts])
+
+    def chosen(self, tokens: Sequence[int]) -> dict[int, Ints]:
+        found: dict[int, Ints] | None = self._questions.answer(Job(tokens))
+        return self._own.chosen(tokens) if found is None else found
+
+    def close(self) -> None:
+        self._own.close()
 
 
-def _open(sources: Sources) -> tuple[ExitStack, Reference, Subject]:
-    with ExitStack() as stack:
-        checkpoint = Checkpoint(Path(sources.checkpoint), allow_unknown_keys=sources.allowed)
-        model = stack.enter_context(Model(Path(sources.bundle), threads=sources.threads, matrices=sources.matrices))
-        _refuse_others(sources, checkpoint, model)
-        subject: Subject = stack.enter_context(open_subject(model, context=sources.context, layered=not sources.whole))
-        reference: Reference = (
-            TransformersRunner(checkpoint.folder, allow_unknown_keys=sources.allowed)
-            if sources.whole
-            else LayeredRunner(checkpoint)
-        )
-        return stack.pop_all(), reference, subject
+class _Reference:
+    """See :class:`~foldkv.validation.runners.Reference`."""
+
+    def __init__(self, own: Reference, questions: _Questions) -> None:
+        self._own, self._questions = own, questions
+        self.name, self.in_memory = own.name, own.in_memory
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        self._own.prepare(self._questions.give(jobs))
+
+    def logits(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
+        found: Reading | None = self._questions.answer(Job(tokens, last=last))
+        return self._own.logits(tokens, last=last) if found is None else found.logits
+
+    def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
+        return self._own.tail_logits(tokens, tail)
+
+    def read(self, tokens: Sequence[int], chosen: Mapping[int, Ints], *, streams: bool = False) -> Reading:
+        found: Reading | None = self._questions.answer(Job(tokens, chosen=chosen, keep_streams=streams))
+        return self._own.read(tokens, chosen, streams=streams) if found is None else found
+
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        return self._own.alone(tokens, given, keys)
 
 
-def _refuse_others(sources: Sources, checkpoint: Checkpoint, model: Model) -> None:
-    here = environment(model.bundle)
-    findings = [
-        f"{name} {here.get(name, 'is missing')}, expected {version}"
-        for name, version in sources.environment
-        if here.get(name) != version
-    ]
-    findings += ["another bundle"] if model.bundle.digest != sources.digest else []
-    findings += ["another checkpoint"] if checkpoint.identity() != sources.identity else []
-    if findings:
-        title = f"a worker of the Ray cluster on {platform.node()} would compute something else"
-        raise InputError(
-            listing(title, findings, "Give all nodes the same packages and the same files under the same paths.")
-        )
+class _Oracle:
+    """See :class:`~foldkv.validation.runners.Oracle`."""
+
+    def __init__(self, own: Oracle, questions: _Questions) -> None:
+        self._own, self._questions = own, questions
+        self.name = own.name
+
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        return self._own.deployments
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        self._own.prepare(self._questions.give(jobs))
+
+    def read(self, tokens: Sequence[int], *, deployment: str = "", streams: bool = False) -> Reading:
+        found: Reading | None = self._questions.answer(Job(tokens, deployment=deployment, keep_streams=streams))
+        return self._own.read(tokens, deployment=deployment, streams=streams) if found is None else found
+
+    def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
+        return self._own.alone(tokens, given, keys)
+
+
+def _fed(tokens: Sequence[int], sizes: Sequence[int]) -> Job:
+    """The question how a subject answers that is fed in pieces of these sizes."""
+    return Job(tokens, edges=list(itertools.accumulate(sizes))[:-1])

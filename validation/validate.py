@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..artifact import MANIFEST, sha256_file, sha256_json, staged
 from ..backends import FLOAT32
+from ..cluster import Cluster
 from ..errors import ArtifactError, InputError, MissingDependencyError, listing
 from ..export.checkpoint.reader import Checkpoint
 from ..export.contract.chain import ChainTable
@@ -23,6 +25,7 @@ from ..manifests import BundleManifest, ReportManifest, read, write
 from ..optimize.fit import machine_memory
 from ..packages import require, version_of
 from ..progress import Progress, Say, silent
+from ..runtime.backend import default_threads
 from ..runtime.bundle import Bundle, load_bundle, missing_here
 from ..runtime.chain import threads_for
 from ..runtime.model import Model
@@ -31,21 +34,21 @@ from ..runtime.wide import AUTO, BFLOAT16
 from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
-from .environment import environment
+from .environment import environment, instructions
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
-from .layered_oracle import LayeredOracleRunner
-from .layered_runner import LayeredRunner
 from .layered_subject import open_subject
 from .long_context import REFERENCE_CONTEXT, planted_stream
-from .measure import Sides, behaviour_cases, measure, measure_contexts
+from .measure import behaviour_cases, measure, measure_contexts
 from .provenance import about, executed
 from .report import write_report
 from .reproducers import FOLDER as REPRODUCERS
 from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
-from .runners import Oracle, OracleRunner, Reference, TransformersRunner, torch_threads
+from .runners import torch_threads
 from .settings import Plan
-from .spread import Cluster, Sources
+from .sides import Sides, open_choices, open_oracle, open_transformers
+from .spread import spread
+from .spread_worker import Sources
 
 MEASURED, JUDGED_AGAIN, UNCHANGED, NOT_EXECUTED = "measured", "judged again", "unchanged", "not executed"
 #: Share of the machine's memory that the reference may take, whole.
@@ -93,8 +96,8 @@ def validate(
         layered: compute references a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
             the whole model if it takes less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
-        ray: address of a Ray cluster whose workers answer the cases, or "local" for one of this machine's processors; for bundles that
-            run on processors. The figures are the same.
+        ray: address of a Ray cluster whose workers answer texts and cases, or "local" for one of this machine's processors. A bundle
+            for a GPU answers here, its references there. The figures are the same.
         progress: called with one line per step; a :class:`~foldkv.progress.Progress` gets more.
 
     Raises:
@@ -114,8 +117,6 @@ def validate(
     loaded = _checked_bundle(bundle, devices)
     if ray is not None:
         require("validate with Ray")
-        if loaded.backend.gpu:
-            raise InputError(f"--ray is for bundles that run on processors; {bundle} is for a GPU. Leave it out.")
     chosen = resolve_gates(gates or {}, loaded.profile, loaded.precision)
     longest = loaded.largest("context") or loaded.model.max_position_embeddings
     check_contexts(plan, min(longest, loaded.model.max_position_embeddings), gates or {}, what=str(bundle))
@@ -256,50 +257,52 @@ def _measure(
     tokenizer = Tokenizer.from_bundle(bundle)
     behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
     progress("loading the subject and the reference")
-    folder, allowed = checkpoint.folder, checkpoint.allowed_keys
     room = max([plan.longest(), *plan.contexts])
     whole = _fits(checkpoint) if layered is None else not layered
-    model = Model(
-        bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
-        context=max(room, bundle.smallest("context")), matrices=_matrices(matrices, checkpoint, whole and ray is None, bundle.profile), progress=progress,
-    )  # fmt: skip
-    opened = open_subject(model, context=plan.longest(), layered=not whole, folder=scratch, progress=progress)
-    with torch_threads(threads), model, opened as subject:
-        oracle = _oracle(checkpoint, whole, scratch, progress) if bundle.profile == SERVED else None
-        reference = _transformers(checkpoint, FLOAT32, whole, scratch, progress)
-        rounded = bundle.precision != FLOAT32
-        yardstick = _transformers(checkpoint, bundle.precision, whole, scratch, progress) if rounded else None
-        sides = Sides(subject, reference, oracle, yardstick, checkpoint, tokenizer, threads)
+    with ExitStack() as stack:
+        cluster = None
+        if ray is not None:
+            cluster = stack.enter_context(Cluster(ray, "validate with Ray", processors=default_threads()))
+        stack.enter_context(torch_threads(threads))
+        model = stack.enter_context(
+            Model(
+                bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
+                context=max(room, bundle.smallest("context")),
+                matrices=_matrices(matrices, checkpoint, whole and ray is None, bundle.profile), progress=progress,
+            )
+        )  # fmt: skip
+        subject = stack.enter_context(
+            open_subject(model, context=plan.longest(), layered=not whole, folder=scratch, progress=progress)
+        )
+        reading: dict[str, Any] = {"whole": whole, "folder": scratch, "progress": progress}
+        sides = Sides(
+            subject=subject,
+            choices=open_choices(model, checkpoint, whole=whole),
+            reference=open_transformers(checkpoint, FLOAT32, **reading),
+            oracle=open_oracle(checkpoint, **reading) if bundle.profile == SERVED else None,
+            yardstick=open_transformers(checkpoint, bundle.precision, **reading)
+            if bundle.precision != FLOAT32
+            else None,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            threads=threads,
+        )
         progress("hashing the weights")
         weights = weights_digest(bundle, progress)
-        with ExitStack() as stack:
-            cluster = None
-            if ray is not None:
-                sources = Sources(
-                    str(bundle.folder.resolve()), str(folder.resolve()), bundle.digest, checkpoint.identity(), tuple(allowed),
-                    tuple(environment(bundle).items()), threads, whole, plan.longest(),
-                    model.matrices,
-                )  # fmt: skip
-                cluster = stack.enter_context(Cluster(ray, sources))
-            found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model), cluster)
+        if cluster is not None:
+            sources = Sources(
+                str(bundle.folder.resolve()), str(checkpoint.folder.resolve()), bundle.digest, checkpoint.identity(),
+                tuple(checkpoint.allowed_keys), tuple(environment(bundle, executed=not bundle.backend.gpu).items()), instructions(), threads, whole, plan.longest(),
+                model.matrices,
+            )  # fmt: skip
+            sides = spread(sides, cluster, sources)
+        found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model))
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():
             title = f"{bundle.folder} or its weights were changed while it was measured"
             raise ArtifactError(listing(title, changes, "Validate it again."))
     return found
-
-
-def _transformers(checkpoint: Checkpoint, precision: str, whole: bool, scratch: Path, progress: Progress) -> Reference:
-    if whole:
-        return TransformersRunner(checkpoint.folder, allow_unknown_keys=checkpoint.allowed_keys, precision=precision)
-    return LayeredRunner(checkpoint, precision=precision, folder=scratch, progress=progress)
-
-
-def _oracle(checkpoint: Checkpoint, whole: bool, scratch: Path, progress: Progress) -> Oracle:
-    if whole:
-        return OracleRunner(checkpoint.folder, allow_unknown_keys=checkpoint.allowed_keys)
-    return LayeredOracleRunner(checkpoint, folder=scratch, progress=progress)
 
 
 def _fits(checkpoint: Checkpoint, copies: int = 1) -> bool:

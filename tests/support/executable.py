@@ -18,8 +18,7 @@ from engine import library
 from gpus import HostDriver
 
 from foldkv.export.contract.operators import STATE
-from foldkv.optimize import bundled_kernels, engine_set
-from foldkv.optimize.build import build_bundles
+from foldkv.optimize import build, bundled_kernels
 from foldkv.optimize.recipe import Shapes
 from foldkv.plugins import cuda
 from foldkv.plugins.compile import CompiledKernel
@@ -59,8 +58,8 @@ def executable_bundle(package: Path, out: Path, *, layout: str = "dense") -> tup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundled_kernels, "compile_kernels", compiled)
-        patch.setattr(engine_set, "build_plan", plan)
-        [built] = build_bundles(
+        patch.setattr(build, "build_plan", plan)
+        [built] = build.build_bundles(
             package, out / "bundles", ["a100"], layout=layout, shapes=SHAPES, cache=out / "cache"
         ).results
     assert built.reason == ""

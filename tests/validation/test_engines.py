@@ -18,6 +18,7 @@ import pytest
 from executable import executable_bundle, use
 from gpus import HostDriver
 
+from foldkv.cluster import Cluster
 from foldkv.errors import EXIT_ENVIRONMENT, InputError, MissingDependencyError
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.plans import Kernel
@@ -221,3 +222,16 @@ def test_an_observer_sees_the_streams_of_engines_whose_steps_are_not_captured_me
     assert [(row.slot, row.streams.shape[:2]) for row in seen[::4]] == [(0, (1, 2)), (None, (2, 1)), (None, (2, 1))]
     assert all(np.isfinite(row.streams).all() and row.streams.any() for row in seen)
     assert not any(np.array_equal(row.streams, later.streams) for row, later in itertools.pairwise(seen))
+
+
+# Ray leaves files and sockets of its own to the interpreter.
+@pytest.mark.filterwarnings("ignore")
+def test_workers_answer_for_the_references_of_an_engine(
+    engines: tuple[Path, Any], micro_checkpoint: Path, gpus: HostDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is 250 MB and not part of `make test`")
+    asked, wait = set[str](), Cluster.wait
+    monkeypatch.setattr(Cluster, "wait", lambda self, given, what: (asked.add(what), wait(self, given, what))[1])
+    alone, there = (run(engines, micro_checkpoint, tmp_path / str(ray), threads=1, ray=ray) for ray in (None, "local"))
+    assert asked == {"questions to the reference", "questions to the yardstick"}
+    assert there.metrics == alone.metrics and there.layers == alone.layers and there.selection == alone.selection
