@@ -54,7 +54,7 @@ SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "b
 OTHERS: dict[str, Any] = {
     "graph_sha256": "h", "weights_sha256": "x", "target": {"name": "a100", "sm": 86}, "backend": "tensorrt",
     "backend_version": "1.8", "precision": "float32", "plugins": True, "kernel_compiler": "triton 4", "layout": "fp8",
-    "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99, "place": False,
+    "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99, "tables": (4, 9), "place": False,
 }  # fmt: skip
 
 
