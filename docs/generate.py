@@ -204,6 +204,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
             result_tables.matrices,
             result_tables.full_width,
             result_tables.half_real,
+            result_tables.half_real_validate,
             result_tables.million,
             result_tables.stages,
             result_tables.real_size,

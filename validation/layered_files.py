@@ -1,10 +1,11 @@
-"""What a run of the layered reference keeps on disk, so that another goes on where it was interrupted."""
+"""What a run that goes a layer at a time keeps on disk, so that another goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,32 +20,43 @@ from ..errors import system_failure
 from .jobs import Job
 from .selection import Selection
 
+_NOW = "now.safetensors"
+_LAYER = re.compile(r"layer-(\d+)\.safetensors")
+
 
 class Kept:
-    """The streams of jobs after the last layer that is done, and what else the jobs keep; the file is replaced whole."""
+    """A folder with the streams of jobs after the last layer that is done, and a file for each layer with what jobs keep of it.
+
+    A file is written beside its place and moved there whole. What a layer added is written once, so the bytes grow with the
+    layers and not with their square.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Args: folder: is made when there is something to keep. key: of the jobs; a file of other jobs is not read."""
-        self._file, self._key = folder / f"{key[:32]}.safetensors", key
+        """Args: folder: is made when there is something to keep. key: of the jobs; files of other jobs are not read."""
+        self._folder, self._key = folder / key[:32], key
+        self._written: set[str] = set()
 
     def read(self, jobs: Sequence[Job]) -> tuple[int, list[Tensor] | None]:
         """The last layer that is done and the streams after it; jobs get what they had kept. -1 and None if there is nothing of these
-        jobs, or the file is damaged.
+        jobs, or a file is damaged.
         """
         try:
-            with safe_open(self._file, "pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            facts, now = _read(self._folder / _NOW)
             if facts.get("key") != self._key:
                 return -1, None
             layer = int(facts["layer"])
-            streams = [tensors[f"{number}.now"] for number in range(len(jobs))]
+            streams = [now[f"{number}.now"] for number in range(len(jobs))]
+            tensors: dict[str, Tensor] = {}
+            for file in self._folder.iterdir():
+                if (match := _LAYER.fullmatch(file.name)) and int(match[1]) <= layer:
+                    tensors |= _read(file)[1]
             found = [_Parts(tensors, number, job, layer) for number, job in enumerate(jobs)]
         except (OSError, SafetensorError, KeyError, ValueError):
             return -1, None
         for parts, job in zip(found, jobs, strict=True):
             job.streams[:], job.selections, job.entries = parts.streams, parts.selections, parts.entries
             job.rows = parts.rows
+        self._written = set(tensors)
         return layer, streams
 
     def write(self, layer: int, jobs: Sequence[Job], streams: Sequence[Tensor]) -> None:
@@ -53,23 +65,36 @@ class Kept:
         Raises:
             SystemFailure: the disk is full or cannot be written.
         """
-        tensors = {f"{number}.now": one.contiguous() for number, one in enumerate(streams)}
-        for number, job in enumerate(jobs):
-            tensors |= {name: torch.from_numpy(np.array(value)) for name, value in _named(number, job)}
-        part = self._file.with_suffix(".part")
+        new = {
+            name: torch.from_numpy(np.array(value))
+            for number, job in enumerate(jobs)
+            for name, value in _named(number, job)
+            if name not in self._written
+        }
+        now = {f"{number}.now": one.contiguous() for number, one in enumerate(streams)}
+        if new:
+            self._save(f"layer-{layer}.safetensors", new, {})
+        self._save(_NOW, now, {"key": self._key, "layer": json.dumps(layer)})
+        self._written |= new.keys()
+
+    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+        file = self._folder / name
+        part = file.with_suffix(".part")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, part, {"key": self._key, "layer": json.dumps(layer)})
-            part.replace(self._file)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, part, facts)
+            part.replace(file)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
-            raise system_failure(failure, self._file) from None
+            raise system_failure(failure, file) from None
 
-    def remove(self) -> None:
-        """The run is over."""
-        self._file.unlink(missing_ok=True)
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The facts and the tensors of a file."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
 
 
 def _named(number: int, job: Job) -> Iterator[tuple[str, Any]]:

@@ -176,12 +176,20 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
     for one, other in zip(again, uninterrupted, strict=True):
         assert all(map(np.array_equal, one.streams, other.streams)) and len(one.streams) == 4
         same_selections(one.selections, other.selections)
+    # A layer's streams are written once.
+    folder = tmp_path / reference.key(jobs())[:32]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *(f"layer-{n}.safetensors" for n in range(4)),
+        "now.safetensors",
+    ]
+    sizes = [(folder / f"layer-{n}.safetensors").stat().st_size for n in range(4)]
+    assert max(sizes) < 1.5 * min(sizes)
     # What is of other jobs, and a file that is damaged, are not taken.
-    for change in ("jobs", "file"):
+    for change in ("jobs", "now", "layer-1"):
         seen.clear()
-        if change == "file":
-            (tmp_path / f"{reference.key(jobs())[:32]}.safetensors").write_bytes(b"damaged")
-        changed = jobs() if change == "file" else [Job(tokens, edges=[1]) for tokens in TEXTS[:2]]
+        if change != "jobs":
+            (folder / f"{change}.safetensors").write_bytes(b"damaged")
+        changed = jobs() if change != "jobs" else [Job(tokens, edges=[1]) for tokens in TEXTS[:2]]
         read_layered(reference, changed, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
         assert seen == [0, 1, 2, 3]
     full = "No space left on device"
