@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import string
 from collections.abc import Callable
 
 from stream import KEYS, RECORD_BYTES, record
@@ -53,30 +54,63 @@ def dense(rng: random.Random, length: int) -> Pieces:
     return pieces
 
 
-def code(rng: random.Random, length: int) -> Pieces:
-    """Functions, then their signatures in comments."""
-    units = rng.randrange(2, max(3, length * 8 // 10 // 39) + 1)
-    series = rng.choice((1, 1, 1, 2, 4))
+def words(rng: random.Random, length: int) -> Pieces:
+    """A stream of records whose keys are words of one to four letters, written in one of many ways."""
+    count, size = rng.choice((3, 4, 6, 8, 12)), rng.choice((1, 2, 2, 3, 4))
+    if rng.random() < 0.5:
+        names = invented_names(rng, count)
+    else:
+        names = list({"".join(rng.choices(string.ascii_lowercase, k=size)): None for _ in range(count)})
+    values = {name: rng.randrange(10, 100) for name in names}
+    middle, end = rng.choice(("", " ", " = ", " = ", ": ", " is ")), rng.choice((";", "\n", "\n", ".\n", " "))
+    seen = set[str]()
+    pieces: Pieces = []
+    for name in rng.choices(names, k=length // (len(names[0]) + len(middle) + 3) + 1):
+        pieces += [(name + middle, False), (str(values[name]), name in seen), (end, False)]
+        seen.add(name)
+    return pieces
+
+
+def _functions(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    series = rng.choice((1, 1, 1, 2))
     functions = []
-    for place in rng.sample(range(100 * series), units):
-        at, pair = divmod(place, 100)
+    for place in rng.sample(range(len(VERBS) * len(NOUNS) * series), count):
+        at, pair = divmod(place, len(VERBS) * len(NOUNS))
         name = f"{VERBS[pair % 10]}_{NOUNS[pair // 10]}" + (f"_{at}" if at else "")
         first, second = rng.sample(PARAMETERS, 2)
         functions.append((name, f"{first}, {second}={rng.randrange(10, 100)})"))
-    pieces: Pieces = [("".join(f"def {name}({rest}:\n    pass\n\n" for name, rest in functions), False)]
-    for name, rest in rng.sample(functions, units):
+    return functions
+
+
+def code(rng: random.Random, length: int) -> Pieces:
+    """Functions, then their signatures in comments; or a stream of both."""
+    functions = _functions(rng, rng.randrange(2, max(3, length * 8 // 10 // 39) + 1))
+    if rng.random() < 0.5:
+        seen = set[str]()
+        pieces: Pieces = []
+        for name, rest in rng.choices(functions, k=length // 28 + 1):
+            if rng.random() < 0.8:
+                pieces += [(f"# {name}(", False), (rest, name in seen), ("\n", False)]
+            else:
+                pieces += [(f"def {name}(", False), (rest, name in seen), (":\n    pass\n\n", False)]
+            seen.add(name)
+        return pieces
+    pieces = [("".join(f"def {name}({rest}:\n    pass\n\n" for name, rest in functions), False)]
+    for name, rest in rng.sample(functions, len(functions)):
         pieces += [(f"# {name}(", False), (rest, True), ("\n", False)]
     return pieces
 
 
+_CLAUSE = ["", "The", "licensee", "shall", "give", "notice", "of", "a", "change", "within"][1:]
+
+
 def clauses(rng: random.Random, length: int) -> Pieces:
-    """Near-duplicate clauses, then their terms or their numbers."""
-    units = rng.randrange(2, max(3, length * 8 // 10 // 62) + 1)
+    """Near-duplicate clauses, then their terms or their numbers. In half of the documents the clauses begin in their midst."""
+    kept = rng.randrange(len(_CLAUSE)) if rng.random() < 0.5 else len(_CLAUSE)
+    phrase = "".join(f" {word}" for word in _CLAUSE[len(_CLAUSE) - kept :])
+    units = rng.randrange(2, min(9, max(3, length * 7 // 10 // (len(phrase) + 12))) + 1)
     terms = rng.sample(range(10, 100), units)
-    pieces: Pieces = [
-        (f"{number}. The licensee shall give notice of a change within {term} days.\n", False)
-        for number, term in enumerate(terms, 1)
-    ]
+    pieces: Pieces = [(f"{number}.{phrase} {term} days.\n", False) for number, term in enumerate(terms, 1)]
     by_number = rng.random() < 0.5
     for at in rng.sample(range(units), units):
         if by_number:
@@ -87,10 +121,10 @@ def clauses(rng: random.Random, length: int) -> Pieces:
 
 
 def hops(rng: random.Random, length: int) -> Pieces:
-    """Chains of two references to a value, then the values of names of any place in a chain."""
-    depth = rng.choice((1, 2, 3, 3))
+    """Chains of up to two references to a value, then the values of names of any place in a chain."""
+    depth = rng.choice((1, 1, 1, 2, 2, 3))
     line = 10 + 12 * (depth - 1)
-    units = rng.randrange(2, max(3, length * 7 // 10 // line) + 1)
+    units = rng.randrange(2, max(3, length * 6 // 10 // line) + 1)
     names = invented_names(rng, depth * units)
     chains = [names[at : at + depth] for at in range(0, len(names), depth)]
     values = [rng.randrange(10, 100) for _ in chains]
@@ -128,7 +162,7 @@ def aggregation(rng: random.Random, length: int) -> Pieces:
 
 #: Makers by the name of the kind of behaviour; the stream stands for the sweep.
 MAKERS: dict[str, Callable[[random.Random, int], Pieces]] = {
-    "sweep": offset_stream, "dense": dense, "code": code, "clauses": clauses, "hops": hops, "aggregation": aggregation,
+    "sweep": offset_stream,  "dense": dense, "words": words, "code": code, "clauses": clauses, "hops": hops, "aggregation": aggregation,
 }  # fmt: skip
 
 

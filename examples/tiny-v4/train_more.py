@@ -1,4 +1,4 @@
-"""Train the tiny DeepSeek-V4 further: ``python examples/tiny-v4/train_more.py --minutes 52``, the second phase.
+"""Train the tiny DeepSeek-V4 further: ``python examples/tiny-v4/train_more.py --minutes 33``, after ``train.py``.
 
 Begins with the weights beside this file, which ``train.py`` made, and writes them anew; ``train.log`` is continued. Half of the first
 phase's batches were streams in which every record began at a multiple of 4. Here streams begin anywhere, and documents with questions
@@ -32,7 +32,9 @@ from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.behaviour_cases import question, split_answer
 
 #: The share of each kind of row; the rest is text.
-MIXTURE = {"sweep": 0.22, "dense": 0.04, "code": 0.16, "clauses": 0.10, "hops": 0.16, "aggregation": 0.12}
+MIXTURE = {
+    "sweep": 0.12, "dense": 0.02, "words": 0.24, "code": 0.16, "clauses": 0.12, "hops": 0.12, "aggregation": 0.07,
+}  # fmt: skip
 #: Of the few long rows.
 LONG_MIXTURE = {"sweep": 0.8}
 #: Of a step, whatever the length of its rows.
@@ -141,14 +143,14 @@ def optimizers(model: DeepseekV4ForCausalLM, lr: float) -> list[torch.optim.Opti
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=52)
+    parser.add_argument("--minutes", type=float, default=33)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(SEED + 1)
-    rng = random.Random(SEED + 1)
+    torch.manual_seed(SEED + 2)
+    rng = random.Random(SEED + 2)
     text, _ = corpus()
     probe = Probe()
     model = DeepseekV4ForCausalLM.from_pretrained(HERE, dtype=torch.float32, attn_implementation="eager")
@@ -159,7 +161,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     start, step = time.monotonic(), 0
     log = (options.out / "train.log").open("a")
-    first = {"phase": 2, "seed": SEED + 1, "mixture": MIXTURE, "minutes": options.minutes, "lr": options.lr}
+    first = {"phase": 3, "seed": SEED + 2, "mixture": MIXTURE, "minutes": options.minutes, "lr": options.lr}
     print(json.dumps(first), file=log, flush=True)
     totals: dict[str, float] = {}
     while (spent := (time.monotonic() - start) / 60 / options.minutes) < 1:
