@@ -137,6 +137,15 @@ def test_the_model_card_has_the_measured_figures() -> None:
         assert [int(cell) for cell in re.findall(r"(\d+) %", line)] == [round(100 * v) for v in metrics[row].values()]
     for key in ("bits_per_byte", "bits_per_byte_window_only", "bits_per_byte_5_gram"):
         assert f"| {metrics[key]:.2f} |" in card
+    for kind, (answered, cases, of_defaults, defaults) in metrics["behaviour"].items():
+        cut = metrics["behaviour_window_only"][kind]
+        cells = [
+            f"{of_defaults} of {defaults}",
+            f"{answered} of {cases}",
+            f"{cut[2]} of {defaults}",
+            f"{cut[0]} of {cases}",
+        ]
+        assert f"| {kind} | {' | '.join(cells)} |" in card
 
 
 def test_every_key_of_a_manifest_is_documented(tiny_graph: Path, tiny_bundle: Path) -> None:

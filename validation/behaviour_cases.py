@@ -64,7 +64,7 @@ def _name(rng: random.Random, syllables: int = 2) -> str:
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
 
 
-def _names(rng: random.Random, count: int) -> list[str]:
+def invented_names(rng: random.Random, count: int) -> list[str]:
     """Different invented words, longer ones if there are many."""
     syllables = 2 if count < 1000 else 3 if count < 50_000 else 4
     found = dict[str, None]()
@@ -75,25 +75,27 @@ def _names(rng: random.Random, count: int) -> list[str]:
 
 def _dense(rng: random.Random, units: int) -> Question:
     """``<key><digit><digit>;`` records of different keys: letters while they suffice, as in cases.py, else words."""
-    keys = rng.sample(KEYS, units) if units <= len(KEYS) else _names(rng, units)
+    keys = rng.sample(KEYS, units) if units <= len(KEYS) else invented_names(rng, units)
     values = [rng.randrange(100) for _ in keys]
     at = rng.randrange(units)
     stream = "".join(f"{key}{value:02d};" for key, value in zip(keys, values, strict=True))
     return Question(stream + keys[at], f"{values[at]:02d}", 1 / units)
 
 
-_VERBS = ("load", "save", "sort", "merge", "count", "parse", "check", "write", "find", "split")
-_NOUNS = ("rows", "items", "names", "paths", "pages", "words", "users", "files", "lines", "keys")
-_PARAMETERS = ("path", "size", "limit", "depth", "start", "mode", "text", "step", "width", "order")
+#: Functions are named ``<verb>_<noun>``, with a number if there are many.
+VERBS = ("load", "save", "sort", "merge", "count", "parse", "check", "write", "find", "split")
+NOUNS = ("rows", "items", "names", "paths", "pages", "words", "users", "files", "lines", "keys")
+#: What their parameters are named.
+PARAMETERS = ("path", "size", "limit", "depth", "start", "mode", "text", "step", "width", "order")
 
 
 def _code(rng: random.Random, units: int) -> Question:
-    places = rng.sample(range(len(_VERBS) * len(_NOUNS) * math.ceil(units / 50)), units)
+    places = rng.sample(range(len(VERBS) * len(NOUNS) * math.ceil(units / 50)), units)
     functions = []
     for place in places:
-        series, pair = divmod(place, len(_VERBS) * len(_NOUNS))
-        name = f"{_VERBS[pair % 10]}_{_NOUNS[pair // 10]}" + (f"_{series}" if series else "")
-        first, second = rng.sample(_PARAMETERS, 2)
+        series, pair = divmod(place, len(VERBS) * len(NOUNS))
+        name = f"{VERBS[pair % 10]}_{NOUNS[pair // 10]}" + (f"_{series}" if series else "")
+        first, second = rng.sample(PARAMETERS, 2)
         functions.append((name, f"{first}, {second}={rng.randrange(10, 100)})"))
     file = "".join(f"def {name}({rest}:\n    pass\n\n" for name, rest in functions)
     shown, asked = rng.sample(functions, 2)
@@ -113,7 +115,7 @@ def _clauses(rng: random.Random, units: int) -> Question:
 
 
 def _hops(rng: random.Random, units: int) -> Question:
-    names = _names(rng, 3 * units)
+    names = invented_names(rng, 3 * units)
     chains = [names[at : at + 3] for at in range(0, len(names), 3)]
     values = [rng.randrange(10, 100) for _ in chains]
     lines = [f"{one} = {other}\n" for chain in chains for one, other in itertools.pairwise(chain)]
@@ -129,7 +131,7 @@ def _hops(rng: random.Random, units: int) -> Question:
 
 def _aggregation(rng: random.Random, units: int) -> Question:
     """The asked word is a third of all, every other one has an equal part of the rest."""
-    words = _names(rng, 8)
+    words = invented_names(rng, 8)
     often, most = words[:2], max(2, units // 3)
     rest = [words[1 + at % 7] for at in range(units - most)]
     stream = [often[0]] * most + rest

@@ -2,7 +2,7 @@
 
 Bits per byte on held-out text, against an n-gram model fitted on the same training text; retrieval of exact
 values by distance, for the whole model and for the same model with its compressed path cut off (every
-entry masked, so that only the sliding window is left).
+entry masked, so that only the sliding window is left); and, of both, answers to the cases of behaviour of ``foldkv validate``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from stream import retrieval_case
 from train import BOS, CSA, HCA, corpus
 from transformers import DeepseekV4ForCausalLM
 
+from foldkv.runtime.tokenizer import Tokenizer
+from foldkv.validation.behaviour import is_answer
+from foldkv.validation.behaviour_cases import KINDS, BehaviourCase, kind_cases, sweep_cases
+from foldkv.validation.settings import Plan
+
 HERE = Path(__file__).parent
 DISTANCES = (16, 28, 64, 128, 256, 512, 1024, 2048)
 CASES, ORDER = 50, 5
+#: Cases of each kind of behaviour, and of the sweep at each of its lengths. The first of them are those of ``foldkv validate``.
+PER_KIND, PER_LENGTH = 40, 4
 
 
 def cut_compressed_path(model: Any) -> None:
@@ -46,6 +53,32 @@ def retrieval(model: Any, distance: int) -> float:
             best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
         right += best[-3:-1] == ids[-2:]
     return right / CASES
+
+
+def behaviour_cases(window: int) -> list[tuple[BehaviourCase, bool]]:
+    """Cases of all kinds as ``foldkv validate`` makes them by default, and more; whether each is one of its defaults."""
+    plan, tokenizer = Plan(), Tokenizer(HERE / "tokenizer.json")
+
+    def made(per_kind: int, per_length: int) -> list[BehaviourCase]:
+        sweep = sweep_cases(tokenizer, window, plan.case_tokens, plan.distances, per_length, seed=plan.seed)
+        return [*kind_cases(tokenizer, per_kind, plan.case_tokens, seed=plan.seed), *sweep]
+
+    defaults = made(plan.cases_per_kind, plan.sweep_cases)
+    return [(case, case in defaults) for case in made(PER_KIND, PER_LENGTH)]
+
+
+def behaviour(model: Any) -> dict[str, list[int]]:
+    """Per kind, and per residue of the sweep: answered, cases, answered of the default cases, default cases."""
+    found = {kind: [0, 0, 0, 0] for kind in KINDS}
+    for case, default in behaviour_cases(model.config.sliding_window):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([case.tokens]), use_cache=False).logits[0, -len(case.answer) :]
+        right = is_answer(case.answer, logits.numpy())
+        for row in (case.kind, *(f"{case.kind}, {group}" for group in case.groups[:1])):
+            counts = found.setdefault(row, [0, 0, 0, 0])
+            for place, value in enumerate((right, True, right and default, default)):
+                counts[place] += value
+    return found
 
 
 def bits_per_byte(model: Any, text: bytes, windows: int = 64, length: int = 255) -> float:
@@ -91,10 +124,12 @@ def main() -> None:
         f"bits_per_byte_{ORDER}_gram": ngram_bits(train, held_out),
         "cases_per_distance": CASES,
         "retrieval": {str(distance): retrieval(model, distance) for distance in DISTANCES},
+        "behaviour": behaviour(model),
     }
     cut_compressed_path(model)
     metrics["bits_per_byte_window_only"] = bits_per_byte(model, held_out)
     metrics["retrieval_window_only"] = {str(distance): retrieval(model, distance) for distance in DISTANCES}
+    metrics["behaviour_window_only"] = behaviour(model)
     (HERE / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
 

@@ -131,11 +131,13 @@ def test_the_whole_bundle_passes_and_its_report_is_complete(
     jsonschema.validate(content, json.loads(schema.read_text()))
     page = (tmp_path / "report" / "report.html").read_text()
     assert "All gates hold" in page and result.provenance["checkpoint_sha256"] in page
-    # The model knows key-value streams alone, aligned as it was trained; of the rest the report claims nothing.
+    # Four cases of a kind are too few for a statement, whatever the model answers. Of streams it answers all but those of 3 mod 4.
     words = {row.kind: row.word for row in result.behaviour if not row.group}
     assert set(words) == set(KINDS) and words["code"] == words["hops"] == "no statement"
     residues = {row.group: row for row in result.behaviour if "mod 4" in row.group}
-    assert len(residues) == 4 and residues["length mod 4 = 1"].reference == residues["length mod 4 = 1"].cases
+    assert len(residues) == 4
+    for place in (0, 1, 2):
+        assert residues[f"length mod 4 = {place}"].reference == residues[f"length mod 4 = {place}"].cases
     assert any("Too weak for a statement about behaviour: " in note and "code (" in note for note in result.notes())
     assert result.metrics["sweep_lengths"] == 16 and result.metrics["sweep_kl_max"] < 1e-8
     assert "http://" not in page and "https://" not in page and "src=" not in page
