@@ -25,6 +25,7 @@ from onnx import TensorProto
 import foldkv
 from foldkv.export.contract.stacks import block_name
 from foldkv.optimize.passes.row_blocks import row_blocks, take_row_blocks
+from foldkv.optimize.passes.transposes import fuse_transposes
 from foldkv.runtime.chain import session_options
 from foldkv.runtime.weight_forms import exact_bfloat16
 
@@ -123,6 +124,7 @@ class _Product:
                     block_name(_ROLE, number): (narrow[start:end], TensorProto.BFLOAT16)
                     for number, (start, end) in enumerate(blocks.spans(rows))
                 }
+            fuse_transposes(model)
             options = session_options(onnxruntime, len(os.sched_getaffinity(0)), decode=tokens == 1)
             session = onnxruntime.InferenceSession(
                 ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -47,6 +47,7 @@ from .passes.pack import pack_state
 from .passes.place import take_float32
 from .passes.row_blocks import row_blocks, take_row_blocks
 from .passes.stack_experts import stack_experts
+from .passes.transposes import fuse_transposes
 from .passes.whole_experts import decode_whole_experts
 
 _ALIGNMENT = 64
@@ -159,9 +160,12 @@ def write_chain(
                 models[key] = model
                 nodes[key] = {"inlined": optimize_for_cpu(model)}
     _share_step(models)
-    if gpu:
-        for model in models.values():
+    for model in models.values():
+        if gpu:
             use_byte_kernels(model)
+        else:
+            fuse_transposes(model)
+    if gpu:
         check_kernels(models)
     (out / FOLDER).mkdir()
     for name, model in models.items():
