@@ -28,6 +28,11 @@ import foldkv
 
 _TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny-v4" / "tokenizer.json"
 
+_METRICS = (
+    "tokens", "kl_mean", "kl_max", "top1_agreement", "logit_error_max", "chunk_error_max", "restore_error_max", "layer_error_max",
+    "layer_own_max",
+)  # fmt: skip
+
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
@@ -68,9 +73,8 @@ def main(config: Path, output: Path, work: Path, marked: int, tokens: int) -> No
         "exit_code": process.returncode,
         "phases": phases((work / "validate.log").read_text().splitlines()),
         **peak,
-        "metrics": report["metrics"],
+        "metrics": {name: report["metrics"][name] for name in _METRICS},
         "gates": {one["name"]: one["verdict"] for one in report["gates"]},
-        "provenance": report["provenance"],
     }  # fmt: skip
     output.write_text(json.dumps(content, indent=2) + "\n")
 

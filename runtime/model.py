@@ -68,7 +68,7 @@ class Model:
                 in bfloat16. The first model that does so copies them to ``stacks/`` of ``FOLDKV_CACHE`` (small ones are copied in
                 memory). Otherwise every step decodes the weights from the checkpoint's files, which takes many times as long and no room.
             matrices: for ONNX Runtime on the cpu: how to read the matrices of a large model: "float32", made in memory when the model is
-                opened, twice the bytes and more than twice as fast; "bfloat16", mapped from files; or "auto": float32 if it takes at
+                opened, twice the bytes and about four times as fast; "bfloat16", mapped from files; or "auto": float32 if it takes at
                 most half of the free memory. The results differ in the order of sums.
             signature: a folder that ``foldkv evidence --key`` wrote. The model is opened only if it was signed with the key of ``public_key``
                 and vouches for this bundle; nothing is deserialised before. It says what the weights should be, too: ``verify=True``

@@ -23,7 +23,7 @@ def test_experts_in_e4m3_are_decoded_in_every_form() -> None:
     for matrices in (step_time.BFLOAT16, step_time.FLOAT32):
         stacked, decoded = (cpu_step_seconds(FLASH, stored, matrices=matrices) for stored in (FP4, FP8))
         assert decoded - stacked == pytest.approx((1.3 - 0.05) * CHOSEN / 1e9)
-    assert cpu_step_seconds(FLASH, FP4, matrices="stored") == cpu_step_seconds(FLASH, FP8, matrices="stored") > 60
+    assert cpu_step_seconds(FLASH, FP4, matrices="stored") == cpu_step_seconds(FLASH, FP8, matrices="stored") > step_time.VALIDATION
     # QMoE takes whole blocks of 32.
     odd = replace(FLASH, moe_intermediate_size=2000)
     assert cpu_step_seconds(odd, FP4, matrices="bfloat16") == cpu_step_seconds(odd, FP8, matrices="bfloat16")
@@ -34,4 +34,4 @@ def test_float32_is_a_form_of_its_own_only_where_bfloat16_is_one() -> None:
     assert wide_matrix_bytes(FLASH, FLOAT32) == 0
     assert wide_matrix_bytes(spec_from_file(TINY), FP4) == 0, "the build places them"
     ours, theirs = (cpu_step_seconds(FLASH, FP4, matrices=way) for way in ("float32", "bfloat16"))
-    assert theirs - ours == pytest.approx((0.78 - 0.32) * wide_matrix_bytes(FLASH, FP4) / 4 / 1e9)
+    assert theirs - ours == pytest.approx((0.62 - 0.17) * wide_matrix_bytes(FLASH, FP4) / 4 / 1e9)
