@@ -7,7 +7,6 @@ from typing import Any
 
 from ..artifact import sha256_json
 from ..errors import InputError
-from ..export.contract import chain, engine_set
 from ..export.contract.geometry import ModelSpec
 from ..export.memory import check_sizes
 from ..manifests import ShapeRanges
@@ -57,10 +56,6 @@ class BuildSpec:
     shapes: Shapes = field(default_factory=Shapes)
     place: bool = True  # whether the cpu bundle has weights converted; engines always do
     recipe: int = 12  # raised when this package's own way of building changes
-    tables: tuple[int, int] = (
-        chain.VERSION,
-        engine_set.VERSION,
-    )  # of what the runtime reads, which must not be of an older version
 
     def cache_key(self) -> str:
         """A sha256 that changes with every field."""

@@ -27,6 +27,8 @@ from onnxscript import FLOAT, script
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from foldkv.export.checkpoint.config_reader import spec_from_file
+from foldkv.export.contract.chain import VERSION as CHAIN_VERSION
+from foldkv.export.contract.engine_set import VERSION as ENGINES_VERSION
 from foldkv.export.contract.state import StateTensor, total_bytes
 from foldkv.export.memory import plan_memory
 from foldkv.export.operators.quantize import FoldkvQuantizeFp4, FoldkvQuantizeFp8
@@ -54,7 +56,7 @@ SPEC = BuildSpec("g", "w", {"name": "a100", "sm": 80}, "tensorrt-rtx", "1.7", "b
 OTHERS: dict[str, Any] = {
     "graph_sha256": "h", "weights_sha256": "x", "target": {"name": "a100", "sm": 86}, "backend": "tensorrt",
     "backend_version": "1.8", "precision": "float32", "plugins": True, "kernel_compiler": "triton 4", "layout": "fp8",
-    "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99, "tables": (4, 9), "place": False,
+    "shapes": Shapes(batch=(1, 1, 8)), "recipe": 99, "place": False,
 }  # fmt: skip
 
 
@@ -62,6 +64,11 @@ OTHERS: dict[str, Any] = {
 def test_every_field_changes_the_key(field: str) -> None:
     changed = dataclasses.replace(SPEC, **{field: OTHERS[field]})
     assert changed.cache_key() != SPEC.cache_key() == dataclasses.replace(SPEC).cache_key()
+
+
+def test_tables_of_another_version_are_written_by_another_recipe() -> None:
+    """The runtime refuses tables of older versions, and `build` must not call their bundles unchanged: raise the recipe with a version."""
+    assert (SPEC.recipe, CHAIN_VERSION, ENGINES_VERSION) == (12, 4, 1)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": (2, 1, 4)}, {"chunk": (0, 1, 4)}, {"context": (64, 128, 256)}])
