@@ -201,6 +201,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
             result_tables.decode,
             result_tables.experts,
             result_tables.expert_layer,
+            result_tables.e4m3_experts,
             result_tables.matrices,
             result_tables.full_width,
             result_tables.half_real,

@@ -326,6 +326,18 @@ def expert_layer() -> str:
     return _table(heads, map(line, result("experts-cpu")["rows"]))
 
 
+def e4m3_experts() -> str:
+    """One layer of experts in e4m3, which every step decodes."""
+    found = result("experts-cpu")["e4m3"]
+    share = found["read_gb_s"] / found["bandwidth_gb_s"]
+    head = ("step, ms", "of e2m1 decoded in the same way", "for a parameter", "share of the bandwidth", "all layers of V4-Flash, a token", "relative error")  # fmt: skip
+    row = [
+        f"{1000 * found['step_seconds']:.0f}", f"{1000 * found['step_of_e2m1_stored']:.0f}", f"{found['ns']:.1f} ns", f"{100 * share:.0f} %",
+        f"{found['token_seconds_of_all_layers']:.0f} s", f"{found['error']:.0e}",
+    ]  # fmt: skip
+    return _table(head, [row])
+
+
 def million() -> str:
     """The small model up to a million tokens."""
     rows = result("million-cpu")["rows"]
