@@ -424,22 +424,26 @@ class _Watched:
         """As ASGI calls it."""
         if scope["type"] != "http":
             return
-        number, start, status = f"req-{secrets.token_hex(8)}", time.monotonic(), 0
+        number, start, status, counted = f"req-{secrets.token_hex(8)}", time.monotonic(), 0, False
+        path = scope["path"] if scope["path"] in self._paths else "other"
         scope["request_id"] = number
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, counted
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            elif not message.get("more_body", False) and not counted:
+                counted = True  # before it is sent, so that who has the answer finds it counted
+                self._metrics.answered(path, status)
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         finally:
-            status = status or _LEFT
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.answered(path, status)
+            if not counted:  # the client left before the end
+                status = status or _LEFT
+                self._metrics.answered(path, status)
             client, facts = scope.get("client") or ("?",), scope.get("facts", "")
             took = time.monotonic() - start
             quiet = path in _PROBES and status == 200

@@ -12,6 +12,7 @@ from ..sampling import Sampler, token_logprob
 from ..snapshots import SlotSnapshot
 from ..tokenizer import Tokenizer
 from .constraint import Constraint
+from .counts import Counts
 from .request import Checked
 
 #: Tokens of a prompt that the text of an answer is decoded after. What stands before them changes no character of it.
@@ -35,6 +36,7 @@ class Group:
         tokenizer: gives the text; None for none.
         failed: whether it ended with an error.
         logged: whether its line was logged.
+        counts: of the scheduler that has it.
     """
 
     def __init__(self, checked: Checked, id: str, tokenizer: Tokenizer | None, give: Give) -> None:
@@ -45,6 +47,7 @@ class Group:
         self.cancelled, self.cached = False, 0
         self.first_token: float | None = None
         self.failed = self.logged = False
+        self.counts = Counts()
         self.tokenizer = tokenizer
         self.answers = [Answer(self, index) for index in range(checked.request.n)]
 
@@ -64,7 +67,8 @@ class Group:
         if not self.failed and not self.ended:
             self.failed = True
             for answer in self.answers:
-                answer.reason = answer.reason or "error"
+                if not answer.ended:
+                    answer.note_end("error")
             self.give(error)
 
 
@@ -153,6 +157,7 @@ class Answer:
             self.end("stop", token if token in checked.named else None)
             return
         self.new.append(token)
+        self.group.counts.new_tokens += 1
         alternatives = checked.request.logprobs
         piece = self._writer.push(token, None if alternatives is None else token_logprob(logits, token, alternatives))
         if piece is not None and piece.finish_reason is not None:
@@ -171,7 +176,13 @@ class Answer:
             writer = self._writer or Writer(self.index, None)  # it never began
             self._give_last(writer.finish(reason, stop_token))
 
+    def note_end(self, reason: Finish) -> None:
+        """It has ended, and counts as such."""
+        self.reason = reason
+        self.group.counts.finished[reason] += 1
+
     def _give_last(self, piece: Completion) -> None:
-        self.reason = piece.finish_reason
+        assert piece.finish_reason is not None, "it is the last one"
+        self.note_end(piece.finish_reason)
         usage = Usage(len(self.prompt), self.group.cached, self.count)
         self.group.give(dataclasses.replace(piece, usage=usage))

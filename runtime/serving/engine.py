@@ -272,8 +272,8 @@ class Engine:
                     f"{waiting} requests wait for a slot, as many as may (max_queue). Try again later."
                 )
             if self._prefixes is not None and self._prefixes.on_disk and request.use_prefixes:
-                self._fetching += 1
                 self._readers.submit(self._fetch, group)
+                self._fetching += 1
             else:
                 self._inbox.append(group)
                 self._changed.notify_all()
@@ -291,15 +291,8 @@ class Engine:
             LOG.exception("request %s: reading a kept state failed; it is fed whole", group.id)
         with self._changed:
             self._fetching -= 1
-            dead = self._dead
-            if not self._stopping and dead is None:
-                self._inbox.append(group)
-                self._changed.notify_all()
-                return
-        if dead is not None:
-            group.fail(FoldkvError(f"the engine has failed: {dead}. Open a new one."))
-        for answer in group.answers:
-            answer.end("cancelled")
+            self._inbox.append(group)
+            self._changed.notify_all()
 
     async def generate(self, request: Request) -> AsyncIterator[Completion]:
         """The pieces of a request as they come. Leaving the loop early cancels it. Errors are those of :meth:`submit`."""
@@ -368,14 +361,13 @@ class Engine:
         self.close()
 
     def _work(self) -> None:
-        """The engine's thread: steps while there is something to do."""
+        """The engine's thread: steps while there is something to do. It alone ends requests."""
         try:
             while True:
                 with self._changed:
                     while not (self._inbox or self._scheduler.busy or self._stopping):
                         self._changed.wait()
-                    while self._inbox:
-                        self._scheduler.add(self._inbox.popleft())
+                    self._take_in()
                     if self._stopping:
                         break
                 self._scheduler.step()
@@ -383,11 +375,25 @@ class Engine:
                     with self._changed:
                         self._changed.notify_all()
             self._scheduler.end_all()
+            self._wait_for_readers()
+            self._scheduler.end_all()
         except BaseException as error:
             LOG.exception("the engine failed")
             failure = FoldkvError(f"the engine has failed: {error}. Open a new one.")
             with self._changed:
                 self._dead = error
-                while self._inbox:
-                    self._scheduler.add(self._inbox.popleft())
+                self._take_in()
             self._scheduler.fail_all(failure)
+            self._wait_for_readers()
+            self._scheduler.fail_all(failure)
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            self._scheduler.add(self._inbox.popleft())
+
+    def _wait_for_readers(self) -> None:
+        """Take in the requests whose kept states were still being read when no more were taken on."""
+        with self._changed:
+            while self._fetching:
+                self._changed.wait()
+            self._take_in()

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import deque
 
 import numpy as np
 
@@ -23,35 +22,10 @@ from ...errors import FoldkvError
 from ..backend import FloatArray
 from ..session import Session
 from .answer import Answer, Group
+from .counts import Counts
 from .prefixes import PrefixIndex
 
 LOG = logging.getLogger("foldkv.serving")
-
-
-@dataclass
-class Counts:
-    """What a scheduler did.
-
-    Attributes:
-        decode_steps: steps of one token of every running sequence.
-        chunk_steps: chunks of prompts.
-        prompt_tokens: tokens of prompts that were begun.
-        cached_tokens: those of them that were not fed.
-        new_tokens: tokens of completions.
-        looked_up_tokens: tokens of prompts for which a kept state was looked for.
-        finished: completions by why they ended.
-        seconds: in steps, of which ``model_seconds`` in the model.
-    """
-
-    decode_steps: int = 0
-    chunk_steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    looked_up_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    model_seconds: float = 0.0
 
 
 class Scheduler:
@@ -76,6 +50,7 @@ class Scheduler:
 
     def add(self, group: Group) -> None:
         """Queue a request. Its other completions follow when the prompt has been fed."""
+        group.counts = self.counts
         self._waiting.append(group.answers[0])
 
     @property
@@ -162,7 +137,7 @@ class Scheduler:
                 answer.fork = None
                 self._session.restore_slot(slot, snapshot)
                 answer.fed = len(answer.prompt)
-                self._taken(answer, logits)
+                answer.take(logits)
             else:
                 self._start(answer, slot)
                 self._turns.append(answer)
@@ -197,12 +172,11 @@ class Scheduler:
             self._note_end(answer)
 
     def _note_end(self, answer: Answer) -> None:
-        """Count and log a request when the last of its completions has ended."""
+        """Log a request when the last of its completions has ended."""
         group = answer.group
         if not group.ended or group.logged:
             return
         group.logged = True
-        self.counts.finished.update(one.reason or "" for one in group.answers)
         now = time.monotonic()
         first = "-" if group.first_token is None else f"{1e3 * (group.first_token - group.arrived):.0f} ms"
         LOG.info(
@@ -228,7 +202,7 @@ class Scheduler:
             self._keep(answer, exact=answer.cold and end % size == 0)
             logits = rows[answer]
             self._fork(answer, logits)
-            self._taken(answer, logits)
+            answer.take(logits)
         elif end % size == 0 and is_kept(end // size, len(prompt) // size):
             self._keep(answer, exact=answer.cold)
 
@@ -251,12 +225,7 @@ class Scheduler:
                 return
             for answer in group:
                 answer.fed += 1
-                self._taken(answer, rows[answer])
-
-    def _taken(self, answer: Answer, logits: FloatArray) -> None:
-        before = answer.count
-        answer.take(logits)
-        self.counts.new_tokens += answer.count - before
+                answer.take(rows[answer])
 
     def _forward(self, fed: dict[Answer, list[int]]) -> dict[Answer, FloatArray] | None:
         """The logits [V] after the tokens of each; None if the backend failed, which ends whoever was in a slot."""

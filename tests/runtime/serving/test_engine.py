@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -361,17 +360,80 @@ def test_a_failed_step_keeps_nothing_and_the_engine_goes_on(model: Model, monkey
 
 
 def test_many_completions_of_one_request_keep_nobody_out(model: Model) -> None:
-    with Engine(model, slots=1, context=CONTEXT, chunk=CHUNK, max_queue=3) as engine:
-        started = time.perf_counter()
-        large = engine.submit(Request(prompt(300), 3, n=128, stop_tokens=NEVER))
-        assert time.perf_counter() - started < 1, "what each completion needs is made when it begins"
-        next(large)
-        small = engine.submit(Request(prompt(4), 1, stop_tokens=NEVER))
-        assert small.result()[0].finish_reason == "length"
-        assert engine.stats().new_tokens < 30, "the small one did not wait for all of the large one"
-        large.cancel()
-        assert len(large.result()) == 128
-        assert engine.drain(5) and engine.stats().finished["cancelled"] > 100
+    def group(request: Request) -> Group:
+        checked = check_request(request, model.bundle, None, CONTEXT)
+        return Group(checked, request.id or "", None, lambda _: None)
+
+    large = group(Request(prompt(300), 3, n=128, stop_tokens=NEVER))
+    assert all(answer._writer is None for answer in large.answers), "what each needs is made when it begins"
+    small = group(Request(prompt(4), 1, stop_tokens=NEVER))
+    with Session(model, context=CONTEXT, chunk=CHUNK) as session:
+        scheduler = Scheduler(session)
+        scheduler.add(large)
+        while not scheduler.counts.new_tokens:
+            scheduler.step()
+        scheduler.add(small)
+        while not small.ended:
+            scheduler.step()
+        assert scheduler.counts.new_tokens < 10, "the small one did not wait for all of the large one"
+        large.cancelled = True
+        while scheduler.busy:
+            scheduler.step()
+        assert scheduler.counts.finished["cancelled"] > 100
+        assert scheduler.counts.finished.total() == 129
+
+
+def test_what_a_client_has_been_given_is_counted(model: Model) -> None:
+    """At once, not when the step is over; failures and requests that never began too."""
+    given: list[tuple[int, int]] = []
+
+    def give(piece: Completion | BaseException) -> None:
+        assert not isinstance(piece, BaseException)
+        given.append((scheduler.counts.new_tokens, scheduler.counts.finished.total()))
+
+    with Session(model, context=CONTEXT, chunk=CHUNK) as session:
+        scheduler = Scheduler(session)
+        request = Request(prompt(9), 3, n=2, stop_tokens=NEVER)
+        scheduler.add(Group(check_request(request, model.bundle, None, CONTEXT), "", None, give))
+        while scheduler.busy:
+            scheduler.step()
+        assert given == [(1, 0), (2, 0), (3, 0), (3, 1), (4, 1), (5, 1), (6, 1), (6, 2)]
+        assert scheduler.counts.finished == {"length": 2}
+
+
+def test_a_request_whose_kept_state_is_being_read_ends_with_the_engine(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, read = threading.Event(), threading.Event()
+
+    def fetch(self: PrefixIndex, *_: Any, **__: Any) -> None:
+        reading.set()
+        assert read.wait(30)
+
+    monkeypatch.setattr(PrefixIndex, "fetch", fetch)
+    for failing in (False, True):
+        reading.clear(), read.clear()
+        with index(model, folder=tmp_path / str(failing), disk_bytes=1 << 24) as prefixes, Engine(
+            model, slots=1, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+        ) as engine:  # fmt: skip
+            waiting = engine.submit(Request(prompt(9), 3, stop_tokens=NEVER))
+            assert reading.wait(30)
+            if failing:
+                monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
+                lost = engine.submit(Request(prompt(8), 3, stop_tokens=NEVER, use_prefixes=False))
+                with pytest.raises(FoldkvError, match="division"):
+                    lost.result()
+                read.set()
+                with pytest.raises(FoldkvError, match="division"):
+                    waiting.result()
+                assert engine.stats().finished == {"error": 2}
+            else:
+                closing = threading.Thread(target=engine.close)
+                closing.start()
+                read.set()
+                assert waiting.result()[0].finish_reason == "cancelled"
+                closing.join()
+                assert engine.stats().finished == {"cancelled": 1}
 
 
 def test_an_index_for_other_chunks_is_refused(model: Model) -> None:
