@@ -35,7 +35,7 @@ _POLL = 0.1  # seconds between two looks at a lock
 _LONGEST_NAME = 255 - 64  # bytes of a name; file systems take 255, and marks need some
 # What file managers and network file systems leave in a folder; nobody misses it.
 _LITTER = (".DS_Store", ".nfs", "._", "Thumbs.db", "desktop.ini")
-# Staging folders of this process, and a lock that keeps it from ending between two renames.
+# Staging and scratch folders of this process, and a lock that keeps it from ending between two renames.
 _unfinished: set[Path] = set()
 _commit = threading.Lock()
 
@@ -84,6 +84,17 @@ def staged(destination: Path, *, kind: str, replace: bool = True) -> Iterator[Pa
         _unfinished.discard(staging)
 
 
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary files, for what is needed meanwhile. It also goes if a signal ends the process."""
+    with tempfile.TemporaryDirectory(prefix=f"foldkv-{name}-") as folder:
+        _unfinished.add(Path(folder))
+        try:
+            yield Path(folder)
+        finally:
+            _unfinished.discard(Path(folder))
+
+
 def _with_its_reason(error: OSError) -> OSError:
     """numpy says how many elements it wrote, not why it stopped: the disk is full, or a quota or a limit is reached."""
     if error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
@@ -92,7 +103,7 @@ def _with_its_reason(error: OSError) -> OSError:
 
 
 def abandon_unfinished() -> None:
-    """Remove what this process has not put in place yet. For a process that must end at once, even while threads write.
+    """Remove what this process has not put in place yet, and its scratch folders. For a process that must end at once, even while threads write.
 
     Nothing is put in place afterwards.
     """

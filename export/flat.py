@@ -7,7 +7,6 @@ of it. Where no link is possible they are copied. Weights that no file has in on
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import staged
+from ..artifact import scratch_folder, staged
 from ..manifests import FlatManifest, write
 from ..progress import BYTES, Progress, Say, silent
 from .contract.lock import Weight, WeightsLock
@@ -44,10 +43,10 @@ def export_flat(
     Arguments and errors are those of :func:`foldkv.export.package.export_checkpoint`.
     """
     report = Progress.of(progress)
-    with tempfile.TemporaryDirectory(prefix="foldkv-flat-") as scratch:
+    with scratch_folder("flat") as scratch:
         graph = export_checkpoint(
             checkpoint,
-            Path(scratch) / "graph",
+            scratch / "graph",
             profile=profile,
             allow_unknown_keys=allow_unknown_keys,
             progress=progress,

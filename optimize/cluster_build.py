@@ -6,12 +6,12 @@ whatever becomes of a worker, only this machine writes the cache and the bundle.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifact import scratch_folder
 from ..backends import Backend, backend_named
 from ..cluster import Cluster, refuse_others
 from ..packages import versions
@@ -68,9 +68,9 @@ def _build(order: _Order) -> tuple[dict[str, Any], bytes]:
     """In a worker: what is known of the plan, and the plan."""
     backend = backend_named(order.backend)
     refuse_others(order.versions, _versions(backend), step="Give all nodes of the Ray cluster the same packages.")
-    with tempfile.TemporaryDirectory(prefix="foldkv-order-") as folder:
+    with scratch_folder("order") as folder:
         for name, content in order.files.items():
-            (Path(folder) / name).write_bytes(content)
-        plan = Path(folder) / "built.plan"
-        facts = build_plan(Path(folder) / order.graph, plan, backend=backend, **order.options)
+            (folder / name).write_bytes(content)
+        plan = folder / "built.plan"
+        facts = build_plan(folder / order.graph, plan, backend=backend, **order.options)
         return facts, plan.read_bytes()

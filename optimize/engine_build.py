@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..artifact import scratch_folder
 from ..backends import BACKENDS, TENSORRT_RTX, Backend, backend_named
 from ..errors import BuildError, MissingDependencyError, listing
 from ..export.contract.state import StateTensor
@@ -142,8 +143,8 @@ def build_plan(
     Raises:
         BuildError: the parser or the builder refused the graph, or the child process died; the message has the reason.
     """
-    with tempfile.TemporaryDirectory(prefix="foldkv-engine-") as folder:
-        request = Path(folder) / "request.json"
+    with scratch_folder("engine") as folder:
+        request = folder / "request.json"
         request.write_text(
             json.dumps(
                 {"graph": str(graph), "plan": str(plan), "sm": sm, "profiles": list(ranges),
@@ -152,7 +153,7 @@ def build_plan(
             )
         )  # fmt: skip
         with _SLOTS:
-            result = _run_child(request, _child_environment(Path(folder)), progress)
+            result = _run_child(request, _child_environment(folder), progress)
     content = plan.read_bytes()
     # Only the header of TensorRT-RTX is known.
     header = check_plan(content, sm=sm) if backend is TENSORRT_RTX else {"bytes": len(content), "sm": [sm]}

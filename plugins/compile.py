@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artifact import scratch_folder
 from ..caches import cache_folder, keep
 from ..errors import BuildError
 from ..packages import lacks
@@ -143,8 +144,11 @@ def compile_kernels(
         # No limit of tasks per child: with one, Python 3.11's pool can wait forever (python/cpython issue 115634).
         workers = min(len(missing), jobs or len(os.sched_getaffinity(0)))
         report = Progress.of(progress)
-        with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=_leave_interrupts) as pool:
-            futures = {pool.submit(_compile, *wanted[index]): index for index in missing}
+        with (
+            scratch_folder("triton") as scratch,  # here, because processes that are killed leave theirs
+            concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=_leave_interrupts) as pool,
+        ):
+            futures = {pool.submit(_compile, *wanted[index], scratch): index for index in missing}
             for future in concurrent.futures.as_completed(futures):
                 kernel, sm = wanted[futures[future]]
                 try:
@@ -200,13 +204,13 @@ def _write_cached(path: Path, compiled: CompiledKernel) -> None:
     keep(path, lambda part: part.write_text(json.dumps(fields | {"cubin": compiled.cubin.hex()})))
 
 
-def _compile(kernel: Kernel, sm: int) -> CompiledKernel:
-    """Compile one kernel; runs in a child process."""
+def _compile(kernel: Kernel, sm: int, scratch: Path) -> CompiledKernel:
+    """Compile one kernel; runs in a child process. Files that are needed meanwhile lie in ``scratch``."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # smaller, and without paths of this machine
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    with tempfile.TemporaryDirectory(prefix="foldkv-triton-") as scratch:
-        os.environ["TRITON_CACHE_DIR"] = scratch
+    with tempfile.TemporaryDirectory(dir=scratch) as own:
+        os.environ["TRITON_CACHE_DIR"] = own
         log = io.StringIO()
         with contextlib.redirect_stdout(log):  # also what Triton prints when ptxas refuses a listing
             return _compile_here(kernel, sm, log)

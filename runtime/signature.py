@@ -10,12 +10,11 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import MANIFEST, sha256_json
+from ..artifact import MANIFEST, scratch_folder, sha256_json
 from ..errors import ArtifactError, InputError, listing, system_failure
 from ..export.contract.evidence import (
     BUNDLE,
@@ -98,8 +97,7 @@ def read_signed(evidence: Path, public_key: Path) -> Signed:
     require(VERIFY)
     evidence = Path(evidence)
     verifier = _verifier(Path(public_key))
-    with tempfile.TemporaryDirectory(prefix="foldkv-signed-") as name:
-        copy = Path(name)
+    with scratch_folder("signed") as copy:
         for file in (*SIGNED, SIGNATURE):
             _take(evidence, file, copy)
         try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from processes import descendants, running
 
 from foldkv.artifact import read_manifest, verify_files
 from foldkv.cli import main
@@ -170,17 +171,17 @@ def test_a_kill_during_an_engine_build_takes_the_child_along_and_leaves_nothing_
         assert child.stderr is not None
         for line in child.stderr:
             if "] build: rtx4090: " in line and ": building" in line:
-                workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task").glob("*/children") for pid in
-                           pid.read_text().split()]  # fmt: skip
+                while not (workers := descendants(child.pid)):  # between the builds of two segments there is none
+                    assert child.poll() is None
                 os.kill(child.pid, signal.SIGKILL)
                 break
         else:
             pytest.fail("the engine build never began")
     assert not (out / "bundles" / "rtx4090").exists()
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+    while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert workers and not any(Path(f"/proc/{pid}").exists() for pid in workers), "children went on building for nobody"
+    assert not any(map(running, workers)), "children went on building for nobody"
     result = run_pipeline(load_config(pipeline))
     assert result.exit_code == 0 and result.stages["export"]["skipped"]
     verify_files(out / "bundles" / "rtx4090", read_manifest(out / "bundles" / "rtx4090", kind="foldkv.bundle"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
@@ -24,6 +23,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from command import environment, run, start
+from processes import descendants, running
 
 from foldkv import artifact, shell
 from foldkv.artifact import only_writer, staged
@@ -66,31 +66,11 @@ def said(process: subprocess.Popen[str], words: str) -> str:
     return text
 
 
-def descendants(pid: int) -> list[int]:
-    found, waiting = [], [pid]
-    parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    while waiting:
-        for child in parents.get(waiting.pop(), []):
-            found.append(child)
-            waiting.append(child)
-    return found
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def interrupted(
     process: subprocess.Popen[str], signum: int = signal.SIGINT, *, whole_group: bool = False
 ) -> tuple[str, str]:
     """Interrupt a process; it must end in time with the code of the signal, with its children, and one line. Its output."""
-    children = descendants(process.pid)
+    family = descendants(process.pid)
     began = time.monotonic()
     (os.killpg if whole_group else os.kill)(process.pid, signum)
     out, err = process.communicate(timeout=60)
@@ -98,12 +78,27 @@ def interrupted(
     assert process.returncode == 128 + signum, err
     assert took < IN_TIME
     deadline = time.monotonic() + 2
-    while any(map(running, children)) and time.monotonic() < deadline:
+    while any(map(running, family)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [pid for pid in children if running(pid)]
+    assert not [pid for pid in family if running(pid)]
     lines = [line for line in err.splitlines() if not line.startswith("[")]
     assert lines == [f"interrupted by {signal.Signals(signum).name}; unfinished output was removed."], err
     return out, err
+
+
+def children(process: subprocess.Popen[str], count: int) -> None:
+    """Wait until a process has so many: between the builds of two segments there is none."""
+    while len(descendants(process.pid)) < count:
+        assert process.poll() is None
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where processes have their temporary files."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
 
 
 def left(folder: Path) -> list[str]:
@@ -129,27 +124,27 @@ def test_an_interrupted_export_ends_and_leaves_nothing(
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["process", "terminal"])
 def test_an_interrupted_build_takes_its_child_and_its_threads_along(
-    tiny_graph: Path, tmp_path: Path, whole_group: bool
+    tiny_graph: Path, tmp_path: Path, scratch: Path, whole_group: bool
 ) -> None:
     targets = ("--target", "a100", "--target", "cpu", "--plugins", "off", "--jobs", "2")
     with start("build", tiny_graph, "-o", tmp_path / "out", *targets) as process:
         said(process, "parsing the graph")
-        time.sleep(0.5)
-        assert descendants(process.pid)
+        children(process, 1)
         interrupted(process, whole_group=whole_group)
     assert not [name for name in left(tmp_path / "out") if "staging" in name or "retired" in name]
+    assert not list(scratch.glob("foldkv-*"))
 
 
 def test_an_interrupted_compilation_of_kernels_leaves_no_process(
-    tiny_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_graph: Path, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOLDKV_CACHE", str(tmp_path / "cache"))
     with start("build", tiny_graph, "-o", tmp_path / "out", "--target", "a100") as process:
         said(process, "compiling")
-        time.sleep(1.5)
-        assert len(descendants(process.pid)) > 1
+        children(process, 2)
+        time.sleep(1)
         interrupted(process, whole_group=True)
-    assert not left(tmp_path / "out")
+    assert not left(tmp_path / "out") and not list(scratch.glob("foldkv-*"))
 
 
 def test_sigterm_ends_a_validation(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
