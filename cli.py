@@ -369,8 +369,10 @@ def verify_command(
             from .runtime.bundle import load_bundle
             from .runtime.signature import check_signature
 
-            check_signature(load_bundle(artifact), signature, public_key)
-            headlines["signature"] = check_report(signature / REPORT, artifact, manifest, lock, rows)
+            signed = check_signature(load_bundle(artifact), signature, public_key)
+            headlines["signature"] = check_report(
+                signature / REPORT, artifact, manifest, lock, rows, content=signed.report
+            )
         if report is not None:
             headlines["report"] = check_report(report, artifact, manifest, lock, rows)
     if as_json:

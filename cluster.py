@@ -52,7 +52,7 @@ class Cluster:
         where: dict[str, Any] = {"address": address}
         if address == LOCAL:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report the run to its makers
-            where = {"num_cpus": processors, "include_dashboard": False}
+            where |= {"num_cpus": processors, "include_dashboard": False}
         try:
             _reach(address)
             with _signals_kept():
@@ -60,6 +60,10 @@ class Cluster:
             # A task that wants more processors than any node has would wait for ever.
             self._largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
         except (OSError, RuntimeError, ValueError) as error:
+            if address == LOCAL:
+                raise MissingDependencyError(
+                    f"Ray cannot start a cluster on this machine ({_reason(error)})."
+                ) from None
             raise MissingDependencyError(
                 f"there is no Ray cluster at {address!r} ({_reason(error)}). Start one with `ray start --head` and "
                 f"give its address, or give {LOCAL!r}. One that asks for a token also needs RAY_AUTH_MODE=token, as Ray's documentation says."

@@ -34,6 +34,7 @@ from memory_speed import bandwidth
 import foldkv
 from foldkv.export.contract.chain import Bound, Call, ChainTable, Stacked
 from foldkv.export.contract.lock import LockedFile, Part, Weight, WeightsLock
+from foldkv.export.contract.weights import EXPERTS as _ROLE
 from foldkv.export.operators.packed import EXPERTS, Matrix, routed_experts
 from foldkv.export.operators.packed_words import geometry
 from foldkv.export.operators.registry import DOMAIN, ONNX_OPSET
@@ -44,7 +45,7 @@ from foldkv.runtime.weight_files import TYPES, WeightFiles
 
 _HIDDEN, _INNER, _CHOSEN, _STEPS, _CHUNK, _LIMIT = 4096, 2048, 6, 12, 128, 10.0
 _SHAPES = {"w1": (_INNER, _HIDDEN), "w2": (_HIDDEN, _INNER), "w3": (_INNER, _HIDDEN)}
-_ROLE, _OWNER, _FILE = "ffn.experts", "layers.0", "weights.bin"
+_OWNER, _FILE = "layers.0", "weights.bin"
 _FORMS = ("stored", "stacked")
 _WIDER = "stored, e4m3"
 #: Layers of V4-Flash, which a token goes through.

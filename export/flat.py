@@ -19,10 +19,11 @@ from ..manifests import FlatManifest, write
 from ..progress import BYTES, Progress, Say, silent
 from .contract.lock import Weight, WeightsLock
 from .contract.profiles import HF
+from .contract.weights import EXPERTS
 from .files import place_file
 from .in_place import Rows, in_place_rows, row_weight, take_rows
 from .package import CONFIG, Package, export_checkpoint, read_package
-from .roles import EXPERTS, onnx_dtype
+from .roles import onnx_dtype
 from .segments import STEP
 from .stitch import flat_name, read_parts, stitched
 

@@ -24,11 +24,11 @@ from .checkpoint.names import scale_name
 from .checkpoint.reader import Checkpoint
 from .checkpoint.shards import Stored
 from .contract.lock import BITS, LockedFile, Part, Weight, WeightsLock
+from .contract.weights import EXPERTS
 from .model.decoder import parameter_shapes
 from .operators.packed import PARTS, Matrix
 from .tensor_table import expert_parts
 
-EXPERTS = "ffn.experts"
 EMBED, HEAD = "embed", "head"
 # Exponents are looked up, so their type must cast to Gather's index in every backend: int8 (operators/packed.py).
 _DTYPES = {

@@ -34,12 +34,12 @@ from .contract.geometry import SHORT_NAMES, ModelSpec
 from .contract.operators import PACKED_EXPERTS, ROUTED_EXPERTS, WEIGHT, expected_operators, operator_specs
 from .contract.profiles import HF
 from .contract.state import StateTensor, state_tensors
-from .contract.weights import PLAIN_FORMATS, WEIGHT_FORMAT
+from .contract.weights import EXPERTS, PLAIN_FORMATS, WEIGHT_FORMAT
 from .layer_traces import joined, trace_attention, trace_experts, trace_head
 from .operators import packed, packed_words
 from .operators.experts import grouped_body
 from .operators.registry import DOMAIN, ONNX_OPSET
-from .roles import EMBED, EXPERTS, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
+from .roles import EMBED, HEAD, Packed, Plain, Quantised, Source, Sources, onnx_dtype
 from .trace import LOGITS, add_functions, operator_counts
 from .trace_cache import traced_once
 

@@ -33,9 +33,10 @@ from ..export.contract.lock import Weight
 from ..export.contract.products import all_products
 from ..export.contract.stacks import SMALL, Decoded, RowBlocks
 from ..export.contract.state import StateTensor
+from ..export.contract.weights import EXPERTS
 from ..export.in_place import Rows, in_place_rows, row_weight, take_rows
 from ..export.package import FOLDER, Package
-from ..export.roles import DTYPE_NAMES, EXPERTS, onnx_dtype
+from ..export.roles import DTYPE_NAMES, onnx_dtype
 from ..export.segments import STEP, STEP_INPUTS, Segment
 from ..export.stitch import read_parts
 from ..progress import BYTES, Progress, Say, silent
@@ -178,6 +179,7 @@ def write_chain(
         tuple(Call(owner, name) for owner, name in package.calls()),
         weights,
         stacked,
+        package.spec.chosen_parameters,
     )
     table.write(out / CHAIN)
     return _state(package, states), nodes, writer.digests

@@ -10,14 +10,15 @@ from ..backends import BF16
 from ..export.contract.geometry import CSA, HCA, ModelSpec
 from ..export.contract.layouts import LAYOUTS
 from ..export.contract.state import state_tensors
+from ..export.contract.weights import EXPERTS
 from ..export.memory import parameter_groups
 from .kept_weights import FORMATS, index_queries
 
 # What engines keep in float32 is stored in bfloat16 by released checkpoints, but for hyper-connections and a few vectors. They
 # are counted as bfloat16 too, so the floor is half a percent too low, and not too high.
 _PRECISE_BITS = 16
-#: Routed experts, of which a token reads the chosen ones, and tables of which it reads a row, by their roles in a segment.
-_EXPERTS, _TABLES = "ffn.experts.", ("embed.weight", "ffn.gate.tid2eid")
+#: Tables of which a token reads a row, by their roles in a segment.
+_TABLES = ("embed.weight", "ffn.gate.tid2eid")
 
 
 def weight_floor(spec: ModelSpec, format_: str) -> int:
@@ -30,7 +31,7 @@ def weight_floor(spec: ModelSpec, format_: str) -> int:
     bits, counts = FORMATS[format_].bits, parameter_groups(spec)
     head = spec.vocab_size * spec.hidden_size
     read = {
-        "experts": counts["experts"] * spec.experts_per_token // spec.num_experts,
+        "experts": spec.num_layers * spec.chosen_parameters,
         "projections": counts["projections"],
         "ends": head + spec.hidden_size,
         "precise": counts["precise"],
@@ -53,7 +54,7 @@ def stored_read(spec: ModelSpec, role: str, size: int, tokens: int = 1) -> int:
         size: its bytes as stored, all experts.
         tokens: of the step, of all sequences together.
     """
-    if role.startswith(_EXPERTS):
+    if role.startswith(f"{EXPERTS}."):
         chosen, count = spec.experts_per_token, spec.num_experts
         if tokens == 1:
             return size * chosen // count
@@ -72,7 +73,7 @@ def weights_moved_without_plugins(spec: ModelSpec, format_: str) -> int:
         format_: of the weights, a name in :data:`~foldkv.optimize.kept_weights.FORMATS`.
     """
     bits, counts = FORMATS[format_].bits, parameter_groups(spec)
-    chosen = counts["experts"] * spec.experts_per_token // spec.num_experts
+    chosen = spec.num_layers * spec.chosen_parameters
     product = FORMATS[BF16].bits
     decoded = 2 * product["experts"] if bits["experts"] < product["experts"] else 0
     total = chosen * (3 * min(bits["experts"], product["experts"]) + decoded)

@@ -17,7 +17,7 @@ from ..export.contract.lock import Weight
 from ..export.contract.products import EXACT, head_product, layer_products
 from ..export.contract.stacks import SMALL
 from ..export.contract.step_time import STACKED, STORED, step_seconds
-from ..export.contract.weights import BFLOAT16, E4M3
+from ..export.contract.weights import BFLOAT16, E4M3, EXPERTS
 from ..export.memory import parameter_groups, table_bytes
 
 
@@ -103,7 +103,7 @@ def locked_format(weights: Mapping[str, Weight]) -> str:
     [dtype] = {
         weight.dtype
         for role, weight in weights.items()
-        if role.startswith("ffn.experts.") and role != "ffn.experts.scales"
+        if role.startswith(f"{EXPERTS}.") and role != f"{EXPERTS}.scales"
     }
     return _EXPERT_DTYPES.get(dtype, FLOAT32)
 
@@ -189,7 +189,7 @@ def cpu_step(spec: ModelSpec, stored: str) -> tuple[int, int]:
 
 def cpu_step_seconds(spec: ModelSpec, stored: str, *, matrices: str) -> float:
     """See :func:`~foldkv.export.contract.step_time.step_seconds`; ``stored`` is the format of the checkpoint's experts."""
-    chosen = parameter_groups(spec)["experts"] * spec.experts_per_token // spec.num_experts
+    chosen = spec.num_layers * spec.chosen_parameters
     plain, stacked = stored not in (FP8, FP4), matrices != STORED and _stacks_experts(spec, stored)
     experts = FLOAT32 if plain else STACKED if stacked else STORED
     return step_seconds(sum(_products(spec).values()), chosen, matrices=matrices, experts=experts)

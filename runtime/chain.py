@@ -24,6 +24,7 @@ from ..export.contract.lock import LOCK, WeightsLock
 from ..export.contract.stacks import ONNX_RUNTIME, reads_stacks
 from ..export.contract.state import STATE_TYPES
 from ..export.contract.step_time import STORED, step_seconds, warning
+from ..export.contract.weights import EXPERTS
 from ..export.locate import find_weights
 from ..inputs import OpenedFiles
 from ..packages import installed, lacks, overwritten, pip_line
@@ -112,8 +113,7 @@ class ChainModel:
                 f"Version {'.'.join(map(str, ONNX_RUNTIME))} is many times as fast"
             )
             place = False
-        if not place and (slow := warning(self._first_form_seconds(lock))):
-            progress(f"every step decodes its weights: {slow}")
+        first = self.table
         self.matrices, self._form = "", "weights as stored"
         if place and self.table.stacked:
             takes_float32(self.table, matrices, reserve)  # an error comes before the copies, which can take long
@@ -125,6 +125,8 @@ class ChainModel:
             if self.table.matrices():
                 self.matrices = FLOAT32 if wide else BFLOAT16
             self.table = self.table.in_stacks(wide=wide)
+        if slow := warning(_step_seconds(first, lock, self.table, self.matrices or STORED)):
+            progress(f"expect {slow}")
         if not self.matrices and matrices != AUTO and threads_for(self.table) > 1:
             progress(f"{bundle.folder} has no forms to choose from: its matrices are read as they were built")
         self._instead: Mapping[str, bytes] = {}
@@ -235,16 +237,6 @@ class ChainModel:
             if gate is not None:  # [E, C]: a row for each expert
                 check_indices(array, gate.shape[0], f"{owner}.{role}", bound.file)
         return self.memory.tensor(array, TYPES[bound.dtype][1])
-
-    def _first_form_seconds(self, lock: WeightsLock) -> float:
-        """About how long the matrices of a step take if the first form decodes what the second has decoded already."""
-        forms = {
-            call.owner: self.table.stacked[call.segment]
-            for call in self.table.calls
-            if call.segment in self.table.stacked
-        }
-        products = sum(prod(lock.weights[owner][role].shape) for owner, form in forms.items() for role in form.blocks)
-        return step_seconds(products, 0, matrices=STORED)
 
     def _refuse_unlisted(self) -> None:
         """What the table names in the bundle must be files that the manifest lists, with their digests."""
@@ -365,3 +357,18 @@ def first_line(error: BaseException) -> str:
     """The first line of an error of ONNX Runtime, without its last full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")
+
+
+def _step_seconds(first: ChainTable, lock: WeightsLock, run: ChainTable, matrices: str) -> float:
+    """About how long the products of a large model take in a step, in the form that is run; 0 for a small model.
+
+    Args:
+        first: the table of the first form, which says what has others.
+        lock: has the shapes as stored.
+        run: the table of the form that is run.
+        matrices: how these are read; see :mod:`~foldkv.export.contract.step_time`.
+    """
+    forms = {call.owner: first.stacked[call.segment] for call in first.calls if call.segment in first.stacked}
+    products = sum(prod(lock.weights[owner][role].shape) for owner, form in forms.items() for role in form.blocks)
+    decoding = sum(f"{EXPERTS}.codes" in roles for roles in run.weights.values())
+    return step_seconds(products, first.chosen * decoding, matrices=matrices)

@@ -23,8 +23,10 @@ pytest.importorskip("ray", reason="the extra ray is 250 MB and not part of `make
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(LOCAL, "build with Ray", processors=2) as opened:
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # of some cluster that Ray would take by itself
+        with Cluster(LOCAL, "build with Ray", processors=2) as opened:
+            yield opened
 
 
 def test_answers_are_those_of_the_function_and_its_errors_are_raised_here(cluster: Cluster) -> None:

@@ -76,8 +76,6 @@ def read_report(path: Path) -> dict[str, Any]:
         InputError: it is neither, or this version cannot read it.
         ArtifactError: the folder's files are damaged.
     """
-    import jsonschema
-
     path = Path(path)
     refuse_unreadable_name(path)
     if (path / MANIFEST).is_file():
@@ -91,6 +89,13 @@ def read_report(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise InputError(f"{file} is not a report: it is not JSON ({error}). Give the {JSON} of a report.") from None
+    return checked_report(content, file)
+
+
+def checked_report(content: Any, file: Path) -> dict[str, Any]:
+    """The content of a report's JSON that was read from ``file``, if this version can read it. Raises :class:`InputError` else."""
+    import jsonschema
+
     version = content.get("schema_version") if isinstance(content, dict) else None
     if type(version) is int and version < SCHEMA_VERSION:
         raise InputError(

@@ -5,8 +5,9 @@ Plans hold no weight, so a fine-tune has the plans of its base. What was measure
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..artifact import MANIFEST, sha256_file, sha256_json
 from ..errors import ArtifactError, InputError
@@ -17,7 +18,7 @@ from ..export.weight_digests import Hashed, refuse_others, verify_weights
 from ..manifests import BundleManifest, read
 from ..progress import Progress
 from ..runtime.bundle import Bundle
-from .baseline import read_report
+from .baseline import checked_report, read_report
 
 _COMPUTES = (".onnx", ".plan", ".cubin")
 #: What a report can be about instead, by the fact that tells.
@@ -99,8 +100,14 @@ def _why(own: BundleManifest, other: BundleManifest, same_engines: bool) -> str:
 
 
 def check_report(
-    report: Path, folder: Path, manifest: BundleManifest, lock: WeightsLock, rows: Iterable[Hashed]
-) -> str:  # fmt: skip
+    report: Path,
+    folder: Path,
+    manifest: BundleManifest,
+    lock: WeightsLock,
+    rows: Iterable[Hashed],
+    *,
+    content: Mapping[str, Any] | None = None,
+) -> str:
     """Check that a report speaks for a bundle and its weights; returns the report's headline.
 
     Args:
@@ -109,11 +116,12 @@ def check_report(
         manifest: its manifest.
         lock: its lock.
         rows: its weight files, hashed.
+        content: of the report, where it must not be read again: files that a signature vouches for can change after they were verified.
 
     Raises:
         InputError: it is no report, nothing was executed for it, or it is about another bundle or other weights.
     """
-    content = read_report(report)
+    content = read_report(report) if content is None else checked_report(content, report)
     then, now = content["provenance"], binding(folder, manifest) | {"weights_sha256": _digest(lock, rows)}
     differences = [text for name, text in _DIFFERENCES.items() if then[name] != now[name]]
     if differences or content["not_executed"]:

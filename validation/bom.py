@@ -26,6 +26,7 @@ from .. import __version__
 from ..export.contract.lock import WeightsLock
 from ..export.weight_digests import Hashed
 from ..manifests import BundleManifest
+from .scope import scope
 
 #: Of random numbers from names (RFC 9562, version 5).
 _NAMESPACE = uuid.UUID("9b6d1a52-1f7c-5f0e-8d5c-2f0a4f6b7c11")
@@ -83,7 +84,7 @@ def ml_bom(
 
 
 def _card(manifest: BundleManifest, report: Mapping[str, Any]) -> dict[str, Any]:
-    about = report["provenance"]
+    about, said = report["provenance"], scope(report["provenance"])
     return {
         "modelParameters": {
             "task": "text-generation",
@@ -93,12 +94,10 @@ def _card(manifest: BundleManifest, report: Mapping[str, Any]) -> dict[str, Any]
             "inputs": [{"format": "token ids"}],
             "outputs": [{"format": "logits"}],
         },
-        "quantitativeAnalysis": {"performanceMetrics": [*_gates(report), *_retrieval(report)]},
+        "quantitativeAnalysis": {"performanceMetrics": [*_gates(report), *_retrieval(report), *_behaviour(report)]},
         "considerations": {
-            "technicalLimitations": [
-                f"Speaks for the target {about['target']} with these engines, this lock and these weights only.",
-                *report["notes"],
-            ]
+            "useCases": said["use"],
+            "technicalLimitations": [*said["limits"], *report["notes"], *said["determinism"], *said["negative controls"]],
         },
         "properties": [
             {"name": f"foldkv:{key}", "value": str(value)}
@@ -126,6 +125,18 @@ def _retrieval(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             yield {
                 "type": "exact retrieval", "value": str(row[side]),
                 "slice": f"{side}, distance {row['distance']} bytes, {row['cases']} cases",
+                "confidenceInterval": {"lowerBound": str(low), "upperBound": str(high)},
+            }  # fmt: skip
+
+
+def _behaviour(report: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    for row in report["behaviour"]:
+        if row["group"]:
+            continue
+        for side in ("reference", "subject"):
+            low, high = row[f"{side}_interval"]
+            yield {
+                "type": "exact answers", "value": str(row[side]), "slice": f"{side}, {row['kind']}, {row['cases']} cases: {row['word']}",
                 "confidenceInterval": {"lowerBound": str(low), "upperBound": str(high)},
             }  # fmt: skip
 

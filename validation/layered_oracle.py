@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..artifact import sha256_json
 from ..export.checkpoint.reader import Checkpoint
+from ..export.contract.weights import EXPERTS
 from ..export.model.decoder import Decoder, Layer
 from ..export.served import OracleRun, after_experts, head_logits, until_experts
 from ..progress import Say, silent
@@ -74,7 +75,7 @@ class LayeredOracle:
         prefix = f"layers.{index}."
         with torch.device("meta"):
             layer = Layer(self._spec, index).eval().requires_grad_(False)
-        names = [name for name in layer.state_dict() if not name.startswith("ffn.experts.")]
+        names = [name for name in layer.state_dict() if not name.startswith(f"{EXPERTS}.")]
         layer.load_state_dict({name: self.weights.value(prefix + name) for name in names}, strict=False, assign=True)
         asked = []
         for job, before in zip(jobs, streams, strict=True):

@@ -18,6 +18,7 @@ from .kl_table import METRICS, TABLE
 from .long_context import REFERENCE_CONTEXT
 from .pages import format_beside, render
 from .result import ValidationResult, to_json
+from .scope import scope
 
 HTML, MARKDOWN, JUNIT = "report.html", "report.md", "junit.xml"
 
@@ -88,7 +89,14 @@ def _rendered(template: str, result: ValidationResult, **values: Any) -> str:
     """A template with what all forms show."""
     verdicts = sorted(result.verdicts, key=lambda verdict: _FIRST[verdict.word])
     return render(
-        template, result=result, verdicts=verdicts, kl_table=TABLE, kinds=KINDS, deployments=MEASURED, **values
+        template,
+        result=result,
+        verdicts=verdicts,
+        kl_table=TABLE,
+        kinds=KINDS,
+        deployments=MEASURED,
+        scope=scope(result.provenance),
+        **values,
     )
 
 

@@ -18,7 +18,7 @@ from .stacks import SAFETENSORS, Decoded, RowBlocks, Stack, block_name, offsets
 
 CHAIN, PLACED = "chain.json", "placed.bin"
 STEP = "step"
-VERSION = 4
+VERSION = 5
 #: Between the float32 matrices of a call, for the processor's caches and vectors.
 _ALIGNMENT = 64
 #: Bytes of an element, by the names of types in a chain.
@@ -98,13 +98,15 @@ class Stacked:
 class ChainTable:
     """The chain: file of every segment, calls in order, and the weights of every call by the segment's input.
 
-    ``stacked`` has the second form of the segments that have one.
+    ``stacked`` has the second form of the segments that have one; ``chosen`` is how many parameters the experts of a layer have with
+    which a step multiplies one token.
     """
 
     segments: dict[str, str]
     calls: tuple[Call, ...]
     weights: dict[str, dict[str, Bound]]
     stacked: dict[str, Stacked] = field(default_factory=dict)
+    chosen: int = 0
 
     def in_stacks(self, *, wide: bool = False) -> ChainTable:
         """The same chain with the second form of every segment that has one; ``wide`` with the third where there is one."""
@@ -163,6 +165,7 @@ class ChainTable:
         }
         content = {
             "version": VERSION,
+            "chosen": self.chosen,
             "segments": self.segments,
             "calls": [[call.owner, call.segment] for call in self.calls],
             "weights": weights,
@@ -199,6 +202,7 @@ class ChainTable:
                     for owner, roles in content["weights"].items()
                 },
                 {str(name): _stacked(*row) for name, row in content["stacked"].items()},
+                int(content["chosen"]),
             )
             unknown = {*(call.segment for call in table.calls), *table.stacked} - table.segments.keys()
             if unknown or STEP not in table.segments:

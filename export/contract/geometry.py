@@ -70,6 +70,11 @@ class ModelSpec:
         """The layers whose indexer chooses entries, with the tokens per entry."""
         return {layer: self.ratios[layer] for layer, kind in enumerate(self.layer_types) if kind in INDEXED}
 
+    @property
+    def chosen_parameters(self) -> int:
+        """Parameters of the routed experts that one token is sent to, in one layer: three matrices of each."""
+        return self.experts_per_token * 3 * self.hidden_size * self.moe_intermediate_size
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+#: The role of routed experts in a segment, or what their roles begin with.
+EXPERTS = "ffn.experts"
 #: Attributes of operators that read weights as stored.
 WEIGHT_FORMAT, SCALE_FORMAT = "weight_format", "scale_format"
 #: Formats of weights: e4m3 codes; e2m1 codes, two in a byte, the first in the low bits; plain values.

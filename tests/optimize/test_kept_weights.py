@@ -22,12 +22,13 @@ def test_experts_in_e4m3_are_decoded_in_every_form() -> None:
     """ONNX Runtime multiplies with e2m1 as it is, and has no kernel for e4m3."""
     for matrices in (step_time.BFLOAT16, step_time.FLOAT32):
         stacked, decoded = (cpu_step_seconds(FLASH, stored, matrices=matrices) for stored in (FP4, FP8))
-        assert decoded - stacked == pytest.approx((1.3 - 0.05) * CHOSEN / 1e9)
+        assert decoded - stacked == pytest.approx((1.8 - 0.05) * CHOSEN / 1e9)
     assert (
         cpu_step_seconds(FLASH, FP4, matrices="stored")
         == cpu_step_seconds(FLASH, FP8, matrices="stored")
         > step_time.VALIDATION
     )
+    assert "for validation only" in step_time.warning(cpu_step_seconds(FLASH, FP8, matrices="float32"))
     # QMoE takes whole blocks of 32.
     odd = replace(FLASH, moe_intermediate_size=2000)
     assert cpu_step_seconds(odd, FP4, matrices="bfloat16") == cpu_step_seconds(odd, FP8, matrices="bfloat16")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from foldkv.export.contract.chain import ChainTable
+from foldkv.export.contract.chain import STEP, Bound, Call, ChainTable, Stacked
+from foldkv.export.contract.lock import Weight, WeightsLock
+from foldkv.export.contract.stacks import RowBlocks, Stack
+from foldkv.export.contract.step_time import STORED
 from foldkv.runtime import Model, Session, chain
 from foldkv.runtime.chain import ChainModel, threads_for
+
+WAYS = ((False, "bfloat16"), (True, "float32"))
 
 
 @pytest.fixture
@@ -96,3 +102,23 @@ def test_one_token_gives_the_same_in_a_step_and_in_a_chunk(tiny_bundle: Path) ->
         for at, size in ((0, 7), (7, 1), (8, 14), (22, 1), (23, 1), (24, 36)):
             rows.append(mixed.prefill([tokens[at : at + size]]))
         np.testing.assert_allclose(rows[-1], whole.prefill([tokens]), atol=1e-4, rtol=0)
+
+
+def test_what_a_step_takes_depends_on_the_form_that_is_run() -> None:
+    """Experts that QMoE reads are not decoded, those in e4m3 are, whatever the matrices are; small models have no other forms."""
+    weights = {"wq": Weight("BF16", (1000, 1000), ()), "ffn.experts.codes": Weight("I8", (4, 100), ())}
+    bounds = {role: Bound("file", False, 0, "int8", one.shape) for role, one in weights.items()}
+    lock = WeightsLock({}, {"layers.0": weights, "layers.1": weights})
+    calls = (Call("layers.0", "moe"), Call("layers.1", "moe"))
+    first = ChainTable({STEP: "s", "moe": "m"}, calls, {"layers.0": bounds, "layers.1": bounds}, chosen=10**6)
+    found = {}
+    for experts in ("e2m1", "e4m3"):
+        packed = {"ffn.experts.w2": Stack("ffn.experts.codes", (0,), "uint8", (4, 10, 10))} if experts == "e2m1" else {}
+        form = Stacked("m2", packed, ("ffn.experts.codes",) if packed else (), {"wq": RowBlocks(1000, 10)}, "m3")
+        large = replace(first, stacked={"moe": form})
+        found[experts] = [
+            1e3 * chain._step_seconds(large, lock, large, STORED),
+            *(1e3 * chain._step_seconds(large, lock, large.in_stacks(wide=wide), name) for wide, name in WAYS),
+        ]
+    assert found["e2m1"] == pytest.approx([2 * 3.5 + 2 * 1.8, 2 * 0.62, 2 * 0.17])
+    assert found["e4m3"] == pytest.approx([2 * 3.5 + 2 * 1.8, 2 * 0.62 + 2 * 1.8, 2 * 0.17 + 2 * 1.8])

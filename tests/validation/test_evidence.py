@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -84,6 +85,13 @@ def test_the_bom_holds_by_its_schema_and_says_what_the_report_says(signed: Path,
         row = next(row for words, row in figures.items() if words.startswith(f"gate {gate['name']}: "))
         assert row["type"] == gate["metric"] and row.get("value", "None") == str(gate["value"])
         assert gate["verdict"] in row["slice"]
+    for row in report["behaviour"]:
+        assert row["group"] or figures[f"subject, {row['kind']}, {row['cases']} cases: {row['word']}"]["value"] == str(
+            row["subject"]
+        )
+    said = card["considerations"]
+    assert "in the place of the PyTorch checkpoint" in said["useCases"][0]
+    assert any("to the bit" in line for line in said["technicalLimitations"])
     row = report["retrieval"][0]
     found = figures[f"subject, distance {row['distance']} bytes, {row['cases']} cases"]
     assert [float(found["confidenceInterval"][side]) for side in ("lowerBound", "upperBound")] == row[
@@ -151,6 +159,19 @@ def test_a_signature_holds_and_survives_a_move(copied: Path) -> None:
     assert "all gates hold" in done.output
     found = check_signature(load_bundle(copied / "bundle"), copied / "evidence", copied / "key.pub")
     assert found.passed and found.subjects["weights"] == found.report["provenance"]["weights_sha256"]
+
+
+def test_what_is_compared_is_what_was_verified(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that somebody puts there after the signature was verified is not read."""
+
+    def then_another(*given: Any) -> Any:
+        found = check_signature(*given)
+        (copied / "evidence" / REPORT).write_text("{}")
+        return found
+
+    monkeypatch.setattr("foldkv.runtime.signature.check_signature", then_another)
+    done = verify(copied)
+    assert done.exit_code == EXIT_OK and "all gates hold" in done.output
 
 
 #: A field that ONNX does not know, empty: the model stays one, with another sha256.

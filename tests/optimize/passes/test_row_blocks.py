@@ -133,11 +133,12 @@ def test_a_large_model_computes_the_same_in_all_forms(large_bundle: Path, monkey
     spread = float(logits["stored"].std())
     assert all(np.abs(found - logits["stored"]).max() < 1e-4 * spread for found in logits.values())
     assert np.array_equal(logits["auto"], logits["float32"])
-    [widened] = lines["float32"]
+    slow = "expect about 0 s a token: for validation only"
+    [widened, _] = lines["float32"]
     assert re.fullmatch(r"widening [\d.]+ \w+ of matrices to float32, in memory", widened)
     assert lines == {
-        "stored": ["every step decodes its weights: about 0 s a token: for validation only"], "bfloat16": [],
-        "float32": [widened], "auto": [widened],
+        "stored": [slow], "bfloat16": [slow],
+        "float32": [widened, slow], "auto": [widened, slow],
     }  # fmt: skip
     assert (large_bundle / "placed.bin").stat().st_size < 1 << 17, "no matrix is placed"
 
