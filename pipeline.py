@@ -345,6 +345,7 @@ class _Pipeline:
             "text": sha256_file(Path(wanted.text)) if wanted.text else None,
             "baseline": sha256_json(read_report(older)) if (older := self.baseline(target)) else None,
             "devices": self.devices(target),
+            "threads": wanted.threads,
             "bundle": sha256_file(self.bundles / target / MANIFEST),
             "foldkv": __version__,
         }

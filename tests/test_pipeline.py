@@ -355,6 +355,7 @@ def test_changed_settings_of_build_and_validate_are_the_reasons(finished: Path) 
     found = reasons(finished, PIPELINE + "gates = { kl-mean = 1e-5 }\nseed = 3\n")
     assert found["build"] == "" and "validate.seed was 0, is 3" in found["validate"]
     assert "validate.gates.kl-mean was the default, is 1e-05" in found["validate"]
+    assert reasons(finished, PIPELINE + "threads = 3\n")["validate"] == "validate.threads changed"
 
 
 def test_a_changed_checkpoint_is_the_reason(finished: Path) -> None:

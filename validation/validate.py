@@ -124,6 +124,8 @@ def validate(
     unvalidated = not_validated(bundle, loaded.manifest)
     measured = _measured_key(loaded, plan, words, devices, matrices)
     made, stored = _stored(report, measured) if keep else (None, None)
+    if stored is not None and threads not in (None, stored.provenance["threads"]):
+        stored = None  # other threads add in another order
     threads = stored.provenance["threads"] if stored is not None else threads or _default_threads(loaded)
     command = _command(bundle, reference, report, plan, text, chosen, threads, devices, matrices, allow_unknown_keys)
     judged = sha256_json([command, unvalidated, str(baseline), old, key])

@@ -263,7 +263,9 @@ def test_kept_figures_are_judged_again_by_other_thresholds_and_only_by_those(
         assert len(made(world, "kept", keep=True).not_validated) == 2
     finally:
         shutil.rmtree(world / "bundles" / "another")
-    for change in ({"plan": replace(PLAN, seed=1)}, {"text": None}, {"keep": False}):
+    threads = old["provenance"]["threads"]
+    assert made(world, "kept", keep=True, threads=threads).source != "measured"
+    for change in ({"plan": replace(PLAN, seed=1)}, {"text": None}, {"keep": False}, {"threads": threads + 1}):
         with pytest.raises(AssertionError, match="measured"):
             made(world, "kept", **{"keep": True, **change})
 
