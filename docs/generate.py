@@ -83,6 +83,10 @@ gate does not pass: the exit code is 1 and `junit.xml` has an error, with the re
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
 `topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for.
 
+Texts, questions and streams begin with the special tokens that the bundle's tokenizer puts before a text, such as the one that begins a
+sequence, because a served prompt begins with them. They count in `--text-tokens`, `--case-tokens`, `--context` and the lengths of the sweep.
+What the tokenizer puts after a text is left out: it would stand between a question and its answer.
+
 **Behaviour** is reported by kind: `dense` (one of many different key-value pairs), `code` (the exact signature of a named function), `clauses` (which of
 several near-duplicate licence clauses), `hops` (a value behind two references), `aggregation` (the most frequent word), and the `sweep` (exact values
 with prompts of every length mod 4 and around multiples of 128 and of the window, by distance). Each line has the cases, what the reference and the

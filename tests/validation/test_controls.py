@@ -19,7 +19,7 @@ from onnx.helper import make_node
 
 from foldkv.runtime.model import Model as OpenModel
 from foldkv.runtime.session import Session
-from foldkv.runtime.snapshots import Snapshot
+from foldkv.runtime.snapshots import SlotSnapshot, Snapshot
 from foldkv.runtime.tokenizer import Tokenizer
 from foldkv.validation.behaviour import answered, figures, metrics
 from foldkv.validation.behaviour_cases import sweep_cases
@@ -177,6 +177,23 @@ def test_a_window_ring_that_stays_stale_after_a_restore(
         restore(self, replace(snapshot, rows=(rows,)))
 
     monkeypatch.setattr(Session, "restore", stale)
+    result = run(tiny_bundle, tiny_checkpoint, tmp_path / "report")
+    assert failed(result) == {"restore"}
+
+
+@pytest.mark.parametrize("kept", ["window", "carry"])
+def test_one_of_two_drafts_is_taken_back_but_not_from_the_ring_or_the_carry(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    restore: Callable[[Session, int, SlotSnapshot], None] = Session.restore_slot
+
+    def partly(self: Session, slot: int, snapshot: SlotSnapshot) -> None:
+        names, now = [tensor.name for tensor in self.bundle.state.tensors], self.snapshot_slot(slot).rows
+        assert any(kept in name for name in names)
+        rows = tuple(mine if kept in name else old for name, mine, old in zip(names, now, snapshot.rows, strict=True))
+        restore(self, slot, replace(snapshot, rows=rows))
+
+    monkeypatch.setattr(Session, "restore_slot", partly)
     result = run(tiny_bundle, tiny_checkpoint, tmp_path / "report")
     assert failed(result) == {"restore"}
 
