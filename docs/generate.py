@@ -98,7 +98,7 @@ sees lengths at which the model itself answers nothing. The default is a few cas
 **A model that does not fit into memory** goes a layer at a time (`--layered`; the default if it takes more than 60 % of the machine's memory in
 float32). The references (float32, the yardstick in bfloat16, the oracle of the profile `served`): their layers, one after the other, over all
 texts; experts in groups of 1 GiB; weights dequantised as they are read. A bundle for the cpu likewise: all chunks of all texts go through a layer before any goes through the next, so that weights are read once
-and not again for every chunk. Only the step after a restored snapshot is compared in a session, over 24 tokens, and texts of more than 32,768 tokens
+and not again for every chunk. Only the steps after a restored snapshot are compared in a session, over 24 tokens, and texts of more than 32,768 tokens
 go through one. The figures are those of the whole model, to the bit; KL at the answers of cases up to rounding. A pass through all weights takes 8,192
 tokens of texts and cases, and a run that was interrupted goes on after its last layer, from `REPORT.foldkv-reference`.
 
