@@ -83,6 +83,10 @@ gate does not pass: the exit code is 1 and `junit.xml` has an error, with the re
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
 `topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for.
 
+Texts, questions and streams begin with the special tokens that the bundle's tokenizer puts before a text, such as the one that begins a
+sequence, because a served prompt begins with them. They count in `--text-tokens`, `--case-tokens`, `--context` and the lengths of the sweep.
+What the tokenizer puts after a text is left out: it would stand between a question and its answer.
+
 **Behaviour** is reported by kind: `dense` (one of many different key-value pairs), `code` (the exact signature of a named function), `clauses` (which of
 several near-duplicate licence clauses), `hops` (a value behind two references), `aggregation` (the most frequent word), and the `sweep` (exact values
 with prompts of every length mod 4 and around multiples of 128 and of the window, by distance). Each line has the cases, what the reference and the
@@ -94,7 +98,7 @@ sees lengths at which the model itself answers nothing. The default is a few cas
 **A model that does not fit into memory** goes a layer at a time (`--layered`; the default if it takes more than 60 % of the machine's memory in
 float32). The references (float32, the yardstick in bfloat16, the oracle of the profile `served`): their layers, one after the other, over all
 texts; experts in groups of 1 GiB; weights dequantised as they are read. A bundle for the cpu likewise: all chunks of all texts go through a layer before any goes through the next, so that weights are read once
-and not again for every chunk. Only the step after a restored snapshot is compared in a session, over 24 tokens, and texts of more than 32,768 tokens
+and not again for every chunk. Only the steps after a restored snapshot are compared in a session, over 24 tokens, and texts of more than 32,768 tokens
 go through one. The figures are those of the whole model, to the bit; KL at the answers of cases up to rounding. A pass through all weights takes 8,192
 tokens of texts and cases, and a run that was interrupted goes on after its last layer, from `REPORT.foldkv-reference`.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..runtime.tokenizer import Tokenizer
-from .cases import KEYS, RECORD_BYTES
+from .cases import KEYS, RECORD_BYTES, as_prompt, split_answer
 
 DENSE, CODE, CLAUSES, HOPS, AGGREGATION, SWEEP = "dense", "code", "clauses", "hops", "aggregation", "sweep"
 #: What each kind asks for, in the order of the report.
@@ -166,7 +166,7 @@ def question(kind: str, seed: str, tokenizer: Tokenizer, tokens: int) -> Questio
 
     def size(units: int) -> int:
         found = made(units)
-        return len(tokenizer.encode(found.prompt + found.answer))
+        return len(as_prompt(tokenizer, found.prompt + found.answer))
 
     if not fits(least):
         raise InputError(
@@ -184,16 +184,6 @@ def question(kind: str, seed: str, tokenizer: Tokenizer, tokens: int) -> Questio
     return made(low)
 
 
-def split_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """The tokens that are fed and those that should follow, where the tokenizer may join the prompt's end with the answer."""
-    whole, before = (
-        [*tokenizer.prefix, *tokenizer.encode(text, add_special_tokens=False)] for text in (prompt + answer, prompt)
-    )
-    shared = next((at for at, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), len(before))
-    shared = min(shared, len(whole) - 1)
-    return whole[:-1], whole[shared:]
-
-
 def kind_cases(tokenizer: Tokenizer, per_kind: int, tokens: int, *, seed: int) -> list[BehaviourCase]:
     """``per_kind`` cases of every kind but the sweep, of at most ``tokens`` tokens."""
     cases = []
@@ -205,11 +195,14 @@ def kind_cases(tokenizer: Tokenizer, per_kind: int, tokens: int, *, seed: int) -
     return cases
 
 
-def sweep_lengths(window: int, tokens: int) -> list[tuple[int, str]]:
-    """Prompt lengths around edges of up to ``tokens`` tokens, and the names of their places in the report."""
+def sweep_lengths(window: int, tokens: int, prefix: int = 0) -> list[tuple[int, str]]:
+    """Prompt lengths around edges of up to ``tokens`` tokens, and the names of their places in the report.
+
+    The ``prefix`` tokens that every prompt begins with count, as they do for windows and edges. A prompt holds two records after them.
+    """
     found: dict[int, str] = {}
     for edge in sorted({window, 2 * window, EDGE, 2 * EDGE, tokens // EDGE * EDGE}):
-        if 2 * RECORD_BYTES < edge <= tokens:
+        if prefix + 2 * RECORD_BYTES < edge <= tokens:
             of = " and ".join(word for word, size in ((str(EDGE), EDGE), ("the window", window)) if edge % size == 0)
             found |= {edge + offset: f"a multiple of {of} {offset:+d}" for offset in OFFSETS}
     return sorted(found.items())
@@ -223,9 +216,11 @@ def sweep_cases(
     The cases of a length take the distances that fit in turn.
     """
     cases = []
-    for place, (length, edge) in enumerate(sweep_lengths(window, tokens)):
-        fitting = [one for one in distances if one + 2 * RECORD_BYTES <= length]
-        fitting = fitting or [(length // RECORD_BYTES - 2) * RECORD_BYTES]
+    prefix = list(tokenizer.prefix)
+    for place, (length, edge) in enumerate(sweep_lengths(window, tokens, len(prefix))):
+        room = length - len(prefix)
+        fitting = [one for one in distances if one + 2 * RECORD_BYTES <= room]
+        fitting = fitting or [max(1, room // RECORD_BYTES - 2) * RECORD_BYTES]
         for number in range(per_length):
             distance = fitting[(place + place // len(OFFSETS) + number) % len(fitting)]
             rng = random.Random(f"{seed}:sweep:{length}:{number}")
@@ -238,7 +233,7 @@ def sweep_cases(
             stream = "".join(f"{key}{values[key]};" for key in keys)
             fed, answer = split_answer(tokenizer, stream + target, values[target])
             prompt = fed[: len(fed) - len(answer) + 1]
-            kept = prompt[len(prompt) - (length - len(tokenizer.prefix)) :]
+            kept = prompt[len(prompt) - room :]
             groups = (f"length mod 4 = {length % 4}", edge, f"distance {distance}")
-            cases.append(BehaviourCase(SWEEP, groups, [*tokenizer.prefix, *kept, *answer[:-1]], answer, 1 / 100))
+            cases.append(BehaviourCase(SWEEP, groups, [*prefix, *kept, *answer[:-1]], answer, 1 / 100))
     return cases

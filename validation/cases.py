@@ -1,4 +1,8 @@
-"""Seeded cases: windows of text, and key-value streams that ask for one exact value from far back."""
+"""Seeded cases: windows of text, and key-value streams that ask for one exact value from far back.
+
+Every text that a model is measured on begins with the special tokens that a served prompt begins with, and has no others: what a
+tokenizer puts after a text would stand between a question and its answer.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..inputs import refuse_unreadable_name
+from ..runtime.tokenizer import Tokenizer
 
 KEYS = string.ascii_letters
 RECORD_BYTES = 4
@@ -48,13 +53,37 @@ def retrieval_cases(distances: list[int], per_distance: int, *, seed: int) -> li
     return cases
 
 
+def as_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text after those that a served prompt begins with, and nothing after it."""
+    return [*tokenizer.prefix, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def split_answer(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """The tokens that are fed, which are the prompt's and all but the last of the answer's, and those of the answer.
+
+    A tokenizer may join the prompt's end with the answer: the answer then begins with the joined token.
+    """
+    whole, before = as_prompt(tokenizer, prompt + answer), as_prompt(tokenizer, prompt)
+    shared = next((at for at, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), len(before))
+    shared = min(shared, len(whole) - 1)
+    return whole[:-1], whole[shared:]
+
+
 def text_windows(
     tokens: list[int], length: int, count: int, *, seed: int, prefix: Sequence[int] = ()
 ) -> list[list[int]]:
     """``count`` windows of ``length`` tokens, spread over the text; fewer if the text is short.
 
     Each begins with ``prefix``, the special tokens that the tokenizer puts before a text: models are served with them.
+
+    Raises:
+        InputError: the prefix leaves no room for a token of the text.
     """
+    if length <= len(prefix):
+        raise InputError(
+            f"a window of {length} tokens has no room for text after the {len(prefix)} special tokens that this tokenizer puts before "
+            f"every text. Give at least {len(prefix) + 1} (--text-tokens)."
+        )
     length -= len(prefix)
     if len(tokens) <= length:
         return [[*prefix, *tokens]]

@@ -128,7 +128,7 @@ def _owner(layer: int) -> str:
 
 #: Tokens of a text beyond which streams would take too much memory: 128 KiB each at V4-Flash's width, before and after a layer.
 LONGEST = 32_768
-#: Tokens of a text that a session reads to compare steps after a restored snapshot: each of its three chunks reads most weights again.
+#: Tokens of a text that a session reads to compare steps after a restored snapshot: each of its steps reads many weights again.
 _AGAIN = 24
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..runtime.tokenizer import Tokenizer
-from .cases import KEYS, RECORD_BYTES
+from .cases import KEYS, RECORD_BYTES, as_prompt
 from .metrics import compare_logits
 
 if TYPE_CHECKING:
@@ -136,13 +136,12 @@ def measure_depths(
         InputError: the tokenizer does not give one token per byte, or the context is too short.
     """
     stream = planted_stream(context - len(tokenizer.prefix), seed=seed)
-    tokens, tail = (tokenizer.encode(text, add_special_tokens=False) for text in (stream.text, stream.tail))
-    if len(tail) != len(stream.tail) or len(tokens) != len(stream.text):
+    tokens, tail = as_prompt(tokenizer, stream.text), tokenizer.encode(stream.tail, add_special_tokens=False)
+    if len(tail) != len(stream.tail) or len(tokens) != len(tokenizer.prefix) + len(stream.text):
         raise InputError(
             "long contexts are measured on streams of single bytes, but this tokenizer joins bytes into tokens. "
             "Validate without --context."
         )
-    tokens = [*tokenizer.prefix, *tokens]
     mine = subject.tail_logits(tokens, tail)
     theirs = reference.tail_logits(tokens, tail) if reference is not None else None
     right = answered(stream, tail, mine)

@@ -13,7 +13,7 @@ from ..runtime.tokenizer import Tokenizer
 from .behaviour import BehaviourFigure, ask, is_answer
 from .behaviour import metrics as behaviour_metrics
 from .behaviour_cases import SWEEP, BehaviourCase, kind_cases, sweep_cases
-from .cases import RetrievalCase, Text, retrieval_cases, text_windows
+from .cases import RetrievalCase, Text, retrieval_cases, split_answer, text_windows
 from .deployments import MEASURED, NO_QUANTISED_WEIGHTS, DeploymentFigure, deployment_figure
 from .divergence import LayerFigure, Streams, first_divergence, layer_figure, token_errors
 from .inside import index_keys
@@ -43,12 +43,12 @@ def measure(
     """
     subject, reference, oracle, tokenizer = sides.subject, sides.reference, sides.oracle, sides.tokenizer
     yardstick = sides.yardstick
-    tokens_of_text = tokenizer.encode(text.words)
+    tokens_of_text = tokenizer.encode(text.words, add_special_tokens=False)
     if len(tokens_of_text) < 2:
         raise InputError(
             f"the text {text.name} has {len(tokens_of_text)} tokens; there is nothing to predict. Give a longer one."
         )
-    texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed)
+    texts = text_windows(tokens_of_text, plan.text_tokens, plan.texts, seed=plan.seed, prefix=tokenizer.prefix)
     ratios = sides.checkpoint.spec.indexed_ratios
     inside = _Inside(sides)
     roundeds: list[Reading] = []
@@ -64,7 +64,7 @@ def measure(
     layers: list[LayerFigure] = []
     alone: list[Streams] = []
     cases = retrieval_cases(list(plan.distances), plan.cases_per_distance, seed=plan.seed)
-    questions = [_question(tokenizer, case) for case in cases]
+    questions = [split_answer(tokenizer, case.prompt, case.answer) for case in cases]
     # All that the sides will be asked: one that reads its weights again for every question reads them once.
     asked_last: list[tuple[list[int], int | None]] = [(tokens, len(answer)) for tokens, answer in questions]
     asked_last += [(case.tokens, len(case.answer)) for case in behaviour]
@@ -355,12 +355,6 @@ def measure_contexts(found: Measurements, plan: Plan, sides: Sides, progress: Pr
     if (loss := largest_loss(found.long_context)) is not None:
         found.metrics["long_context_loss"] = loss
         found.metrics["long_context_answered"] = float(least_answered(found.long_context))
-
-
-def _question(tokenizer: Tokenizer, case: RetrievalCase) -> tuple[list[int], list[int]]:
-    """The tokens that are fed, and those that should be the likeliest after the last of them."""
-    prompt, answer = tokenizer.encode(case.prompt), tokenizer.encode(case.answer)
-    return [*prompt, *answer[:-1]], answer
 
 
 def _answers(runner: Runner, tokens: list[int], answer: list[int]) -> bool:

@@ -27,6 +27,8 @@ from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
 Logits = npt.NDArray[np.float32]
 #: Tokens of a chunk in which a subject is fed.
 CHUNK = 64
+#: Tokens that are fed with a draft that is then taken back: one at every length mod 4, where windows of CSA begin and end.
+ROLLBACKS = 4
 
 
 @dataclass
@@ -384,7 +386,8 @@ class Subject(Protocol):
         ...
 
     def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
-        """Logits [m, V] of the second half of the tokens after a snapshot of the first, and once more after restoring it."""
+        """Logits [m, V] of the second half of the tokens after a snapshot of the first, and once more after restoring it, where the
+        first ``ROLLBACKS`` tokens come as the first of two drafts, of which the second is taken back."""
         ...
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
@@ -451,14 +454,29 @@ class SessionRunner:
         return np.concatenate(parts)
 
     def again(self, tokens: Sequence[int]) -> tuple[Logits, Logits]:
-        """Logits [m, V] of the second half of the tokens after a snapshot of the first, and once more after restoring it."""
+        """See :class:`Subject`. Both times the tokens come in the same steps, so that a state that is the same gives the same bits."""
         half = max(1, len(tokens) // 2)
         self.session.reset()
         self.session.prefill([list(tokens[:half])])
         snapshot = self.session.snapshot()
-        once = self.session.forward([list(tokens[half:])], logits="all")[0]
+        once = self._steps(tokens, half, drafts=False)
         self.session.restore(snapshot)
-        return once, self.session.forward([list(tokens[half:])], logits="all")[0]
+        return once, self._steps(tokens, half, drafts=True)
+
+    def _steps(self, tokens: Sequence[int], start: int, *, drafts: bool) -> Logits:
+        """Logits [m, V] of the tokens from ``start``: a few one by one, then the rest. With ``drafts`` each of the few comes with a
+        wrong token after it first, as speculation does it; then the slot goes back, and the token comes alone."""
+        end = min(start + ROLLBACKS, len(tokens))
+        parts = []
+        for at in range(start, end):
+            if drafts:
+                kept, right = self.session.snapshot_slot(0), tokens[(at + 1) % len(tokens)]
+                self.session.forward([[tokens[at], (right + 1) % self.bundle.model.vocab_size]])
+                self.session.restore_slot(0, kept)
+            parts.append(self.session.forward([[tokens[at]]], logits="all")[0])
+        if end < len(tokens):
+            parts.append(self.session.forward([list(tokens[end:])], logits="all")[0])
+        return np.concatenate(parts)
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
         """The tokens in chunks, of which only the state is kept, then the tail."""

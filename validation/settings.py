@@ -43,10 +43,13 @@ class Plan:
         if wrong:
             raise InputError(f"this cannot be measured: {'; '.join(wrong)}.")
 
-    def longest(self) -> int:
-        """Tokens of the longest case, with room for its answer."""
+    def longest(self, prefix: int = 0) -> int:
+        """Tokens of the longest case, with room for its answer; a tokenizer puts ``prefix`` special tokens before every text.
+
+        The numbers of tokens in the plan count those. A stream whose length follows from a distance comes after them.
+        """
         behaviour = self.case_tokens + 8 if self.cases_per_kind or self.sweep_cases else 0
-        return max(self.text_tokens, max(self.distances) + 24 * 4 + 8, behaviour)
+        return max(self.text_tokens, prefix + max(self.distances) + 24 * 4 + 8, behaviour)
 
     def options(self) -> list[str]:
         """The same as options of ``foldkv validate``, with defaults, because another version may have other defaults."""

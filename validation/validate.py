@@ -259,7 +259,8 @@ def _measure(
     tokenizer = Tokenizer.from_bundle(bundle)
     behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
     progress("loading the subject and the reference")
-    room = max([plan.longest(), *plan.contexts])
+    longest = plan.longest(len(tokenizer.prefix))
+    room = max([longest, *plan.contexts])
     whole = _fits(checkpoint) if layered is None else not layered
     with ExitStack() as stack:
         cluster = None
@@ -274,7 +275,7 @@ def _measure(
             )
         )  # fmt: skip
         subject = stack.enter_context(
-            open_subject(model, context=plan.longest(), layered=not whole, folder=scratch, progress=progress)
+            open_subject(model, context=longest, layered=not whole, folder=scratch, progress=progress)
         )
         reading: dict[str, Any] = {"whole": whole, "folder": scratch, "progress": progress}
         sides = Sides(
@@ -294,7 +295,7 @@ def _measure(
         if cluster is not None:
             sources = Sources(
                 str(bundle.folder.resolve()), str(checkpoint.folder.resolve()), bundle.digest, checkpoint.identity(),
-                tuple(checkpoint.allowed_keys), tuple(environment(bundle, executed=not bundle.backend.gpu).items()), instructions(), threads, whole, plan.longest(),
+                tuple(checkpoint.allowed_keys), tuple(environment(bundle, executed=not bundle.backend.gpu).items()), instructions(), threads, whole, longest,
                 model.matrices,
             )  # fmt: skip
             sides = spread(sides, cluster, sources)

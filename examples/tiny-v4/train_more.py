@@ -29,7 +29,8 @@ from train import BOS, CONFIG, HERE, SEED, IndexerLoss, balance, corpus, save
 from transformers import DeepseekV4ForCausalLM
 
 from foldkv.runtime.tokenizer import Tokenizer
-from foldkv.validation.behaviour_cases import question, split_answer
+from foldkv.validation.behaviour_cases import question
+from foldkv.validation.cases import split_answer
 
 #: The share of each kind of row; the rest is text.
 MIXTURE = {

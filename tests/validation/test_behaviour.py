@@ -24,10 +24,10 @@ from foldkv.validation.behaviour_cases import (
     BehaviourCase,
     kind_cases,
     question,
-    split_answer,
     sweep_cases,
     sweep_lengths,
 )
+from foldkv.validation.cases import split_answer
 
 
 @pytest.fixture(scope="module")
