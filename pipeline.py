@@ -336,7 +336,7 @@ class _Pipeline:
 
     def validate_key(self, target: str) -> str:
         """What the report of a target depends on, as JSON."""
-        from .validation.baseline import read_report
+        from .validation.baseline import MEASURES, read_report
 
         wanted = self.config.validation
         key = {
@@ -348,6 +348,7 @@ class _Pipeline:
             "threads": wanted.threads,
             "bundle": sha256_file(self.bundles / target / MANIFEST),
             "foldkv": __version__,
+            "measures": MEASURES,
         }
         return json.dumps(key, sort_keys=True)
 
@@ -414,6 +415,8 @@ def _validate_change(name: str, old: Any, new: Any) -> str:
         return "the text changed"
     if name == "foldkv":
         return f"it was made by foldkv {old}; this is {new}"
+    if name == "measures":
+        return "this foldkv measures otherwise"
     if not isinstance(old, dict):
         return f"validate.{name} changed"
     prefix = "validate." if name == "plan" else "validate.gates."

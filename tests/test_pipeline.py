@@ -393,6 +393,9 @@ def test_another_foldkv_or_tool_is_the_reason(finished: Path, monkeypatch: pytes
     monkeypatch.setattr("foldkv.optimize.choices.version_of", lambda _: "9.9")
     found = reasons(finished)
     assert found["export"] == "" and "backend_version was" in found["build"]
+    monkeypatch.undo()
+    monkeypatch.setattr("foldkv.validation.baseline.MEASURES", 99)
+    assert reasons(finished) == {"export": "", "build": "", "validate": "this foldkv measures otherwise"}
 
 
 def test_a_damaged_artifact_is_the_reason_and_the_stage_before_it_is_left(finished: Path) -> None:

@@ -18,6 +18,8 @@ from .gates import BEHAVIOUR, CONTEXTS, RETRIEVAL, TEXT, Verdict
 KIND = ReportManifest.KIND
 #: Of the report's JSON (schema/report.schema.json).
 SCHEMA_VERSION = 4
+#: Raised when the same inputs give other figures: other cases, or another way to measure.
+MEASURES = 2
 JSON = "report.json"
 
 #: Facts of the provenance that must be equal so that figures can be compared: for all gates, or for one kind.

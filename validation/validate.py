@@ -31,7 +31,7 @@ from ..runtime.chain import threads_for
 from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.wide import AUTO, BFLOAT16
-from .baseline import JSON, KIND, SCHEMA_VERSION, compare, read_report
+from .baseline import JSON, KIND, MEASURES, SCHEMA_VERSION, compare, read_report
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .environment import environment, instructions
@@ -223,7 +223,7 @@ def _measured_key(bundle: Bundle, plan: Plan, text: Text, devices: Sequence[int]
     """A digest of everything that the figures depend on; thresholds are not part of it."""
     versions = {name: version_of(name) for name in ("transformers", "torch", bundle.backend.module)}
     places = None if devices is None else list(devices)
-    what = [__version__, SCHEMA_VERSION, versions, vars(plan), text.sha256]
+    what = [__version__, SCHEMA_VERSION, MEASURES, versions, vars(plan), text.sha256]
     return sha256_json([*what, sha256_file(bundle.folder / MANIFEST), places, matrices])
 
 
