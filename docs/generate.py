@@ -81,7 +81,8 @@ VERDICTS = """## The gates of `validate`
 A gate *holds*, *fails*, or is *not informative*: its figure is within the threshold, but was measured on less than the gate needs. Such a
 gate does not pass: the exit code is 1 and `junit.xml` has an error, with the reason and what to change. A figure beyond its threshold
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
-`topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for.
+`topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for; the
+report then has a note that says so.
 
 **Behaviour** is reported by kind: `dense` (one of many different key-value pairs), `code` (the exact signature of a named function), `clauses` (which of
 several near-duplicate licence clauses), `hops` (a value behind two references), `aggregation` (the most frequent word), and the `sweep` (exact values

@@ -220,7 +220,7 @@ def test_targets_that_cannot_be_built_here_are_all_named_before_export(pipeline:
         ('["cpu"]', '["cpu"]\nbackend = "onnxruntime-cuda"', "cpu is built by onnxruntime"),
         ('["cpu"]', '["rtx4090"]', "validate.targets has 'cpu', which build.targets does not list"),
         ("[validate]", '[validate]\ntargets = ["h100"]', "'h100', which build.targets does not list"),
-        ("[validate]", '[validate]\ntargets = ["cpu", "cpu"]', "'cpu', which it lists twice"),
+        ("[validate]", '[validate]\ntargets = ["cpu", "cpu"]', "validate.targets has 'cpu' twice"),
         ("[validate]", "[validate]\ndevices = [0, 1]", "validate.devices are for engines"),
         ("[validate]", "[validate]\ndevices = [-1]", r"validate.devices.0 is -1"),
         ("[validate]", '[validate]\ntarget = "cpu"', r"unknown key 'validate.target' \(did you mean 'targets'"),
