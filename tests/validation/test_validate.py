@@ -231,6 +231,7 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
         "how entries are chosen there was not measured. That needs texts of more than 67 tokens" in n
         for n in result.notes()
     )
+    assert any("Not asked for" in n and "--cases-per-kind" in n and "--sweep-cases" in n for n in result.notes())
     short.write_text("H")
     with pytest.raises(InputError, match="has 1 tokens; there is nothing to predict"):
         made(world, "short", text=short)
