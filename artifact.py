@@ -233,6 +233,23 @@ def check_destination(destination: Path, *, kind: str) -> None:
         raise system_failure(error, destination.parent) from None
 
 
+def artifact_kind(folder: Path) -> str | None:
+    """The kind that the manifest of a folder states; None if it has no manifest that can be read."""
+    try:
+        kind = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def folder_hint(folder: Path) -> str:
+    """`" It is …"` for a folder without a manifest that is a checkpoint or has artifacts in it; else ""."""
+    if (Path(folder) / "config.json").is_file():
+        return " It is a checkpoint: `foldkv export` makes a graph package from it."
+    inside = sorted(path.parent.name for path in Path(folder).glob(f"*/{MANIFEST}"))
+    return f" It holds the artifacts {', '.join(inside[:8])}: give one of them." if inside else ""
+
+
 def free_bytes(folder: Path) -> int:
     """Bytes that can be written where a folder is or would be made."""
     return shutil.disk_usage(_existing(landing(folder))).free
@@ -264,10 +281,7 @@ def _check_replaceable(destination: Path, kind: str, replace: bool) -> None:
         raise InputError(f"{destination} is a file; expected a folder to write the {kind} artifact to. Choose another.")
     if all(path.name.startswith(_LITTER) for path in destination.iterdir()):
         return
-    try:
-        found = json.loads((destination / MANIFEST).read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        found = None
+    found = artifact_kind(destination)
     if found != kind:
         raise InputError(
             f"{destination} is not empty and is not a {kind} artifact"
@@ -378,7 +392,7 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     except OSError as error:
         raise ArtifactError(
             f"{folder} is not a {kind} artifact: {path} cannot be read ({error.strerror}). Give a folder that foldkv "
-            f"wrote.{snapshot_hint(folder)}"
+            f"wrote.{snapshot_hint(folder) or folder_hint(folder)}"
         ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON ({error}). The artifact is damaged: make it again.") from None

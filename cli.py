@@ -388,7 +388,9 @@ def verify_command(
         )
     if stacks:
         click.echo(f"{len(stacks)} files with stacks in {stacks[0].parent}: as they were written")
-    click.echo(f"{len(rows)} files, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)")
+    click.echo(
+        f"{len(rows)} file{'s' if len(rows) != 1 else ''} of weights, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    )
     for what, headline in headlines.items():
         vouches = f"{signature} vouches for this bundle and these weights, signed with the key of {public_key}"
         click.echo(
@@ -790,8 +792,10 @@ def trends_command(folder: Path, output: Path | None, as_json: bool) -> None:
     Values are compared only where they were measured alike: the same checkpoint, profile, text and plan.
     """
     from .report_text import trend_lines
-    from .validation.trends import facts, read_trends, write_page
+    from .validation.trends import check_page, facts, read_trends, write_page
 
+    if output is not None:
+        check_page(output)
     trends = read_trends(folder)
     if output is not None:
         write_page(trends, output, folder)
@@ -991,6 +995,7 @@ def doctor_command(as_json: bool) -> None:
 @_json
 def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], as_json: bool) -> None:
     """List the targets that bundles can be built for, their backends, and whether this machine can build them."""
+    from .backends import backend_named
     from .optimize.choices import PLUGINS, Choice, missing_for
     from .optimize.targets import load_targets
     from .targets_text import target_lines
@@ -999,16 +1004,23 @@ def targets_command(coverage: Path | None, allow_unknown_keys: tuple[str, ...], 
     if coverage is not None:
         _show_coverage(coverage, allow_unknown_keys, sorted({t.sm for t in targets.values() if t.sm}), as_json)
         return
-    missing = {
-        name: missing_for(Choice(target, PLUGINS and target.backend.takes_plugins, "dense"))
-        for name, target in targets.items()
-    }
+    missing, built_with = {}, {}
+    for name, target in targets.items():
+        found = {
+            backend: missing_for(Choice(other, PLUGINS and other.backend.takes_plugins, "dense"))
+            for backend, other in ((backend, target.built_by(backend_named(backend))) for backend in target.backends)
+        }
+        missing[name] = found[target.backends[0]]
+        built_with[name] = [backend for backend, lack in found.items() if not lack]
     if as_json:
-        here = [{"builds_here": not missing[name], "missing": missing[name]} for name in targets]
+        here = [
+            {"builds_here": not missing[name], "missing": missing[name], "built_here_with": built_with[name]}
+            for name in targets
+        ]
         facts = [target.to_dict() | more for target, more in zip(targets.values(), here, strict=True)]
         click.echo(json.dumps(facts, indent=2))
     else:
-        _print(target_lines(targets.values(), missing))
+        _print(target_lines(targets.values(), built_with))
 
 
 def _show_coverage(checkpoint: Path, allow_unknown_keys: tuple[str, ...], sms: list[int], as_json: bool) -> None:

@@ -106,6 +106,7 @@ _NEXT_STEPS = {
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ELOOP: "The links lead in a circle; correct them or give another path.",
     errno.ESTALE: "The file was removed on its server; check the path.",
+    errno.EADDRINUSE: "Another program listens there: stop it, or choose another port.",
 }
 
 
@@ -157,7 +158,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    close = [other for other in known if name and other.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

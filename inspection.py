@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import MANIFEST
+from .artifact import MANIFEST, folder_hint
 from .errors import ArtifactError, InputError
 from .export.contract.engine_set import ENGINES, EngineTable
 from .export.contract.state import StateTensor
@@ -32,7 +32,7 @@ def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> d
         allow_unknown_keys: keys of a checkpoint's config.json to ignore instead of refusing them.
 
     Raises:
-        InputError: neither an artifact nor a checkpoint.
+        InputError: nothing there, or neither an artifact nor a checkpoint.
         ArtifactError, CheckpointError: it is damaged.
     """
     path = Path(path)
@@ -40,9 +40,15 @@ def inspect_artifact(path: Path, *, allow_unknown_keys: Sequence[str] = ()) -> d
         return _artifact_facts(path)
     if (path / "config.json").is_file():
         return _checkpoint_facts(path, allow_unknown_keys)
-    raise InputError(
-        f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).{snapshot_hint(path)}"
-    )
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected the folder of an artifact or a checkpoint. Check the path.")
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file; expected the folder of an artifact or a checkpoint. Give its folder; for a bare config.json there is "
+            "`foldkv plan`."
+        )
+    hint = snapshot_hint(path) or folder_hint(path) or " Give the folder of one."
+    raise InputError(f"{path} is neither an artifact (no {MANIFEST}) nor a checkpoint (no config.json).{hint}")
 
 
 def _artifact_facts(path: Path) -> dict[str, Any]:

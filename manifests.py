@@ -7,14 +7,13 @@ files beside a manifest and the table of them. Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from . import __version__
-from .artifact import MANIFEST, read_manifest, verify_files, write_manifest
+from .artifact import MANIFEST, artifact_kind, read_manifest, verify_files, write_manifest
 from .artifact import reason_to_replace as reason_without_artifact
 from .backends import BACKENDS
 from .errors import ArtifactError
@@ -490,10 +489,7 @@ def read(manifest: type[M], folder: Path, *, verify: bool = False) -> M:
 
 def read_any(folder: Path, *, verify: bool = False) -> AnyManifest:
     """As :func:`read`, for an artifact of any kind."""
-    try:
-        kind = json.loads((Path(folder) / MANIFEST).read_text()).get("kind")
-    except (OSError, ValueError, AttributeError):
-        kind = None
+    kind = artifact_kind(folder) or ""
     if kind not in KINDS:
         read_manifest(folder, kind="foldkv")  # says what is wrong
     return read(KINDS[kind], folder, verify=verify)

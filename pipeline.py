@@ -255,10 +255,12 @@ class _Pipeline:
                 )
         built = self.config.build.targets
         for name in wanted.targets:
-            if name not in built or wanted.targets.count(name) > 1:
+            if name not in built:
                 raise InputError(
-                    f"validate.targets has {name!r}, which it lists twice or build.targets does not list ({', '.join(built)})."
+                    f"validate.targets has {name!r}, which build.targets does not list ({', '.join(built)}). Add it there, or leave it out."
                 )
+            if wanted.targets.count(name) > 1:
+                raise InputError(f"validate.targets has {name!r} twice. Leave out one.")
         validated = [target for target in self.targets if target.name in wanted.targets]
         longest = self.checkpoint.spec.max_position_embeddings
         check_contexts(self.plan(), longest, wanted.gates, what=f"the model of {self.config.checkpoint}")

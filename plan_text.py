@@ -17,7 +17,7 @@ from .optimize.kept_weights import FORMATS, cpu_step, cpu_step_seconds, wide_mat
 from .optimize.targets import resolve_targets
 from .runtime.stacks_made import made_here, stacks_folder
 from .tables import table
-from .units import duration_text, size_text
+from .units import count_text, duration_text, size_text
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def plan_layouts(spec: ModelSpec, sizes: Sizes, layout: str | None) -> Said:
     for plan in plans:
         weights = weight_bytes(spec, plan.layout)
         facts.append(plan.to_dict() | {"weights": weights, "total_with_weights": weights + plan.total})
-    lines = [f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}"]
+    lines = [f"{count_text(parameter_count(spec))} parameters; {sizes.context:,} tokens x {sizes.batch}"]
     rows = [["layout", "window", "entries", "index", "carry", "caches", "of V3.2", "weights", "total"]]
     lines += table([*rows, *(_layout_row(spec, plan) for plan in plans)], numbers=tuple(range(1, 9)))
     if any(plan.layout not in OFFERED for plan in plans):
@@ -102,7 +102,7 @@ def plan_on_targets(
         ],
     }  # fmt: skip
     head = (
-        f"{parameter_count(spec) / 1e9:.3g} B parameters; {sizes.context:,} tokens x {sizes.batch}, chunks of {chunk}"
+        f"{count_text(parameter_count(spec))} parameters; {sizes.context:,} tokens x {sizes.batch}, chunks of {chunk}"
     )
     held = {name: size for name in FORMATS for plan in plans if (size := plan.weights.get(name))}
     rows = [

@@ -36,14 +36,20 @@ def report_lines(content: dict[str, Any]) -> list[str]:
 
 
 def trend_lines(trends: Trends) -> list[str]:
-    """Trends: the newest value of every gate on every target, beside those before, the newest first."""
+    """Trends: the newest value of every gate on every target, its report, and the values before that it can be compared with."""
     from .validation.pages import format_figure
 
-    rows = [["target", "gate", "verdict", "newest", "", "threshold", "before"]]
+    rows = [["target", "gate", "verdict", "newest", "", "threshold", "report", "before, newest first"]]
     for target, gates in trends.targets.items():
         for series in gates:
             *earlier, now = series.points
-            before = ", ".join(format_figure(point.value) for point in reversed(earlier[-4:]))
+            comparable, after = list[str](), now
+            for point in reversed(earlier[-4:]):
+                if after.unlike is not None:
+                    break
+                comparable.append(format_figure(point.value))
+                after = point
+            before = ", ".join(comparable)
             rows.append(
                 [
                     target,
@@ -52,15 +58,17 @@ def trend_lines(trends: Trends) -> list[str]:
                     format_figure(now.value),
                     series.comparison,
                     f"{now.threshold:g}",
+                    trends.reports[now.report]["folder"],
                     before,
                 ]
             )
     left = [f"left out: {name}: {why}" for name, why in trends.left_out.items()]
+    count = len(trends.reports)
     return [
         *table(rows, numbers=(3, 5)),
         "",
         *left,
-        f"{len(trends.reports)} reports of the checkpoint {trends.checkpoint[:12]}...",
+        f"{count} report{'s' if count != 1 else ''} of the checkpoint {trends.checkpoint[:12]}...",
     ]
 
 

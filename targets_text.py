@@ -10,16 +10,18 @@ from .plugins.coverage import CoverageRow
 from .tables import table
 
 
-def target_lines(targets: Iterable[Target], missing: Mapping[str, str]) -> list[str]:
-    """A table of targets; ``missing`` says by name why this machine cannot build for one, "" if it can."""
+def target_lines(targets: Iterable[Target], built_with: Mapping[str, Sequence[str]]) -> list[str]:
+    """A table of targets; ``built_with`` has by name the backends that this machine can build for one with."""
     rows = [["target", "sm", "memory", "GB/s", "precision", "backends", "built here"]]
     for target in targets:
         memory = f"{target.memory_gib} GiB" if target.memory_gib else ""
         cells = [str(target.sm or ""), memory, str(target.bandwidth_gb_s or ""), target.precision]
-        rows.append([target.name, *cells, ", ".join(target.backends), "no" if missing[target.name] else "yes"])
+        here = built_with[target.name]
+        first = "yes" if target.backends[0] in here else f"with --backend {here[0]}" if here else "no"
+        rows.append([target.name, *cells, ", ".join(target.backends), first])
     lines = table(rows, numbers=(1, 2, 3))
-    if any(missing.values()):
-        lines.append("`foldkv targets --json` shows what is missing for a target.")
+    if any(row[-1] != "yes" for row in rows[1:]):
+        lines.append("`foldkv targets --json` shows what is missing for a target with its first backend.")
     return lines
 
 

@@ -35,6 +35,12 @@ def read_size(value: Any) -> int:
     return int(found[1]) << (10 * (" kmgt".index(found[2]) if found[2] else 0))
 
 
+def count_text(count: float) -> str:
+    """A large number in billions or millions: "284 billion"."""
+    word, factor = ("billion", 1e9) if count >= 1e9 else ("million", 1e6)
+    return f"{count / factor:,.0f} {word}" if count >= 100 * factor else f"{count / factor:.3g} {word}"
+
+
 def size_text(count: float) -> str:
     """Bytes in the largest unit that gives 1 or more."""
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):

@@ -81,7 +81,8 @@ VERDICTS = """## The gates of `validate`
 A gate *holds*, *fails*, or is *not informative*: its figure is within the threshold, but was measured on less than the gate needs. Such a
 gate does not pass: the exit code is 1 and `junit.xml` has an error, with the reason and what to change. A figure beyond its threshold
 fails, however little it was measured on. Gates that do not apply are not listed: `long-context` without contexts that the reference reads,
-`topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for.
+`topk-overlap` and `mass-recalled` for a model without indexers, `behaviour` and `sweep` if no cases were asked for; the
+report then has a note that says so.
 
 Texts, questions and streams begin with the special tokens that the bundle's tokenizer puts before a text, such as the one that begins a
 sequence, because a served prompt begins with them. They count in `--text-tokens`, `--case-tokens`, `--context` and the lengths of the sweep.

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..artifact import staged
+from ..artifact import check_destination, staged
 from ..errors import ArtifactError, InputError
 from ..manifests import BundleManifest, GraphManifest, read_any, write
 from ..progress import BYTES, Progress, Say, silent
+from ..units import size_text
 from .contract.lock import LOCK, WeightsLock
 from .files import place_file
 from .locate import find_weights
@@ -29,7 +30,8 @@ def read_locked(folder: Path) -> tuple[GraphManifest | BundleManifest, WeightsLo
     manifest = read_any(Path(folder), verify=True)
     if not isinstance(manifest, GraphManifest | BundleManifest) or LOCK not in manifest.files:
         raise ArtifactError(
-            f"{folder} has no {LOCK}: it is no graph package or bundle, or is of an older form. There is nothing to fetch for it."
+            f"{folder} is a {manifest.KIND} artifact without {LOCK}; expected a graph package or a bundle that this version made. "
+            "Give one, or make it again."
         )
     return manifest, WeightsLock.read(Path(folder) / LOCK)
 
@@ -60,9 +62,10 @@ def pack(
     manifest, lock = read_locked(artifact)
     if out.resolve() == artifact.resolve():
         raise InputError(f"{out} is the artifact itself; give another output folder.")
+    check_destination(out, kind=manifest.KIND)
     files = find_weights(artifact, lock, manifest.inputs.checkpoint, weights_from)
     report = Progress.of(progress)
-    report(f"packing {len(files)} weight files, {lock_bytes(lock) / 2**30:.2f} GiB")
+    report(f"packing {len(files)} weight files, {size_text(lock_bytes(lock))}")
     # Large copies are kept beside the output until it is whole, so that an interrupted run goes on.
     store = out.absolute().with_name(f"{out.name}.foldkv-weights")
     total, done = lock_bytes(lock), 0

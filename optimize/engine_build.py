@@ -58,12 +58,14 @@ def version_beside_gpu(target: Target) -> str:
             f"a GPU of compute capability {sm / 10:.1f}, because {backend.library} times kernels on it; {found}"
         )
     if missing:
-        name, without = target.name, [b for b in BACKENDS.values() if b.engine and b.builds_without_gpu]
-        title = (
-            f"{name} (sm{sm}) needs {backend.library} {backend.major}, which cannot be used here "
-            f"({' and '.join(other.library for other in without)} has no engines for {name})"
-        )
-        step = f"Run `foldkv build GRAPH --target {name} -o OUT` on a machine that has these. You can copy the graph package there."
+        name, engines = target.name, [b for b in BACKENDS.values() if b.engine and b.builds_without_gpu]
+        none = [other.library for other in engines if not other.builds_for(sm)]
+        title = f"{name} (sm{sm}) needs {backend.library} {backend.major}, which cannot be used here"
+        if none:
+            title += f" ({' and '.join(none)} has no engines for {name})"
+        preferred = next(other for other in BACKENDS.values() if other.builds_for(sm))
+        named = "" if preferred is backend else f" --backend {backend.name}"
+        step = f"Run `foldkv build GRAPH --target {name}{named} -o OUT` on a machine that has these. You can copy the graph package there."
         if other := next((b.name for b in map(backend_named, target.backends[1:]) if b.builds_without_gpu), ""):
             step += f" Or build here with `--backend {other}`."
         package = [] if version else [backend.module]

@@ -266,7 +266,7 @@ row("generate: temperature is infinite", generate("--temperature", "inf"), 2, "t
 row("generate: temperature is no number", generate("--temperature", "nan"), 2, "temperature must be a finite number")
 row("generate: empty stop string", generate("--stop", ""), 2, "a stop string is empty")
 row("generate: no threads", generate("--threads", "0"), 2, "threads")
-row("inspect: nothing there", lambda w: ["inspect", str(w.tmp / "none")], 2, "neither an artifact")
+row("inspect: nothing there", lambda w: ["inspect", str(w.tmp / "none")], 2, "does not exist")
 row("inspect: a folder of something else", lambda w: ["inspect", str(w.tmp)], 2, "neither an artifact")
 
 
@@ -336,6 +336,16 @@ row("pipeline: no checkpoint", pipeline(HEAD.replace("CHECKPOINT", "none")), 2, 
 row("plan: unknown layout", lambda w: ["plan", str(w.checkpoint), "--layout", "fp3"], 2, "fp3")
 row(
     "plan: context of nothing", lambda w: ["plan", str(w.checkpoint), "--context", "-4"], 2, "is not a number of tokens"
+)
+row(
+    "plan: a bundle instead", lambda w: ["plan", str(w.bundle)], 2, "is a foldkv.bundle artifact; expected a checkpoint"
+)
+row("bundle: a checkpoint instead", lambda w: ["generate", str(w.checkpoint), "x"], 2, "It is a checkpoint")
+row(
+    "trends: a page of another kind",
+    lambda w: ["trends", str(w.tmp), "-o", w.out + ".pdf"],
+    2,
+    "written as .html",
 )
 row("plan: unknown target", lambda w: ["plan", str(w.checkpoint), "--target", "h10"], 2, "did you mean 'h100'")
 row(

@@ -13,6 +13,7 @@ from foldkv.optimize.targets import resolve_targets
     [
         ("hiden_size", ["hidden_size", "head_dim"], " (did you mean 'hidden_size'?)"),
         ("h201", ["a100", "h200"], " (did you mean 'h200'?)"),
+        ("B200", ["h200", "b200"], " (did you mean 'b200'?)"),
         ("unsloth_version", ["transformers_version", "hidden_size"], ""),
         ("my_router", ["hidden_size", "rms_norm_eps"], ""),
         ("", ["x"], ""),

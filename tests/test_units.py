@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from foldkv.units import read_size
+from foldkv.units import count_text, read_size
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,10 @@ def test_sizes_are_read_in_powers_of_1024(text: Any, count: int) -> None:
 def test_what_is_no_size_is_refused_with_an_example(text: Any) -> None:
     with pytest.raises(ValueError, match="4MiB"):
         read_size(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(2_357_381, "2.36 million"), (284e9, "284 billion"), (1.573e12, "1,573 billion")]
+)
+def test_large_counts_are_words_and_never_powers_of_ten(count: float, text: str) -> None:
+    assert count_text(count) == text

@@ -63,7 +63,7 @@ class BehaviourFigure:
     def lack(self) -> str | None:
         """Why the answers say nothing about the subject, or None."""
         if at_least(self.reference, self.cases, self.guess) >= RARE:
-            return f"the reference answers {self.reference} of {self.cases}, which guessing does too"
+            return f"the reference answers {self.reference} of {self.cases}, no more than guessing could"
         if 2.0**-self.reference >= RARE:
             return f"the reference answers {self.reference}; losing all of them could be chance"
         return None

@@ -104,8 +104,10 @@ def _signer(key: Path) -> Any:
     except OSError as error:
         raise system_failure(error, key) from None
     except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
+        # model-signing asks a key for its curve without a look at its kind.
+        why = "it is of another kind" if isinstance(error, AttributeError) else str(error).splitlines()[0][:200]
         raise InputError(
-            f"{key} is no private key of an elliptic curve in PEM without a password ({str(error).splitlines()[0][:200]}). Make one: "
+            f"{key} is no private key of an elliptic curve in PEM without a password ({why}). Make one: "
             "`openssl ecparam -name prime256v1 -genkey -noout -out KEY`."
         ) from None
 

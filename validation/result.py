@@ -151,6 +151,12 @@ class ValidationResult(Measurements):
                 f"Of prompts with lengths of {', '.join(mute)} mod 4 too few are answered for a statement by answers; the distributions were "
                 "compared at all lengths (gate sweep)."
             )
+        plan = self.provenance["plan"]
+        asked = {
+            "behaviour (--cases-per-kind)": plan["cases_per_kind"], "prompts of every length (--sweep-cases)": plan["sweep_cases"],
+        }  # fmt: skip
+        if not_asked := [what for what, count in asked.items() if not count]:
+            notes.append(f"Not asked for, so nothing is known about it: {', '.join(not_asked)}.")
         if self.not_validated:
             names = ", ".join(f"{row['folder']} ({row['why']})" for row in self.not_validated)
             notes.append(

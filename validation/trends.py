@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import write_whole
+from ..artifact import artifact_kind, write_whole
 from ..errors import FoldkvError, InputError, listing
+from ..manifests import EvidenceManifest
 from .baseline import JSON, read_report, unlike
 from .gates import FAILS, HOLDS, NOT_INFORMATIVE, PROFILE_GATES
 from .pages import plain, render
@@ -73,9 +74,15 @@ def read_trends(folder: Path) -> Trends:
         InputError: it has no report that this version reads, or reports of several checkpoints.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; expected the folder that holds the folders of --report. Check the path."
+        )
     found, left_out = list[tuple[str, dict[str, Any]]](), dict[str, str]()
     for file in sorted(folder.rglob(JSON)):
         name = file.parent.relative_to(folder).as_posix()
+        if artifact_kind(file.parent) == EvidenceManifest.KIND:
+            continue  # it has a copy of a report
         try:
             found.append((name, read_report(file.parent)))
         except FoldkvError as error:
@@ -146,6 +153,16 @@ def _unlike(
     return unlike(gate.of, now[1]["metric"], before[1]["metric"], old, new)
 
 
+def check_page(path: Path) -> None:
+    """Check the name of a page.
+
+    Raises:
+        InputError: it does not end in .html.
+    """
+    if Path(path).suffix.lower() != ".html":
+        raise InputError(f"the page of trends is written as .html; {path} ends in {Path(path).suffix!r}.")
+
+
 def write_page(trends: Trends, path: Path, folder: Path) -> None:
     """Write the page; it needs nothing from the network. Reports are linked relative to it.
 
@@ -155,8 +172,10 @@ def write_page(trends: Trends, path: Path, folder: Path) -> None:
         folder: that was read.
 
     Raises:
+        InputError: the path does not end in .html.
         SystemFailure: it cannot be written.
     """
+    check_page(path)
     base = os.path.relpath(Path(folder).resolve(), Path(path).resolve().parent)
     links = [(Path(base) / row["folder"] / "report.html").as_posix() for row in trends.reports]
     page = render(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...artifact import artifact_kind
 from ...errors import CheckpointError, listing
 from ...inputs import refuse_unreadable_name, snapshot_hint
 from ..contract.geometry import CSA, HCA, LAYER_TYPES, SLIDING, ModelSpec
@@ -23,6 +24,7 @@ from .config_keys import KeyReport
 from .config_rope import ROPE_KEYS, is_number, read_rope
 from .storage import unread_file, unread_in_folder, warn_of_unread_weights
 
+_FAMILY = "deepseek_v4"
 _RATIO_TO_TYPE = {0: SLIDING, 4: CSA, 128: HCA}
 _DEFAULT_RATES = {CSA: 4, HCA: 128}
 _SCALAR_RATES = {"compress_rate_csa": CSA, "compress_rate_hca": HCA}
@@ -57,7 +59,7 @@ _NUMBERS = {
 _ALIASES = {"n_routed_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 # The only values whose computation can be exported.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v4",),
+    "model_type": (_FAMILY,),
     "num_key_value_heads": (1,),
     "n_shared_experts": (1,),
     "scoring_func": ("sqrtsoftplus",),
@@ -132,6 +134,8 @@ def read_config(path: Path) -> dict[str, Any]:
     refuse_unreadable_name(path)
     if path.is_dir():
         file = path / "config.json"
+        if not file.exists():
+            refuse_artifact(path)
         if not file.exists() and (found := unread_in_folder(path)):
             raise CheckpointError(found.message(path))
         if not file.exists() and (hint := snapshot_hint(path)):
@@ -140,6 +144,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.is_file() and (found := unread_file(path)):
         raise CheckpointError(found.message(path))
     return read_object(path)
+
+
+def refuse_artifact(folder: Path) -> None:
+    """Refuse a folder that foldkv wrote where a checkpoint is expected.
+
+    Raises:
+        CheckpointError: it has a manifest.
+    """
+    if kind := artifact_kind(folder):
+        raise CheckpointError(
+            f"{folder} is a {kind} artifact; expected a checkpoint. Give the checkpoint that it was made from: `foldkv inspect` shows "
+            "its path."
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -190,6 +207,13 @@ class _Reader:
         self.findings: list[str] = []
 
     def read(self) -> ModelSpec:
+        family = self.config.get("model_type", _FAMILY)
+        if family != _FAMILY:
+            # What else its file has or lacks says nothing: it is another model.
+            raise CheckpointError(
+                f"{self.source} does not describe a model that can be exported: model_type is {family!r}; only {_FAMILY!r} can be "
+                "exported. Use a DeepSeek-V4 checkpoint."
+            )
         self._check_fixed()
         fields: dict[str, Any] = {field: self._number(key, integral=True) for key, field in _INTEGERS.items()}
         fields |= {field: self._number(key, integral=False) for key, field in _NUMBERS.items()}
@@ -216,7 +240,7 @@ class _Reader:
 
     def _check_fixed(self) -> None:
         if "model_type" not in self.config:
-            self.findings.append("missing key 'model_type'; expected 'deepseek_v4'")
+            self.findings.append(f"missing key 'model_type'; expected {_FAMILY!r}")
         for key, allowed in _FIXED.items():
             if key in self.config and self.config[key] not in allowed:
                 self.findings.append(f"{key} is {self.config[key]!r}; only {allowed[0]!r} can be exported")

@@ -15,7 +15,7 @@ from ...artifact import confined, sha256_file, sha256_json
 from ...errors import ArtifactError, CheckpointError, listing
 from ...inputs import file_identity, refuse_unreadable_name
 from ...manifests import ModelFacts
-from .config_reader import read_config, read_model, read_object
+from .config_reader import read_config, read_model, read_object, refuse_artifact
 from .formats import FP8_BLOCK, Format, format_of
 from .names import released_name
 from .shards import Shard, Stored, read_shard
@@ -73,7 +73,8 @@ class Checkpoint:
         refuse_unreadable_name(self.folder)
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors."
+                f"{self.folder} is not a folder; expected a checkpoint with config.json and *.safetensors. Give its path on this "
+                "machine: foldkv downloads nothing."
             )
         config = read_config(self.folder)
         refuse_unread_weights(self.folder, config)
@@ -91,6 +92,7 @@ class Checkpoint:
         if not index.exists():
             single = self.folder / SINGLE
             if not single.is_file():
+                refuse_artifact(self.folder)
                 raise CheckpointError(
                     f"{self.folder} has neither {SINGLE} nor {INDEX}. Download the checkpoint again, or convert its weights "
                     "to safetensors."

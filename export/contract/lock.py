@@ -189,7 +189,7 @@ class WeightsLock:
                 if reason:
                     reasons.append(reason)
             else:
-                size = f"{name} ({file.bytes / 2**30:.2f} GiB)"
+                size = f"{name} ({file.bytes:,} bytes)"
                 problems.append(f"{size}: {'; '.join(reasons)}" if reasons else size)
         if problems:
             where = ", ".join(str(folder) for folder in folders) or "no folder"

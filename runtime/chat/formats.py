@@ -114,7 +114,7 @@ def chat_format(source: Bundle | str) -> ChatFormat:
     if source.chat is None:
         raise ArtifactError(
             f"{source.folder} has no {CHAT}: its checkpoint has neither DeepSeek-V4's tokens nor a chat template, or an older foldkv "
-            f"made it. Make the bundle again, or name an encoding: chat_format({REVISIONS[0]!r})."
+            f"made it. Name an encoding (`--chat-format {REVISIONS[0]}`, in Python chat_format({REVISIONS[0]!r})), or make the bundle again."
         )
     file, tokenizer = ChatFile.read(source.chat), Tokenizer.from_bundle(source)
     found = ChatFormat(file, tokenizer.special_tokens)

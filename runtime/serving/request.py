@@ -129,7 +129,7 @@ def check_request(request: Request, bundle: Bundle, tokenizer: Tokenizer | None,
         asked = "at least 1 new token" if request.max_new_tokens is None else f"{most} new tokens"
         raise CapacityError(
             f"a prompt of {len(prompt)} tokens and {asked} exceed the context of {context}. "
-            "Ask for less, or open the engine with a larger context."
+            "Ask for less, or give a larger context."
         )
     ends = frozenset(bundle.model.eos_token_ids)
     stops = ends if request.stop_tokens is None else _stop_tokens(request.stop_tokens, vocabulary)

@@ -77,7 +77,7 @@ def test_what_has_no_lock_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
     del manifest["files"][LOCK]
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     (bundle / LOCK).unlink()
-    for folder, finding in ((bundle, "is no graph package or bundle"), (tmp_path / "nothing", "cannot be read")):
+    for folder, finding in ((bundle, "expected a graph package or a bundle"), (tmp_path / "nothing", "cannot be read")):
         with pytest.raises(ArtifactError, match=finding):
             read_locked(folder)
     with pytest.raises(InputError, match="is the artifact itself"):

@@ -63,6 +63,9 @@ def test_points_are_by_date_and_compared_where_they_were_measured_alike(releases
     assert list(trends.left_out) == ["older"] and "report of version 3" in trends.left_out["older"]
     assert list(trends.targets) == ["a100, tensorrt-rtx", "cpu, onnxruntime"]
     series = {one.gate: one for one in trends.targets["cpu, onnxruntime"]}
+    told = CliRunner().invoke(main, ["trends", str(folder)])
+    [line] = [line for line in told.output.splitlines() if "cpu" in line and " kl-mean " in line]
+    assert line.split()[-2:] == ["nothing", "∞"], "values on another text than the newest ones are not beside them"
     points = series["kl-mean"].points
     assert [point.report for point in points] == [0, 1, 2, 3, 5]
     assert [point.value for point in (*points[:2], points[3], points[4])] == [1e-8, 5e-9, float("inf"), None]

@@ -128,7 +128,7 @@ def test_a_report_is_read_back_as_it_was_written(world: Path) -> None:
     assert [row["word"] for row in written["behaviour"]] == ["worse", "worse", "no statement"]
     for page in (report_html(result), report_markdown(result)):
         assert "length mod 4 = 3" in page and "9" in page and "signature of a named function" in page
-        assert "the reference answers 0 of 9, which guessing does too" in page
+        assert "the reference answers 0 of 9, no more than guessing could" in page
         assert "75.00 %" in page and "not measured: no weight of this checkpoint is stored in fp8 or fp4" in page
     again = measurements_from_json(written)
     assert math.isnan(again.deployments[0].kl_mean_error or 0) and written["not_reproduced"] == []
@@ -231,6 +231,7 @@ def test_too_little_of_anything_does_not_pass(world: Path, tmp_path: Path) -> No
         "how entries are chosen there was not measured. That needs texts of more than 67 tokens" in n
         for n in result.notes()
     )
+    assert any("Not asked for" in n and "--cases-per-kind" in n and "--sweep-cases" in n for n in result.notes())
     short.write_text("H")
     with pytest.raises(InputError, match="has 1 tokens; there is nothing to predict"):
         made(world, "short", text=short)

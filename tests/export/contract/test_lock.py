@@ -104,7 +104,7 @@ def test_files_are_found_in_the_first_folder_that_has_them_and_by_their_headers(
     assert lock.find([link])["m.safetensors"].samefile(right / "m.safetensors")
     stored(other, "m.safetensors", b"HEADER", 100)
     assert lock.find([other, right])["m.safetensors"] == right / "m.safetensors"
-    for folder, finding in ((other, "has other tensors"), (tmp_path / "nothing", "m.safetensors (0.00 GiB)")):
+    for folder, finding in ((other, "has other tensors"), (tmp_path / "nothing", "m.safetensors (100 bytes")):
         with pytest.raises(InputError, match="weights are missing") as caught:
             lock.find([folder])
         text = str(caught.value)
