@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,15 @@ def main(verbose: bool) -> None:
     """Turn DeepSeek-V4-class checkpoints into engines that keep the KV cache compressed."""
 
 
-@main.command("export")
+def _look_at_checkpoint(given: Mapping[str, Any]) -> None:
+    from .export.checkpoint.reader import Checkpoint
+
+    Checkpoint(
+        given["reference" if "reference" in given else "checkpoint"], allow_unknown_keys=given["allow_unknown_keys"]
+    )
+
+
+@main.command("export", look=_look_at_checkpoint)
 @click.argument("checkpoint", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the graph package.")
 @click.option(
@@ -207,7 +215,18 @@ def _expect_export(report: Progress, checkpoint: Path, allow_unknown_keys: tuple
             report.expect(expected.low, expected.high)
 
 
-@main.command("inject")
+def _look_at_graph(given: Mapping[str, Any]) -> None:
+    from .manifests import GraphManifest, read
+    from .optimize.targets import resolve_targets
+
+    if "targets" in given:
+        resolve_targets(given["targets"], given["backend"])
+    else:
+        resolve_targets([given["target"]])
+    read(GraphManifest, given["graph"])
+
+
+@main.command("inject", look=_look_at_graph)
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder of the injected graph package.")
 @click.option("--target", required=True, help="Target to inject for. See `foldkv targets`.")
@@ -235,7 +254,7 @@ def inject_command(graph: Path, output: Path, target: str, layout: str, as_json:
     click.echo(f"graph package: {output}")
 
 
-@main.command("build")
+@main.command("build", look=_look_at_graph)
 @click.argument("graph", type=_folder)
 @click.option("-o", "--output", type=_folder, required=True, help="Folder that gets one bundle per target.")
 @click.option(
@@ -631,7 +650,15 @@ def serve_command(
             )  # fmt: skip
 
 
-@main.command("validate")
+def _look_at_bundle(given: Mapping[str, Any]) -> None:
+    from .manifests import BundleManifest, read
+
+    _thresholds(given["gates"])
+    read(BundleManifest, given["bundle"])
+    _look_at_checkpoint(given)
+
+
+@main.command("validate", look=_look_at_bundle)
 @click.argument("bundle", type=_folder)
 @click.option("--reference", type=_folder, required=True, help="The checkpoint the bundle was made from.")
 @click.option(
@@ -807,7 +834,13 @@ def trends_command(folder: Path, output: Path | None, as_json: bool) -> None:
         click.echo(f"page: {output}")
 
 
-@main.command("run")
+def _look_at_pipeline(given: Mapping[str, Any]) -> None:
+    from .config import load_config
+
+    load_config(given["pipeline"])
+
+
+@main.command("run", look=_look_at_pipeline)
 @click.argument("pipeline", type=_folder)
 @click.option("--dry-run", is_flag=True, help="Show what would be done and why, with estimates. Nothing is written.")
 @click.option("--force", is_flag=True, help="Also run stages that are unchanged.")

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
@@ -43,12 +43,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Command(click.Command):
-    """A command that says what packages it lacks before it does anything."""
+    """A command that says what packages it lacks before it does anything.
+
+    ``look`` gets the values of all parameters before PyTorch is loaded, which takes seconds: what is plainly wrong with them is an
+    error at once. It must not import PyTorch.
+    """
+
+    def __init__(self, *given: Any, look: Callable[[Mapping[str, Any]], object] = lambda _: None, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._look = look
 
     def invoke(self, ctx: click.Context) -> Any:
         """As in click."""
         name = self.name or ""
         require_for(name)
+        self._look(ctx.params)
         if "torch" in needed_by(name):  # takes seconds, on a busy machine many
             progress()("loading PyTorch")
         return super().invoke(ctx)

@@ -124,7 +124,7 @@ def compile_kernels(
         wanted: pairs of a kernel and a compute capability.
         jobs: number of parallel processes; the default is the number of processors.
         cache: folder that keeps results between runs; the default is FOLDKV_CACHE or ~/.cache/foldkv.
-        progress: called with one line per compiled kernel.
+        progress: a :class:`~foldkv.progress.Progress` learns how many are compiled.
 
     Raises:
         BuildError: a kernel does not compile, or would not run on its target (too much shared memory, scratch memory).
@@ -155,7 +155,6 @@ def compile_kernels(
                     compiled = future.result()
                 except concurrent.futures.process.BrokenProcessPool:
                     raise BuildError(f"kernel {kernel.name} for sm{sm}: the compiler ended its process.") from None
-                report(f"kernel {kernel.name} for sm{sm}: {compiled.registers} registers, {compiled.shared} B shared")
                 report.steps(len(found) + 1, len(wanted), "kernels")
                 found[futures[future]] = compiled
                 _write_cached(files[futures[future]], compiled)

@@ -96,7 +96,7 @@ def inject(
         dtype: precision that the target computes in.
         layout: name of the engine's cache layout.
         plugins: the plugins to choose from; the default is all of this version.
-        progress: called with one line per operator.
+        progress: called with one line.
 
     Raises:
         ArtifactError: the graph package is damaged.
@@ -116,8 +116,7 @@ def inject(
         model, manifest.state, rope_dim=package.spec.rope_dim, target=target, sm=sm, dtype=dtype, layout=layout,
         plugins=plugins,
     )  # fmt: skip
-    for row in injection.rows:
-        progress(f"{row.operator}: {row.injected} of {row.nodes}")
+    progress(f"{injection.injected} of {injection.nodes} foldkv nodes go to plugins")
     with staged(Path(out), kind=KIND) as folder:
         for name in manifest.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

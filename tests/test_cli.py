@@ -27,6 +27,29 @@ def run(*arguments: object) -> Result:
     return result
 
 
+def test_what_is_plainly_wrong_is_said_before_pytorch_is_loaded(tmp_path: Path, tiny_graph: Path) -> None:
+    """Loading it takes seconds, on a busy machine many."""
+    absent = tmp_path / "absent"
+    commands = [
+        ["export", absent, "-o", tmp_path / "out"],
+        ["inject", tiny_graph, "-o", tmp_path / "out", "--target", "b20"],
+        ["build", tiny_graph, "-o", tmp_path / "out", "--target", "b20"],
+        ["build", absent, "-o", tmp_path / "out", "--target", "cpu"],
+        ["validate", absent, "--reference", absent, "--report", tmp_path / "out"],
+        ["run", absent],
+    ]
+    code = (
+        "import json, sys; from click.testing import CliRunner; from foldkv.cli import main\n"
+        "done = [CliRunner().invoke(main, words) for words in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([one.stderr for one in done] + ['torch' in sys.modules]))"
+    )
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    out = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, check=True).stdout
+    *said, loaded = json.loads(out)
+    assert all(one.startswith("error: ") and ("absent" in one or "did you mean 'b200'?" in one) for one in said), said
+    assert not loaded
+
+
 def test_help_and_version_need_no_heavy_package() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\nfrom foldkv.cli import main\n"
