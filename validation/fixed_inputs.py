@@ -8,6 +8,7 @@ sizes are numbers, and nothing is left of types that a library may not take.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from ..errors import FoldkvError
-from ..runtime.chain import session_options
+from ..runtime.chain import first_line, session_options
 
 #: A turned matrix stays under its name, and whoever runs the graph turns it once.
 _LEFT = {"Transpose"}
@@ -25,10 +26,28 @@ _SIZES = {"Shape", "Size"}
 _BIAS = np.uint32(1 << 16)
 
 
+@dataclass(frozen=True)
+class Typed:
+    """An array and ONNX's number of its type, which numpy may lack; then integers hold the bits."""
+
+    array: npt.NDArray[Any]
+    kind: int
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any], kind: int | None = None) -> Typed:
+        """An array [...] of a type that numpy has, or of the given one; contiguous."""
+        found = helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
+        return cls(np.ascontiguousarray(array), found)
+
+
 def run_graph(
-    model: onnx.ModelProto, values: Mapping[str, Any], outputs: Sequence[str], *, threads: int = 1
+    model: onnx.ModelProto, values: Mapping[str, Typed], outputs: Sequence[str], *, threads: int = 1
 ) -> dict[str, npt.NDArray[Any]]:
-    """Values inside a graph whose inputs are given as OrtValues; its own outputs only if they are named."""
+    """Values inside a graph whose inputs are given. Only what they need is computed.
+
+    Raises:
+        FoldkvError: ONNX Runtime cannot run it.
+    """
     asked = onnx.ModelProto()
     asked.CopyFrom(model)
     del asked.graph.output[:]
@@ -38,21 +57,29 @@ def run_graph(
     kept = [value for value in asked.graph.input if value.name in used]
     del asked.graph.input[:]
     asked.graph.input.extend(kept)
-    session = onnxruntime.InferenceSession(
-        asked.SerializeToString(), session_options(onnxruntime, threads, decode=False), providers=["CPUExecutionProvider"]
-    )
-    found = session.run_with_ort_values(list(outputs), {value.name: values[value.name] for value in kept})
+    options = session_options(onnxruntime, threads, decode=False)
+    try:
+        session = onnxruntime.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        given = {value.name: values[value.name] for value in kept}
+        # These lie over the arrays, which must stay as long.
+        feeds = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(one.array, one.kind)
+            for name, one in given.items()
+        }
+        found = session.run_with_ort_values(list(outputs), feeds)
+    except Exception as error:  # ONNX Runtime's own classes derive from nothing else
+        raise FoldkvError(f"ONNX Runtime cannot run the layer: {first_line(error)}") from error
     return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
 
 
 def with_fixed_inputs(
-    model: onnx.ModelProto, values: Mapping[str, Any], free: Mapping[str, npt.NDArray[Any]], *, threads: int = 1
-) -> tuple[onnx.ModelProto, dict[str, npt.NDArray[Any]]]:
+    model: onnx.ModelProto, values: Mapping[str, Typed], free: Mapping[str, npt.NDArray[Any]], *, threads: int = 1
+) -> tuple[onnx.ModelProto, dict[str, Typed]]:
     """A graph that takes ``free`` only, in these shapes, and the constants that it takes as inputs, too.
 
     Args:
         model: a graph without functions; types are numpy's wherever values are left over.
-        values: all of its inputs, as OrtValues.
+        values: all of its inputs.
         free: the inputs that it keeps, with values, whose shapes become its own.
         threads: of the run that finds the constants.
 
@@ -61,6 +88,7 @@ def with_fixed_inputs(
     """
     model = _unrolled(model, values, threads)
     graph = model.graph
+    _drop_unused(graph)
     constant = {one.name for one in graph.initializer} | {one.name for one in graph.input if one.name not in free}
     nodes, kept = [], []
     for node in graph.node:
@@ -74,22 +102,20 @@ def with_fixed_inputs(
     inside = {one.name for one in graph.initializer}
     edge = sorted((wanted & constant) - inside)
     given = {name: values[name] for name in edge if name in values}
-    found = run_graph(model, values, [name for name in edge if name not in given], threads=threads)
-    found |= {name: value.numpy() for name, value in given.items()}
+    made_of = run_graph(model, values, [name for name in edge if name not in given], threads=threads)
+    found = given | {name: Typed.of(array) for name, array in made_of.items()}
     made = onnx.ModelProto()
     made.CopyFrom(model)
     del made.graph.node[:], made.graph.input[:], made.graph.value_info[:], made.graph.initializer[:]
     made.graph.node.extend(kept)
     made.graph.initializer.extend(one for one in graph.initializer if one.name in wanted)
-    for name, array in [*free.items(), *found.items()]:
-        made.graph.input.append(
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-        )
+    taken = {name: Typed.of(array) for name, array in free.items()} | found
+    made.graph.input.extend(helper.make_tensor_value_info(name, one.kind, one.array.shape) for name, one in taken.items())
     return made, found
 
 
 def as_constants(
-    model: onnx.ModelProto, constants: Mapping[str, npt.NDArray[Any]], data: Any, file: str, *, always: Sequence[str], small: int = 1024
+    model: onnx.ModelProto, constants: Mapping[str, Typed], data: Any, file: str, *, always: Sequence[str], small: int = 1024
 ) -> None:
     """Turn inputs into initializers, in place. Float32 matrices whose values are those of bfloat16 are stored in it, in half of the bytes.
 
@@ -106,12 +132,13 @@ def as_constants(
     del graph.input[:]
     graph.input.extend(rest)
     casts = []
-    for name, array in constants.items():
+    for name, one in constants.items():
+        array = one.array
         if array.nbytes <= small and name not in always:
-            graph.initializer.append(numpy_helper.from_array(array, name))
+            graph.initializer.append(helper.make_tensor(name, one.kind, array.shape, array.tobytes(), raw=True))
             continue
-        bits = _narrow(array) if array.dtype == np.float32 and array.ndim > 1 else None
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype) if bits is None else onnx.TensorProto.BFLOAT16
+        bits = _narrow(array) if one.kind == onnx.TensorProto.FLOAT and array.ndim > 1 else None
+        kind = one.kind if bits is None else onnx.TensorProto.BFLOAT16
         stored = name if bits is None else f"{name}.stored"
         data.write(b"\0" * (-data.tell() % 64))
         tensor = onnx.TensorProto(
@@ -128,14 +155,14 @@ def as_constants(
         graph.node.insert(number, node)
 
 
-def _unrolled(model: onnx.ModelProto, values: Mapping[str, Any], threads: int) -> onnx.ModelProto:
+def _unrolled(model: onnx.ModelProto, values: Mapping[str, Typed], threads: int) -> onnx.ModelProto:
     """A graph without loops: rounds follow from the sizes. TensorRT parses loops in a graph of fixed sizes, and cannot build it."""
-    loops = [node for node in model.graph.node if node.op_type == "Loop"]
-    if not loops:
-        return model
-    counts = run_graph(model, values, sorted({node.input[0] for node in loops}), threads=threads)
     made = onnx.ModelProto()
     made.CopyFrom(model)
+    loops = [node for node in model.graph.node if node.op_type == "Loop"]
+    if not loops:
+        return made
+    counts = run_graph(model, values, sorted({node.input[0] for node in loops}), threads=threads)
     del made.graph.node[:]
     for node in model.graph.node:
         made.graph.node.extend(_rounds(node, int(counts[node.input[0]].item())) if node.op_type == "Loop" else [node])

@@ -312,9 +312,9 @@ def _reproduce(
         why = "the first that diverges from the reference"
         reproducers.save(
             "first-divergence", why, layer=first, tokens=tokens, before=look.before(first), expected=alone[first],
-            reference=side.name,
+            actual=look.streams[first], reference=side.name, limit=layers[first].limit,
         )  # fmt: skip
-    if reproducers.possible and sides.reference.in_memory and sides.subject.in_memory:
+    if sides.reference.in_memory and sides.subject.in_memory:
         number = int(np.argmax([case["kl"] for case in worst]))
         tokens = texts[number][: worst[number]["position"] + 1]
         look = sides.subject.look(tokens)
@@ -323,7 +323,7 @@ def _reproduce(
     layer = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
     reproducers.save(
         "worst-case", f"the one that adds the largest error, {errors[layer]:.2g}, before the worst token", layer=layer, tokens=tokens,
-        before=look.before(layer), expected=alone[layer], reference=side.name,
+        before=look.before(layer), expected=alone[layer], actual=look.streams[layer], reference=side.name, limit=layers[layer].limit,
     )  # fmt: skip
 
 
