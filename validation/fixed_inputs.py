@@ -114,6 +114,40 @@ def with_fixed_inputs(
     return made, found
 
 
+def widen_bytes(model: onnx.ModelProto, constants: dict[str, Typed]) -> None:
+    """Let packed rows be int32 in place of int8, in place; values stay. TensorRT takes an int8 constant for a quantised one, which only a
+    DequantizeLinear may read."""
+    graph = model.graph
+    for name, one in constants.items():
+        if one.kind == onnx.TensorProto.INT8:
+            constants[name] = Typed.of(one.array.astype(np.int32))
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int32), tensor.name))
+    nodes: list[onnx.NodeProto] = []
+    wrapped = False
+    for node in graph.node:
+        to = next((one.i for one in node.attribute if one.name == "to"), None) if node.op_type == "Cast" else None
+        if to != onnx.TensorProto.INT8:
+            nodes.append(node)
+            continue
+        wrapped = True  # a cast keeps the last eight bits
+        own = f"{node.output[0]}.byte"
+        nodes += [
+            helper.make_node("Cast", list(node.input), [f"{own}.0"], name=f"{own}.0", to=onnx.TensorProto.INT64),
+            helper.make_node("Add", [f"{own}.0", "byte.half"], [f"{own}.1"], name=f"{own}.1"),
+            helper.make_node("Mod", [f"{own}.1", "byte.all"], [f"{own}.2"], name=f"{own}.2"),
+            helper.make_node("Sub", [f"{own}.2", "byte.half"], [f"{own}.3"], name=f"{own}.3"),
+            helper.make_node("Cast", [f"{own}.3"], list(node.output), name=node.name, to=onnx.TensorProto.INT32),
+        ]
+    if wrapped:
+        graph.initializer.extend(
+            numpy_helper.from_array(np.array(value, np.int64), name) for name, value in (("byte.half", 128), ("byte.all", 256))
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def as_constants(
     model: onnx.ModelProto, constants: Mapping[str, Typed], data: Any, file: str, *, always: Sequence[str], small: int = 1024
 ) -> None:

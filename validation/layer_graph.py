@@ -24,9 +24,10 @@ from ..export.contract.lock import LOCK, Weight, WeightsLock
 from ..export.contract.state import STATE_TYPES, state_tensors
 from ..export.locate import find_weights
 from ..export.operators.packed import PARTS, Matrix
-from ..export.roles import EXPERTS, Packed, Plain, Sources, onnx_dtype, sources_of
+from ..export.roles import DTYPE_NAMES, EXPERTS, Packed, Plain, Sources, onnx_dtype, sources_of
 from ..export.segments import TOKENS, trace_layer
 from ..optimize.passes.cpu import optimize_for_cpu
+from ..optimize.passes.place import take_float32
 from ..runtime.buffers import StateBuffers, StateSpec
 from ..runtime.chain import PAST
 from ..runtime.model import Model
@@ -34,6 +35,7 @@ from ..runtime.weight_files import TYPES, WeightFiles
 from .fixed_inputs import Typed
 
 Array = npt.NDArray[Any]
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -113,22 +115,22 @@ class LayerGraphs:
         """The layer as an export traces it; its state is float32, whatever the engines keep."""
         owner, names = f"layers.{layer}", self._bundle.io
         segment = trace_layer(self._checkpoint.spec, layer, self._sources_of(), self._bundle.profile)
+        weights = {}
+        for role, weight in self._lock.weights[owner].items():
+            if role.startswith(f"{EXPERTS}."):
+                continue
+            value = Typed.of(self._array(weight), int(onnx_dtype(weight)))
+            if weight.dtype in _NARROW and len(weight.shape) == 1:  # a norm is one node only with a weight in float32
+                take_float32(segment.model, role)
+                value = Typed.of(torch.from_numpy(value.array).view(_NARROW[weight.dtype]).float().numpy())
+            weights[role] = (value, prod(weight.shape) * (4 if weight.dtype == "F32" else 2))
         optimize_for_cpu(segment.model)
         given[TOKENS] = np.arange(given[names.input_ids].shape[1], dtype=np.int64)[None]
-        weights = {
-            role: (
-                Typed.of(self._array(weight), int(onnx_dtype(weight))),
-                prod(weight.shape) * (4 if weight.dtype == "F32" else 2),
-            )
-            for role, weight in self._lock.weights[owner].items()
-            if not role.startswith(f"{EXPERTS}.")
-        }
         rows = tuple(row for row in state_tensors(self._checkpoint.spec) if row.layer == layer)
         return segment.model, weights, StateSpec(rows)
 
     def _array(self, weight: Weight) -> Array:
-        kind = np.dtype({"F32": np.float32, "I64": np.int64, "I32": np.int32, "I8": np.int8, "U8": np.int8, "F8_E8M0": np.int8,
-                         "F8_E4M3": np.uint8}.get(weight.dtype, np.uint16))  # fmt: skip
+        kind = np.dtype(TYPES[DTYPE_NAMES[onnx_dtype(weight)]][0])
         return read(self._weight_files(), weight, 0, weight.bytes).view(kind).reshape(weight.shape)
 
     def _experts(self, owner: str) -> Experts:
@@ -189,7 +191,7 @@ class Experts:
         _, rows, columns = weight.shape
         size = weight.bytes // weight.shape[0]
         data = read(self._files, weight, number * size, size)
-        kind = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[weight.dtype]
+        kind = _NARROW.get(weight.dtype, torch.float32)
         return torch.from_numpy(data).view(kind).reshape(rows, columns).float().numpy()
 
     def _decoded(self, number: int, matrix: Matrix, format_: str) -> npt.NDArray[np.float32]:

@@ -29,7 +29,7 @@ from ..runtime.chain import AFTER, STREAMS
 from ..runtime.model import Model
 from ..units import size_text
 from .divergence import DIVERGED, Streams, token_errors
-from .fixed_inputs import Typed, as_constants, run_graph, with_fixed_inputs
+from .fixed_inputs import Typed, as_constants, run_graph, widen_bytes, with_fixed_inputs
 from .layer_graph import LayerGraph, LayerGraphs
 
 #: The folder in a report, and the files of a case.
@@ -141,6 +141,7 @@ class Reproducers:
         model = ir.to_proto(found.model)
         _keep_streams(model, before.shape, rows)
         model, constants = with_fixed_inputs(model, values, {STREAMS: streams}, threads=threads)
+        widen_bytes(model, constants)
         return _Case(model, constants, found.weights, rows, len(numbers))
 
     def _rows(self, found: LayerGraph, chosen: npt.NDArray[np.int64], errors: npt.NDArray[np.float64]) -> list[int]:

@@ -14,9 +14,12 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnxruntime
 import pytest
 from executable import executable_bundle, use
 from gpus import HostDriver
+from polygraphy.comparator import RunResults
+from polygraphy.json import load_json
 
 from foldkv.cluster import Cluster
 from foldkv.errors import EXIT_ENVIRONMENT, InputError, MissingDependencyError
@@ -79,6 +82,9 @@ def test_an_engine_holds_its_gates_on_one_gpu_and_on_two(
     assert gate["yardstick"] == {"metric": "yardstick_kl_mean", "factor": 4}
     assert gate["threshold"] == pytest.approx(1e-6 + 4 * found["yardstick_kl_mean"]) and gate["changed"] is None
     assert any("recomputed" in note for note in content["notes"]) and content["selection"]
+    [saved] = content["reproducers"]
+    assert saved["name"] == "worst-case" and saved["not_saved"] is None
+    _check_saved(tmp_path / "one" / "reproducers" / "worst-case", saved)
     page = (tmp_path / "one" / "report.html").read_text()
     assert "executed on GPU 0 (stand-in)" in page and "on the CPU" not in page and "bfloat16: " in page
 
@@ -86,6 +92,22 @@ def test_an_engine_holds_its_gates_on_one_gpu_and_on_two(
     assert both.metrics == found and both.layers == result.layers, "the same bits on two GPUs"
     assert both.provenance["machine"].endswith("executed on GPU 1 (stand-in), GPU 0 (stand-in)")
     assert "--devices 1,0" in both.provenance["command"]
+
+
+def _check_saved(folder: Path, row: dict[str, Any]) -> None:
+    """A layer of an engine is saved as an export traces it: it computes in float32 what the reference does, and the engine what it does in
+    bfloat16."""
+    [given] = load_json(str(folder / "inputs.json"))
+    [found] = onnxruntime.InferenceSession(str(folder / "segment.onnx")).run(None, given)
+    outputs = {}
+    for file in ("outputs.json", "bundle.json"):
+        [(_, [result])] = RunResults.load(str(folder / file)).items()
+        outputs[file] = result["after"]
+    assert np.abs(found - outputs["outputs.json"]).max() < row["atol"] / 10
+    apart = np.abs(found - outputs["bundle.json"]).max(axis=(0, 2, 3))
+    run, same, _ = row["commands"]
+    loose = float(same.split("--atol ")[1].split()[0])
+    assert row["atol"] < loose and 0 < np.median(apart) < loose and run.endswith("--rtol 0")
 
 
 def _weights(patch: pytest.MonkeyPatch, owner: str, role: str, change: Callable[[Any], Any]) -> None:

@@ -157,7 +157,7 @@ def test_large_models_keep_the_experts_of_the_tokens_with_the_largest_errors(
             [kept] = [one.dims[0] for one in made.graph.initializer if one.name == "experts.w1.stored"]
             count = made.graph.output[0].type.tensor_type.shape.dim[1].dim_value
             assert kept in (2, 3) and 1 <= count < row.tokens == len(streams)
-            assert row.bytes < 700_000 + (100 << 10) and f", {row.tokens - 1}\n" in (folder / "README.md").read_text()
+            assert row.bytes < 700_000 + (100 << 10) and f" {row.tokens - 1}\n" in (folder / "README.md").read_text()
 
 
 def test_what_is_too_large_is_named_and_not_saved(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
