@@ -110,7 +110,9 @@ def with_fixed_inputs(
     made.graph.node.extend(kept)
     made.graph.initializer.extend(one for one in graph.initializer if one.name in wanted)
     taken = {name: Typed.of(array) for name, array in free.items()} | found
-    made.graph.input.extend(helper.make_tensor_value_info(name, one.kind, one.array.shape) for name, one in taken.items())
+    made.graph.input.extend(
+        helper.make_tensor_value_info(name, one.kind, one.array.shape) for name, one in taken.items()
+    )
     return made, found
 
 
@@ -142,14 +144,21 @@ def widen_bytes(model: onnx.ModelProto, constants: dict[str, Typed]) -> None:
         ]
     if wrapped:
         graph.initializer.extend(
-            numpy_helper.from_array(np.array(value, np.int64), name) for name, value in (("byte.half", 128), ("byte.all", 256))
+            numpy_helper.from_array(np.array(value, np.int64), name)
+            for name, value in (("byte.half", 128), ("byte.all", 256))
         )
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def as_constants(
-    model: onnx.ModelProto, constants: Mapping[str, Typed], data: Any, file: str, *, always: Sequence[str], small: int = 1024
+    model: onnx.ModelProto,
+    constants: Mapping[str, Typed],
+    data: Any,
+    file: str,
+    *,
+    always: Sequence[str],
+    small: int = 1024,
 ) -> None:
     """Turn inputs into initializers, in place. Float32 matrices whose values are those of bfloat16 are stored in it, in half of the bytes.
 

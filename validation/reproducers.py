@@ -207,7 +207,16 @@ def _write_arrays(folder: Path, before: Streams, outputs: dict[str, tuple[str, S
 
 
 def _run(outputs: str, atol: float, *runner: str) -> str:
-    words = ["polygraphy", "run", SEGMENT, *(runner or ("--onnxrt",)), "--load-inputs", INPUTS, "--load-outputs", outputs]
+    words = [
+        "polygraphy",
+        "run",
+        SEGMENT,
+        *(runner or ("--onnxrt",)),
+        "--load-inputs",
+        INPUTS,
+        "--load-outputs",
+        outputs,
+    ]
     return shlex.join([*words, "--atol", f"{atol:.4g}", "--rtol", "0"])
 
 

@@ -48,7 +48,9 @@ def routed_of(model: ir.Model) -> Routed:
     """
     found = [(node, body) for node in model.graph for body in _bodies(node) if body.name == ONE_EXPERT]
     if len(found) != 1:
-        raise BuildError(f"a segment has {len(found)} loops over experts; expected one. Report this as a fault of foldkv.")
+        raise BuildError(
+            f"a segment has {len(found)} loops over experts; expected one. Report this as a fault of foldkv."
+        )
     [(node, body)] = found
     mine = _one(body, "NonZero")
     tokens = {value for one in mine.outputs[0].uses() if one.node.op_type == "Gather" for value in one.node.outputs}
@@ -89,7 +91,9 @@ def write_experts_out(model: ir.Model, routed: Routed, experts: int, inner: int)
     hidden = write("Mul", write("Mul", clamped, write("Sigmoid", clamped)), bounded)
     down = write("MatMul", hidden, taken["w2"])
     mine = write("Equal", write("Unsqueeze", routed.chosen, first), taken["numbers"])
-    shares = write("Where", mine, write("Unsqueeze", routed.weights, first), write.constant("none", np.array(0, np.float32)))
+    shares = write(
+        "Where", mine, write("Unsqueeze", routed.weights, first), write.constant("none", np.array(0, np.float32))
+    )
     share = write("ReduceSum", shares, last, keepdims=1)
     y = write("ReduceSum", write("Mul", down, share), first, keepdims=0)
     _replace(routed.node, y)
@@ -117,7 +121,9 @@ def use_standard_operators(model: ir.Model) -> None:
             _replace(node, _norm(write, node))
         elif node.op_type == _HALF_STEP:
             _replace(node, _half_step(write, node))
-        elif node.op_type == "Loop" and node.inputs[1] is None:  # TensorRT's parser then misses the body's own condition
+        elif (
+            node.op_type == "Loop" and node.inputs[1] is None
+        ):  # TensorRT's parser then misses the body's own condition
             node.replace_input_with(1, write.constant("always", np.array(True)))
         elif node.domain not in _STANDARD:
             raise BuildError(
@@ -132,7 +138,9 @@ def _product(write: _Writer, node: ir.Node) -> ir.Value:
     assert left is not None and right is not None
     given = {name: node.attributes[name].value for name in node.attributes}
     if given != {"transA": 0, "transB": 1, "alpha": 1.0} or right.shape is None:
-        raise BuildError(f"the product {node.name} has {given} and a shape {right.shape}. Report this as a fault of foldkv.")
+        raise BuildError(
+            f"the product {node.name} has {given} and a shape {right.shape}. Report this as a fault of foldkv."
+        )
     rank = len(right.shape)
     turned = write("Transpose", right, perm=[*range(rank - 2), rank - 1, rank - 2])
     return write("MatMul", left, turned)
@@ -153,7 +161,9 @@ def _half_step(write: _Writer, node: ir.Node) -> ir.Value:
     assert x is not None
     axis, p = (node.attributes[name].as_int() for name in ("axis", "p"))
     if p != 1 or axis not in (-1, -2) or x.shape is None or not isinstance(x.shape[axis], int):
-        raise BuildError(f"the norm {node.name} has p = {p}, axis {axis} and the shape {x.shape}. Report this as a fault of foldkv.")
+        raise BuildError(
+            f"the norm {node.name} has p = {p}, axis {axis} and the shape {x.shape}. Report this as a fault of foldkv."
+        )
     ones = write.constant("ones", np.ones((int(x.shape[axis]),) * 2, np.float32))
     return write("Div", x, write("MatMul", x, ones) if axis == -1 else write("MatMul", ones, x))
 
@@ -176,7 +186,11 @@ class _Writer:
         """A Constant node, which a loop's body can have, too."""
         node = ir.node("Constant", [], attributes={"value": ir.tensor(array)}, name=f"{self._prefix}{name}")
         value = node.outputs[0]
-        value.name, value.shape, value.dtype = f"{self._prefix}{name}", ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        value.name, value.shape, value.dtype = (
+            f"{self._prefix}{name}",
+            ir.Shape(array.shape),
+            ir.DataType.from_numpy(array.dtype),
+        )
         self._graph.insert_before(self._before, node)
         return value
 
@@ -206,7 +220,9 @@ def _bodies(node: ir.Node) -> list[ir.Graph]:
 def _one(body: ir.Graph, op_type: str) -> ir.Node:
     found = [node for node in body if node.op_type == op_type]
     if len(found) != 1:
-        raise BuildError(f"a loop over experts has {len(found)} {op_type}; expected one. Report this as a fault of foldkv.")
+        raise BuildError(
+            f"a loop over experts has {len(found)} {op_type}; expected one. Report this as a fault of foldkv."
+        )
     return found[0]
 
 

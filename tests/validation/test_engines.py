@@ -14,12 +14,10 @@ from typing import Any
 
 import jsonschema
 import numpy as np
-import onnxruntime
 import pytest
 from executable import executable_bundle, use
 from gpus import HostDriver
-from polygraphy.comparator import RunResults
-from polygraphy.json import load_json
+from saved_layers import SavedLayer
 
 from foldkv.cluster import Cluster
 from foldkv.errors import EXIT_ENVIRONMENT, InputError, MissingDependencyError
@@ -97,17 +95,11 @@ def test_an_engine_holds_its_gates_on_one_gpu_and_on_two(
 def _check_saved(folder: Path, row: dict[str, Any]) -> None:
     """A layer of an engine is saved as an export traces it: it computes in float32 what the reference does, and the engine what it does in
     bfloat16."""
-    [given] = load_json(str(folder / "inputs.json"))
-    [found] = onnxruntime.InferenceSession(str(folder / "segment.onnx")).run(None, given)
-    outputs = {}
-    for file in ("outputs.json", "bundle.json"):
-        [(_, [result])] = RunResults.load(str(folder / file)).items()
-        outputs[file] = result["after"]
-    assert np.abs(found - outputs["outputs.json"]).max() < row["atol"] / 10
-    apart = np.abs(found - outputs["bundle.json"]).max(axis=(0, 2, 3))
-    run, same, _ = row["commands"]
-    loose = float(same.split("--atol ")[1].split()[0])
-    assert row["atol"] < loose and 0 < np.median(apart) < loose and run.endswith("--rtol 0")
+    layer = SavedLayer.of(folder)
+    assert layer.apart(layer.reference) < row["atol"] / 10
+    apart = np.abs(layer.found - layer.bundle).max(axis=(0, 2, 3))
+    loose = float(row["commands"][1].split("--atol ")[1].split()[0])
+    assert row["atol"] < loose and 0 < np.median(apart) < loose
 
 
 def _weights(patch: pytest.MonkeyPatch, owner: str, role: str, change: Callable[[Any], Any]) -> None:
