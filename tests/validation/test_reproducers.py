@@ -166,6 +166,23 @@ def test_large_models_keep_the_experts_of_the_tokens_with_the_largest_errors(
             assert row.bytes < 700_000 + (100 << 10) and f" {row.tokens - 1}\n" in (folder / "README.md").read_text()
 
 
+def test_packed_rows_are_saved_in_a_type_that_tensorrt_takes_as_a_constant(
+    served_bundles: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with Model(served_bundles["fp8+fp4"]) as model:
+        row, streams = save(model, tiny_checkpoint, tmp_path, 1)
+    made = check(tmp_path / "reproducers" / row.name, streams)
+    types = {one.data_type for one in made.graph.initializer}
+    types |= {a.i for node in made.graph.node if node.op_type == "Cast" for a in node.attribute}
+    narrow = {onnx.TensorProto.BFLOAT16}  # weights
+    assert types <= narrow | {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT32,
+        onnx.TensorProto.INT64,
+        onnx.TensorProto.BOOL,
+    }
+
+
 @pytest.mark.parametrize("form", ["instruct", "base", "bfloat16"])
 def test_experts_of_every_form_are_decoded(
     released_checkpoint: Callable[[str], Path], tiny_checkpoint: Path, form: str
