@@ -141,6 +141,12 @@ def trace_chain(spec: ModelSpec, sources: Sources, profile: str = HF, *, progres
     return chain
 
 
+def trace_layer(spec: ModelSpec, layer: int, sources: Sources, profile: str = HF) -> Segment:
+    """The segment of one layer alone, as :func:`trace_chain` makes it for its kind; no weight is read."""
+    owner = f"layers.{layer}"
+    return _layer(spec, layer, profile, owner, sources[owner])
+
+
 def _name(kind: Kind, known: Iterable[Kind]) -> str:
     like = sum((other.attention, other.hashed) == (kind.attention, kind.hashed) for other in known)
     return f"{SHORT_NAMES[kind.attention]}-{'hash' if kind.hashed else 'moe'}{f'-{like + 1}' if like else ''}"

@@ -312,18 +312,22 @@ def _reproduce(
         why = "the first that diverges from the reference"
         reproducers.save(
             "first-divergence", why, layer=first, tokens=tokens, before=look.before(first), expected=alone[first],
-            reference=side.name,
+            actual=look.streams[first], reference=side.name, limit=layers[first].limit,
         )  # fmt: skip
-    if reproducers.possible and sides.reference.in_memory and sides.subject.in_memory:
+    count = len(tokens)
+    if sides.reference.in_memory and sides.subject.in_memory:
         number = int(np.argmax([case["kl"] for case in worst]))
-        tokens = texts[number][: worst[number]["position"] + 1]
-        look = sides.subject.look(tokens)
-        alone = side.alone(tokens, look.streams).streams
-    errors = [float(np.max(token_errors(*both))) for both in zip(alone, look.streams, strict=True)]
+        count = worst[number]["position"] + 1
+        tokens = texts[number][:count]
+        if number:  # of the first text both are known
+            look = sides.subject.look(tokens)
+            alone = side.alone(tokens, look.streams).streams
+    alone, streams = [one[:count] for one in alone], [one[:count] for one in look.streams]
+    errors = [float(np.max(token_errors(*both))) for both in zip(alone, streams, strict=True)]
     layer = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
     reproducers.save(
         "worst-case", f"the one that adds the largest error, {errors[layer]:.2g}, before the worst token", layer=layer, tokens=tokens,
-        before=look.before(layer), expected=alone[layer], reference=side.name,
+        before=look.before(layer)[:count], expected=alone[layer], actual=streams[layer], reference=side.name, limit=layers[layer].limit,
     )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 So a layer that computes something else can be run alone, in ONNX Runtime or as a TensorRT engine, without foldkv and without the
 checkpoint. https://github.com/NVIDIA/TensorRT/tree/main/tools/Polygraphy
+
+The model has standard operators only and is for one text: what does not depend on the streams is constant, weights are decoded, and of the
+routed experts there are those that the compared tokens chose.
 """
 
 from __future__ import annotations
@@ -15,22 +18,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
+from onnx import helper, numpy_helper
 
-from ..export.contract.chain import STEP, Bound, Call
-from ..runtime.buffers import StateBuffers
-from ..runtime.chain import AFTER, PAST, STREAMS, ChainModel
+from ..errors import FoldkvError
+from ..export.checkpoint.reader import Checkpoint
+from ..optimize.passes.standard import routed_of, use_standard_operators, write_experts_out
+from ..runtime.backend import default_threads
+from ..runtime.chain import AFTER, STREAMS
 from ..runtime.model import Model
-from ..runtime.weight_files import TYPES, WeightFiles
 from ..units import size_text
-from .divergence import DIVERGED, Streams
+from .divergence import DIVERGED, Streams, token_errors
+from .fixed_inputs import Typed, as_constants, run_graph, widen_bytes, with_fixed_inputs
+from .layer_graph import LayerGraph, LayerGraphs
 
 #: The folder in a report, and the files of a case.
 FOLDER = "reproducers"
-SEGMENT, WEIGHTS, INPUTS, OUTPUTS, README = "segment.onnx", "weights.bin", "inputs.json", "outputs.json", "README.md"
-#: Bytes of the largest weights that are copied.
+SEGMENT, WEIGHTS, README, PLAN = "segment.onnx", "weights.bin", "README.md", "segment.plan"
+#: The streams before the layer; those after it by the reference, and by the bundle.
+INPUTS, OUTPUTS, BUNDLE = "inputs.json", "outputs.json", "bundle.json"
+#: Bytes of the largest weights that are written.
 LARGEST = 1 << 30
-_ALIGNMENT = 64
-_ENGINES = "a bundle with engines holds no graph; validate the cpu bundle of the same checkpoint for it"
+_LOOSE = "A bundle of this precision may be further away than that for single tokens, which take another expert or another entry."
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Reproducer:
         tokens: of the text before and in the chunk; all go through the layer at once, from an empty state.
         reference: what computed the outputs.
         atol: how far a value may be away: DIVERGED times the root mean square of the outputs.
-        bytes: of the weights.
+        bytes: of the weights that were written.
         not_saved: why there is no folder; None if there is one.
         commands: to run in the folder.
     """
@@ -63,22 +72,20 @@ class Reproducer:
 class Reproducers:
     """The cases of one report."""
 
-    def __init__(self, folder: Path, model: Model, *, largest: int = LARGEST) -> None:
-        """Args: folder: of the report; model: the subject, opened; largest: bytes of weights that may be copied."""
+    def __init__(self, folder: Path, model: Model, checkpoint: Checkpoint, *, largest: int = LARGEST) -> None:
+        """Args: folder: of the report; model: the subject, opened; checkpoint: of its bundle; largest: bytes of weights that may be
+        written."""
         self._folder, self._largest = folder / FOLDER, largest
-        self._bundle = model.bundle
-        self._chain = model.chain
+        self._model, self._graphs = model, LayerGraphs(model, checkpoint)
         self.rows: list[Reproducer] = []
 
-    @property
-    def possible(self) -> bool:
-        """Whether the bundle has graphs to save."""
-        return self._chain is not None
-
     def save(
-        self, name: str, why: str, *, layer: int, tokens: Sequence[int], before: Streams, expected: Streams, reference: str
+        self, name: str, why: str, *, layer: int, tokens: Sequence[int], before: Streams, expected: Streams, actual: Streams,
+        reference: str, limit: float = DIVERGED,
     ) -> None:  # fmt: skip
         """Save a case, or note why it is not saved.
+
+        If the experts of all tokens take too much, the tokens with the largest errors are compared, as many as fit.
 
         Args:
             name: of the folder.
@@ -87,110 +94,161 @@ class Reproducers:
             tokens: [n] from the beginning of a text.
             before: [n, N, C] the subject's streams before the layer.
             expected: [n, N, C] what the reference makes of them.
+            actual: [n, N, C] what the subject makes of them.
             reference: its name.
+            limit: the largest error of the layer in the bundle's precision, over the root mean square of the outputs.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        atol = DIVERGED * float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
-        size, missing = 0, _ENGINES
-        if self._chain is not None:
-            [call] = [one for one in self._chain.table.calls if one.layer == layer]
-            size = sum(bound.bytes for bound in self._chain.table.weights[call.owner].values())
-            missing = (
-                f"its weights take {size_text(size)}, more than {size_text(self._largest)}"
-                if size > self._largest
-                else ""
-            )
-        row = Reproducer(
-            name, why, layer, len(tokens), reference, atol, size, missing or None, () if missing else _commands(atol)
-        )
-        if self._chain is not None and not missing:
-            self._write(self._chain, call, row, tokens, before, expected)
+        scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
+        facts = (name, why, layer, len(tokens), reference, DIVERGED * scale)
+        try:
+            case = self._case(layer, tokens, before, token_errors(expected, actual))
+        except FoldkvError as error:
+            self.rows.append(Reproducer(*facts, 0, str(error).rstrip("."), ()))
+            return
+        loose = max(limit, DIVERGED) * scale
+        commands = (_run(OUTPUTS, DIVERGED * scale), _run(BUNDLE, loose), _inspect(SEGMENT))
+        folder = self._folder / name
+        folder.mkdir(parents=True)
+        with (folder / WEIGHTS).open("wb") as file:
+            as_constants(case.model, case.constants, file, WEIGHTS, always=case.weights)
+            size = file.tell()
+        onnx.save(case.model, folder / SEGMENT)
+        row = Reproducer(*facts, size, None, commands)
+        rows = case.rows
+        _write_arrays(folder, before, {OUTPUTS: (reference, expected[rows]), BUNDLE: ("the bundle", actual[rows])})
+        engine = self._model.bundle.backend.engine
+        (folder / README).write_text(_readme(row, case, loose, engine=engine), encoding="utf-8")
         self.rows.append(row)
 
-    def _write(
-        self, chain: ChainModel, call: Call, row: Reproducer, tokens: Sequence[int], before: Streams, expected: Streams
-    ) -> None:  # fmt: skip
-        from polygraphy.comparator import RunResults
-        from polygraphy.json import save_json
-        from polygraphy.logger import G_LOGGER
+    def _case(self, layer: int, tokens: Sequence[int], before: Streams, errors: npt.NDArray[np.float64]) -> _Case:
+        found = self._graphs.layer(layer, tokens)
+        streams, threads = np.ascontiguousarray(before[None]), default_threads()
+        values = found.values | {STREAMS: Typed.of(streams)}
+        routed = routed_of(found.model)
+        assert routed.chosen.name is not None
+        asked = run_graph(ir.to_proto(found.model), values, [routed.chosen.name], threads=threads)
+        chosen = asked[routed.chosen.name].reshape(len(tokens), -1)
+        rows = self._rows(found, chosen, errors)
+        numbers = [int(one) for one in np.unique(chosen[rows])]
+        inputs = write_experts_out(found.model, routed, len(numbers), found.experts.inner)
+        use_standard_operators(found.model)
+        experts: dict[str, npt.NDArray[Any]] = {"numbers": np.array(numbers, np.int64).reshape(-1, 1, 1)}
+        experts |= found.experts.read(numbers)
+        values |= {value.name: Typed.of(experts[part]) for part, value in inputs.items() if value.name is not None}
+        model = ir.to_proto(found.model)
+        _keep_streams(model, before.shape, rows)
+        model, constants = with_fixed_inputs(model, values, {STREAMS: streams}, threads=threads)
+        widen_bytes(model, constants)
+        return _Case(model, constants, found.weights, rows, len(numbers))
 
-        folder = self._folder / row.name
-        folder.mkdir(parents=True)
-        weights = chain.table.weights[call.owner]
-        model = onnx.load(self._bundle.folder / chain.table.segments[call.segment])
-        kept = [value for value in model.graph.input if value.name not in weights]
-        [after] = [value for value in model.graph.output if value.name in (AFTER, STREAMS)]
-        del model.graph.input[:], model.graph.output[:]
-        model.graph.input.extend(kept)
-        model.graph.output.append(after)
-        model.graph.initializer.extend(_externals(chain.files, weights, folder / WEIGHTS))
-        onnx.save(model, folder / SEGMENT)
-        given = self._inputs(chain, call, tokens, before)
-        results = RunResults()
-        results.add([{after.name: np.ascontiguousarray(expected[None])}], runner_name=row.reference)
-        with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it says what it saves, also on stdout
-            save_json([given], str(folder / INPUTS))
-            results.save(str(folder / OUTPUTS))
-        (folder / README).write_text(_readme(row), encoding="utf-8")
-
-    def _inputs(
-        self, chain: ChainModel, call: Call, tokens: Sequence[int], before: Streams
-    ) -> dict[str, npt.NDArray[Any]]:  # fmt: skip
-        """What the segment takes besides weights: the streams, what the step makes of the tokens, and an empty state."""
-        names, count = self._bundle.io, len(tokens)
-        values: dict[str, npt.NDArray[Any]] = {
-            names.input_ids: np.array([tokens], np.int64), names.positions: np.zeros(1, np.int32),
-            names.num_tokens: np.full(1, count, np.int32), names.active_context: np.full(1, count, np.int64),
-            names.logit_indices: np.zeros((1, 1), np.int64), STREAMS: np.ascontiguousarray(before[None]),
-        }  # fmt: skip
-        step = chain.sessions[STEP]
-        made = step.run(None, {name: values[name] for name in chain.inputs[STEP]})
-        values |= dict(zip(chain.outputs[STEP], made, strict=True))
-        state = StateBuffers(self._bundle.state, count, 1)
-        values |= {PAST + t.group: state.arrays[t.name] for t in self._bundle.state.tensors if t.layer == call.layer}
-        weights = chain.table.weights[call.owner]
-        return {name: values[name] for name in chain.inputs[call.segment] if name not in weights}
-
-
-def _externals(files: WeightFiles, weights: dict[str, Bound], path: Path) -> list[onnx.TensorProto]:
-    """Write weights into one file, as they are stored, and return the initializers that read it."""
-    found = []
-    with path.open("wb") as file:
-        for role, bound in weights.items():
-            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            tensor = onnx.TensorProto(
-                name=role, data_type=TYPES[bound.dtype][1], dims=bound.shape, data_location=onnx.TensorProto.EXTERNAL
+    def _rows(self, found: LayerGraph, chosen: npt.NDArray[np.int64], errors: npt.NDArray[np.float64]) -> list[int]:
+        """The tokens that are compared, those with the largest errors first if there is no room for the experts of all."""
+        room = (self._largest - found.bytes) // found.experts.bytes
+        kept: set[int] = set()
+        rows = []
+        for token in np.argsort(-errors, kind="stable"):
+            together = kept | set(map(int, chosen[token]))
+            if len(together) <= room:
+                kept = together
+                rows.append(int(token))
+        if not rows:
+            least = found.bytes + len(set(map(int, chosen[int(np.argmax(errors))]))) * found.experts.bytes
+            raise FoldkvError(
+                f"the weights that a single token takes are {size_text(least)}, more than {size_text(self._largest)}"
             )
-            facts = {"location": path.name, "offset": str(file.tell()), "length": str(bound.bytes)}
-            tensor.external_data.extend(
-                onnx.StringStringEntryProto(key=key, value=value) for key, value in facts.items()
-            )
-            file.write(files.range(bound.file, bound.offset, bound.bytes).data)
-            found.append(tensor)
-    return found
+        return sorted(rows)
 
 
-def _commands(atol: float) -> tuple[str, ...]:
-    run = ["polygraphy", "run", SEGMENT, "--onnxrt", "--load-inputs", INPUTS, "--load-outputs", OUTPUTS]
-    return (
-        shlex.join([*run, "--atol", f"{atol:.4g}", "--rtol", "0"]),
-        shlex.join(["polygraphy", "inspect", "model", SEGMENT, "--show", "layers"]),
-    )
+@dataclass(frozen=True)
+class _Case:
+    """A model whose inputs are the streams and its constants, and what it compares.
+
+    ``weights`` are names of constants that are written beside the model whatever their size; ``rows`` are the compared tokens;
+    ``experts`` is the number of routed experts that are left.
+    """
+
+    model: onnx.ModelProto
+    constants: dict[str, Typed]
+    weights: tuple[str, ...]
+    rows: list[int]
+    experts: int
 
 
-def _readme(row: Reproducer) -> str:
-    lines = "\n".join(row.commands)
+def _keep_streams(model: onnx.ModelProto, shape: tuple[int, ...], rows: Sequence[int]) -> None:
+    """Let a segment give nothing but the streams [1, n, N, C] after some tokens, in place; what only the state takes is dropped later."""
+    graph = model.graph
+    [after] = [value.name for value in graph.output if value.name in (AFTER, STREAMS)]
+    if len(rows) < shape[0]:
+        inner = f"{after}.all"
+        for node in graph.node:
+            for at, name in enumerate(node.output):
+                if name == after:
+                    node.output[at] = inner
+        graph.initializer.append(numpy_helper.from_array(np.array(rows, np.int64), f"{after}.rows"))
+        graph.node.append(helper.make_node("Gather", [inner, f"{after}.rows"], [after], name=f"{after}.gather", axis=1))
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(after, onnx.TensorProto.FLOAT, [1, len(rows), *shape[1:]]))
+
+
+def _write_arrays(folder: Path, before: Streams, outputs: dict[str, tuple[str, Streams]]) -> None:
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):  # it says what it saves, also on stdout
+        save_json([{STREAMS: np.ascontiguousarray(before[None])}], str(folder / INPUTS))
+        for file, (name, streams) in outputs.items():
+            results = RunResults()
+            results.add([{AFTER: np.ascontiguousarray(streams[None])}], runner_name=name)
+            results.save(str(folder / file))
+
+
+def _run(outputs: str, atol: float, *runner: str) -> str:
+    words = [
+        "polygraphy",
+        "run",
+        SEGMENT,
+        *(runner or ("--onnxrt",)),
+        "--load-inputs",
+        INPUTS,
+        "--load-outputs",
+        outputs,
+    ]
+    return shlex.join([*words, "--atol", f"{atol:.4g}", "--rtol", "0"])
+
+
+def _inspect(file: str, *kind: str) -> str:
+    return shlex.join(["polygraphy", "inspect", "model", file, *kind, "--show", "layers"])
+
+
+def _readme(row: Reproducer, case: _Case, loose: float, *, engine: bool) -> str:
+    run, same, inspect = row.commands
+    graph = "the layer, traced from the checkpoint in float32" if engine else "the graph of the bundle"
+    rows = "all" if len(case.rows) == row.tokens else "those at " + ", ".join(map(str, case.rows))
+    build = _run(OUTPUTS, row.atol, "--trt", "--save-engine", PLAN)
     return f"""# Layer {row.layer} alone: {row.why}
 
-- `{SEGMENT}`: the segment that the bundle ran, with its weights in `{WEIGHTS}`
-- `{INPUTS}`: the streams of {row.tokens} tokens before the layer, as the bundle computed them, and an empty state; all tokens go through at once
-- `{OUTPUTS}`: what {row.reference} makes of them
+- `{SEGMENT}`: {graph}, in standard ONNX operators, for this text alone; all of its {row.tokens} tokens go through at once, from an empty state
+- `{WEIGHTS}`: its weights, decoded, with {case.experts} routed experts, which are those of the compared tokens
+- `{INPUTS}`: the streams before the layer, as the bundle computed them
+- `{OUTPUTS}`: what {row.reference} makes of them; `{BUNDLE}`: what the bundle made of them. Compared tokens: {rows}
 
 ```sh
-{lines}
+{run}
+{same}
+{inspect}
 ```
 
-The first command fails if a value is more than {row.atol:.4g} away: {DIVERGED:g} times the root mean square of the outputs.
+The first line fails if a value is more than {row.atol:.4g} from the reference's: {DIVERGED:g} times the root mean square of the outputs. The second fails if
+one is more than {loose:.4g} from the bundle's.{f" {_LOOSE}" if loose > row.atol else ""}
+
+As an engine, on a machine with a GPU; with TensorRT-RTX, set `POLYGRAPHY_USE_TENSORRT_RTX=1`:
+
+```sh
+{build}
+{_inspect(PLAN, "--model-type", "engine")}
+```
 """

@@ -299,7 +299,7 @@ def _measure(
                 model.matrices,
             )  # fmt: skip
             sides = spread(sides, cluster, sources)
-        found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model))
+        found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model, checkpoint))
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

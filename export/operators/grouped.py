@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+#: Name of the body of the loop, by which passes find it after operators were inlined.
+ONE_EXPERT = "one_expert"
 #: Values that the statements use.
 CONSTANTS = {
     "first": np.array([0]), "second": np.array([1]), "flat": np.array([-1]), "zero": np.array(0),
@@ -55,7 +57,7 @@ def grouped_experts(gate_and_up: str, down: str, *, table: str, name: str = "y")
         count = Squeeze (sizes, first)
         shape = Shape (x)
         none = ConstantOfShape (shape)
-        {name} = Loop (count, always, none) <body = one_expert (int64 number, bool go, float[T, C] before)
+        {name} = Loop (count, always, none) <body = {ONE_EXPERT} (int64 number, bool go, float[T, C] before)
             => (bool more, float[T, C] after) {{
             more = Identity (go)
             expert = Gather <axis = 0> (wanted, number)

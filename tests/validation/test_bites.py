@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from onnxscript import FLOAT, INT64, script
 from onnxscript import opset20 as op
 from safetensors.torch import load_file
+from saved_layers import SavedLayer
 
 from foldkv.artifact import MANIFEST
 from foldkv.errors import EXIT_GATE_FAILED, EXIT_OK, InputError
@@ -174,7 +175,10 @@ def test_damage_fails_the_gate_that_guards_against_it(
     assert ("layers" in failed) == (layer is not None)
     saved = {row.name: row for row in result.reproducers if row.not_saved is None}
     assert ("first-divergence" in saved) == (layer is not None) and "worst-case" in saved
-    assert layer is None or saved["first-divergence"].layer == layer
+    if layer is not None:  # the layer that is saved has the damage
+        row = saved["first-divergence"]
+        alone = SavedLayer.of(tmp_path / "report" / "reproducers" / "first-divergence")
+        assert row.layer == layer and alone.apart(alone.reference) > row.atol > 10 * alone.apart(alone.bundle)
     assert result.exit_code == EXIT_GATE_FAILED
     suite = ElementTree.parse(tmp_path / "report" / "junit.xml").getroot()
     assert {case.get("name") for case in suite if case.find("failure") is not None} == failed

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from executable import executable_bundle, use
 from gpus import HostDriver
+from saved_layers import SavedLayer
 
 from foldkv.cluster import Cluster
 from foldkv.errors import EXIT_ENVIRONMENT, InputError, MissingDependencyError
@@ -79,6 +80,9 @@ def test_an_engine_holds_its_gates_on_one_gpu_and_on_two(
     assert gate["yardstick"] == {"metric": "yardstick_kl_mean", "factor": 4}
     assert gate["threshold"] == pytest.approx(1e-6 + 4 * found["yardstick_kl_mean"]) and gate["changed"] is None
     assert any("recomputed" in note for note in content["notes"]) and content["selection"]
+    [saved] = content["reproducers"]
+    assert saved["name"] == "worst-case" and saved["not_saved"] is None
+    _check_saved(tmp_path / "one" / "reproducers" / "worst-case", saved)
     page = (tmp_path / "one" / "report.html").read_text()
     assert "executed on GPU 0 (stand-in)" in page and "on the CPU" not in page and "bfloat16: " in page
 
@@ -86,6 +90,16 @@ def test_an_engine_holds_its_gates_on_one_gpu_and_on_two(
     assert both.metrics == found and both.layers == result.layers, "the same bits on two GPUs"
     assert both.provenance["machine"].endswith("executed on GPU 1 (stand-in), GPU 0 (stand-in)")
     assert "--devices 1,0" in both.provenance["command"]
+
+
+def _check_saved(folder: Path, row: dict[str, Any]) -> None:
+    """A layer of an engine is saved as an export traces it: it computes in float32 what the reference does, and the engine what it does in
+    bfloat16."""
+    layer = SavedLayer.of(folder)
+    assert layer.apart(layer.reference) < row["atol"] / 10
+    apart = np.abs(layer.found - layer.bundle).max(axis=(0, 2, 3))
+    loose = float(row["commands"][1].split("--atol ")[1].split()[0])
+    assert row["atol"] < loose and 0 < np.median(apart) < loose
 
 
 def _weights(patch: pytest.MonkeyPatch, owner: str, role: str, change: Callable[[Any], Any]) -> None:
