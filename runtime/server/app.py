@@ -124,9 +124,10 @@ class Application:
     def stop(self) -> None:
         """Take no more requests; those that run go on."""
         self._stopping = True
+        self.close()
 
     def close(self) -> None:
-        """Read no more bodies."""
+        """Read no more bodies; who waits for one is told that the server stops."""
         self._readers.close()
         self._compilers.close()
 
@@ -290,28 +291,41 @@ class _Pool:
     """Threads for what takes a while, and so many requests that have or wait for one, at most."""
 
     def __init__(self, name: str, threads: int, most: int) -> None:
-        self._threads, self._most, self._count = ThreadPoolExecutor(threads, thread_name_prefix=name), most, 0
+        self._threads, self._most = ThreadPoolExecutor(threads, thread_name_prefix=name), most
+        self._running = set[asyncio.Future[Any]]()
+        self._closed = False
 
     async def run(self, make: Callable[[], _Made]) -> _Made:
         """What ``make`` returns or raises on one of the threads.
 
         Raises:
-            Problem: too many wait.
+            Problem: too many wait, or the server stops.
         """
-        if self._count >= self._most:
+        if self._closed:
+            raise _stopping()
+        if len(self._running) >= self._most:
             raise Problem(
-                429, f"{self._count} requests wait to be read, as many as may. Try again later.", code="queue_full",
+                429, f"{len(self._running)} requests wait to be read, as many as may. Try again later.", code="queue_full",
                 headers={"retry-after": str(AGAIN)},
             )  # fmt: skip
-        self._count += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, make)
+        self._running.add(future)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, make)
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise _stopping() from None
+            raise
         finally:
-            self._count -= 1
+            self._running.discard(future)
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more, and wait for nothing that runs."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for future in list(self._running):
+            future.cancel()
 
 
 def _made(kind: type[Body], body: Body, make: MakeJob, service: Service, number: str) -> Job:

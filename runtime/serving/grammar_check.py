@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, QueueFullError
 from . import grammar_worker
 from .grammar_worker import framed, receive
 
@@ -25,6 +25,10 @@ _log = logging.getLogger(__name__)
 SECONDS, MEMORY = 2.0, 256 << 20
 #: Seconds that an answer may take where the machine is busy; with them the seconds in which the process starts and reads a tokenizer.
 _PATIENCE = 20.0
+
+
+class _EndedError(Exception):
+    """The process ended by itself, or was interrupted."""
 
 
 class TooComplexError(InputError):
@@ -42,12 +46,14 @@ class Session:
 
     def __init__(self, checker: Checker) -> None:
         self._checker, self._entered, self._spent = checker, False, ""
+        self._era = checker.era
 
     def schema(self, schema: str) -> str:
         """What llguidance has against a schema, in its own words; "" for nothing.
 
         Raises:
             TooComplexError: it took too much, or one before it did.
+            QueueFullError: the sessions were interrupted.
         """
         return str(self._ask({"schema": schema})["error"])
 
@@ -60,6 +66,7 @@ class Session:
 
         Raises:
             TooComplexError: it took too much, or one before it did.
+            QueueFullError: the sessions were interrupted.
         """
         found = self._ask({"vocabulary": vocabulary, "grammar": grammar, "items": items, "states": states})
         return str(found["error"]), int(found["bytes"])
@@ -70,7 +77,14 @@ class Session:
         if not self._entered:
             self._checker.lock.acquire()
             self._entered = True
-        answer = self._checker.ask({**message, "limits": {"seconds": SECONDS, "memory": MEMORY}})
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(_EndedError):
+            if self._era == self._checker.era:
+                answer = self._checker.ask({**message, "limits": {"seconds": SECONDS, "memory": MEMORY}})
+        if self._era != self._checker.era:
+            raise QueueFullError("no more grammars are tried here, because the process ends")
+        if not answer:
+            raise RuntimeError("the process that tries grammars ended; what it said stands above")
         limit = answer.get("limit")
         if limit is not None:
             self._spent = {
@@ -96,10 +110,11 @@ class Checker:
 
     Attributes:
         lock: whose session it is.
+        era: sessions of an earlier one are over.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock, self.era = threading.Lock(), 0
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers = itertools.count()
         self._vocabularies: dict[int, tuple[str, int, int]] = {}
@@ -149,8 +164,16 @@ class Checker:
             self.stop()
             raise
 
+    def interrupt(self) -> None:
+        """Break off the sessions that there are, on whatever threads: what they ask fails. Later ones work."""
+        self.era += 1
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def stop(self) -> None:
-        """End the process; the next question starts another."""
+        """End the process; the next question starts another. Nobody may be asking it."""
         process, self._process = self._process, None
         self._known = set()
         if process is None:
@@ -182,7 +205,7 @@ class Checker:
                 with contextlib.suppress(BlockingIOError):
                     data = data[os.write(to, data) :]
         except BrokenPipeError:
-            raise RuntimeError("the process that tries grammars ended; the lines above say why") from None
+            raise _EndedError from None
 
         def read(size: int) -> bytes:
             _wait([source], [], end)
@@ -190,7 +213,7 @@ class Checker:
 
         answer = receive(read)
         if answer is None:
-            raise RuntimeError("the process that tries grammars ended; the lines above say why")
+            raise _EndedError
         return answer
 
 

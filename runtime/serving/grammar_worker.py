@@ -10,6 +10,7 @@ Messages come on stdin and answers go to stdout, each as four bytes of length an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 #: kilobytes for each, and a stack that is full ends the process. So the largest grammar with the longest chain fits.
 _STACK = 512 << 20
 #: Address space that a new thread takes for its allocations, beside those.
-_ARENA = 192 << 20
+_ARENA = 128 << 20
 _LENGTH = struct.Struct("<I")
 _Made = TypeVar("_Made")
 _starting = threading.Lock()
@@ -111,6 +112,13 @@ def vocabulary_of(text: str, size: int, end: int) -> Any:
     return llguidance.LLTokenizer(text, n_vocab=size, eos_token=end)
 
 
+def trim() -> None:
+    """Give memory that is not in use back to the system, where its library can."""
+    given = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if given is not None:
+        given(0)
+
+
 def _memory() -> tuple[int, int]:
     """Bytes of address space, and of memory that is no file's."""
     pages = Path("/proc/self/statm").read_text().split()
@@ -130,6 +138,7 @@ def _answer(message: Any, vocabularies: dict[int, Any]) -> Any:
         kept = compiled(vocabularies[message["vocabulary"]], message["grammar"], message["items"], message["states"])
     except ValueError as error:
         return {"error": str(error)[:4000] or "it is wrong", "bytes": 0}
+    trim()
     _, after = _memory()
     del kept
     return {"error": "", "bytes": max(after - before, 0)}

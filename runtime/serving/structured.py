@@ -10,7 +10,6 @@ describes; a grammar that wants such a token names it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import re
@@ -30,7 +29,7 @@ from ..chat.revisions import MARKS
 from ..tokenizer import Tokenizer
 from .constraint import NewConstraint
 from .grammar_check import TooComplexError, checker
-from .grammar_worker import compiled, vocabulary_of, with_deep_stack
+from .grammar_worker import compiled, trim, vocabulary_of, with_deep_stack
 
 #: The largest grammar that is read, in characters: a schema, a pattern, all choices together.
 LARGEST_GRAMMAR = 512 * 1024
@@ -237,14 +236,7 @@ class _Compiled:
         """The allocator keeps what is given back in pieces."""
         self.matcher = None
         if self.bytes >= _LARGE:
-            _trim()
-
-
-def _trim() -> None:
-    """Give memory that is not in use back to the system, where its library can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+            trim()
 
 
 class _Matching:

@@ -189,7 +189,7 @@ class _Writer:
         head = self._own(f'<{self._revision.invoke} name="{tool.name}">\n')
         end = self._own(f"</{self._revision.invoke}>")
         if parameters is None:
-            self._rules.append(f'{name}: {head} (({self._any_parameter()} "\n")+ | "\n") {end}')
+            self._rules.append(f'{name}: {head} (({self._any_parameter()} "\\n")+ | "\\n") {end}')
             return name
         if not parameters:
             self._rules.append(f'{name}: {head} "\\n" {end}')
