@@ -32,9 +32,14 @@ class _EndedError(Exception):
 
 
 class TooComplexError(InputError):
-    """A grammar takes more to compile than it may. Without the name of what it was compiled from."""
+    """A grammar takes more to compile than it may. Without the name of what it was compiled from.
 
-    def __init__(self, much: str) -> None:
+    Attributes:
+        lasting: it will be so the next time, too: it was not only that others kept the machine busy.
+    """
+
+    def __init__(self, much: str, *, lasting: bool = True) -> None:
+        self.lasting = lasting
         super().__init__(
             f"it is too complex: compiling it takes more than {much}. Use fewer or shorter patterns, smaller numbers in multipleOf and in "
             "the bounds of repetitions, and fewer schemas that are combined"
@@ -90,7 +95,7 @@ class Session:
             self._spent = {
                 "time": f"{SECONDS:g} s", "memory": f"{MEMORY >> 20} MiB of memory", "patience": f"{_PATIENCE:g} s on this busy machine"
             }[limit]  # fmt: skip
-            raise TooComplexError(self._spent)
+            raise TooComplexError(self._spent, lasting=limit != "patience")
         return answer
 
     def end(self) -> None:

@@ -99,7 +99,7 @@ class Grammars:
         weakref.finalize(self, checker.forget, self._number)
         #: By the digest of what they were compiled from.
         self._compiled: OrderedDict[bytes, _Compiled] = OrderedDict()
-        self._refused: OrderedDict[bytes, TooComplexError] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()  # why
         #: Those that are kept, and those that requests have.
         self._all: weakref.WeakSet[_Compiled] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -176,9 +176,10 @@ class Grammars:
             try:
                 found = self._made(key, grammar, what, items)
             except TooComplexError as error:
-                too_complex = error
+                too_complex = str(error)
                 with self._lock:
-                    self._refused[key] = error
+                    if error.lasting:
+                        self._refused[key] = too_complex
                     while len(self._refused) > _REFUSED:
                         self._refused.popitem(last=False)
         if found is None:
@@ -207,7 +208,10 @@ class Grammars:
                 )
             made = _Compiled(size)
             self._all.add(made)  # what is being compiled counts
-        made.matcher = with_deep_stack(lambda: compiled(self._vocabulary, grammar, items, _LEXER_STATES))
+        try:
+            made.matcher = with_deep_stack(lambda: compiled(self._vocabulary, grammar, items, _LEXER_STATES))
+        except ValueError as error:  # it was close to a limit of llguidance's
+            raise InputError(f"{what} cannot be used: {reason(str(error))}.") from None
         with self._lock:
             if size <= _KEPT_BYTES:
                 self._compiled[key] = made

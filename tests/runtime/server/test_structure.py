@@ -12,6 +12,7 @@ import openai
 import pytest
 from served import Running
 
+from foldkv.runtime.server import structure
 from foldkv.runtime.server.bodies import ChatBody, CompletionBody, read_body
 from foldkv.runtime.server.problems import Problem
 from foldkv.runtime.server.structure import chat_constraint, completion_constraint
@@ -126,6 +127,15 @@ def _taken(constraint: Constraint, text: str) -> str:
             return text.encode()[:n].decode(errors="ignore")
         constraint.took(token)
     return text
+
+
+def test_without_llguidance_calls_are_left_to_the_model_and_the_log_says_so(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure, "installed", lambda module: False)
+    body = read_body(ChatBody, json.dumps({"model": "tiny", "messages": TALK["messages"], "tools": [SUB]}).encode())
+    assert chat_constraint(body, running.service, thinks=False) is None
+    assert "calls of tools are not held to the tools, because llguidance is not installed" in caplog.text
 
 
 def test_tools_that_are_too_complex_together_keep_their_names(
