@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -39,6 +39,7 @@ from .page import page, page_headers
 from .problems import AGAIN, Problem, problem_of, to_json
 from .requests import Job, chat_job, completion_job
 from .service import Service
+from .structure import needs_grammar
 
 _log = logging.getLogger(__name__)
 #: Seconds after which a stream without news says that it lives, so that nobody between takes it for dead.
@@ -48,13 +49,14 @@ _PROBES = frozenset({"/health", "/ready", "/metrics"})
 #: What the log and the numbers say where the client left before there was an answer; nginx made it known.
 _LEFT = 499
 _JSON = "application/json"
-#: Bodies that are read at once: parsed, encoded, and their grammars compiled. Much of it is done beside Python.
-_READERS = 4
-#: Bodies that are read or wait for it, at most.
-_READING = 64
+#: Bodies that are read at once: parsed and encoded, much of it beside Python; and how many are read or wait for it, at most.
+_READERS, _READING = 4, 64
+#: The same of those whose grammars are compiled, which may take seconds: the others need not wait for them.
+_COMPILERS, _COMPILING = 2, 16
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
 MakeJob = Callable[[Any, Service], Job]
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Application:
         """Nothing is listened to yet. ``only_here``: no other machine will reach it."""
         self._service, self._limits = service, limits
         self._local = only_here and limits.keys is None and not limits.any_host
-        self._readers, self._reading = ThreadPoolExecutor(_READERS, thread_name_prefix="foldkv-bodies"), 0
+        self._readers = _Pool("foldkv-bodies", _READERS, _READING)
+        self._compilers = _Pool("foldkv-grammars", _COMPILERS, _COMPILING)
         self._metrics = Metrics(service)
         self._stopping = False
         self._running = set[Generations]()
@@ -121,10 +124,12 @@ class Application:
     def stop(self) -> None:
         """Take no more requests; those that run go on."""
         self._stopping = True
+        self.close()
 
     def close(self) -> None:
-        """Read no more bodies."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        """Read no more bodies; who waits for one is told that the server stops."""
+        self._readers.close()
+        self._compilers.close()
 
     @property
     def running(self) -> int:
@@ -206,7 +211,9 @@ class Application:
         clock, data = self._metrics.clock(), await self._read(request)
         # Long prompts take a while to read and to encode; others go on meanwhile.
         number = request.scope["request_id"]
-        job = await self._job(lambda: _made(kind, data, make, self._service, number))
+        body = await self._readers.run(lambda: read_body(kind, data))
+        pool = self._compilers if needs_grammar(body) else self._readers
+        job = await pool.run(lambda: _made(kind, body, make, self._service, number))
         if self._stopping:  # since
             raise _stopping()
         generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
@@ -244,19 +251,6 @@ class Application:
                 answer.feed(prompt, piece)
         return _json(answer.whole())
 
-    async def _job(self, make: Callable[[], Job]) -> Job:
-        """A job, made on a thread of its own, if not too many are."""
-        if self._reading >= _READING:
-            raise Problem(
-                429, f"{self._reading} requests wait to be read, as many as may. Try again later.", code="queue_full",
-                headers={"retry-after": str(AGAIN)},
-            )  # fmt: skip
-        self._reading += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, make)
-        finally:
-            self._reading -= 1
-
     def _broken_off(self, piece: Completion) -> Exception | None:
         """Why an answer ended before its end, or None."""
         if piece.finish_reason == "timeout":
@@ -293,8 +287,48 @@ class Application:
         return bytes(data)
 
 
-def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service, number: str) -> Job:
-    body = read_body(kind, data)
+class _Pool:
+    """Threads for what takes a while, and so many requests that have or wait for one, at most."""
+
+    def __init__(self, name: str, threads: int, most: int) -> None:
+        self._threads, self._most = ThreadPoolExecutor(threads, thread_name_prefix=name), most
+        self._running = set[asyncio.Future[Any]]()
+        self._closed = False
+
+    async def run(self, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` returns or raises on one of the threads.
+
+        Raises:
+            Problem: too many wait, or the server stops.
+        """
+        if self._closed:
+            raise _stopping()
+        if len(self._running) >= self._most:
+            raise Problem(
+                429, f"{len(self._running)} requests wait to be read, as many as may. Try again later.", code="queue_full",
+                headers={"retry-after": str(AGAIN)},
+            )  # fmt: skip
+        future = asyncio.get_running_loop().run_in_executor(self._threads, make)
+        self._running.add(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise _stopping() from None
+            raise
+        finally:
+            self._running.discard(future)
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for nothing that runs."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for future in list(self._running):
+            future.cancel()
+
+
+def _made(kind: type[Body], body: Body, make: MakeJob, service: Service, number: str) -> Job:
     try:
         return make(body, service)
     except RecursionError:

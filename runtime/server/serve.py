@@ -22,6 +22,7 @@ from ..bundle import Bundle
 from ..chat import ChatFormat, chat_format
 from ..model import Model
 from ..serving.engine import Engine
+from ..serving.grammar_check import checker
 from ..tokenizer import Tokenizer
 from .app import Application, Limits
 from .keys import Keys
@@ -243,6 +244,7 @@ def serve(
         )
         application = Application(service, limits, only_here=_only_here(listening))
         stack.callback(application.close)
+        stack.callback(checker.interrupt)  # else the end of the process waits for what is tried
         started = Started(_url(listening), service.name, context, sizes.slots)
         server = Server(application, grace=grace, ready=lambda: say(started))
         stack.enter_context(_signals(server))

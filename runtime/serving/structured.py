@@ -9,31 +9,41 @@ describes; a grammar that wants such a token names it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ArtifactError, GrammarError, InputError, short
+from ...errors import ArtifactError, GrammarError, InputError, QueueFullError, short
 from ...packages import require
 from ..chat.revisions import MARKS
 from ..tokenizer import Tokenizer
 from .constraint import NewConstraint
+from .grammar_check import TooComplexError, checker
+from .grammar_worker import compiled, trim, vocabulary_of, with_deep_stack
 
 #: The largest grammar that is read, in characters: a schema, a pattern, all choices together.
 LARGEST_GRAMMAR = 512 * 1024
-#: So many compiled grammars are kept, and at most so many characters of them; a character takes up to some 250 bytes when compiled.
-_KEPT, _KEPT_CHARACTERS = 64, 1 << 20
-#: Bytes of stack for llguidance, of which only those that it uses are taken. It follows rules and references by recursion, some
-#: kilobytes for each, and a stack that is full ends the process. So the largest grammar with the longest chain fits.
-_STACK = 512 << 20
+#: So many compiled grammars are kept for later requests, and at most so many bytes of them.
+_KEPT, _KEPT_BYTES = 64, 64 << 20
+#: Bytes of all compiled grammars that are kept or in use, at most.
+_ALL_BYTES = 512 << 20
+#: When a grammar of so many bytes goes, the system gets them back.
+_LARGE = 4 << 20
+#: So many grammars that were too complex are remembered.
+_REFUSED = 256
+#: Seconds that a grammar may take while an answer runs: so many, and so many more for each token. llguidance's own limits end a
+#: token after some ten milliseconds, which is too long for every token, because all answers wait.
+_AT_ONCE, _PER_TOKEN = 1.0, 0.01
 #: States of the lexer of one answer, of one to two kilobytes each.
 _LEXER_STATES = 1 << 16
 #: Items of a row of the parser. A step takes time with their number, and with its square where a grammar is ambiguous, which only
@@ -66,8 +76,6 @@ class Grammars:
             MissingDependencyError: llguidance is not installed.
         """
         require("structured output")
-        import llguidance
-
         if tokenizer.vocab_size > vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, and the model has logits for {vocab_size}. Use the tokenizer that "
@@ -79,17 +87,21 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, np.array(eos, np.intp)
         # The end of an answer is a token of our own, so that a model may have several ends, or one that the tokenizer lacks.
         self._end = tokenizer.vocab_size
+        text, size = _with_end(tokenizer, self._end, eos), max(vocab_size, self._end + 1)
         try:
-            self._vocabulary: Any = llguidance.LLTokenizer(
-                _with_end(tokenizer, self._end, eos), n_vocab=max(vocab_size, self._end + 1), eos_token=self._end
-            )
+            self._vocabulary: Any = vocabulary_of(text, size, self._end)
         except ValueError as error:
             raise ArtifactError(
                 f"answers of this model cannot be kept to a grammar: its tokenizer.json is of a kind that llguidance does not read: "
                 f"{reason(str(error))}."
             ) from None
-        #: By the digest of what they were compiled from; with each the number of its characters.
-        self._compiled: OrderedDict[bytes, tuple[int, Any]] = OrderedDict()
+        self._number = checker.vocabulary(text, size, self._end)
+        weakref.finalize(self, checker.forget, self._number)
+        #: By the digest of what they were compiled from.
+        self._compiled: OrderedDict[bytes, _Compiled] = OrderedDict()
+        self._refused: OrderedDict[bytes, str] = OrderedDict()  # why
+        #: Those that are kept, and those that requests have.
+        self._all: weakref.WeakSet[_Compiled] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def json_schema(self, schema: Mapping[str, Any] | str, *, after: str = "") -> NewConstraint:
@@ -157,40 +169,89 @@ class Grammars:
         _check_text(grammar, what)
         key = hashlib.sha256(f"{items} {grammar}".encode()).digest()
         with self._lock:
-            _, matcher = self._compiled.get(key, (0, None))
-            if matcher is not None:
+            found, too_complex = self._compiled.get(key), self._refused.get(key)
+            if found is not None:
                 self._compiled.move_to_end(key)
-        if matcher is None:
-            matcher = with_deep_stack(lambda: self._matcher(grammar, what, items))
-            with self._lock:
-                self._compiled[key] = (len(grammar), matcher)
-                while len(self._compiled) > _KEPT or sum(n for n, _ in self._compiled.values()) > _KEPT_CHARACTERS:
-                    self._compiled.popitem(last=False)
-        return lambda: _Matching(matcher.deep_copy(), self._vocab_size, self._eos, self._end)
+        if too_complex is None and found is None:
+            try:
+                found = self._made(key, grammar, what, items)
+            except TooComplexError as error:
+                too_complex = str(error)
+                with self._lock:
+                    if error.lasting:
+                        self._refused[key] = too_complex
+                    while len(self._refused) > _REFUSED:
+                        self._refused.popitem(last=False)
+        if found is None:
+            raise InputError(f"{what} cannot be used: {too_complex}.")
+        return lambda: _Matching(found, self._vocab_size, self._eos, self._end)
 
-    def _matcher(self, grammar: str, what: str, items: int) -> Any:
-        """llguidance's, at the start of a text."""
-        import llguidance
+    def _made(self, key: bytes, grammar: str, what: str, items: int) -> _Compiled:
+        """A grammar that was not compiled yet.
 
-        limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=items, max_lexer_states=_LEXER_STATES)
-        matcher = llguidance.LLMatcher(
-            self._vocabulary, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0, limits=limits
-        )
-        # Without a token yet: whether the end is all that can come, and whether anything can.
-        matcher.consume_tokens([])
-        tried = matcher.deep_copy()
-        tried.compute_bitmask()
-        if tried.is_error():
-            raise InputError(f"{what} cannot be used: {reason(tried.get_error())}.")
-        return matcher
+        Raises:
+            TooComplexError: it takes too much time or memory.
+            InputError: it is wrong.
+            QueueFullError: there is no room for it beside the grammars that are in use.
+        """
+        with checker.session() as session:
+            problem, size = session.grammar(self._number, grammar, items, _LEXER_STATES)
+        if problem:
+            raise InputError(f"{what} cannot be used: {reason(problem)}.")
+        size = max(size, len(grammar))
+        with self._lock:
+            self._drop(_ALL_BYTES - size)
+            if sum(one.bytes for one in self._all) + size > _ALL_BYTES:
+                raise QueueFullError(
+                    f"the grammars of the requests that run or wait take {sum(one.bytes for one in self._all) >> 20} MiB, and this one takes "
+                    f"{size >> 20} MiB; together they may take {_ALL_BYTES >> 20} MiB. Try again later, or use a simpler one."
+                )
+            made = _Compiled(size)
+            self._all.add(made)  # what is being compiled counts
+        try:
+            made.matcher = with_deep_stack(lambda: compiled(self._vocabulary, grammar, items, _LEXER_STATES))
+        except ValueError as error:  # it was close to a limit of llguidance's
+            raise InputError(f"{what} cannot be used: {reason(str(error))}.") from None
+        with self._lock:
+            if size <= _KEPT_BYTES:
+                self._compiled[key] = made
+            self._drop(_ALL_BYTES)
+        return made
+
+    def _drop(self, most: int) -> None:
+        """Drop what was kept longest without use until what is kept is within its limits, and all grammars take so many bytes."""
+        kept = sum(one.bytes for one in self._compiled.values())
+        while self._compiled and (
+            len(self._compiled) > _KEPT or kept > _KEPT_BYTES or sum(one.bytes for one in self._all) > most
+        ):
+            _, dropped = self._compiled.popitem(last=False)
+            kept -= dropped.bytes
+            del dropped
+
+
+class _Compiled:
+    """A compiled grammar; llguidance's matcher at the start of a text, and the bytes that it takes."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = size
+        self.matcher: Any = None
+
+    def __del__(self) -> None:
+        """The allocator keeps what is given back in pieces."""
+        self.matcher = None
+        if self.bytes >= _LARGE:
+            trim()
 
 
 class _Matching:
     """The state of one answer."""
 
-    def __init__(self, matcher: Any, vocab_size: int, eos: NDArray[np.intp], end: int) -> None:
-        """``matcher`` is llguidance's; ``end`` is the token that it knows as the end, and ``eos`` are the model's."""
-        self._matcher, self._vocab_size, self._eos, self._end = matcher, vocab_size, eos, end
+    def __init__(self, grammar: _Compiled, vocab_size: int, eos: NDArray[np.intp], end: int) -> None:
+        """``end`` is the token that llguidance knows as the end, and ``eos`` are the model's."""
+        self._matcher = grammar.matcher.deep_copy()
+        self._grammar = grammar  # of which the copy has a part; it goes after the copy
+        self._vocab_size, self._eos, self._end = vocab_size, eos, end
+        self._left = _AT_ONCE  # seconds
         self._ends = frozenset(eos.tolist())
 
     @property
@@ -202,9 +263,17 @@ class _Matching:
         """The tokens that may come next, [V]; once ended, the ends of sequence.
 
         Raises:
-            GrammarError: llguidance gave up, because the grammar is too complex or the vocabulary cannot write what must follow.
+            GrammarError: llguidance gave up, because the grammar is too complex or the vocabulary cannot write what must follow; or its
+                tokens take too much time.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._left < 0:
+            raise GrammarError(
+                f"the answer cannot go on within its grammar: its tokens take more than {_PER_TOKEN * 1000:g} ms each to check. Use a "
+                "simpler one."
+            )
+        self._left = min(_AT_ONCE, self._left + _PER_TOKEN)
+        with self._timed():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             # The mask is of the end alone then, which would end the answer anywhere.
             raise self._given_up()
@@ -230,36 +299,21 @@ class _Matching:
             known, fits = token, 0 <= token < self._end and matcher.validate_tokens([token]) == 1
         if not fits and not matcher.is_error():
             raise InputError(f"token {token} may not come here: the grammar of the answer does not allow it.")
-        if not matcher.consume_token(known):
+        with self._timed():
+            consumed = matcher.consume_token(known)
+        if not consumed:
             raise self._given_up()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        before = time.thread_time()
+        yield
+        self._left -= time.thread_time() - before
 
     def _given_up(self) -> GrammarError:
         return GrammarError(
             f"the answer cannot go on within its grammar: {reason(self._matcher.get_error())}. Use a simpler one."
         )
-
-
-_Made = TypeVar("_Made")
-_starting = threading.Lock()
-
-
-def with_deep_stack(make: Callable[[], _Made]) -> _Made:
-    """What ``make`` returns or raises, on a thread with a stack that llguidance cannot fill with any grammar that is read."""
-    made: Future[_Made] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(make())
-        except BaseException as error:  # noqa: BLE001 - raised again where it was called
-            made.set_exception(error)
-
-    with _starting:  # the size is of the process: of all threads that begin
-        before = threading.stack_size(_STACK)
-        try:
-            threading.Thread(target=run, name="foldkv-grammar", daemon=True).start()
-        finally:
-            threading.stack_size(before)
-    return made.result()
 
 
 def _check_text(text: str, what: str) -> None:

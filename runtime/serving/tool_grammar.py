@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,8 @@ from ..chat.formats import ChatFormat, Tools
 from ..chat.messages import Tool, read_tools, wrong
 from ..chat.revisions import DSML, EOS, REVISIONS, THOUGHT, Revision
 from ..tokenizer import Tokenizer
-from .structured import (
-    LARGEST_GRAMMAR,
-    any_text,
-    json_rule,
-    quoted,
-    reason,
-    single_token,
-    text_before,
-    with_deep_stack,
-    written,
-)
+from .grammar_check import Session, TooComplexError, checker
+from .structured import LARGEST_GRAMMAR, any_text, json_rule, quoted, reason, single_token, text_before, written
 
 #: A rule of llguidance's counts up to so many parameters that were written.
 _MOST_PARAMETERS = 64
@@ -41,6 +32,8 @@ _MOST_PARAMETERS = 64
 _MOST_SPLITS = 1024
 #: So many answers of llguidance about schemas are kept.
 _KEPT = 1024
+#: After the name of a parameter: its value is a text, or JSON.
+_TRUE, _FALSE = '" string="true">', '" string="false">'
 _TYPES = ("null", "boolean", "object", "array", "number", "string")
 _OF_STRINGS = frozenset({"minLength", "maxLength", "pattern"})
 _COMBINING = frozenset({"$ref", "$dynamicRef", "allOf", "anyOf", "if", "not", "oneOf"})
@@ -71,6 +64,9 @@ def tool_grammar(
     tokenizer: Tokenizer,
     thinking: bool = False,
     parallel: bool = True,
+    content: Mapping[str, Any] | None = None,
+    left_free: Callable[[str, InputError], None] | None = None,
+    held: bool = True,
 ) -> str | None:
     """The grammar of answers that may, must or must not call tools, in Lark's syntax; None: nothing is to be constrained.
 
@@ -82,6 +78,10 @@ def tool_grammar(
         tokenizer: the bundle's.
         thinking: whether the answer begins as reasoning; what the prompt's ``thinks`` says. Reasoning is any text up to its end.
         parallel: whether an answer may have several calls.
+        content: a JSON schema. An answer without calls is JSON of it, and one with calls has no text before them. None: any text.
+        left_free: told of a tool whose parameters may then be any, because no grammar can hold calls to their schemas. None: that is
+            an error, as it is for a tool that says ``strict``.
+        held: False: the parameters of all tools may be any.
 
     Raises:
         InputError: a tool or the choice is wrong, a schema says what a grammar cannot hold calls to, or calls are asked of a format
@@ -99,8 +99,11 @@ def tool_grammar(
     if not functions:
         return None
     require("structured output")
-    writer = _Writer(REVISIONS[format.name], tokenizer)
-    return writer.grammar(chosen, must=must, thinking=thinking, several=parallel and isinstance(choice, str))
+    with checker.session() as session:
+        writer = _Writer(REVISIONS[format.name], tokenizer, session, left_free, held=held)
+        return writer.grammar(
+            chosen, must=must, thinking=thinking, several=parallel and isinstance(choice, str), content=content
+        )
 
 
 def _chosen(choice: str | Mapping[str, Any], tools: Sequence[Tool]) -> tuple[Sequence[Tool], bool]:
@@ -125,21 +128,32 @@ def _chosen(choice: str | Mapping[str, Any], tools: Sequence[Tool]) -> tuple[Seq
     return found, True
 
 
+#: Says what llguidance has against a schema; "" for nothing.
+_Check = Callable[[str], str]
+
+
 class _Writer:
     """Writes the rules of one grammar."""
 
-    def __init__(self, revision: Revision, tokenizer: Tokenizer) -> None:
-        self._revision = revision
+    def __init__(
+        self, revision: Revision, tokenizer: Tokenizer, session: Session, left_free: Callable[[str, InputError], None] | None, *,
+        held: bool,
+    ) -> None:  # fmt: skip
+        self._revision, self._left_free, self._held = revision, left_free, held
+        self._check: _Check = lambda schema: _problem(schema, session)
         self._dsml, self._thought = single_token(tokenizer, DSML), single_token(tokenizer, THOUGHT)
         self._rules: list[str] = []
         self._size = 0  # characters of schemas, as given and as written
+        self._any = ""  # the rule of a parameter that may be any
 
-    def grammar(self, tools: Sequence[Tool], *, must: bool, thinking: bool, several: bool) -> str:
+    def grammar(
+        self, tools: Sequence[Tool], *, must: bool, thinking: bool, several: bool, content: Mapping[str, Any] | None
+    ) -> str:
         """See :func:`tool_grammar`. Without tools the answer has no calls."""
         revision, start = self._revision, []
         block = f"<{revision.block}>"
         # Spelled out, too, these are what the parser takes them for.
-        content, reasoning = any_text([block, EOS]), any_text([block, EOS, THOUGHT])
+        text, reasoning = any_text([block, EOS]), any_text([block, EOS, THOUGHT])
         if thinking:
             start.append(self._before(THOUGHT, THOUGHT, self._thought, "REASONING", reasoning))
         if tools:
@@ -149,11 +163,15 @@ class _Writer:
                 f'calls: (call "\\n"){"+" if several else ""} {self._own(f"</{revision.block}>")}',
                 f"call: {' | '.join(calls)}",
             ]
+        calls_alone = self._own("\n\n" + block + "\n") + " calls"
         if must:
-            start.append(self._own("\n\n" + block + "\n") + " calls")
+            start.append(calls_alone)
+        elif content is not None:
+            self._rules.append(f"content: %json {json_rule(content)}")
+            start.append(f"(content | {calls_alone})" if tools else "content")
         else:
-            self._rules.append(f"CONTENT: {content}")
-            before = self._before(block + "\n", DSML, self._dsml, "BEFORE", content) if tools else ""
+            self._rules.append(f"CONTENT: {text}")
+            before = self._before(block + "\n", DSML, self._dsml, "BEFORE", text) if tools else ""
             start.append(f"(CONTENT | {before} calls)" if tools else "CONTENT")
         return "\n".join([f"start: {' '.join(start)}", *self._rules])
 
@@ -167,13 +185,12 @@ class _Writer:
 
     def _call(self, tool: Tool, number: int) -> str:
         """The name of a rule for calls of a tool. Each parameter comes once, in any order, and the required ones must."""
-        self._count(_size_of(tool))
-        parameters, name = [], f"call{number}"
-        for one in _parameters(tool):
-            self._count(len(one.schema or ""))
-            parameters.append(one)
+        name, parameters = f"call{number}", self._parameters_of(tool)
         head = self._own(f'<{self._revision.invoke} name="{tool.name}">\n')
         end = self._own(f"</{self._revision.invoke}>")
+        if parameters is None:
+            self._rules.append(f'{name}: {head} (({self._any_parameter()} "\\n")+ | "\\n") {end}')
+            return name
         if not parameters:
             self._rules.append(f'{name}: {head} "\\n" {end}')
             return name
@@ -189,6 +206,37 @@ class _Writer:
         self._rules += [f"{name}: {head} {some} {end}", f"{name}_rest::_: " + "\n  | ".join(rows)]
         return name
 
+    def _parameters_of(self, tool: Tool) -> list[_Parameter] | None:
+        """The parameters of a tool; None where they may be any."""
+        if not self._held:
+            return None
+        before, parameters = self._size, []
+        try:
+            self._count(_size_of(tool))
+            for one in _parameters(tool, self._check):
+                self._count(len(one.schema or ""))
+                parameters.append(one)
+        except InputError as error:
+            if self._left_free is None or tool.function.get("strict") is True:
+                raise
+            self._size = before
+            self._left_free(tool.name, error)
+            return None
+        return parameters
+
+    def _any_parameter(self) -> str:
+        """The name of a rule for a parameter of any name and value."""
+        if not self._any:
+            self._any, end = "any_parameter", f"</{self._revision.parameter}>"
+            text = self._before(end, DSML, self._dsml, "ANY_TEXT", any_text([end]))
+            opening = self._own(f'<{self._revision.parameter} name="')
+            self._rules += [
+                'ANY_NAME: /[^"<>\\n]{1,256}/',
+                f"any_json: %json {json_rule({})}",
+                f"{self._any}: {opening} ANY_NAME ({quoted(_TRUE)} {text} | {quoted(_FALSE)} any_json {self._own(end)})",
+            ]
+        return self._any
+
     def _count(self, characters: int) -> None:
         """Schemas are copied for each parameter that refers to others: nothing goes on that is too large in the end."""
         self._size += characters
@@ -203,10 +251,10 @@ class _Writer:
         end = f"</{revision.parameter}>"
         if parameter.texts:
             choices = " | ".join(text.expression([end]) for text in parameter.texts)
-            opening = self._own(f'<{revision.parameter} name="{parameter.name}" string="true">')
+            opening = self._own(f'<{revision.parameter} name="{parameter.name}{_TRUE}')
             rows.append(f"{opening} {self._before(end, DSML, self._dsml, f'TEXT_{name.upper()}', f'({choices})')}")
         if parameter.schema is not None:
-            opening = self._own(f'<{revision.parameter} name="{parameter.name}" string="false">')
+            opening = self._own(f'<{revision.parameter} name="{parameter.name}{_FALSE}')
             rows.append(f"{opening} {name}_json {self._own(end)}")
             self._rules.append(f"{name}_json: %json {parameter.schema}")
         self._rules.append(f"{name}: " + " | ".join(rows))
@@ -258,7 +306,7 @@ def _size_of(tool: Tool) -> int:
         raise InputError(f"the parameters of the tool {tool.name} cannot be read: {error}.") from None
 
 
-def _parameters(tool: Tool) -> Iterator[_Parameter]:
+def _parameters(tool: Tool, check: _Check) -> Iterator[_Parameter]:
     """The parameters of a tool, the required ones first."""
     where, root = f"parameters of the tool {tool.name}", tool.function.get("parameters") or {}
     schema = _followed(root, root, where)
@@ -286,14 +334,16 @@ def _parameters(tool: Tool) -> Iterator[_Parameter]:
             raise wrong(f"{where}: a name", name, 'at most 256 letters without ", <, > and line breaks')
         own = properties.get(name, schema.get("additionalProperties", True))
         try:
-            texts, others = _split(own, root, at, {})
+            texts, others = _split(own, root, at, {}, check)
         except _TooManyError:
             texts, others = [], [own]
         if not texts and not others:
             if name in required:
                 raise wrong(at, own, "a schema that some value has")
             continue
-        yield _Parameter(name, name in required, tuple(texts), _json_values(others, root, at) if others else None)
+        yield _Parameter(
+            name, name in required, tuple(texts), _json_values(others, root, at, check) if others else None
+        )
 
 
 def _followed(schema: Any, root: Any, where: str) -> Mapping[str, Any]:
@@ -326,7 +376,9 @@ class _TooManyError(Exception):
     """A schema is not worth splitting."""
 
 
-def _split(schema: Any, root: Any, where: str, seen: dict[int, Any], depth: int = 0) -> tuple[list[_Text], list[Any]]:
+def _split(
+    schema: Any, root: Any, where: str, seen: dict[int, Any], check: _Check, depth: int = 0
+) -> tuple[list[_Text], list[Any]]:
     """The values of a schema: those that are texts, and schemas of the others.
 
     Texts of a schema that combines others in ways that are not followed here stay with the others: they are written as JSON.
@@ -347,7 +399,7 @@ def _split(schema: Any, root: Any, where: str, seen: dict[int, Any], depth: int 
     for key in said & {"anyOf", "oneOf"}:
         if len(said) > 1 or depth > 8 or not isinstance(schema[key], list):
             return [], [schema]
-        parts = [_split(one, root, where, seen, depth + 1) for one in schema[key]]
+        parts = [_split(one, root, where, seen, check, depth + 1) for one in schema[key]]
         if key == "oneOf" and sum(bool(texts) for texts, _ in parts) > 1:
             return [], [schema]
         others = [one for _, found in parts for one in found]
@@ -365,14 +417,14 @@ def _split(schema: Any, root: Any, where: str, seen: dict[int, Any], depth: int 
         return [_Text(texts)] if texts else [], [{**typed, "enum": others}] if others else []
     if "string" not in kinds or said & _COMBINING or ("type" not in said and not said <= _OF_STRINGS):
         return [], [schema]
-    text = _text(schema)
+    text = _text(schema, check)
     if text is None:
         return [], [schema]
     # A schema that speaks of texts alone says nothing of other values.
     return [text], [{**schema, "type": rest}] if rest else []
 
 
-def _text(schema: Mapping[str, Any]) -> _Text | None:
+def _text(schema: Mapping[str, Any], check: _Check) -> _Text | None:
     """The texts of a schema; None where only JSON can be held to it."""
     import llguidance
 
@@ -383,7 +435,7 @@ def _text(schema: Mapping[str, Any]) -> _Text | None:
         return _Text(shortest=shortest, longest=longest)
     # The anchors are of the whole only where there is no choice around them, and a pattern without them is looked for in the text.
     whole = isinstance(pattern, str) and re.fullmatch(r"\^(.*)\$", pattern, re.DOTALL)
-    if not whole or _problem(json_rule({"type": "string", "pattern": pattern})) or _has_choice_or_anchor(whole[1]):
+    if not whole or check(json_rule({"type": "string", "pattern": pattern})) or _has_choice_or_anchor(whole[1]):
         return None  # a pattern that is none is not looked into: that takes long where a bracket is never closed
     return _Text(pattern=llguidance.regex_to_lark(whole[1], "dw"), shortest=shortest, longest=longest)
 
@@ -397,7 +449,7 @@ def _has_choice_or_anchor(pattern: str) -> bool:
     return False
 
 
-def _json_values(others: Sequence[Any], root: Any, where: str) -> str:
+def _json_values(others: Sequence[Any], root: Any, where: str, check: _Check) -> str:
     """Schemas of a parameter as one that stands in a grammar, by itself.
 
     Raises:
@@ -409,7 +461,7 @@ def _json_values(others: Sequence[Any], root: Any, where: str) -> str:
         # References are to the schema of all parameters, which comes along under a name of its own.
         found = {**found, "$defs": {"parameters": _moved(root)}}
     text = json_rule(found)
-    problem = _problem(text)
+    problem = check(text)
     if problem:
         raise InputError(
             f"{where} has a schema that calls cannot be held to: {problem}. Change it, or do not constrain the answer."
@@ -441,7 +493,7 @@ _problems: OrderedDict[bytes, str] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _problem(schema: str) -> str:
+def _problem(schema: str, session: Session) -> str:
     """What llguidance has against a schema; "" for nothing."""
     if len(schema) > LARGEST_GRAMMAR:
         return f"it has {len(schema)} characters; at most {LARGEST_GRAMMAR} are read"
@@ -449,20 +501,13 @@ def _problem(schema: str) -> str:
     with _lock:
         found = _problems.get(key)
     if found is None:
-        found = with_deep_stack(lambda: _asked(schema))
+        try:
+            found = reason(session.schema(schema))
+        except TooComplexError as error:
+            return str(error)  # or one before it was
     with _lock:
         _problems[key] = found
         _problems.move_to_end(key)
         while len(_problems) > _KEPT:
             _problems.popitem(last=False)
     return found
-
-
-def _asked(schema: str) -> str:
-    import llguidance
-
-    try:
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
-    except ValueError as error:
-        return reason(str(error))
-    return reason(str(llguidance.LLMatcher.validate_grammar(grammar)))

@@ -411,7 +411,7 @@ def test_slow_bodies_hold_up_no_others_and_are_limited(
         return real(self, text, **options)
 
     monkeypatch.setattr(Tokenizer, "encode", encode)
-    monkeypatch.setattr(app, "_READING", app._READERS)
+    monkeypatch.setattr(running.application._readers, "_most", app._READERS)
     asked: Any = {**ASKED, "max_tokens": 1}
     answers: list[str] = []
 
@@ -421,7 +421,7 @@ def test_slow_bodies_hold_up_no_others_and_are_limited(
     threads = [threading.Thread(target=ask) for _ in range(app._READERS)]
     for thread in threads:
         thread.start()
-    assert until(lambda: running.application._reading == len(threads))
+    assert until(lambda: len(running.application._readers._running) == len(threads))
     assert http().get(f"{running.url}/health").status_code == 200
     with pytest.raises(openai.RateLimitError, match="wait to be read") as refused:
         running.client().completions.create(**asked)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from command import start
-from openai import OpenAI
+from openai import InternalServerError, OpenAI
 
 from foldkv import packages
 from foldkv.cli import main
@@ -58,6 +59,12 @@ def test_an_address_is_bound_and_nobody_waits_at_it_yet() -> None:
         Address("256.256.256.256.invalid").socket()
 
 
+def refused(client: OpenAI) -> None:
+    schema = {"allOf": [{"type": "string", "pattern": f"a.{{{n}}}b"} for n in range(5, 40)]}
+    with pytest.raises(InternalServerError, match="stopping"):
+        client.completions.create(model="mine", prompt="x", extra_body={"structured_outputs": {"json": schema}})
+
+
 @pytest.mark.slow
 def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bundle: Path) -> None:
     options = (
@@ -74,7 +81,7 @@ def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bu
         "--prefix-memory",
         "16MiB",
     )
-    needed = {*packages.FEATURES["serve"].modules, "onnxruntime"}
+    needed = {*packages.FEATURES["serve"].modules, "onnxruntime", "llguidance"}
     hide = [name.split(".")[0] for name in packages.modules() if name not in needed]
     with start("serve", tiny_bundle, *options, hide=hide) as process:
         assert process.stdout is not None
@@ -84,8 +91,11 @@ def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bu
         with OpenAI(base_url=f"{found[1]}/v1", api_key="-", max_retries=0, timeout=60) as client:
             stream = client.completions.create(model="mine", prompt="def f(", max_tokens=80, temperature=0, stream=True)
             text = next(stream).choices[0].text
+            hostile = threading.Thread(target=refused, args=(client,))  # it took for ever, and the end waited for it
+            hostile.start()
             process.send_signal(signal.SIGTERM)
             text += "".join(chunk.choices[0].text for chunk in stream)
+            hostile.join(30)
         out, err = process.communicate(timeout=60)
     assert len(text) == 80 and process.returncode == 0 and out == ""
     assert re.search(r"POST '/v1/completions' 200 .* 6 tokens \(0 cached\) \+ 80 new, length", err)

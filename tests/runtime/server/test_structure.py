@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 from typing import Any
 
 import openai
 import pytest
 from served import Running
 
+from foldkv.runtime.server import structure
 from foldkv.runtime.server.bodies import ChatBody, CompletionBody, read_body
 from foldkv.runtime.server.problems import Problem
 from foldkv.runtime.server.structure import chat_constraint, completion_constraint
+from foldkv.runtime.serving import grammar_check
+from foldkv.runtime.serving.constraint import Constraint
 
 #: The model writes source code, with much white space.
 NO_SPACE = {"logit_bias": {"32": -100, "10": -100, "9": -100, "13": -100}}
@@ -94,18 +98,110 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(runni
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_tools_are_a_grammar_also_where_the_model_may_call_as_it_likes(running: Running) -> None:
-    """A schema that no grammar can hold is left to the model, unless its tool says ``strict``."""
+def test_tools_are_a_grammar_also_where_the_model_may_call_as_it_likes(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parameters that no grammar can hold are left to the model, and nothing else."""
     odd: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
-    for tools, held in (([SUB], True), ([ADD, SUB], True), ([odd], False), ([SUB, odd], False)):
+    for tools, left in (([SUB], False), ([ADD, SUB], False), ([odd], True), ([SUB, odd], True)):
+        caplog.clear()
         body = read_body(ChatBody, json.dumps({"model": "tiny", "messages": TALK["messages"], "tools": tools}).encode())
         made = chat_constraint(body, running.service, thinks=False)
-        assert (made is not None) == held
-        if made is not None:
-            constraint = made()
-            for token in b"free text":
-                assert constraint.allowed()[token]
-                constraint.took(token)
+        assert made is not None
+        for text, right in (
+            ("free text", True), (_calls("other"), False), (_calls(tools[-1]["function"]["name"]), True),
+            (_calls("sub", '<｜DSML｜parameter name="a" string="true">x'), False),
+        ):  # fmt: skip
+            assert (_taken(made(), text) == text) == right
+        assert ("parameters of the tool 'f' are left to the model" in caplog.text) == left
+
+
+def _calls(name: str, inside: str = "") -> str:
+    return f'\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{name}">\n{inside}'
+
+
+def _taken(constraint: Constraint, text: str) -> str:
+    """As much of a text as may be written, byte by byte."""
+    for n, token in enumerate(text.encode()):
+        if not constraint.allowed()[token]:
+            return text.encode()[:n].decode(errors="ignore")
+        constraint.took(token)
+    return text
+
+
+def test_without_llguidance_calls_are_left_to_the_model_and_the_log_says_so(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure, "installed", lambda module: False)
+    body = read_body(ChatBody, json.dumps({"model": "tiny", "messages": TALK["messages"], "tools": [SUB]}).encode())
+    assert chat_constraint(body, running.service, thinks=False) is None
+    assert "calls of tools are not held to the tools, because llguidance is not installed" in caplog.text
+
+
+def test_tools_that_are_too_complex_together_keep_their_names(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"properties": {f"p{n}": {"type": "integer", "multipleOf": 100_003 + 2 * n} for n in range(40)}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": many}}
+    asked = {"model": "tiny", "messages": TALK["messages"], "tools": [tool]}
+    monkeypatch.setattr(grammar_check, "SECONDS", 0.5)
+    made = chat_constraint(read_body(ChatBody, json.dumps(asked).encode()), running.service, thinks=False)
+    assert made is not None and "parameters of all tools" in caplog.text and "too complex" in caplog.text
+    assert _taken(made(), _calls("f")) == _calls("f") and _taken(made(), _calls("g")) != _calls("g")
+    required = read_body(ChatBody, json.dumps({**asked, "tool_choice": "required"}).encode())
+    with pytest.raises(Problem, match="too complex") as refused:
+        chat_constraint(required, running.service, thinks=False)
+    assert refused.value.status == 400 and refused.value.param == "tools"
+
+
+def test_an_answer_is_json_of_a_schema_or_calls_tools(running: Running) -> None:
+    """What ``client.chat.completions.parse`` asks for where it has tools."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+    client, found = running.client(), set()
+    for seed in (0, 3):
+        asked: Any = {
+            **TALK,
+            "seed": seed,
+            "max_tokens": 600,
+            "response_format": form,
+            "tools": [ADD],
+            "extra_body": QUIET,
+        }
+        if seed == 3:
+            asked["logit_bias"] = {**NO_SPACE["logit_bias"], "10": 5, "123": -100}
+        choice = client.chat.completions.create(**asked).choices[0]
+        found.add(choice.finish_reason)
+        if choice.message.tool_calls:
+            assert choice.message.tool_calls[0].type == "function" and not choice.message.content
+            assert set(json.loads(choice.message.tool_calls[0].function.arguments)) == {"a"}
+        else:
+            assert set(json.loads(choice.message.content or "")) == {"a", "b"}
+    assert found == {"stop", "tool_calls"}
+
+
+def test_a_hostile_schema_holds_up_nobody(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "SECONDS", 0.5)
+    client, refused, slow = running.client(), list[openai.BadRequestError](), list[float]()
+
+    def ask(first: int) -> None:
+        schema = {"allOf": [{"type": "string", "pattern": f"a.{{{n}}}b"} for n in range(first, first + 35)]}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(
+                model="tiny", prompt="x", max_tokens=4, extra_body={"structured_outputs": {"json": schema}}
+            )
+        refused.append(caught.value)
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(5, 8)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        waiting = len(refused)
+        assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+        slow.append(waiting)
+    assert slow.count(0) > 1, "others were answered before the first of them was"
+    assert len(refused) == len(threads)
+    for error in refused:
+        assert error.param == "structured_outputs" and "too complex" in str(error) and "Use fewer" in str(error)
 
 
 def test_grammars_that_clients_write_can_be_turned_off(running: Running) -> None:
@@ -154,7 +250,7 @@ def test_a_tool_that_must_not_be_called_is_not(running: Running) -> None:
         ({"structured_outputs": {"grammar": "start: nothing"}, **QUIET}, "structured_outputs", "grammar"),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs", "thinking off"),
         ({"structured_outputs": {"choice": ["a"]}, "tools": [ADD]}, "structured_outputs", "tools"),
-        ({"response_format": {"type": "json_object"}, "tools": [SUB]}, "response_format", "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}}, "tools": [SUB]}, "response_format", "thing"),
         ({"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object", "not": {}}}}]}, "tools", "f"),
     ],
 )  # fmt: skip

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foldkv import packages
-from foldkv.errors import CapacityError, GrammarError, InputError, MissingDependencyError
-from foldkv.runtime.serving import structured
+from foldkv.errors import CapacityError, GrammarError, InputError, MissingDependencyError, QueueFullError
+from foldkv.runtime.serving import grammar_check, structured
 from foldkv.runtime.serving.structured import Grammars
 from foldkv.runtime.tokenizer import Tokenizer
 
@@ -361,13 +361,95 @@ def test_long_chains_do_not_end_the_process(byte_model: Model, kind: str) -> Non
         assert follow(new(), byte_model.spelling, "aaab") == "b"
 
 
+def _multiples(number: int) -> dict[str, Any]:
+    """A short schema that takes some hundred bytes for each of the numbers up to this one."""
+    return {"type": "integer", "multipleOf": number}
+
+
 def test_what_compiled_grammars_take_is_bounded(byte_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "_KEPT_CHARACTERS", 1000)
+    monkeypatch.setattr(structured, "_KEPT_BYTES", 3 << 20)
     grammars = Grammars(byte_model.tokenizer, 300, [END])
-    for text in ("k" * 300, "l" * 300, "m" * 300, "n" * 2000):
-        constraint = grammars.choice([text])()
-        assert sum(characters for characters, _ in grammars._compiled.values()) <= 1000
-        assert follow(constraint, byte_model.spelling, text) == "", "what is not kept is used all the same"
+    used: list[Any] = []
+    for number in (8009, 8011, 8017):
+        used.append(grammars.json_schema(_multiples(number)))
+        assert sum(one.bytes for one in grammars._compiled.values()) <= 3 << 20
+        assert follow(used[-1](), byte_model.spelling, str(3 * number)) == "", "what is not kept is used all the same"
+    assert all(one.bytes > 1 << 20 for one in grammars._all) and len(grammars._all) == 3
+    monkeypatch.setattr(structured, "_ALL_BYTES", sum(one.bytes for one in grammars._all))
+    with pytest.raises(QueueFullError, match="Try again later, or use a simpler one"):
+        grammars.json_schema(_multiples(8039))
+    used.clear()
+    assert grammars.json_schema(_multiples(8039))().allowed().any(), "those that nobody uses any more do not count"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"type": "string", "pattern": f"a.{{{n}}}b"} for n in range(5, 40)]},
+        {"type": "object", "properties": {f"p{n}": _multiples(999_983 - 2 * n) for n in range(20)}},
+    ],
+)
+def test_a_short_schema_that_takes_long_to_compile_is_refused(
+    byte_model: Model, monkeypatch: pytest.MonkeyPatch, schema: Any
+) -> None:
+    """The first took more than minutes and all memory, and nothing could end it."""
+    monkeypatch.setattr(grammar_check, "SECONDS", 0.2)
+    for _ in range(2):  # the second is known
+        with pytest.raises(
+            InputError, match=r"the JSON schema cannot be used: it is too complex: .* more than 0.2 s\. Use "
+        ):
+            byte_model.grammars.json_schema(schema)
+    assert byte_model.grammars.choice(["the next"])().allowed().any()
+    with pytest.raises(InputError, match="the grammar cannot be used: it is too complex"):
+        byte_model.grammars.lark(f"start: %json {json.dumps(schema)}")
+
+
+def test_a_grammar_that_takes_much_memory_is_refused(byte_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "MEMORY", -(112 << 20))  # less than what a thread is allowed for itself
+    with pytest.raises(InputError, match=r"it is too complex: compiling it takes more than .* MiB of memory"):
+        byte_model.grammars.json_schema(_multiples(80_021))
+
+
+def test_the_process_that_tries_grammars_starts_again_and_can_be_interrupted(
+    byte_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker = grammar_check.checker
+    assert byte_model.grammars.choice(["before"])().allowed().any() and checker._process is not None
+    checker._process.kill()
+    checker._process.wait()
+    assert byte_model.grammars.choice(["after"])().allowed().any()
+    monkeypatch.setattr(grammar_check, "SECONDS", 60)
+    failed: list[QueueFullError] = []
+
+    def compile() -> None:
+        try:
+            byte_model.grammars.json_schema(_multiples(999_961))
+        except QueueFullError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=compile)
+    thread.start()
+    while not checker.lock.locked():
+        thread.join(0.01)
+    checker.interrupt()
+    thread.join(5)
+    assert not thread.is_alive() and len(failed) == 1
+    assert byte_model.grammars.choice(["in the end"])().allowed().any()
+    monkeypatch.setattr(grammar_check, "_PATIENCE", 0.05)
+    with pytest.raises(InputError, match=r"more than 0.05 s on this busy machine"):
+        byte_model.grammars.json_schema(_multiples(20_011))
+    monkeypatch.undo()
+    assert byte_model.grammars.json_schema(_multiples(20_011))().allowed().any(), "only what lasts is remembered"
+
+
+def test_an_answer_whose_tokens_take_long_gives_up(byte_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "_AT_ONCE", 0.002)
+    monkeypatch.setattr(structured, "_PER_TOKEN", 0.00001)
+    constraint = byte_model.grammars.lark('start: s\ns: s s | "a" | s s s')()
+    with pytest.raises(GrammarError, match=r"its tokens take more than 0.01 ms each to check. Use a simpler one"):
+        follow(constraint, byte_model.spelling, "a" * 40)
+    monkeypatch.setattr(structured, "_PER_TOKEN", 0.1)
+    assert follow(byte_model.grammars.regex("a*")(), byte_model.spelling, "a" * 100) == ""
 
 
 def test_a_vocabulary_that_does_not_belong_to_the_model_is_refused() -> None:

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from foldkv.errors import InputError
 from foldkv.export.contract.chat import JINJA, ChatFile
 from foldkv.runtime.chat import CallEnd, ChatFormat, chat_format, joined
+from foldkv.runtime.serving import grammar_check
 from foldkv.runtime.serving import tool_grammar as tool_grammar_module
 from foldkv.runtime.serving.constraint import NewConstraint
+from foldkv.runtime.serving.grammar_check import checker
 from foldkv.runtime.serving.structured import Grammars
 from foldkv.runtime.serving.tool_grammar import tool_grammar
 from foldkv.runtime.tokenizer import Tokenizer
@@ -349,15 +351,77 @@ def test_schemas_that_grow_when_they_are_written_are_refused_early(models: Mappi
 
 def test_what_is_known_of_schemas_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool_grammar_module, "_KEPT", 2)
-    asked: list[str] = []
-    real = tool_grammar_module._asked
-    monkeypatch.setattr(tool_grammar_module, "_asked", lambda schema: asked.append(schema) or real(schema))
     monkeypatch.setattr(tool_grammar_module, "_problems", OrderedDict())
-    for name in ("strin", "strin", "nul", "strin", "boo", "nul"):
-        assert f"Invalid type: {name}" in tool_grammar_module._problem(f'{{"type": "{name}"}}')
+    asked: list[str] = []
+    with checker.session() as session:
+        real = session.schema
+        monkeypatch.setattr(session, "schema", lambda schema: asked.append(schema) or real(schema))
+        for name in ("strin", "strin", "nul", "strin", "boo", "nul"):
+            assert f"Invalid type: {name}" in tool_grammar_module._problem(f'{{"type": "{name}"}}', session)
+        assert "at most" in tool_grammar_module._problem(" " * 600_000, session)
     assert [json.loads(one)["type"] for one in asked] == ["strin", "nul", "boo", "nul"]
     assert len(tool_grammar_module._problems) == 2 and all(len(key) == 32 for key in tool_grammar_module._problems)
-    assert "at most" in tool_grammar_module._problem(" " * 600_000) and len(asked) == 4
+
+
+def test_a_tool_that_no_grammar_can_hold_keeps_its_name_and_the_others_their_parameters(model: Model) -> None:
+    odd, left = _tool("odd", {"type": "object", "not": {}}), []
+    new = model.answers([*TOOLS, odd], left_free=lambda name, error: left.append((name, str(error))))
+    ((name, why),) = left
+    assert name == "odd" and "not is {}; expected a schema with properties alone" in why
+    for call in (
+        _call("odd"), _call("odd", ("a b", "true", "any < </b>\n")), _call("odd", ("a", "false", '{"x": [1]}'), ("b", "true", "")),
+    ):  # fmt: skip
+        constraint = new()
+        assert follow(constraint, model.spelling, _block(call, _call("now"))) == "" and constraint.ended
+    for call in (
+        _call("even"), _call("odd", ("a", "false", "{")), _call("odd", ("", "true", "")), _call("now", ("a", "true", "x")),
+        _call("weather", ("city", "true", "Rome"), ("days", "false", "99")),
+    ):  # fmt: skip
+        assert follow(new(), model.spelling, _block(call)) != ""
+    text = _block(_call("odd", ("a", "false", "[1]"), ("b", "true", "t")))
+    message, complete = _read(text, "v4", thinking=False)
+    assert complete == [True] and json.loads(message.tool_calls[0].arguments) == {"a": [1], "b": "t"}
+    with pytest.raises(InputError, match="tool odd: not is"):
+        model.answers([*TOOLS, odd])
+    odd["function"]["strict"] = True
+    with pytest.raises(InputError, match="tool odd: not is"):
+        model.answers([*TOOLS, odd], left_free=lambda name, error: None)
+    loose = model.answers(held=False)
+    assert follow(loose(), model.spelling, _block(_call("weather", ("days", "false", "99")))) == ""
+    assert follow(loose(), model.spelling, _block(_call("other"))) != ""
+
+
+def test_schemas_that_take_long_to_check_are_refused(
+    models: Mapping[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_check, "SECONDS", 0.2)
+    slow = {"allOf": [{"type": "string", "pattern": f"a.{{{n}}}b"} for n in range(5, 40)]}
+    tool = _tool("f", {"properties": {f"p{n}": {**slow, "title": str(n)} for n in range(30)}})
+    began, left = time.monotonic(), []
+    new = models["bytes"].answers([tool, *TOOLS], left_free=lambda name, error: left.append(name))
+    assert left == ["f", "weather", "note"] or left == ["f"], "what comes after it in the request shares its time"
+    assert follow(new(), models["bytes"].spelling, _block(_call("f", ("x", "true", "y")))) == ""
+    with pytest.raises(InputError, match="f: p0 has a schema that calls cannot be held to: it is too complex"):
+        models["bytes"].answers([tool])
+    assert time.monotonic() - began < 30
+
+
+def test_an_answer_is_json_or_calls(model: Model) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    for thinking, before in ((False, ""), (True, "hm</think>")):
+        new = model.answers(content=schema, thinking=thinking)
+        for text in ('{"a": true}', _block(_call("now"))):
+            constraint = new()
+            assert follow(constraint, model.spelling, before + text) == "" and constraint.ended
+        for text in ("Sure", '{"a": 1}', '{"a": true}' + _block(_call("now")), _block(_call("other"))):
+            assert follow(new(), model.spelling, before + text) != ""
+    must = model.answers(content=schema, choice="required")()
+    assert follow(must, model.spelling, "{") == "{"
 
 
 def test_names_that_are_required_and_not_described_have_any_value(models: Mapping[str, Model]) -> None:
