@@ -22,9 +22,10 @@ from ..export.checkpoint.values import dequantised
 from ..export.contract.chain import CHAIN, STEP, ChainTable
 from ..export.contract.lock import LOCK, Weight, WeightsLock
 from ..export.contract.state import STATE_TYPES, state_tensors
+from ..export.contract.weights import EXPERTS
 from ..export.locate import find_weights
 from ..export.operators.packed import PARTS, Matrix
-from ..export.roles import DTYPE_NAMES, EXPERTS, Packed, Plain, Sources, onnx_dtype, sources_of
+from ..export.roles import DTYPE_NAMES, Packed, Plain, Sources, onnx_dtype, sources_of
 from ..export.segments import TOKENS, trace_layer
 from ..optimize.passes.cpu import optimize_for_cpu
 from ..optimize.passes.place import take_float32
