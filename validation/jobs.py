@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ class Job:
     entries: dict[int, Ints] = dataclasses.field(default_factory=dict)
     rows: dict[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A digest of what is asked."""
         rows = [_digest(one) for one in (self.chosen, self.given, self.keys)]
