@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ class Kept:
                 part.unlink(missing_ok=True)
             failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
             raise system_failure(failure, file) from None
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of what earlier runs have kept in a folder and the folders in it."""
+    found = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            found += file.stat().st_size if file.is_file() else 0
+    return found
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -46,7 +46,7 @@ class Gathered:
         Raises:
             SystemFailure: as of :meth:`add`.
         """
-        empty = np.concatenate(self._parts)
+        empty: npt.NDArray[Any] = np.concatenate(self._parts)
         if self._file is None or self._folder is None:
             return empty
         try:

@@ -10,8 +10,7 @@ import pytest
 from mappings import in_files
 
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.validation import jobs, measure
-from foldkv.validation import validate as validate_module
+from foldkv.validation import jobs, measure, room
 from foldkv.validation.jobs import Job, in_batches
 from foldkv.validation.layered import LayeredReference
 from foldkv.validation.layered_runner import LayeredRunner
@@ -67,7 +66,7 @@ def test_the_report_is_that_of_the_whole_reference(
 
     # A machine in whose memory the model does not fit, on which the first run is interrupted.
     monkeypatch.setattr(LayeredSubject, "layers", counted_too)
-    monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
+    monkeypatch.setattr(room, "machine_memory", lambda: 4 << 20)
     monkeypatch.setattr(LayeredReference, "layers", killed)
     with pytest.raises(KeyboardInterrupt):
         figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
