@@ -21,7 +21,8 @@ from .mapped import mapped
 from .runners import Alone, Logits, Reading
 from .selection import Ints
 
-_CHUNK = 256
+#: Tokens of a chunk in which a long context goes through the reference.
+CHUNK = 256
 
 
 class LayeredRunner:
@@ -59,7 +60,7 @@ class LayeredRunner:
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
         """The tokens in chunks through transformers' own cache, then the tail in one."""
-        edges = [*edges_of(_CHUNK, len(tokens)), len(tokens)]
+        edges = [*edges_of(CHUNK, len(tokens)), len(tokens)]
         return self._logits(self._answers.of(Job([*tokens, *tail], edges=edges, last=len(tail)))[1])
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:

@@ -17,7 +17,8 @@ from ..units import size_text
 from .jobs import TOKENS_AT_ONCE
 from .layer_weights import GROUP_BYTES
 from .layered_files import bytes_below, free_disk
-from .layered_subject import LONGEST
+from .layered_runner import CHUNK
+from .long_context import REFERENCE_CONTEXT
 from .settings import Plan
 
 #: Share of the machine's free memory that the references may take, whole.
@@ -67,12 +68,23 @@ def layered_memory(opened: Opened, tokens: int, contexts: Sequence[int] = ()) ->
     """
     spec = opened.spec
     hidden, heads, inner = spec.hidden_size, spec.num_heads, spec.moe_intermediate_size
-    a_pass = max([tokens, TOKENS_AT_ONCE, *(context for context in contexts if context <= LONGEST)])
+    read = [context for context in contexts if context <= REFERENCE_CONTEXT]
+    a_pass = max([tokens, TOKENS_AT_ONCE, *read])
     flowing = a_pass * 4 * hidden * (2 * spec.hc_mult + spec.experts_per_token + 3)
     expert = 12 * hidden * inner
     experts = expert + min(max(GROUP_BYTES, expert), spec.num_experts * expert)
-    keys = tokens + tokens // _ratio(spec)
-    attention = 4 * tokens * (3 * heads * keys + 9 * heads * spec.head_dim + 4 * spec.hc_mult * hidden)
+    # A text is one chunk; of a long context a chunk attends to its window and all entries.
+    chunks = [(tokens, tokens + tokens // _ratio(spec))]
+    chunks += [(CHUNK, CHUNK + spec.sliding_window + context // _ratio(spec)) for context in read]
+    attention = max(
+        4
+        * (
+            3 * heads * queries * keys
+            + heads * spec.head_dim * (5 * queries + 3 * keys)
+            + 4 * spec.hc_mult * hidden * queries
+        )
+        for queries, keys in chunks
+    )
     ends = 8 * spec.vocab_size * (hidden + tokens)
     return _PROCESS + flowing + max(5 * _layer_parameters(spec) + experts + attention, ends)
 
