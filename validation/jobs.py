@@ -16,8 +16,8 @@ from ..artifact import sha256_json
 from .selection import Ints, Selection
 
 Floats = npt.NDArray[np.float32]
-#: Tokens that go through the layers in one pass: each takes streams, attention's output and the answers of its experts, about 200 KB
-#: at V4-Flash's width.
+#: Tokens that go through the layers in one pass: each takes streams, attention's output and the answers of its experts, 272 KiB
+#: at V4-Flash's width (room.py).
 TOKENS_AT_ONCE = 8192
 
 
