@@ -79,7 +79,7 @@ def layered_memory(opened: Opened, tokens: int, contexts: Sequence[int] = ()) ->
     attention = max(
         4
         * (
-            3 * heads * queries * keys
+            4 * heads * queries * keys
             + heads * spec.head_dim * (5 * queries + 3 * keys)
             + 4 * spec.hc_mult * hidden * queries
         )
