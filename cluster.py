@@ -74,6 +74,10 @@ class Cluster:
         """Of all nodes together."""
         return int(self._ray.cluster_resources().get("CPU", 1))
 
+    def most_on_a_node(self, processors: int) -> int:
+        """Tasks that one node runs at once, of those that take so many processors: 1 or more."""
+        return max(1, int(self._largest) // processors)
+
     def shared(self, value: Any) -> Any:
         """An argument for several tasks, which is sent to each node once."""
         return self._ray.put(value)

@@ -96,12 +96,28 @@ few that losing all of them could be chance, says "no statement". The gate `beha
 sees lengths at which the model itself answers nothing. The default is a few cases; for a release ask for more: `--cases-per-kind 100
 --case-tokens 8k --sweep-cases 20`.
 
-**A model that does not fit into memory** goes a layer at a time (`--layered`; the default if it takes more than 60 % of the machine's memory in
-float32). The references (float32, the yardstick in bfloat16, the oracle of the profile `served`): their layers, one after the other, over all
+**A model that does not fit into memory** goes a layer at a time (`--layered`; the default if its references take more than 60 % of the
+machine's free memory, or of what a container may still take: 4 bytes a parameter, 4 more for the oracle of `served`, 2 more for the yardstick in bfloat16). The references (float32, the yardstick in bfloat16, the oracle of the profile `served`): their layers, one after the other, over all
 texts; experts in groups of 1 GiB; weights dequantised as they are read. A bundle for the cpu likewise: all chunks of all texts go through a layer before any goes through the next, so that weights are read once
 and not again for every chunk. Only the steps after a restored snapshot are compared in a session, over 24 tokens, and texts of more than 32,768 tokens
 go through one. The figures are those of the whole model, to the bit; KL at the answers of cases up to rounding. A pass through all weights takes 8,192
 tokens of texts and cases, and a run that was interrupted goes on after its last layer, from `REPORT.foldkv-reference`.
+
+Such a run holds what flows through one layer. What is kept of every layer (streams, choices) and logits are files in `REPORT.foldkv-reference` that are read
+back when they are compared: memory grows with tokens, and not with layers. It takes, beside the bundle's state, at most
+
+```text
+1 GiB + 4 T C (2 N + K + 3) + max(layer, ends)
+layer = 5 P + W + 12 I C + 4 (4 H q k + H D (5 q + 3 k) + 4 N C q)
+ends  = 8 V (C + n)
+```
+
+bytes, with `n` tokens of the longest text or case, `T` of a pass (the largest of 8,192, `n` and the contexts of up to 65,536), width `C`, `N` streams, `K`
+experts of a token, `P` parameters of the largest layer without its routed experts, `W` bytes of a group of experts in float32 (1 GiB, or all of a layer if
+they are less), `I` the experts' inner width, `H` heads of `D`, vocabulary `V`. A text has `q = n` queries on `k = n + n / r`
+keys, with `r` tokens an entry; a context of `c` tokens `q = 256` on `k = 256 + window + c / r`. For V4-Flash that is 12.9 GiB with a text of 2,100 tokens,
+in which the indexers have a choice, 7.4 with 384 and 29.3 with 4,000. The disk gets the streams after every layer,
+`4 N C` bytes a token, three times for the first text (of a bundle for a GPU once more for each other text), and logits and choices: 24 GiB for that text. A run that would not fit into the free memory or on the disk is refused before it begins, and the message says how many tokens would.
 
 Where index scores tie exactly at the last place, several sets of entries are equally good. ReLU makes such ties common in small and
 random models. The reference then takes the one of its equally good sets that is closest to the subject's. The report counts the ties.

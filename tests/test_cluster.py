@@ -37,6 +37,7 @@ def test_answers_are_those_of_the_function_and_its_errors_are_raised_here(cluste
         raise InputError("no such thing")
 
     assert cluster.processors == 2
+    assert [cluster.most_on_a_node(each) for each in (1, 2, 64)] == [2, 1, 1]
     assert [cluster.wait(one, "a half") for one in cluster.give(halves, 7, answers=2)] == [3, 4]
     [refused] = cluster.give(refuses)
     with pytest.raises(InputError, match=r"^no such thing$"):

@@ -31,7 +31,7 @@ from ..progress import BYTES, Progress, Say, silent
 from .jobs import Job
 from .layer_weights import GROUP_BYTES, LayerWeights
 from .layered_files import Kept
-from .selection import Selection, settle_ties, visible_scores
+from .selection import Selection, mass_of, settle_ties, visible_scores
 
 #: Called with a layer and, for every job, its streams [n, N, C] after it.
 Observer = Callable[[int, Sequence[Tensor]], None]
@@ -275,8 +275,8 @@ class _Layer:
             job.entries[self._index] = kept["chosen"]
         if job.chosen is not None:
             # Without a cache the keys are the tokens, then the entries.
-            weights = kept["weights"][:, :, len(job.tokens) :].float().numpy()
-            job.selections[self._index] = Selection(kept["chosen"], weights, kept["tied"])
+            mass = mass_of(kept["weights"][:, :, len(job.tokens) :].float())
+            job.selections[self._index] = Selection(kept["chosen"], mass, kept["tied"])
 
     def _until_experts(self, job: Job, streams: Tensor) -> Iterator[_Piece]:
         """The first pass over a text, a chunk at a time."""
@@ -354,7 +354,8 @@ def read_layered(
         jobs: the texts.
         observe: called after every layer, also again for the layer after which an earlier run ended.
         folder: where streams are kept after every layer, and what else jobs keep, so that a run which was interrupted goes on after
-            it. Only what is of the same checkpoint and jobs is taken.
+            it. Only what is of the same checkpoint and jobs is taken. Jobs then have what they keep, and the caller the streams, mapped
+            from there: memory has what flows into a layer and out of it. None keeps all in memory.
         progress: a :class:`~foldkv.progress.Progress` learns the bytes of weights that are read, and how many there are.
         pass_: number of this pass through the weights, and of all passes of the work.
 
@@ -374,10 +375,8 @@ def read_layered(
             observe(done, streams)
     sizes = [side.layer_bytes(layer) for layer in range(side.num_layers)]
     for layer, after in enumerate(side.layers(jobs, streams, first=done + 1), done + 1):
-        streams = after
         report.steps(pass_[0] * sum(sizes) + sum(sizes[: layer + 1]), pass_[1] * sum(sizes), BYTES)
-        if kept is not None:
-            kept.write(layer, jobs, streams)
+        streams = after if kept is None else kept.write(layer, jobs, after)
         if observe is not None:
             observe(layer, streams)
     return streams

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ class Kept:
     """A folder with the streams of jobs after the last layer that is done, and a file for each layer with what jobs keep of it.
 
     A file is written beside its place and moved there whole. What a layer added is written once, so the bytes grow with the
-    layers and not with their square.
+    layers and not with their square. What is written is mapped from its file and no longer in memory, so that what a run holds does not
+    grow with the layers.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         """Args: folder: is made when there is something to keep. key: of the jobs; files of other jobs are not read."""
         self._folder, self._key = folder / key[:32], key
-        self._written: set[str] = set()
+        #: What the layers' files have, mapped from there.
+        self._tensors: dict[str, Tensor] = {}
 
     def read(self, jobs: Sequence[Job]) -> tuple[int, list[Tensor] | None]:
         """The last layer that is done and the streams after it; jobs get what they had kept. -1 and None if there is nothing of these
@@ -50,17 +53,14 @@ class Kept:
             for file in self._folder.iterdir():
                 if (match := _LAYER.fullmatch(file.name)) and int(match[1]) <= layer:
                     tensors |= _read(file)[1]
-            found = [_Parts(tensors, number, job, layer) for number, job in enumerate(jobs)]
+            _give(jobs, tensors, layer)
         except (OSError, SafetensorError, KeyError, ValueError):
             return -1, None
-        for parts, job in zip(found, jobs, strict=True):
-            job.streams[:], job.selections, job.entries = parts.streams, parts.selections, parts.entries
-            job.rows = parts.rows
-        self._written = set(tensors)
+        self._tensors = tensors
         return layer, streams
 
-    def write(self, layer: int, jobs: Sequence[Job], streams: Sequence[Tensor]) -> None:
-        """Keep what there is after a layer.
+    def write(self, layer: int, jobs: Sequence[Job], streams: Sequence[Tensor]) -> list[Tensor]:
+        """Keep what there is after a layer. Jobs get what they keep of it, and the caller the streams, mapped from the files.
 
         Raises:
             SystemFailure: the disk is full or cannot be written.
@@ -69,21 +69,24 @@ class Kept:
             name: torch.from_numpy(np.array(value))
             for number, job in enumerate(jobs)
             for name, value in _named(number, job)
-            if name not in self._written
+            if name not in self._tensors
         }
         now = {f"{number}.now": one.contiguous() for number, one in enumerate(streams)}
         if new:
-            self._save(f"layer-{layer}.safetensors", new, {})
-        self._save(_NOW, now, {"key": self._key, "layer": json.dumps(layer)})
-        self._written |= new.keys()
+            self._tensors |= self._save(f"layer-{layer}.safetensors", new, {})
+            _give(jobs, self._tensors, layer)
+        after = self._save(_NOW, now, {"key": self._key, "layer": json.dumps(layer)})
+        return [after[name] for name in now]
 
-    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, str]) -> dict[str, Tensor]:
+        """Write a file; what is in it, mapped."""
         file = self._folder / name
         part = file.with_suffix(".part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, part, facts)
             part.replace(file)
+            return _read(file)[1]
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -91,8 +94,23 @@ class Kept:
             raise system_failure(failure, file) from None
 
 
+def bytes_below(folder: Path) -> int:
+    """Bytes of what earlier runs have kept in a folder and the folders in it."""
+    found = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            found += file.stat().st_size if file.is_file() else 0
+    return found
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    return shutil.disk_usage(there).free
+
+
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The facts and the tensors of a file."""
+    """The facts and the tensors of a file, mapped: the system reads a tensor when it is used, and may drop it again."""
     with safe_open(file, "pt") as opened:
         return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
 
@@ -101,12 +119,24 @@ def _named(number: int, job: Job) -> Iterator[tuple[str, Any]]:
     for layer, streams in enumerate(job.streams):
         yield f"{number}.streams.{layer}", streams
     for layer, one in job.selections.items():
-        for name in ("chosen", "weights", "tied"):
+        for name in ("chosen", "mass", "tied"):
             yield f"{number}.selection.{layer}.{name}", getattr(one, name)
     for layer, entries in job.entries.items():
         yield f"{number}.entries.{layer}", entries
     for name, rows in job.rows.items():
         yield f"{number}.rows.{name}", rows
+
+
+def _give(jobs: Sequence[Job], tensors: dict[str, Tensor], layer: int) -> None:
+    """Give jobs what they had kept up to a layer.
+
+    Raises:
+        KeyError: something of one is not there; no job was changed.
+    """
+    found = [_Parts(tensors, number, job, layer) for number, job in enumerate(jobs)]
+    for parts, job in zip(found, jobs, strict=True):
+        job.streams[:], job.selections, job.entries = parts.streams, parts.selections, parts.entries
+        job.rows = parts.rows
 
 
 class _Parts:
@@ -117,7 +147,7 @@ class _Parts:
         self.streams = [tensors[f"{number}.streams.{at}"].numpy() for at in range(count)]
         layers = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{number}.selection.")}
         self.selections = {
-            at: Selection(**{n: tensors[f"{number}.selection.{at}.{n}"].numpy() for n in ("chosen", "weights", "tied")})
+            at: Selection(**{n: tensors[f"{number}.selection.{at}.{n}"].numpy() for n in ("chosen", "mass", "tied")})
             for at in sorted(layers)
         }
         at_entries = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{number}.entries.")}

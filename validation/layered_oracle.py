@@ -22,6 +22,7 @@ from ..progress import Say, silent
 from .jobs import Job
 from .layer_weights import GROUP_BYTES, LayerWeights
 from .layered_answers import Answers
+from .mapped import mapped
 from .runners import Alone, Logits, Reading, roundings
 from .selection import as_entries
 
@@ -122,9 +123,9 @@ class LayeredOracleRunner:
     def read(self, tokens: Sequence[int], *, deployment: str = "", streams: bool = False) -> Reading:
         """As :meth:`foldkv.validation.runners.OracleRunner.read`."""
         job, last = self._answers.of(Job(tokens, deployment=deployment, keep_streams=streams))
-        return Reading(self._side.logits(last).numpy(), job.streams)
+        return Reading(mapped(self._side.logits(last).numpy(), self._answers.folder), job.streams)
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
-        """As :meth:`foldkv.validation.runners.OracleRunner.alone`."""
-        job, _ = self._answers.of(Job(tokens, given=given, keys=keys, keep_streams=True))
+        """As :meth:`foldkv.validation.runners.OracleRunner.alone`; with ``keys`` without streams."""
+        job, _ = self._answers.of(Job(tokens, given=given, keys=keys, keep_streams=keys is None))
         return Alone(job.streams, job.entries)

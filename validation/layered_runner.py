@@ -17,10 +17,12 @@ from ..progress import Say, silent
 from .jobs import Job
 from .layered import LayeredReference, edges_of
 from .layered_answers import Answers
+from .mapped import mapped
 from .runners import Alone, Logits, Reading
 from .selection import Ints
 
-_CHUNK = 256
+#: Tokens of a chunk in which a long context goes through the reference.
+CHUNK = 256
 
 
 class LayeredRunner:
@@ -58,17 +60,16 @@ class LayeredRunner:
 
     def tail_logits(self, tokens: Sequence[int], tail: Sequence[int]) -> Logits:
         """The tokens in chunks through transformers' own cache, then the tail in one."""
-        edges = [*edges_of(_CHUNK, len(tokens)), len(tokens)]
+        edges = [*edges_of(CHUNK, len(tokens)), len(tokens)]
         return self._logits(self._answers.of(Job([*tokens, *tail], edges=edges, last=len(tail)))[1])
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
-        """As :meth:`foldkv.validation.runners.TransformersRunner.alone`."""
-        job, _ = self._answers.of(Job(tokens, given=given, keys=keys, keep_streams=True))
+        """As :meth:`foldkv.validation.runners.TransformersRunner.alone`; with ``keys`` without streams."""
+        job, _ = self._answers.of(Job(tokens, given=given, keys=keys, keep_streams=keys is None))
         return Alone(job.streams, job.entries)
 
     def _logits(self, streams: Tensor) -> Logits:
-        result: Logits = self._reference.logits(streams).numpy()
-        return result
+        return mapped(self._reference.logits(streams).numpy(), self._answers.folder)
 
 
 def _last(job: Job, streams: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..runtime.model import Model
 from .jobs import Job
 from .layered import edges_of
 from .layered_answers import Answers
+from .mapped import mapped
 from .runners import CHUNK, Logits, Look, SessionRunner, Subject
 
 
@@ -162,7 +163,10 @@ class LayeredSubjectRunner:
         self._executor = executor
         assert model.chain is not None
         self._side = LayeredSubject(self.bundle, executor, name="subject", way=model.chain.way)
-        self._answers = Answers(self._side, "the bundle", self._side.logits, folder=folder, progress=progress)
+        self._answers = Answers(
+            self._side, "the bundle", lambda job, streams: mapped(self._side.logits(job, streams), folder), folder=folder,
+            progress=progress,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -244,4 +248,4 @@ def open_subject(
     backend = model.bundle.backend
     if layered and not backend.engine and not backend.gpu:
         return LayeredSubjectRunner(model, context=context, folder=folder, progress=progress)
-    return SessionRunner(model, context=context)
+    return SessionRunner(model, context=context, folder=folder if layered else None)

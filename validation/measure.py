@@ -19,7 +19,7 @@ from .divergence import LayerFigure, Streams, first_divergence, layer_figure, to
 from .inside import index_keys
 from .jobs import Job
 from .long_context import REFERENCE_CONTEXT, largest_loss, least_answered, measure_depths
-from .metrics import TokenFigures, compare_logits, concatenate, mcnemar, summary, wilson
+from .metrics import TokenFigures, blocks, compare_logits, concatenate, mcnemar, summary, wilson
 from .reproducers import Reproducers
 from .result import Measurements
 from .runners import Look, Oracle, Reading, Runner
@@ -81,8 +81,9 @@ def measure(
         progress.steps(number - 1, len(texts), "texts")
         looks.append(subject.look(tokens) if number == 1 or inside.needs_streams else Look(subject.logits(tokens)))
         actual, pieces = looks[-1].logits, subject.logits_in(tokens, _odd_sizes(len(tokens)))
-        not_finite += int((~np.isfinite(actual)).sum())
-        chunk_error = max(chunk_error, _largest(np.abs(pieces - actual)))
+        for rows in blocks(len(actual)):
+            not_finite += int((~np.isfinite(actual[rows])).sum())
+            chunk_error = max(chunk_error, _largest(np.abs(pieces[rows] - actual[rows])))
         chunked.append(compare_logits(actual[:-1], pieces[:-1], np.array(tokens[1:])))
     once, again = subject.again(texts[0])
     inside.prepare(texts, looks)
@@ -248,7 +249,7 @@ class _Inside:
         if self.needs_streams:
             (self._sides.oracle or self._sides.reference).prepare(
                 [
-                    Job(tokens, given=look.streams, keys=self._keys(tokens, look), keep_streams=True)
+                    Job(tokens, given=look.streams, keys=self._keys(tokens, look))
                     for tokens, look in zip(texts, looks, strict=True)
                 ]
             )

@@ -22,7 +22,8 @@ from ..runtime.model import Model
 from ..runtime.session import Session
 from .deployments import BOTH, ROWS, W8A8
 from .jobs import Job
-from .selection import Ints, Selection, as_entries, settle_ties, visible_scores
+from .mapped import Gathered, mapped
+from .selection import Ints, Selection, as_entries, mass_of, settle_ties, visible_scores
 
 Logits = npt.NDArray[np.float32]
 #: Tokens of a chunk in which a subject is fed.
@@ -173,7 +174,7 @@ class TransformersRunner:
         import torch
 
         reading = Reading(torch.empty(0).numpy())
-        count, weights, choices = len(tokens), dict[int, Any](), dict[int, Any]()
+        count, masses, choices = len(tokens), dict[int, Any](), dict[int, Any]()
         hooks: list[Any] = []
 
         def settle(layer: int, ratio: int, scores: dict[int, Any], own: Any) -> Any:
@@ -184,6 +185,10 @@ class TransformersRunner:
             best, tied = settle_ties(seen, own[0].numpy(), chosen[layer])
             choices[layer] = (best, tied)
             return torch.from_numpy(best)[None]
+
+        def weigh(layer: int, weights: Any) -> None:
+            # Without a cache the keys are the tokens, then the entries.
+            masses[layer] = mass_of(weights[:, :, count:].float())
 
         def keep(_: Any, __: Any, out: Any) -> None:
             reading.streams.append((out[0] if isinstance(out, tuple) else out)[0].float().numpy())
@@ -200,16 +205,15 @@ class TransformersRunner:
                 indexer.register_forward_hook(
                     lambda module, __, out, i=index: settle(i, module.compress_rate, scores, out)
                 ),
-                layer.self_attn.register_forward_hook(lambda _, __, out, i=index: weights.update({i: out[1][0]})),
+                layer.self_attn.register_forward_hook(lambda _, __, out, i=index: weigh(i, out[1][0])),
             ]
         try:
             reading.logits = self._forward(tokens)
         finally:
             for hook in hooks:
                 hook.remove()
-        # Without a cache the keys are the tokens, then the entries.
         for index, (best, tied) in choices.items():
-            reading.selections[index] = Selection(best, weights[index][:, :, count:].float().numpy(), tied)
+            reading.selections[index] = Selection(best, masses[index], tied)
         return reading
 
     def alone(self, tokens: Sequence[int], given: Sequence[Logits], keys: Mapping[int, Any] | None = None) -> Alone:
@@ -364,7 +368,7 @@ class Subject(Protocol):
     context: int
     state_bytes: int
     in_memory: bool
-    #: Where passes of one that goes a layer at a time keep what they have.
+    #: Where passes that go a layer at a time keep what they have, and streams; None: in memory.
     kept: Path | None
 
     def announce(
@@ -403,9 +407,10 @@ class SessionRunner:
     """The subject: a bundle in a session, fed in chunks through its compressed caches."""
 
     in_memory = True
-    kept: Path | None = None
 
-    def __init__(self, model: Model, *, context: int, chunk: int = CHUNK) -> None:
+    def __init__(self, model: Model, *, context: int, chunk: int = CHUNK, folder: Path | None = None) -> None:
+        """Open a session for texts of up to ``context`` tokens. ``folder``: streams are mapped from files there; None: in memory."""
+        self.kept = folder
         self.session = Session(model, context=max(context, model.bundle.smallest("context")), chunk=chunk)
         self.model, self.bundle, self._chunk = model, model.bundle, chunk
         self.context, self.state_bytes = self.session.context, self.session.state_bytes
@@ -421,7 +426,7 @@ class SessionRunner:
 
     def at(self, context: int) -> SessionRunner:
         """The same in a session of its own for ``context`` tokens."""
-        return SessionRunner(self.model, context=context, chunk=self._chunk)
+        return SessionRunner(self.model, context=context, chunk=self._chunk, folder=self.kept)
 
     def announce(self, **_: Any) -> None:
         """A session answers questions when they are asked."""
@@ -433,14 +438,14 @@ class SessionRunner:
 
     def look(self, tokens: Sequence[int]) -> Look:
         """As :meth:`logits`, with what can be seen inside."""
-        found: dict[int | None, list[Logits]] = {}
+        found: dict[int | None, Gathered] = {}
 
         def keep(seen: Observed) -> None:
-            found.setdefault(seen.layer, []).append(seen.streams[0].copy())
+            found.setdefault(seen.layer, Gathered(self.kept)).add(seen.streams[0])
 
         with self.session.observed(keep):
-            logits = self.logits(tokens)
-        streams = {layer: np.concatenate(parts) for layer, parts in found.items()}
+            logits = mapped(self.logits(tokens), self.kept)
+        streams = {layer: parts.array() for layer, parts in found.items()}
         embedded = streams.pop(None, None)
         return Look(logits, [streams[layer] for layer in range(len(streams))], self.session.state_rows(), embedded)
 

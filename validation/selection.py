@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,12 @@ class Selection:
 
     Attributes:
         chosen: entries [n, k], -1 for none, after ties were settled.
-        weights: attention [H, n, E] on all entries.
+        mass: attention [n, E] float64 on every entry, summed over heads.
         tied: [n] bool, queries whose last place was tied.
     """
 
     chosen: Ints
-    weights: Floats
+    mass: npt.NDArray[np.float64]
     tied: npt.NDArray[np.bool_]
 
 
@@ -50,6 +51,14 @@ class SelectionFigure:
     overlap_least: float
     mass_recalled: float
     mass_recalled_least: float
+
+
+def mass_of(weights: Sequence[Any]) -> npt.NDArray[np.float64]:
+    """Attention [H, n, E], as tensors or arrays, summed over heads: [n, E] float64. It is all that a comparison needs of it."""
+    total = np.zeros(weights[0].shape)
+    for head in weights:
+        total += np.asarray(head)
+    return total
 
 
 def visible_scores(scores: Floats, ratio: int) -> Floats:
@@ -138,9 +147,9 @@ def _one_text(theirs: Selection, ours: Ints, ratio: int) -> tuple[list[float], l
             continue
         wanted = wanted[wanted >= 0]
         common = wanted[np.isin(wanted, found)]
-        weights = theirs.weights[:, query].astype(np.float64).sum(axis=0)
+        mass = theirs.mass[query]
         overlaps.append(len(common) / len(wanted))
-        masses.append(float(weights[common].sum() / weights[wanted].sum()))
+        masses.append(float(mass[common].sum() / mass[wanted].sum()))
     return overlaps, masses
 
 

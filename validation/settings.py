@@ -8,6 +8,11 @@ from ..errors import InputError
 from .cases import RECORD_BYTES
 
 
+def prompt_room(distance: int) -> int:
+    """Tokens of a value to retrieve at this distance, at most, with its answer."""
+    return distance + 24 * 4 + 8
+
+
 @dataclass(frozen=True)
 class Plan:
     """Windows of the text, values to retrieve at distances (bytes) and from long contexts (tokens), and cases of behaviour: of each
@@ -49,7 +54,7 @@ class Plan:
         The numbers of tokens in the plan count those. A stream whose length follows from a distance comes after them.
         """
         behaviour = self.case_tokens + 8 if self.cases_per_kind or self.sweep_cases else 0
-        return max(self.text_tokens, prefix + max(self.distances) + 24 * 4 + 8, behaviour)
+        return max(self.text_tokens, prefix + prompt_room(max(self.distances)), behaviour)
 
     def options(self) -> list[str]:
         """The same as options of ``foldkv validate``, with defaults, because another version may have other defaults."""

@@ -19,10 +19,8 @@ from ..export.checkpoint.reader import Checkpoint
 from ..export.contract.chain import ChainTable
 from ..export.contract.engine_set import EngineTable
 from ..export.contract.profiles import PROFILES, SERVED
-from ..export.memory import parameter_count
 from ..inputs import refuse_unreadable_name
 from ..manifests import BundleManifest, ReportManifest, read, write
-from ..optimize.fit import machine_memory
 from ..packages import require, version_of
 from ..progress import Progress, Say, silent
 from ..runtime.backend import default_threads
@@ -32,6 +30,7 @@ from ..runtime.model import Model
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.wide import AUTO, BFLOAT16
 from .baseline import JSON, KIND, MEASURES, SCHEMA_VERSION, compare, read_report
+from .behaviour_cases import BehaviourCase
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
 from .environment import environment, instructions
@@ -44,15 +43,14 @@ from .report import write_report
 from .reproducers import FOLDER as REPRODUCERS
 from .reproducers import Reproducers
 from .result import Measurements, ValidationResult, measurements_from_json
+from .room import Opened, check_layered
 from .runners import torch_threads
-from .settings import Plan
+from .settings import Plan, prompt_room
 from .sides import Sides, open_choices, open_oracle, open_transformers
 from .spread import spread
 from .spread_worker import Sources
 
 MEASURED, JUDGED_AGAIN, UNCHANGED, NOT_EXECUTED = "measured", "judged again", "unchanged", "not executed"
-#: Share of the machine's memory that the reference may take, whole.
-WHOLE_SHARE = 0.6
 
 
 def validate(
@@ -94,7 +92,7 @@ def validate(
         key: stored in the report's manifest, for a caller that wants to know later what the report was made for.
         allow_unknown_keys: keys of the reference's config.json to ignore, in addition to those that the export ignored.
         layered: compute references a layer at a time, and a bundle for the cpu too, or with the whole model in memory; the default is
-            the whole model if it takes less than ``WHOLE_SHARE`` of this machine's memory in float32. The figures are the same.
+            the whole model if the references take less than :data:`~.room.WHOLE_SHARE` of this machine's free memory. The figures are the same.
         report_absent: if this machine cannot execute the bundle, write a report that says so, instead of an error.
         ray: address of a Ray cluster whose workers answer texts and cases, or "local" for one of this machine's processors. A bundle
             for a GPU answers here, its references there. The figures are the same.
@@ -261,17 +259,21 @@ def _measure(
     progress("loading the subject and the reference")
     longest = plan.longest(len(tokenizer.prefix))
     room = max([longest, *plan.contexts])
-    whole = _fits(checkpoint) if layered is None else not layered
     with ExitStack() as stack:
-        cluster = None
+        cluster, workers = None, 0
         if ray is not None:
             cluster = stack.enter_context(Cluster(ray, "validate with Ray", processors=default_threads()))
+            workers = cluster.most_on_a_node(threads)
+        opened = Opened(checkpoint.spec, bundle.profile, bundle.precision, bundle.backend.gpu, workers)
+        whole = opened.fits_whole() if layered is None else not layered
+        if not whole:
+            check_layered(opened, plan, _tokens_of_cases(plan, behaviour), scratch)
         stack.enter_context(torch_threads(threads))
         model = stack.enter_context(
             Model(
                 bundle.folder, threads=None if bundle.backend.engine else threads, devices=devices,
                 context=max(room, bundle.smallest("context")),
-                matrices=_matrices(matrices, checkpoint, whole and ray is None, bundle.profile), progress=progress,
+                matrices=_matrices(matrices, whole and ray is None, opened), progress=progress,
             )
         )  # fmt: skip
         subject = stack.enter_context(
@@ -308,16 +310,14 @@ def _measure(
     return found
 
 
-def _fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
-    """Whether this machine's memory holds the model in float32 so many times, beside the rest."""
-    return 4 * copies * parameter_count(checkpoint.spec) <= WHOLE_SHARE * machine_memory()
+def _tokens_of_cases(plan: Plan, behaviour: Sequence[BehaviourCase]) -> int:
+    """Tokens of all values to retrieve, at most, and of all cases of behaviour."""
+    return plan.cases_per_distance * sum(map(prompt_room, plan.distances)) + sum(len(case.tokens) for case in behaviour)
 
 
-def _matrices(asked: str, checkpoint: Checkpoint, whole: bool, profile: str) -> str:
-    """How the subject reads its matrices: as asked, or as a service does if memory holds them beside the reference and the oracle."""
-    if asked != AUTO or (whole and _fits(checkpoint, 3 if profile == SERVED else 2)):
-        return asked
-    return BFLOAT16
+def _matrices(asked: str, whole: bool, opened: Opened) -> str:
+    """How the subject reads its matrices: as asked, or as a service does if memory holds them in float32 beside the references."""
+    return asked if asked != AUTO or (whole and opened.fits_whole(more=4)) else BFLOAT16
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

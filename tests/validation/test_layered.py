@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import small_checkpoint
+from mappings import in_files
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
@@ -82,7 +83,7 @@ def test_in_bfloat16_too(form: str, saved: dict[str, Path]) -> None:
 def same_selections(found: dict[int, Selection], expected: dict[int, Selection]) -> None:
     assert found.keys() == expected.keys() == {1, 3}
     for layer, one in expected.items():
-        for name in ("chosen", "weights", "tied"):
+        for name in ("chosen", "mass", "tied"):
             np.testing.assert_array_equal(getattr(found[layer], name), getattr(one, name))
 
 
@@ -176,6 +177,10 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
     for one, other in zip(again, uninterrupted, strict=True):
         assert all(map(np.array_equal, one.streams, other.streams)) and len(one.streams) == 4
         same_selections(one.selections, other.selections)
+        # What layers have added is in files: memory does not hold more of a text for more layers.
+        kept = [getattr(choice, name) for choice in one.selections.values() for name in ("chosen", "mass", "tied")]
+        assert len(kept) == 6 and all(in_files(value, tmp_path) for value in (*one.streams, *kept) if value.size)
+    assert all(in_files(one, tmp_path) for one in found)
     # A layer's streams are written once.
     folder = tmp_path / reference.key(jobs())[:32]
     assert sorted(file.name for file in folder.iterdir()) == [

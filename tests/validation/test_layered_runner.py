@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mappings import in_files
 
 from foldkv.export.checkpoint.reader import Checkpoint
-from foldkv.validation import jobs
-from foldkv.validation import validate as validate_module
+from foldkv.validation import jobs, measure, room
 from foldkv.validation.jobs import Job, in_batches
 from foldkv.validation.layered import LayeredReference
 from foldkv.validation.layered_runner import LayeredRunner
@@ -66,12 +66,23 @@ def test_the_report_is_that_of_the_whole_reference(
 
     # A machine in whose memory the model does not fit, on which the first run is interrupted.
     monkeypatch.setattr(LayeredSubject, "layers", counted_too)
-    monkeypatch.setattr(validate_module, "machine_memory", lambda: 4 << 20)
+    monkeypatch.setattr(room, "machine_memory", lambda: 4 << 20)
     monkeypatch.setattr(LayeredReference, "layers", killed)
     with pytest.raises(KeyboardInterrupt):
         figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
     assert [path.name for path in tmp_path.iterdir() if "layered" in path.name] == ["layered.foldkv-reference"]
     monkeypatch.setattr(LayeredReference, "layers", counted)
+    compare_layers = measure._layers
+
+    def in_files_only(sides: Any, tokens: Any, look: Any, reading: Any) -> Any:
+        layers, alone = compare_layers(sides, tokens, look, reading)
+        assert len(look.streams) == len(reading.streams) == len(alone) == 4
+        assert all(in_files(one, tmp_path) for one in (*look.streams, *reading.streams, *alone))
+        assert all(in_files(one, tmp_path) for one in (look.logits, reading.logits))
+        assert all(in_files(one.mass, tmp_path) for one in reading.selections.values() if one.mass.size)
+        return layers, alone
+
+    monkeypatch.setattr(measure, "_layers", in_files_only)
     layered, name = figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
     assert name.endswith("float32, layer by layer") and layered == whole
     # Two texts, three values, eight lengths of the sweep and the first text's layers alone in one pass, which goes on; the long context in one of its own.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mappings import in_files
 
 from foldkv.errors import FoldkvError
 from foldkv.export.checkpoint.reader import Checkpoint
@@ -46,8 +47,9 @@ def layered(model: Model, folder: Path | None = None) -> LayeredSubjectRunner:
     return LayeredSubjectRunner(model, context=CONTEXT, folder=folder)
 
 
-def test_every_answer_is_that_of_a_session(model: Model) -> None:
-    with SessionRunner(model, context=CONTEXT) as session, layered(model) as runner:
+def test_every_answer_is_that_of_a_session(model: Model, tmp_path: Path) -> None:
+    """And what is as long as a text, of every layer, is in files."""
+    with SessionRunner(model, context=CONTEXT, folder=tmp_path) as session, layered(model, tmp_path) as runner:
         # Announced together, so that the state of one text is what the next finds.
         runner.announce(looks=TEXTS)
         for tokens in TEXTS:
@@ -58,6 +60,7 @@ def test_every_answer_is_that_of_a_session(model: Model) -> None:
             assert want.rows.keys() == have.rows.keys()
             assert all(np.array_equal(want.rows[name], have.rows[name]) for name in want.rows)
             assert np.array_equal(want.before(0), have.before(0))
+            assert all(in_files(one, tmp_path) for side in (want, have) for one in (side.logits, *side.streams))
         tokens = TEXTS[3]
         assert np.array_equal(session.logits(tokens, last=5), runner.logits(tokens, last=5))
         assert np.array_equal(session.logits_in(tokens, SIZES), runner.logits_in(tokens, SIZES))

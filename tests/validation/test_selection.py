@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from foldkv.validation.selection import Selection, compare_selections, settle_ties
+from foldkv.validation.selection import Selection, compare_selections, mass_of, settle_ties
 
 
 def selection(chosen: list[list[int]], weights: np.ndarray) -> Selection:
-    return Selection(np.array(chosen), weights, np.zeros(len(chosen), bool))
+    return Selection(np.array(chosen), mass_of(weights), np.zeros(len(chosen), bool))
 
 
 def test_overlap_and_recalled_mass_of_queries_that_had_a_choice() -> None:

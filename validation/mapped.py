@@ -1,0 +1,74 @@
+"""Large arrays of a run that goes a layer at a time: mapped from files, so that the system may drop them from memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import system_failure
+
+
+class Gathered:
+    """An array [n, ...] that comes in parts, one after the other. The file has no name: it is gone when nobody has the array."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Args: folder: of the file; made if there is none. None keeps the parts in memory."""
+        self._folder = folder
+        self._parts: list[npt.NDArray[Any]] = []
+        self._file: IO[bytes] | None = None
+
+    def add(self, part: npt.NDArray[Any]) -> None:
+        """Append rows; the array may be written to afterwards.
+
+        Raises:
+            SystemFailure: the disk is full or cannot be written.
+        """
+        if self._folder is None:
+            self._parts.append(part.copy())
+            return
+        try:
+            if self._file is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - open until all parts are there
+            self._file.write(np.ascontiguousarray(part).data)
+        except OSError as error:
+            raise system_failure(error, self._folder) from None
+        self._parts.append(part[:0].copy())
+
+    def array(self) -> npt.NDArray[Any]:
+        """All rows.
+
+        Raises:
+            SystemFailure: as of :meth:`add`.
+        """
+        empty: npt.NDArray[Any] = np.concatenate(self._parts)
+        if self._file is None or self._folder is None:
+            return empty
+        try:
+            with self._file as file:
+                file.flush()
+                row = empty.itemsize * math.prod(empty.shape[1:])
+                found: npt.NDArray[Any] = np.asarray(
+                    np.memmap(file, empty.dtype, "r+", shape=(file.tell() // row, *empty.shape[1:]))
+                )
+                return found
+        except OSError as error:
+            raise system_failure(error, self._folder) from None
+
+
+def mapped(values: npt.NDArray[Any], folder: Path | None) -> npt.NDArray[Any]:
+    """The same values, mapped from a file in a folder; None, and an array without values, leaves them in memory.
+
+    Raises:
+        SystemFailure: the disk is full or cannot be written.
+    """
+    if folder is None or not values.size:
+        return values
+    gathered = Gathered(folder)
+    gathered.add(values)
+    return gathered.array()
