@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails
 
 from ...errors import nearest, short
+from ..sampling import PENALTIES
 from .problems import Problem
 
 #: Strings that end a text, at most.
@@ -154,7 +155,7 @@ class SamplingBody(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=10)] | None = None
     logit_bias: Annotated[dict[int, float] | None, _given(_bias)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -102,6 +102,7 @@ BAD = [
     text("presence_penalty", presence_penalty=2.5),
     text("frequency_penalty", frequency_penalty=-2.5),
     text("repetition_penalty", repetition_penalty=0),
+    text("repetition_penalty", repetition_penalty=1e-50, temperature=1),
     text("max_tokens", max_tokens=0),
     text("max_tokens", max_tokens=1.0),
     text("max_tokens", max_tokens="8"),
