@@ -111,7 +111,8 @@ class Application:
             middleware.append(
                 Middleware(
                     CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST"],
-                    allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+                    allow_headers=["*"],  # OpenAI's client for browsers sends x-stainless-* and what it is told to
+                    expose_headers=["x-request-id", "retry-after"],
                 )
             )  # fmt: skip
         middleware.append(Middleware(_Guarded, refuse=self._refuse))
