@@ -52,6 +52,8 @@ _JSON = "application/json"
 _READERS = 4
 #: Bodies that are read or wait for it, at most.
 _READING = 64
+#: Bytes of bodies that arrive or are read, all together, at most.
+_HELD = 256 << 20
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
 MakeJob = Callable[[Any, Service], Job]
@@ -66,6 +68,9 @@ class Limits:
         open_metrics: /metrics needs no key.
         max_body: bytes of a request, at most.
         body_timeout: seconds in which a body must arrive.
+        head_timeout: seconds in which the head of a request must arrive.
+        send_timeout: seconds after which a client that takes nothing of an answer is cut off.
+        connections: that are open at once, at most.
         origins: of pages that may ask from a browser, as in ``https://example.com``; "*" for all.
         page: there is a page at /.
         any_host: requests may come under any name. Otherwise a server without keys that only this machine can reach answers requests
@@ -76,6 +81,9 @@ class Limits:
     open_metrics: bool = False
     max_body: int = 4 << 20
     body_timeout: float = 30.0
+    head_timeout: float = 10.0
+    send_timeout: float = 60.0
+    connections: int = 512
     origins: tuple[str, ...] = ()
     page: bool = True
     any_host: bool = False
@@ -86,13 +94,15 @@ class Application:
 
     Attributes:
         asgi: the application.
+        limits: what it takes.
     """
 
     def __init__(self, service: Service, limits: Limits = Limits(), *, only_here: bool = False) -> None:
         """Nothing is listened to yet. ``only_here``: no other machine will reach it."""
-        self._service, self._limits = service, limits
+        self._service, self.limits = service, limits
         self._local = only_here and limits.keys is None and not limits.any_host
         self._readers, self._reading = ThreadPoolExecutor(_READERS, thread_name_prefix="foldkv-bodies"), 0
+        self._held = 0  # bytes of bodies
         self._metrics = Metrics(service)
         self._stopping = False
         self._running = set[Generations]()
@@ -145,7 +155,7 @@ class Application:
             return Problem(
                 403, "This server answers only requests to localhost or 127.0.0.1, because it asks for no key.", code="host_not_allowed"
             )  # fmt: skip
-        free = path in _OPEN or (path == "/metrics" and self._limits.open_metrics)
+        free = path in _OPEN or (path == "/metrics" and self.limits.open_metrics)
         if not free and not self._knows(scope):
             return Problem(
                 401, "This server needs a key: Authorization: Bearer KEY.", code="invalid_api_key",
@@ -155,7 +165,7 @@ class Application:
 
     def _knows(self, scope: Scope) -> bool:
         """Whether who asks has a key, or needs none."""
-        keys, given = self._limits.keys, _headers(scope, b"authorization")
+        keys, given = self.limits.keys, _headers(scope, b"authorization")
         return keys is None or keys.allow(given[0] if len(given) == 1 else None)
 
     # What the server is
@@ -204,13 +214,20 @@ class Application:
     async def _answer(self, request: HttpRequest, kind: type[Body], make: MakeJob) -> Response:
         if self._stopping:
             raise _stopping()
-        clock, data = self._metrics.clock(), await self._read(request)
-        # Long prompts take a while to read and to encode; others go on meanwhile.
-        number = request.scope["request_id"]
-        job = await self._job(lambda: _made(kind, data, make, self._service, number))
+        clock, number, timeout = self._metrics.clock(), request.scope["request_id"], self._service.timeout
+        deadline = None if timeout is None else request.scope["began"] + timeout
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                data = await self._read(request)
+                # Long prompts take a while to read and to encode; others go on meanwhile.
+                job = await self._job(lambda: _made(kind, data, make, self._service, number), len(data))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._late(close=True) from None  # the body may still be coming
         if self._stopping:  # since
             raise _stopping()
-        generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
+        generations = Generations(self._service.engine, job.requests, deadline)  # the last step that can refuse
         answer = Answer(job, self._service)
         self._running.add(generations)
 
@@ -245,52 +262,71 @@ class Application:
                 answer.feed(prompt, piece)
         return _json(answer.whole())
 
-    async def _job(self, make: Callable[[], Job]) -> Job:
-        """A job, made on a thread of its own, if not too many are."""
+    async def _job(self, make: Callable[[], Job], size: int) -> Job:
+        """A job, made on a thread of its own from a body of so many bytes, if not too many are."""
         if self._reading >= _READING:
-            raise Problem(
-                429, f"{self._reading} requests wait to be read, as many as may. Try again later.", code="queue_full",
-                headers={"retry-after": str(AGAIN)},
-            )  # fmt: skip
+            self._held -= size
+            raise _too_many(f"{self._reading} requests wait to be read")
         self._reading += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, make)
-        finally:
+        loop, making = asyncio.get_running_loop(), self._readers.submit(make)
+
+        def end() -> None:
             self._reading -= 1
+            self._held -= size
+
+        def ended(_: object) -> None:
+            """Only now, also where nobody waits any more."""
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(end)
+
+        making.add_done_callback(ended)
+        return await asyncio.wrap_future(making)
 
     def _broken_off(self, piece: Completion) -> Exception | None:
         """Why an answer ended before its end, or None."""
         if piece.finish_reason == "timeout":
-            # OpenAI's client would send the request again, which takes as long.
-            return Problem(
-                504, f"The answer took more than {self._service.timeout:g} s.", code="timeout", headers={"x-should-retry": "false"}
-            )  # fmt: skip
+            return self._late()
         if piece.finish_reason == "cancelled":
             return _stopping() if self._stopping else ClientDisconnect()
         return None
 
+    def _late(self, *, close: bool = False) -> Problem:
+        # OpenAI's client would send the request again, which takes as long.
+        headers = {"connection": "close"} if close else {}
+        return Problem(
+            504, f"The request took more than {self._service.timeout:g} s.", code="timeout",
+            headers={"x-should-retry": "false", **headers},
+        )  # fmt: skip
+
     async def _read(self, request: HttpRequest) -> bytes:
-        """The body, if it is not too long and comes in time."""
-        most, kind = self._limits.max_body, request.headers.get("content-type", "")
+        """The body, if it is not too long and comes in time. Its bytes count as held from now on."""
+        most, kind = self.limits.max_body, request.headers.get("content-type", "")
         if kind.split(";")[0].strip().lower() != _JSON:
             # A page of another site can send other types without asking the browser whether it may.
             raise Problem(
                 415, f"The body must be JSON, with the header content-type: {_JSON}.", code="unsupported_type"
             )
-        data = bytearray()
+        data, whole = bytearray(), False
         try:
-            async with asyncio.timeout(self._limits.body_timeout):
+            async with asyncio.timeout(self.limits.body_timeout):
                 if int(request.headers.get("content-length", 0)) > most:
                     raise _too_long(most)
                 async for part in request.stream():
                     data += part
+                    self._held += len(part)
                     if len(data) > most:
                         raise _too_long(most)
+                    if self._held > max(_HELD, most):
+                        raise _too_many("Bodies of requests have many bytes together")
+            whole = True
         except TimeoutError:
             raise Problem(
-                408, f"The body did not arrive within {self._limits.body_timeout:g} s.", code="timeout",
+                408, f"The body did not arrive within {self.limits.body_timeout:g} s.", code="timeout",
                 headers={"connection": "close"},
             ) from None  # fmt: skip
+        finally:
+            if not whole:
+                self._held -= len(data)
         return bytes(data)
 
 
@@ -306,6 +342,12 @@ def _made(kind: type[Body], data: bytes, make: MakeJob, service: Service, number
 
 def _stopping() -> Problem:
     return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(AGAIN)})
+
+
+def _too_many(what: str) -> Problem:
+    return Problem(
+        429, f"{what}, as many as may. Try again later.", code="queue_full", headers={"retry-after": str(AGAIN)}
+    )  # fmt: skip
 
 
 def _too_long(most: int) -> Problem:
@@ -416,7 +458,7 @@ async def _cancelled_without(receive: Receive, left: Callable[[], None]) -> Asyn
 
 
 class _Watched:
-    """Gives every request an id, writes one line of log for it, and counts it."""
+    """Gives every request an id and the time of its start, writes one line of log for it, and counts it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
@@ -427,7 +469,7 @@ class _Watched:
             return
         number, start, status, counted = f"req-{secrets.token_hex(8)}", time.monotonic(), 0, False
         path = scope["path"] if scope["path"] in self._paths else "other"
-        scope["request_id"] = number
+        scope["request_id"], scope["began"] = number, start
 
         async def watched(message: Message) -> None:
             nonlocal status, counted

@@ -138,7 +138,6 @@ def _job(
             logprobs=logprobs,
             skip_special_tokens=skip_special_tokens,
             constraint=constraint,
-            timeout=service.timeout,
             id=name if len(prompts) == 1 else f"{name}-{number}",
         )
         for number, prompt in enumerate(prompts)

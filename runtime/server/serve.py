@@ -24,6 +24,7 @@ from ..model import Model
 from ..serving.engine import Engine
 from ..tokenizer import Tokenizer
 from .app import Application, Limits
+from .connections import connection
 from .keys import Keys
 from .service import Service
 
@@ -279,9 +280,11 @@ class Server(uvicorn.Server):
         self, application: Application, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None
     ) -> None:
         """``ready`` is called once requests are answered."""
+        limits = application.limits
         super().__init__(
             uvicorn.Config(
-                application.asgi, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+                application.asgi, http=connection(limits.connections, limits.head_timeout, limits.send_timeout),
+                log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
                 proxy_headers=False, timeout_graceful_shutdown=int(_LAST_WORDS),
             )
         )  # fmt: skip

@@ -28,7 +28,7 @@ class Service:
         slots: sequences that run at once.
         chat: how the model reads conversations; None if nobody knows.
         no_chat: why not.
-        timeout: seconds that a request may take; None for any.
+        timeout: seconds that a request may take from its arrival, with all of its prompts; None for any.
         prefixes: states that prompts may begin with.
         free_grammars: clients may write grammars by hand, and not only schemas, patterns and choices.
         created: when the server began, in seconds since 1970.

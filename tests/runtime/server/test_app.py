@@ -440,7 +440,7 @@ def test_what_is_too_much_to_keep_can_be_streamed(running: Running) -> None:
 
 def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> None:
     long: Any = {**ASKED, "max_tokens": 450}
-    with serving(model, slots=1, timeout=0.05) as service, answering(service, Limits(body_timeout=1)) as running:
+    with serving(model, slots=1, timeout=0.05) as service, answering(service) as running:
         with pytest.raises(openai.APIStatusError) as late:
             running.client().completions.create(**long)
         assert late.value.status_code == 504 and late.value.code == "timeout"
@@ -452,12 +452,65 @@ def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> N
             *chunks, last = [json.loads(row.removeprefix("data: ")) for row in rows]
             assert last["error"]["code"] == "timeout", "and no [DONE]"
             assert all(one["choices"][0]["finish_reason"] is None for one in chunks), "OpenAI has no reason for this"
+    with serving(model, slots=1) as service, answering(service, Limits(body_timeout=0.3)) as running:
         host, port = running.url.removeprefix("http://").split(":")
         with closing(socket.create_connection((host, int(port)))) as connection:
             head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
             connection.sendall(head)
             answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
         assert answer.startswith(b"HTTP/1.1 408") and b'"code":"timeout"' in answer
+
+
+def test_one_deadline_is_over_the_body_its_reading_the_queue_and_all_prompts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, real, limit = threading.Event(), Tokenizer.encode, 0.5
+
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        if text == "slow":
+            free.wait(30)
+        return real(self, text, **options)
+
+    def late(running: Running, **asked: Any) -> None:
+        before = time.monotonic()
+        with pytest.raises(openai.APIStatusError) as refused:
+            running.client().completions.create(**{**ASKED, **asked})
+        assert (refused.value.status_code, refused.value.code) == (504, "timeout")
+        assert time.monotonic() - before < 2.5 * limit
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with serving(model, slots=1, max_queue=1, timeout=limit) as service, answering(service) as running:
+        late(running, prompt="slow")
+        assert running.application._reading == 1, "it still takes its thread"
+        free.set()
+        assert until(lambda: running.application._reading == running.application._held == 0)
+        late(running, prompt=[f"x = {number}" for number in range(40)], max_tokens=60)
+        assert idle(running)
+        host, port = running.url.removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 504")
+        assert running.application._held == 0
+
+
+def test_bodies_that_arrive_are_counted_all_together(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_HELD", 1)
+    most, part = running.application.limits.max_body, b" " * (33 << 10)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {most}\r\n\r\n"
+    )
+    host, port = running.url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+        connection.sendall(head.encode() + part)
+        assert until(lambda: running.application._held == len(part))
+        answer = http().post(
+            f"{running.url}/v1/completions", content=part + b"{}", headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
+        assert until(lambda: running.application._held == len(part))
+    assert until(lambda: running.application._held == 0)
 
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
