@@ -225,6 +225,7 @@ class Application:
             if not limit.expired():
                 raise
             raise self._late(close=True) from None  # the body may still be coming
+        request.scope["facts"] = job.id  # until there is more to tell
         if self._stopping:  # since
             raise _stopping()
         generations = Generations(self._service.engine, job.requests, deadline)  # the last step that can refuse
@@ -251,7 +252,7 @@ class Application:
                 end()
                 usage = answer.usage()
                 request.scope["facts"] = (
-                    f"{usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
+                    f"{job.id} {usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
                     f"+ {usage['completion_tokens']} new, {' '.join(reasons) or 'left'}"
                 )
 

@@ -341,17 +341,16 @@ def _signals(server: Server) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """A line on stderr for every request, and for what fails with what led to it."""
-    log = logging.getLogger(__package__)
+    """Lines on stderr, with their time: for every request, for what fails with what led to it, and for what uvicorn warns of."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level, passes = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, level in (("foldkv", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+            log = logging.getLogger(name)
+            stack.callback(log.setLevel, log.level)
+            stack.callback(setattr, log, "propagate", log.propagate)
+            stack.callback(log.removeHandler, handler)
+            log.addHandler(handler)
+            log.setLevel(level)
+            log.propagate = False  # the command line has a handler of its own, without the time
         yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = passes
