@@ -551,6 +551,13 @@ def generate_command(
 @click.option("--prefix-memory", type=_Size(), metavar="SIZE", help="Memory for states to use again, such as 4GiB.")
 @click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
 @click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")
+@click.option(
+    "--prefix-exact/--no-prefix-exact",
+    default=True,
+    show_default=True,
+    help="Keep and use only states that leave an answer's bits as they are; otherwise also those after prompts and answers, "
+    "so that conversations go on where they ended.",
+)
 @click.option("--chat-format", metavar="NAME", help="Encoding of conversations, for bundles that do not say theirs.")
 @click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the checkpoint's.")
 @click.option("--api-keys", type=_folder, metavar="FILE", help="Answer only clients that send a key of this file.")
@@ -602,8 +609,8 @@ def generate_command(
 @_json
 def serve_command(
     bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, batch_invariant: bool,
-    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None,
-    api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, max_connections: int,
+    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, prefix_exact: bool, chat_format: str | None,
+    model_name: str | None, api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, max_connections: int,
     timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool, threads: int | None,
     devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None, public_key: Path | None,
     no_place: bool, matrices: str, as_json: bool,
@@ -635,7 +642,7 @@ def serve_command(
         ) as model:  # fmt: skip
             serve(
                 model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say, sizes=sizes,
-                free_grammars=not no_free_grammars, prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
+                free_grammars=not no_free_grammars, prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk, prefix_exact),
             )  # fmt: skip
 
 

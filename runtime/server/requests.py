@@ -138,6 +138,7 @@ def _job(
             logprobs=logprobs,
             skip_special_tokens=skip_special_tokens,
             constraint=constraint,
+            exact=service.exact,
             id=name if len(prompts) == 1 else f"{name}-{number}",
         )
         for number, prompt in enumerate(prompts)

@@ -95,11 +95,13 @@ class Prefixes:
         memory: bytes in memory.
         folder: on disk, for later servers too.
         disk: bytes of the folder.
+        exact: use and keep only states that have the bits of a run without any; otherwise also those after prompts and answers.
     """
 
     memory: int | None = None
     folder: Path | None = None
     disk: int | None = None
+    exact: bool = True
 
     def open(self, model: Model, chunk: int) -> PrefixIndex | None:
         """The index for a model that is fed in such chunks.
@@ -110,6 +112,10 @@ class Prefixes:
         if self.disk is not None and self.folder is None:
             raise InputError("--prefix-disk is the room of --prefix-folder. Give that, too.")
         if self.memory is None and self.folder is None:
+            if not self.exact:
+                raise InputError(
+                    "--no-prefix-exact says which states are kept, and none are. Give --prefix-memory or --prefix-folder, too."
+                )
             return None
         from ..serving.prefixes import PrefixIndex
 
@@ -241,6 +247,7 @@ def serve(
             timeout,
             index,
             free_grammars,
+            prefixes.exact,
         )
         application = Application(service, limits, only_here=_only_here(listening))
         stack.callback(application.close)

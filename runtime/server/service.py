@@ -31,6 +31,7 @@ class Service:
         timeout: seconds that a request may take from its arrival, with all of its prompts; None for any.
         prefixes: states that prompts may begin with.
         free_grammars: clients may write grammars by hand, and not only schemas, patterns and choices.
+        exact: take only states that have the bits of a run without any; otherwise also those after prompts and answers.
         created: when the server began, in seconds since 1970.
     """
 
@@ -44,6 +45,7 @@ class Service:
     timeout: float | None = None
     prefixes: PrefixIndex | None = None
     free_grammars: bool = True
+    exact: bool = True
     created: int = field(default_factory=lambda: int(time()))
 
     @property

@@ -182,6 +182,22 @@ def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -
     assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_conversation_goes_on_where_it_ended_if_the_server_was_told_so(model: Model, exact: bool) -> None:
+    """It is shorter than a chunk, so no state of it is exact."""
+    plain: Any = {**TALK, "extra_body": {"chat_template_kwargs": {"thinking": False}}}
+    with serving(model, prefixes=64 << 20, exact=exact) as service, answering(service) as running:
+        first = running.client().chat.completions.create(**plain)
+        said, more = first.choices[0].message.content, {"role": "user", "content": "And?"}
+        talk = [*TALK["messages"], {"role": "assistant", "content": said}, more]
+        second = running.client().chat.completions.create(**{**plain, "messages": talk})
+        assert first.usage is not None and second.usage is not None and second.usage.prompt_tokens_details is not None
+        # The last token of an answer is never fed.
+        kept = 0 if exact else first.usage.total_tokens - 1
+        assert second.usage.prompt_tokens_details.cached_tokens == kept
+        assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
 def test_models_and_what_the_server_is(running: Running) -> None:
     (model,) = running.client().models.list().data
     assert model.id == "tiny" and running.client().models.retrieve("tiny").id == "tiny"
