@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -182,7 +183,7 @@ def _sampling(body: SamplingBody, vocabulary: int) -> Sampling:
     return Sampling(
         temperature=_or(body.temperature, 1.0),
         top_k=top_k,
-        top_p=_or(body.top_p, 1.0),
+        top_p=max(_or(body.top_p, 1.0), sys.float_info.min),  # 0 is the most probable token alone, as for OpenAI
         min_p=_or(body.min_p, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),

@@ -182,6 +182,26 @@ def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -
     assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
 
 
+def test_what_clients_send_and_nothing_here_depends_on_is_taken(running: Running) -> None:
+    client = running.client()
+    plain = client.chat.completions.create(**TALK).choices[0].message
+    refused: Any = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    more: Any = {
+        "metadata": {"run": "7"},
+        "store": True,
+        "prompt_cache_retention": "24h",
+        "user": "me",
+        "safety_identifier": "x",
+    }
+    assert client.chat.completions.create(**TALK, **more).choices[0].message == plain
+    talk = [*TALK["messages"], refused, *TALK["messages"]]
+    assert client.chat.completions.create(**{**TALK, "messages": talk}).usage is not None
+    both = client.completions.create(**ASKED, n=2, best_of=2).choices
+    # As OpenAI has it, 0 leaves the most probable token alone.
+    only = client.completions.create(**{**ASKED, "temperature": 1.9, "top_p": 0, "seed": 1}).choices[0].text
+    assert [choice.text for choice in both] == [only, only]
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_conversation_goes_on_where_it_ended_if_the_server_was_told_so(model: Model, exact: bool) -> None:
     """It is shorter than a chunk, so no state of it is exact."""
