@@ -180,6 +180,10 @@ def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -
     assert grown["foldkv:prefix_cache_hits_total", ""] == cached
     assert grown["foldkv:prefix_cache_queries_total", ""] == 2 * len(talk) + 2
     assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
+    lookups = {name: grown["foldkv:prefix_cache_lookups_total", name] for name in ("exact_hit", "hit", "miss")}
+    assert lookups == {"exact_hit": 1, "hit": 0, "miss": 1} and grown["foldkv:snapshot_entries", ""] > 0
+    for name in ("evictions", "disk_evictions", "damaged", "unwritten"):
+        assert grown[f"foldkv:snapshot_{name}_total", ""] == 0
 
 
 def test_what_clients_send_and_nothing_here_depends_on_is_taken(running: Running) -> None:
@@ -311,10 +315,25 @@ def test_metrics_count_what_was_answered(running: Running) -> None:
     assert grown["foldkv:time_to_first_token_seconds_count", ""] == 3
     assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 15
     assert grown["foldkv:e2e_request_latency_seconds_count", ""] == 3
+    # A prompt counts once, however many answers it has.
+    times = {name: (grown[f"foldkv:{name}_count", ""], grown[f"foldkv:{name}_sum", ""]) for name in (
+        "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
+        "request_generation_tokens", "e2e_request_latency_seconds",
+    )}  # fmt: skip
+    assert times["request_prompt_tokens"] == (2, 2 * len(TEXT)) and times["request_generation_tokens"] == (3, 3 * 16)
+    whole = times.pop("e2e_request_latency_seconds")[1]
+    for name, answers in (("queue", 2), ("prefill", 2), ("decode", 3)):
+        count, seconds = times[f"request_{name}_time_seconds"]
+        assert count == answers and 0 < seconds < whole, name
     assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
     assert idle(running)
     after = metrics(running)
     assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
+    assert after["foldkv:kv_cache_usage_perc", ""] == 0
+    with running.client().completions.create(**{**ASKED, "max_tokens": 200}, stream=True) as stream:
+        next(stream)
+        used = metrics(running)["foldkv:kv_cache_usage_perc", ""]
+    assert len(TEXT) <= used * 2 * CONTEXT <= len(TEXT) + 200 and idle(running)
     states = {label: value for (name, label), value in after.items() if name == "foldkv:state_bytes"}
     assert states == plan_bytes(running.service.engine.model.bundle.state, CONTEXT, 2)
 
