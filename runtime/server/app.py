@@ -175,6 +175,8 @@ class Application:
 
     async def _ready(self, request: HttpRequest) -> Response:
         reasons = ["the server is stopping"] if self._stopping else []
+        if self._reading >= _READING:
+            reasons.append(f"{self._reading} requests wait to be read, as many as may")
         inside = self._service.engine.not_ready()
         if inside and not self._knows(request.scope):  # they name files, and what failed
             inside = ("the model cannot answer; who asks with a key is told why",)

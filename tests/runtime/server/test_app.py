@@ -478,6 +478,8 @@ def test_slow_bodies_hold_up_no_others_and_are_limited(
         thread.start()
     assert until(lambda: running.application._reading == len(threads))
     assert http().get(f"{running.url}/health").status_code == 200
+    ready = http().get(f"{running.url}/ready")
+    assert ready.status_code == 503 and "wait to be read" in ready.json()["reasons"][0]
     with pytest.raises(openai.RateLimitError, match="wait to be read") as refused:
         running.client().completions.create(**asked)
     assert int(refused.value.response.headers["retry-after"]) >= 1
