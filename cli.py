@@ -574,6 +574,13 @@ def generate_command(
 @click.option("--prefix-memory", type=_Size(), metavar="SIZE", help="Memory for states to use again, such as 4GiB.")
 @click.option("--prefix-folder", type=_folder, help="Folder that keeps such states on disk.")
 @click.option("--prefix-disk", type=_Size(), metavar="SIZE", help="Room of --prefix-folder; default: 64GiB.")
+@click.option(
+    "--prefix-exact/--no-prefix-exact",
+    default=True,
+    show_default=True,
+    help="Keep and use only states that leave an answer's bits as they are; otherwise also those after prompts and answers, "
+    "so that conversations go on where they ended.",
+)
 @click.option("--chat-format", metavar="NAME", help="Encoding of conversations, for bundles that do not say theirs.")
 @click.option("--model-name", metavar="NAME", help="Name that clients ask for; default: the checkpoint's.")
 @click.option("--api-keys", type=_folder, metavar="FILE", help="Answer only clients that send a key of this file.")
@@ -585,7 +592,18 @@ def generate_command(
 @click.option(
     "--max-body", type=_Size(), default="4MiB", show_default=True, metavar="SIZE", help="Most bytes of a request."
 )
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that an answer may take.")
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Connections that are open at once; others are closed.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds that a request may take, from its arrival to the end of all its answers; default: any.",
+)
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
@@ -614,10 +632,11 @@ def generate_command(
 @_json
 def serve_command(
     bundle: Path, host: str, port: int, context: int | None, slots: int, chunk: int, max_queue: int, batch_invariant: bool,
-    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, chat_format: str | None, model_name: str | None,
-    api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, timeout: float | None, grace: float,
-    origins: tuple[str, ...], no_page: bool, threads: int | None, devices: tuple[int, ...] | None, weights_from: Path | None,
-    verify: bool, signature: Path | None, public_key: Path | None, no_place: bool, matrices: str, as_json: bool,
+    prefix_memory: int | None, prefix_folder: Path | None, prefix_disk: int | None, prefix_exact: bool, chat_format: str | None,
+    model_name: str | None, api_keys: Path | None, no_keys: bool, no_free_grammars: bool, open_metrics: bool, max_body: int, max_connections: int,
+    timeout: float | None, grace: float, origins: tuple[str, ...], no_page: bool, threads: int | None,
+    devices: tuple[int, ...] | None, weights_from: Path | None, verify: bool, signature: Path | None, public_key: Path | None,
+    no_place: bool, matrices: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Answer OpenAI's clients with the model of BUNDLE, until a signal comes.
 
@@ -635,7 +654,7 @@ def serve_command(
     address = Address(host, port)
     limits = Limits(
         keys=who_may_ask(address, api_keys, no_keys=no_keys), open_metrics=open_metrics, max_body=max_body, origins=origins,
-        page=not no_page, any_host=no_keys,
+        page=not no_page, any_host=no_keys, connections=max_connections,
     )  # fmt: skip
     sizes = Sizes(context, slots, chunk, max_queue, batch_invariant)
     with address.socket() as listening:
@@ -646,7 +665,7 @@ def serve_command(
         ) as model:  # fmt: skip
             serve(
                 model, listening, limits=limits, chat=chat_format, name=model_name, timeout=timeout, grace=grace, say=say, sizes=sizes,
-                free_grammars=not no_free_grammars, prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk),
+                free_grammars=not no_free_grammars, prefixes=Prefixes(prefix_memory, prefix_folder, prefix_disk, prefix_exact),
             )  # fmt: skip
 
 

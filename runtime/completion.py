@@ -6,7 +6,7 @@ The names are vLLM's: ``stop``, ``finish_reason``, ``stop_reason``, ``skip_speci
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import InputError, short
@@ -26,11 +26,15 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: those that were not fed, because the state after them was kept.
         completion_tokens: tokens of the completion.
+        queue_seconds: from the request to its first slot.
+        prefill_seconds: from then to the first token of any of its completions; None if there was none.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    queue_seconds: float = field(default=0.0, compare=False)
+    prefill_seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Decodes(Protocol):
 _log = logging.getLogger(__name__)
 #: A token that stands for one byte, as the library's ByteFallback reads it.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
+#: A character that stands for bytes which are no text of their own.
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 #: Some text of a token, and whether the token ends with it.
 Piece = tuple[str, bool]
 
@@ -96,6 +98,20 @@ def possible_start(text: str, marks: Iterable[str]) -> int:
                 longest = count
                 break
     return longest
+
+
+def token_bytes(tokenizer: Decodes, token: int) -> bytes | None:
+    """The bytes that a token alone stands for, which may be a part of a character; None if its decoder does not say which."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if _NO_TEXT not in text:
+        return text.encode()
+    spelled, steps = tokenizer.token_text(token) or "", decoder_steps(tokenizer.decoder) or []
+    if any(isinstance(step, _ByteLevel) for step in steps) and all(sign in _BYTE_OF for sign in spelled):
+        return bytes([_BYTE_OF[sign] for sign in spelled])
+    byte = _BYTE.fullmatch(spelled)
+    if byte is not None and any(isinstance(step, _ByteFallback) for step in steps):
+        return bytes([int(byte[1], 16)])
+    return None
 
 
 def decoder_steps(decoder: Any) -> list[Step] | None:
@@ -221,7 +237,7 @@ class _ByteFallback(_PerToken):
         try:
             return [(run.decode(), True)] if run else []
         except UnicodeDecodeError:
-            return [("\N{REPLACEMENT CHARACTER}", True)] * len(run)
+            return [(_NO_TEXT, True)] * len(run)
 
 
 class _ByteLevel(_PerToken):

@@ -18,6 +18,11 @@ import numpy.typing as npt
 
 from ..errors import FoldkvError, InputError, short
 
+#: Least and most of the repetition penalty. Logits are in float32, where 1 / 1e-50 is infinite.
+PENALTIES = (0.01, 100.0)
+#: The largest number of float32.
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -30,8 +35,9 @@ class Sampling:
         min_p: keep tokens that are at least this times as probable as the most probable one; 0 keeps all.
         presence_penalty: is subtracted once from the logit of every token that the answer has; -2 to 2.
         frequency_penalty: is subtracted from it as often as the answer has the token; -2 to 2.
-        repetition_penalty: divides a logit above 0, and multiplies one below, of every token of the prompt or the answer; 1 changes nothing.
-        logit_bias: is added to the logits of these tokens, by id.
+        repetition_penalty: divides a logit above 0, and multiplies one below, of every token of the prompt or the answer; 1 changes
+            nothing; 0.01 to 100.
+        logit_bias: is added to the logits of these tokens, by id; finite in float32.
         seed: starts the generator; the same seed gives the same tokens.
 
     Raises:
@@ -49,7 +55,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 0 <= float(self.temperature) < math.inf:
             raise InputError(f"temperature must be a finite number of 0 or more, got {self.temperature!r}.")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise InputError(f"top_k must be an integer of 1 or more, or None for all tokens, got {self.top_k!r}.")
@@ -61,16 +67,15 @@ class Sampling:
             value = getattr(self, name)
             if not _is_number(value) or not -2 <= value <= 2:
                 raise InputError(f"{name} must be from -2 to 2, got {value!r}.")
-        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
-            raise InputError(
-                f"repetition_penalty must be a finite number greater than 0, got {self.repetition_penalty!r}."
-            )
+        least, most = PENALTIES
+        if not _is_number(self.repetition_penalty) or not least <= float(self.repetition_penalty) <= most:
+            raise InputError(f"repetition_penalty must be from {least:g} to {most:g}, got {self.repetition_penalty!r}.")
         if not isinstance(self.logit_bias, Mapping) or not all(
-            type(token) is int and token >= 0 and _is_number(value) and math.isfinite(value)
+            type(token) is int and token >= 0 and _is_number(value) and abs(float(value)) <= _LARGEST
             for token, value in self.logit_bias.items()
         ):
             raise InputError(
-                f"logit_bias must be a table from token ids to finite numbers, got {short(self.logit_bias)}."
+                f"logit_bias must be a table from token ids to numbers that are finite in float32, got {short(self.logit_bias)}."
             )
         if type(self.seed) is not int or self.seed < 0:
             raise InputError(f"seed must be an integer of 0 or more, got {self.seed!r}.")
@@ -102,7 +107,8 @@ class Sampler:
 
         Raises:
             FoldkvError: the logits have NaN or +inf, or only -inf: the model cannot be trusted.
-            InputError: no token is allowed, or a token of ``logit_bias`` is not in the vocabulary.
+            InputError: no token is allowed or none of those has a finite logit, bias and penalties make a logit infinite, or a token of
+                ``logit_bias`` is not in the vocabulary.
         """
         token = self._chosen(logits, allowed)
         self._counts[token] += 1
@@ -114,11 +120,18 @@ class Sampler:
                 "the logits are not finite (NaN or infinite values): the model or its state is damaged. "
                 "Validate the bundle with `foldkv validate`."
             )
-        logits = self._changed(logits)
+        with np.errstate(over="ignore", invalid="ignore"):  # told in words below
+            logits = self._changed(logits)
+        if not math.isfinite(float(logits.max())):
+            raise InputError(
+                "logit_bias and repetition_penalty together make logits that are not finite. Give values nearer to 0 and 1."
+            )
         if allowed is not None:
             if not allowed.any():
                 raise InputError("no token may come next, so the answer cannot go on.")
             logits = np.where(allowed, logits, np.float32(-np.inf))
+            if not math.isfinite(float(logits.max())):
+                raise InputError("no token that may come next has a finite logit, so the answer cannot go on.")
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = distribution(logits, self._sampling)
@@ -216,7 +229,14 @@ def _largest(logits: npt.NDArray[np.float32], count: int | None) -> npt.NDArray[
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether it is a number that a float can be; an integer may be too large for one."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 #: The most likely token, always.

@@ -41,7 +41,7 @@ class Message:
 
     Attributes:
         role: one of ``ROLES``. ``latest_reminder`` (date, place, language) and ``developer`` are V4's own.
-        content: its text; parts of text are joined by blank lines.
+        content: its text; parts of text are joined by blank lines. What an assistant refused with is its text.
         reasoning: what an assistant thought before it answered.
         tool_calls: the calls of an assistant.
         tool_call_id: which call a tool answers.
@@ -130,7 +130,9 @@ def _content(row: Mapping[str, Any], where: str, role: str) -> str:
         if role == "developer" and not content:
             raise wrong(where, content, "a text that is not empty")
         return content
-    if content is None and role in ("system", "assistant"):
+    if content is None and role == "assistant":
+        return _text(row, ("refusal",), where.removesuffix(".content"))
+    if content is None and role == "system":
         return ""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise wrong(where, content, "a text, or a list of parts of the type text")
@@ -139,6 +141,8 @@ def _content(row: Mapping[str, Any], where: str, role: str) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
+        elif role == "assistant" and kind == "refusal" and isinstance(part.get("refusal"), str):
+            parts.append(part["refusal"])  # what it said instead of an answer
         elif role == "tool" and isinstance(kind, str) and kind != "text":
             parts.append(f"[Unsupported {kind}]")  # the published rule: the model learns that something was there
         else:

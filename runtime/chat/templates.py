@@ -20,6 +20,8 @@ from .prompt import Prompt, finder
 
 #: Older sandboxes are known to leak.
 _SAFE = (3, 1, 6)
+#: What an assistant wrote itself.
+_OWN = ("content", "reasoning_content", "thinking")
 
 
 def render(
@@ -36,8 +38,8 @@ def render(
 ) -> Prompt:
     """Render a template.
 
-    Special tokens that messages spell out are ordinary text in the prompt's token ids, but for those in an assistant's messages:
-    templates look for ``</think>`` there.
+    Special tokens that messages, calls and tools spell out are ordinary text in the prompt's token ids, but for those in the text and
+    the reasoning of an assistant: templates look for ``</think>`` there.
 
     Args:
         template: the Jinja template.
@@ -58,11 +60,17 @@ def render(
     _require_jinja()
     import jinja2
 
-    hidden = _Hidden(special, [template, *(message.content for message in messages)])
+    rows = [_row(message) for message in messages]
+    functions = [{"type": "function", "function": tool.function} for tool in tools]
+    try:
+        hidden = _Hidden(special, template + json.dumps([rows, functions], ensure_ascii=False))
+        shown = hidden.rows(rows), hidden.hide(functions)
+    except RecursionError:
+        raise InputError("the messages or tools are nested too deeply. Give flatter tables.") from None
     values: dict[str, Any] = {
         **tokens,
-        "messages": [_row(message, hidden) for message in messages],
-        "tools": [{"type": "function", "function": tool.function} for tool in tools] or None,
+        "messages": shown[0],
+        "tools": shown[1] or None,
         "add_generation_prompt": add_generation_prompt,
         "strftime_now": lambda layout: now().strftime(layout),
     }
@@ -88,23 +96,46 @@ def render(
 
 
 class _Hidden:
-    """Special tokens in messages, each replaced by one character that occurs nowhere, until the text is rendered."""
+    """Special tokens in what is given, each replaced by one character that occurs nowhere, until the text is rendered."""
 
-    def __init__(self, special: frozenset[str], texts: Sequence[str]) -> None:
-        used = set("".join(texts))
-        free = (one for one in map(chr, range(0xF0000, 0xFFFFE)) if one not in used)
+    def __init__(self, special: frozenset[str], text: str) -> None:
+        """``text`` has every character that is given or that the template writes."""
+        used = set(text)
+        self._free = (one for one in map(chr, range(0xF0000, 0xFFFFE)) if one not in used)
         self._special, self._find = special, finder(special)
-        self._signs = {token: next(free) for token in sorted(special) if any(token in text for text in texts)}
-        self._tokens = {sign: token for token, sign in self._signs.items()}
+        self._signs = dict[str, str]()
 
-    def hide(self, text: str) -> str:
-        return self._find.sub(lambda match: self._signs[match[0]], text) if self._signs else text
+    def hide(self, value: Any) -> Any:
+        """A value of JSON, in all of whose texts and names no token is left."""
+        match value:
+            case str():
+                return self._find.sub(self._sign, value)
+            case list():
+                return [self.hide(one) for one in value]
+            case dict():
+                return {self.hide(name): self.hide(one) for name, one in value.items()}
+            case _:
+                return value
+
+    def rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as templates read them, but for what an assistant wrote itself."""
+        return [
+            {
+                name: value if row["role"] == "assistant" and name in _OWN else self.hide(value)
+                for name, value in row.items()
+            }
+            for row in rows
+        ]
 
     def shown(self, text: str) -> Prompt:
+        """The rendered text with the tokens where they were given."""
+        tokens = {sign: token for token, sign in self._signs.items()}
+        # A template may write JSON in ASCII.
+        tokens |= {json.dumps(sign)[1:-1]: json.dumps(token)[1:-1] for token, sign in self._signs.items()}
         parts, literal, length = list[str](), set[tuple[int, int]](), 0
-        for part in re.split(f"([{''.join(self._tokens)}])" if self._tokens else "(?!)", text):
-            written = self._tokens.get(part, part)
-            if part in self._tokens:
+        for part in re.split(f"({'|'.join(map(re.escape, tokens))})" if tokens else "(?!)", text):
+            written = tokens.get(part, part)
+            if part in tokens:
                 literal.add((length, length + len(written)))
             parts.append(written)
             length += len(written)
@@ -112,14 +143,15 @@ class _Hidden:
         found = (match.span() for match in self._find.finditer(whole))
         return Prompt(whole, tuple(span for span in found if span not in literal), self._special)
 
+    def _sign(self, found: re.Match[str]) -> str:
+        if found[0] not in self._signs:
+            self._signs[found[0]] = next(self._free)
+        return self._signs[found[0]]
 
-def _row(message: Message, hidden: _Hidden) -> dict[str, Any]:
+
+def _row(message: Message) -> dict[str, Any]:
     """A message as templates read it: arguments of calls are tables, and what there is nothing of is absent."""
-    own = message.role == "assistant"
-    row: dict[str, Any] = {
-        "role": message.role,
-        "content": message.content if own else hidden.hide(message.content),
-    }
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:
         row |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
     if message.tool_calls:

@@ -9,14 +9,11 @@ from typing import Any
 
 from ..chat import Arguments, CallEnd, CallStart, Content, Event, Reasoning, joined
 from ..completion import Completion, Usage
-from ..detokenizer import TextStream
+from ..detokenizer import TextStream, token_bytes
 from ..sampling import TokenLogprob
 from ..tokenizer import Tokenizer
 from .requests import Job
 from .service import Service
-
-#: A character that stands for bytes which are no text of their own.
-_NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Answer:
@@ -125,14 +122,19 @@ class _Text(_Choice):
             self._stream = self._tokenizer.stream(skip_special_tokens=skip, prompt=self._job.prompts[prompt])
         found: dict[str, list[Any]] = {name: [] for name in self._rows}
         for one in tokens:
-            found["tokens"].append(spelled(self._tokenizer, one.token))
+            found["tokens"].append(self._name(one.token))
             found["token_logprobs"].append(_finite(one.logprob))
-            found["top_logprobs"].append(
-                {spelled(self._tokenizer, token): _finite(value) for token, value in one.top} if one.top else None
-            )
+            top: dict[str, float] = {}
+            for token, value in one.top:
+                top.setdefault(self._name(token), _finite(value))  # the most probable of those with the same text
+            found["top_logprobs"].append(top or None)
             found["text_offset"].append(self._offset)
             self._offset += len(self._stream.push(one.token))
         return found
+
+    def _name(self, token: int) -> str:
+        text, data = spelled(self._tokenizer, token)
+        return text if data is None or text.encode() == data else f"bytes:{text}"
 
 
 class _Chat(_Choice):
@@ -214,8 +216,8 @@ def _delta(event: Event) -> dict[str, Any] | None:
 
 def _chat_logprob(tokenizer: Tokenizer, one: TokenLogprob) -> dict[str, Any]:
     def row(token: int, logprob: float) -> dict[str, Any]:
-        text = spelled(tokenizer, token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if _NO_TEXT in text else list(text.encode())}
+        text, data = spelled(tokenizer, token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
 
     return row(one.token, one.logprob) | {"top_logprobs": [row(token, logprob) for token, logprob in one.top]}
 
@@ -225,11 +227,21 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token, special or not. What is no text alone, such as half a character, has U+FFFD."""
+def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes | None]:
+    """The text and the bytes of one token, special or not.
+
+    Bytes that are no text alone, such as half a character, are written as OpenAI writes them: ``\\xe2\\x82``. Where the tokenizer does
+    not say which they are, they are None and the text has U+FFFD.
+    """
     return _spelled(tokenizer, token)
 
 
 @functools.lru_cache(maxsize=65536)
-def _spelled(tokenizer: Tokenizer, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False)
+def _spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes | None]:
+    data = token_bytes(tokenizer, token)
+    if data is None:
+        return tokenizer.decode([token], skip_special_tokens=False), None
+    try:
+        return data.decode(), data
+    except UnicodeDecodeError:
+        return repr(data)[2:-1], data

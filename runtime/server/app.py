@@ -15,9 +15,8 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,7 +35,8 @@ from .generations import Generations
 from .keys import Keys
 from .metrics import CONTENT_TYPE, Metrics
 from .page import page, page_headers
-from .problems import AGAIN, Problem, problem_of, to_json
+from .pool import Pool
+from .problems import Problem, problem_of, stopping, to_json, too_many
 from .requests import Job, chat_job, completion_job
 from .service import Service
 from .structure import needs_grammar
@@ -53,10 +53,11 @@ _JSON = "application/json"
 _READERS, _READING = 4, 64
 #: The same of those whose grammars are compiled, which may take seconds: the others need not wait for them.
 _COMPILERS, _COMPILING = 2, 16
+#: Bytes of bodies that arrive or are read, all together, at most.
+_HELD = 256 << 20
 #: What needs no key, whatever the server was told.
 _OPEN = frozenset({"/", "/health", "/ready"})
 MakeJob = Callable[[Any, Service], Job]
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Limits:
         open_metrics: /metrics needs no key.
         max_body: bytes of a request, at most.
         body_timeout: seconds in which a body must arrive.
+        head_timeout: seconds in which the head of a request must arrive.
+        send_timeout: seconds after which a client that takes nothing of an answer is cut off.
+        connections: that are open at once, at most.
         origins: of pages that may ask from a browser, as in ``https://example.com``; "*" for all.
         page: there is a page at /.
         any_host: requests may come under any name. Otherwise a server without keys that only this machine can reach answers requests
@@ -78,6 +82,9 @@ class Limits:
     open_metrics: bool = False
     max_body: int = 4 << 20
     body_timeout: float = 30.0
+    head_timeout: float = 10.0
+    send_timeout: float = 60.0
+    connections: int = 512
     origins: tuple[str, ...] = ()
     page: bool = True
     any_host: bool = False
@@ -88,14 +95,16 @@ class Application:
 
     Attributes:
         asgi: the application.
+        limits: what it takes.
     """
 
     def __init__(self, service: Service, limits: Limits = Limits(), *, only_here: bool = False) -> None:
         """Nothing is listened to yet. ``only_here``: no other machine will reach it."""
-        self._service, self._limits = service, limits
+        self._service, self.limits = service, limits
         self._local = only_here and limits.keys is None and not limits.any_host
-        self._readers = _Pool("foldkv-bodies", _READERS, _READING)
-        self._compilers = _Pool("foldkv-grammars", _COMPILERS, _COMPILING)
+        self._readers = Pool("foldkv-bodies", _READERS, _READING)
+        self._compilers = Pool("foldkv-grammars", _COMPILERS, _COMPILING)
+        self._held = 0  # bytes of bodies
         self._metrics = Metrics(service)
         self._stopping = False
         self._running = set[Generations]()
@@ -114,7 +123,8 @@ class Application:
             middleware.append(
                 Middleware(
                     CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST"],
-                    allow_headers=["authorization", "content-type"], expose_headers=["x-request-id", "retry-after"],
+                    allow_headers=["*"],  # OpenAI's client for browsers sends x-stainless-* and what it is told to
+                    expose_headers=["x-request-id", "retry-after"],
                 )
             )  # fmt: skip
         middleware.append(Middleware(_Guarded, refuse=self._refuse))
@@ -149,7 +159,7 @@ class Application:
             return Problem(
                 403, "This server answers only requests to localhost or 127.0.0.1, because it asks for no key.", code="host_not_allowed"
             )  # fmt: skip
-        free = path in _OPEN or (path == "/metrics" and self._limits.open_metrics)
+        free = path in _OPEN or (path == "/metrics" and self.limits.open_metrics)
         if not free and not self._knows(scope):
             return Problem(
                 401, "This server needs a key: Authorization: Bearer KEY.", code="invalid_api_key",
@@ -159,7 +169,7 @@ class Application:
 
     def _knows(self, scope: Scope) -> bool:
         """Whether who asks has a key, or needs none."""
-        keys, given = self._limits.keys, _headers(scope, b"authorization")
+        keys, given = self.limits.keys, _headers(scope, b"authorization")
         return keys is None or keys.allow(given[0] if len(given) == 1 else None)
 
     # What the server is
@@ -169,6 +179,8 @@ class Application:
 
     async def _ready(self, request: HttpRequest) -> Response:
         reasons = ["the server is stopping"] if self._stopping else []
+        if self._readers.full:
+            reasons.append(f"{self._readers.count} requests wait to be read, as many as may")
         inside = self._service.engine.not_ready()
         if inside and not self._knows(request.scope):  # they name files, and what failed
             inside = ("the model cannot answer; who asks with a key is told why",)
@@ -207,16 +219,24 @@ class Application:
 
     async def _answer(self, request: HttpRequest, kind: type[Body], make: MakeJob) -> Response:
         if self._stopping:
-            raise _stopping()
-        clock, data = self._metrics.clock(), await self._read(request)
-        # Long prompts take a while to read and to encode; others go on meanwhile.
-        number = request.scope["request_id"]
-        body = await self._readers.run(lambda: read_body(kind, data))
-        pool = self._compilers if needs_grammar(body) else self._readers
-        job = await pool.run(lambda: _made(kind, body, make, self._service, number))
+            raise stopping()
+        clock, number, timeout = self._metrics.clock(), request.scope["request_id"], self._service.timeout
+        deadline = None if timeout is None else request.scope["began"] + timeout
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                data = await self._read(request)
+                try:
+                    job = await self._job(kind, data, make, number)
+                finally:
+                    self._held -= len(data)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._late(close=True) from None  # the body may still be coming
+        request.scope["facts"] = job.id  # until there is more to tell
         if self._stopping:  # since
-            raise _stopping()
-        generations = Generations(self._service.engine, job.requests)  # the last step that can refuse
+            raise stopping()
+        generations = Generations(self._service.engine, job.requests, deadline)  # the last step that can refuse
         answer = Answer(job, self._service)
         self._running.add(generations)
 
@@ -240,7 +260,7 @@ class Application:
                 end()
                 usage = answer.usage()
                 request.scope["facts"] = (
-                    f"{usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
+                    f"{job.id} {usage['prompt_tokens']} tokens ({usage['prompt_tokens_details']['cached_tokens']} cached) "
                     f"+ {usage['completion_tokens']} new, {' '.join(reasons) or 'left'}"
                 )
 
@@ -251,81 +271,58 @@ class Application:
                 answer.feed(prompt, piece)
         return _json(answer.whole())
 
+    async def _job(self, kind: type[Body], data: bytes, make: MakeJob, number: str) -> Job:
+        """What a body asks for. Long prompts take a while to read and to encode; others go on meanwhile."""
+        body = await self._readers.run(lambda: read_body(kind, data))
+        pool = self._compilers if needs_grammar(body) else self._readers
+        return await pool.run(lambda: _made(kind, body, make, self._service, number))
+
     def _broken_off(self, piece: Completion) -> Exception | None:
         """Why an answer ended before its end, or None."""
         if piece.finish_reason == "timeout":
-            # OpenAI's client would send the request again, which takes as long.
-            return Problem(
-                504, f"The answer took more than {self._service.timeout:g} s.", code="timeout", headers={"x-should-retry": "false"}
-            )  # fmt: skip
+            return self._late()
         if piece.finish_reason == "cancelled":
-            return _stopping() if self._stopping else ClientDisconnect()
+            return stopping() if self._stopping else ClientDisconnect()
         return None
 
+    def _late(self, *, close: bool = False) -> Problem:
+        # OpenAI's client would send the request again, which takes as long.
+        headers = {"connection": "close"} if close else {}
+        return Problem(
+            504, f"The request took more than {self._service.timeout:g} s.", code="timeout",
+            headers={"x-should-retry": "false", **headers},
+        )  # fmt: skip
+
     async def _read(self, request: HttpRequest) -> bytes:
-        """The body, if it is not too long and comes in time."""
-        most, kind = self._limits.max_body, request.headers.get("content-type", "")
+        """The body, if it is not too long and comes in time. Its bytes count as held from now on."""
+        most, kind = self.limits.max_body, request.headers.get("content-type", "")
         if kind.split(";")[0].strip().lower() != _JSON:
             # A page of another site can send other types without asking the browser whether it may.
             raise Problem(
                 415, f"The body must be JSON, with the header content-type: {_JSON}.", code="unsupported_type"
             )
-        data = bytearray()
+        data, whole = bytearray(), False
         try:
-            async with asyncio.timeout(self._limits.body_timeout):
+            async with asyncio.timeout(self.limits.body_timeout):
                 if int(request.headers.get("content-length", 0)) > most:
                     raise _too_long(most)
                 async for part in request.stream():
                     data += part
+                    self._held += len(part)
                     if len(data) > most:
                         raise _too_long(most)
+                    if self._held > max(_HELD, most):
+                        raise too_many("Bodies of requests have many bytes together")
+            whole = True
         except TimeoutError:
             raise Problem(
-                408, f"The body did not arrive within {self._limits.body_timeout:g} s.", code="timeout",
+                408, f"The body did not arrive within {self.limits.body_timeout:g} s.", code="timeout",
                 headers={"connection": "close"},
             ) from None  # fmt: skip
-        return bytes(data)
-
-
-class _Pool:
-    """Threads for what takes a while, and so many requests that have or wait for one, at most."""
-
-    def __init__(self, name: str, threads: int, most: int) -> None:
-        self._threads, self._most = ThreadPoolExecutor(threads, thread_name_prefix=name), most
-        self._running = set[asyncio.Future[Any]]()
-        self._closed = False
-
-    async def run(self, make: Callable[[], _Made]) -> _Made:
-        """What ``make`` returns or raises on one of the threads.
-
-        Raises:
-            Problem: too many wait, or the server stops.
-        """
-        if self._closed:
-            raise _stopping()
-        if len(self._running) >= self._most:
-            raise Problem(
-                429, f"{len(self._running)} requests wait to be read, as many as may. Try again later.", code="queue_full",
-                headers={"retry-after": str(AGAIN)},
-            )  # fmt: skip
-        future = asyncio.get_running_loop().run_in_executor(self._threads, make)
-        self._running.add(future)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and not (task and task.cancelling()):
-                raise _stopping() from None
-            raise
         finally:
-            self._running.discard(future)
-
-    def close(self) -> None:
-        """Begin nothing more, and wait for nothing that runs."""
-        self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for future in list(self._running):
-            future.cancel()
+            if not whole:
+                self._held -= len(data)
+        return bytes(data)
 
 
 def _made(kind: type[Body], body: Body, make: MakeJob, service: Service, number: str) -> Job:
@@ -335,10 +332,6 @@ def _made(kind: type[Body], body: Body, make: MakeJob, service: Service, number:
         raise Problem(400, "The body is nested too deeply.", code="invalid_value") from None
     except Exception as error:
         raise problem_of(error, number, names_of(kind)) from error
-
-
-def _stopping() -> Problem:
-    return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(AGAIN)})
 
 
 def _too_long(most: int) -> Problem:
@@ -449,7 +442,7 @@ async def _cancelled_without(receive: Receive, left: Callable[[], None]) -> Asyn
 
 
 class _Watched:
-    """Gives every request an id, writes one line of log for it, and counts it."""
+    """Gives every request an id and the time of its start, writes one line of log for it, and counts it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: set[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
@@ -460,7 +453,7 @@ class _Watched:
             return
         number, start, status, counted = f"req-{secrets.token_hex(8)}", time.monotonic(), 0, False
         path = scope["path"] if scope["path"] in self._paths else "other"
-        scope["request_id"] = number
+        scope["request_id"], scope["began"] = number, start
 
         async def watched(message: Message) -> None:
             nonlocal status, counted

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import InitErrorDetails
 
 from ...errors import nearest, short
+from ..sampling import PENALTIES
 from .problems import Problem
 
 #: Strings that end a text, at most.
@@ -26,6 +27,8 @@ _ANSWERS = 128
 _PROMPTS = 256
 #: Messages, tools, and ids or texts in other lists, at most.
 _MESSAGES, _TOOLS, _LISTED = 1 << 14, 1 << 10, 1 << 16
+#: Pairs of metadata, at most, as OpenAI has it.
+_METADATA = 16
 #: Findings that are told, at most.
 _FINDINGS = 5
 #: Letters of a place in a body that are told.
@@ -41,7 +44,6 @@ _REFUSED = {
     "audio": "this model writes text only",
     "prediction": "leave it out",
     "web_search_options": "give a tool that searches",
-    "metadata": "this server keeps no answers",
     "verbosity": "say it in a message",
     "guided_json": "use structured_outputs.json",
     "guided_choice": "use structured_outputs.choice",
@@ -149,18 +151,20 @@ class SamplingBody(Strict):
         None
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=10)] | None = None
     logit_bias: Annotated[dict[int, float] | None, _given(_bias)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_regex: str | None = None
-    user: str | None = None  # says who asks, and asks for nothing
+    # These say who asks and what for, and ask for nothing.
+    user: str | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=_METADATA)] | None = None
 
     @model_validator(mode="after")
     def _together(self) -> SamplingBody:
@@ -178,8 +182,14 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     skip_special_tokens: bool | None = None
     echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    best_of: Annotated[int, Field(ge=1, le=_ANSWERS)] | None = None
     suffix: None = None
+
+    @model_validator(mode="after")
+    def _all_of_the_best(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of equal to n: this server gives all answers that it makes")
+        return self
 
 
 class Named(Strict):
@@ -253,11 +263,12 @@ class ChatBody(SamplingBody):
     reasoning_effort: str | None = None
     thinking: ThinkingSwitch | None = None
     chat_template_kwargs: TemplateOptions | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # nothing here can ask for kept answers, so that they are not kept is not noticed
     service_tier: Literal["auto", "default"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     # As `user`; what prompts have in common is found without a key.
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     safety_identifier: str | None = None
 
     @model_validator(mode="after")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from ...errors import QueueFullError
-from ..completion import Completion
+from ..completion import Completion, Finish
 from ..serving.engine import Engine, Generation
 from ..serving.request import Request
 
 #: Seconds after which a prompt asks again for a place in a full queue, when others of its request have one.
 _AGAIN = 0.05
+#: Seconds that a request has which is late already: the engine ends it before the next step.
+_NONE_LEFT = 1e-9
 
 
 class Generations:
@@ -20,15 +24,15 @@ class Generations:
     So a client with many prompts is not sent away by a queue that is shorter than they are many, and leaves room for others.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        """Give the first request to the engine.
+    def __init__(self, engine: Engine, requests: Sequence[Request], deadline: float | None = None) -> None:
+        """Give the first request to the engine. All must have ended by ``deadline``, a time of ``time.monotonic``; None is any time.
 
         Raises:
             QueueFullError: it takes no more now.
             InputError: the request is wrong.
         """
-        self._engine, self._requests = engine, requests
-        self._taken = [engine.submit(requests[0])]
+        self._engine, self._requests, self._deadline = engine, requests, deadline
+        self._taken = [self._submitted(requests[0])]
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -38,7 +42,8 @@ class Generations:
             one.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Completion]]:
-        """Pieces, each with the number of its request. One that had not begun when somebody cancelled has one piece, which says so.
+        """Pieces, each with the number of its request. One that had not begun when somebody cancelled, or in time, has one
+        piece, which says so.
 
         Raises:
             FoldkvError: the engine failed.
@@ -55,7 +60,8 @@ class Generations:
                 async with places:
                     generation = self._taken[0] if number == 0 else await self._begun(self._requests[number])
                     if generation is None:
-                        came.put_nowait((number, Completion(0, "", (), "cancelled")))
+                        reason: Finish = "cancelled" if self._cancelled else "timeout"
+                        came.put_nowait((number, Completion(0, "", (), reason)))
                     else:
                         async for piece in generation:
                             came.put_nowait((number, piece))
@@ -80,11 +86,17 @@ class Generations:
             await asyncio.wait(tasks)
 
     async def _begun(self, request: Request) -> Generation | None:
-        while not self._cancelled:
+        while not self._cancelled and (self._deadline is None or time.monotonic() < self._deadline):
             try:
-                self._taken.append(self._engine.submit(request))
+                self._taken.append(self._submitted(request))
             except QueueFullError:
                 await asyncio.sleep(_AGAIN)
             else:
                 return self._taken[-1]
         return None
+
+    def _submitted(self, request: Request) -> Generation:
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            request = dataclasses.replace(request, timeout=max(left, _NONE_LEFT))
+        return self._engine.submit(request)

@@ -15,7 +15,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from ..buffers import plan_bytes
-from ..completion import Completion, Finish
+from ..completion import Completion, Finish, Usage
+from ..serving.prefixes import PrefixStats
 from .service import Service
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -68,6 +69,8 @@ _NEXT = (
     40,
     80,
 )
+#: Tokens, as vLLM has them: 1, 2 and 5 of every power of ten.
+_TOKENS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 _WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 
@@ -94,6 +97,13 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time of an answer's tokens after the first.", _NEXT
         )
         self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of an answer.", _WHOLE)
+        self._queue = histogram("request_queue_time_seconds", "From a prompt to its first slot.", _WHOLE)
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "From a prompt's first slot to its first token.", _WHOLE
+        )
+        self._decode = histogram("request_decode_time_seconds", "From an answer's first token to its last.", _WHOLE)
+        self._prompts = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._answers = histogram("request_generation_tokens", "New tokens of an answer.", _TOKENS)
         self._registry.register(_Engine(service))
         ProcessCollector(registry=self._registry)
 
@@ -107,15 +117,22 @@ class Metrics:
 
     def clock(self) -> Clock:
         """What measures the answers to a request that begins now."""
-        return Clock(*(one.labels(self._model) for one in (self._first, self._between, self._each, self._whole)))
+        return Clock(self, self._model)
 
 
 class Clock:
     """Measures the answers to one request."""
 
-    def __init__(self, first: Histogram, between: Histogram, each: Histogram, whole: Histogram) -> None:
-        """Starts now; gives the times to the histograms."""
-        self._to_first, self._between, self._each, self._whole = first, between, each, whole
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        """Starts now; gives times and tokens to the histograms."""
+        self._to_first, self._between, self._each, self._whole, self._queue, self._prefill, self._decode, self._prompts, self._answers = (
+            one.labels(model)
+            for one in (
+                metrics._first, metrics._between, metrics._each, metrics._whole, metrics._queue, metrics._prefill, metrics._decode,
+                metrics._prompts, metrics._answers,
+            )
+        )  # fmt: skip
+        self._begun = set[int]()
         self._start = time.monotonic()
         self._first: dict[tuple[int, int], float] = {}
         self._last: dict[tuple[int, int], float] = {}
@@ -135,8 +152,22 @@ class Clock:
             self._last[key], self._counts[key] = now, known + count
         if piece.finish_reason is not None:
             self._whole.observe(now - self._start)
+            if key in self._first:
+                self._decode.observe(self._last[key] - self._first[key])
+            if piece.usage is not None:
+                self._ended(prompt, piece.usage)
             if self._counts.get(key, 0) > 1:
                 self._each.observe((self._last[key] - self._first[key]) / (self._counts[key] - 1))
+
+    def _ended(self, prompt: int, usage: Usage) -> None:
+        self._answers.observe(usage.completion_tokens)
+        if prompt in self._begun:  # what a prompt took counts once, however many answers it has
+            return
+        self._begun.add(prompt)
+        self._prompts.observe(usage.prompt_tokens)
+        self._queue.observe(usage.queue_seconds)
+        if usage.prefill_seconds is not None:
+            self._prefill.observe(usage.prefill_seconds)
 
 
 class _Engine(Collector):
@@ -157,14 +188,19 @@ class _Engine(Collector):
 
         yield one(GaugeMetricFamily, "num_requests_running", "Answers that have a slot.", stats.running)
         yield one(GaugeMetricFamily, "num_requests_waiting", "Requests that wait for a slot.", stats.waiting)
+        room = self._service.slots * self._service.context
+        yield one(
+            GaugeMetricFamily, "kv_cache_usage_perc", "Tokens in all slots, of those that they have room for; 1 is full.",
+            stats.held_tokens / room,
+        )  # fmt: skip
         yield one(CounterMetricFamily, "prompt_tokens", "Tokens of prompts that were begun.", stats.prompt_tokens)
         yield one(CounterMetricFamily, "generation_tokens", "New tokens.", stats.new_tokens)
         yield one(
-            CounterMetricFamily, "prefix_cache_queries", "Tokens of prompts that were looked for in the prefix index.",
+            CounterMetricFamily, "prefix_cache_queries", "Tokens (not requests, as vLLM has it) that were looked for in the prefix index.",
             stats.looked_up_tokens,
         )  # fmt: skip
         yield one(
-            CounterMetricFamily, "prefix_cache_hits", "Tokens of prompts whose state was taken from the prefix index.",
+            CounterMetricFamily, "prefix_cache_hits", "Tokens (not requests) whose state was taken from the prefix index.",
             stats.cached_tokens,
         )  # fmt: skip
         ended = CounterMetricFamily(
@@ -180,15 +216,30 @@ class _Engine(Collector):
             state.add_metric([*model, group], count)
         yield state
         if stats.prefixes is not None:
-            yield one(
-                GaugeMetricFamily, "snapshot_bytes", "Bytes of kept states in memory.", stats.prefixes.memory_bytes
-            )
-            yield one(
-                GaugeMetricFamily, "snapshot_disk_bytes", "Bytes of kept states on disk.", stats.prefixes.disk_bytes
-            )
-            yield one(
-                CounterMetricFamily,
-                "snapshot_evictions",
-                "States that left memory for lack of room.",
-                stats.prefixes.evictions,
-            )
+            yield from self._kept(stats.prefixes)
+
+    def _kept(self, kept: PrefixStats) -> Iterator[Metric]:
+        """The index of kept states."""
+        model = self._service.name
+        lookups = CounterMetricFamily(
+            "foldkv:prefix_cache_lookups", "Lookups in the prefix index: exact hits, other hits, misses.", labels=["model_name", "result"]
+        )  # fmt: skip
+        for result, count in (
+            ("exact_hit", kept.exact_hits),
+            ("hit", kept.hits - kept.exact_hits),
+            ("miss", kept.misses),
+        ):
+            lookups.add_metric([model, result], count)
+        yield lookups
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "snapshot_entries", "Kept states.", kept.entries),
+            (GaugeMetricFamily, "snapshot_bytes", "Bytes of kept states in memory.", kept.memory_bytes),
+            (GaugeMetricFamily, "snapshot_disk_bytes", "Bytes of kept states on disk.", kept.disk_bytes),
+            (CounterMetricFamily, "snapshot_evictions", "States that left memory for lack of room.", kept.evictions),
+            (CounterMetricFamily, "snapshot_disk_evictions", "States that left the disk for lack of room.", kept.disk_evictions),
+            (CounterMetricFamily, "snapshot_damaged", "Files that were deleted because they were damaged.", kept.damaged),
+            (CounterMetricFamily, "snapshot_unwritten", "States that were not written: no room, or the disk is too slow.", kept.unwritten),
+        ):  # fmt: skip
+            family = kind(f"foldkv:{name}", text, labels=["model_name"])
+            family.add_metric([model], value)
+            yield family

@@ -77,6 +77,18 @@ def problem_of(error: BaseException, request: str, fields: frozenset[str] = froz
     return Problem(500, f"The server failed; its log says why under error {number}.", code="internal_error")
 
 
+def stopping() -> Problem:
+    """The server takes no more requests."""
+    return Problem(503, "The server is stopping.", code="stopping", headers={"retry-after": str(AGAIN)})
+
+
+def too_many(what: str) -> Problem:
+    """Nothing more fits now; ``what`` begins the sentence."""
+    return Problem(
+        429, f"{what}, as many as may. Try again later.", code="queue_full", headers={"retry-after": str(AGAIN)}
+    )
+
+
 def to_json(facts: Any) -> bytes:
     """JSON in UTF-8. Half characters, which a client may have sent, are written as escapes."""
     try:

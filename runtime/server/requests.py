@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def _job(
             logprobs=logprobs,
             skip_special_tokens=skip_special_tokens,
             constraint=constraint,
-            timeout=service.timeout,
+            exact=service.exact,
             id=name if len(prompts) == 1 else f"{name}-{number}",
         )
         for number, prompt in enumerate(prompts)
@@ -182,7 +183,7 @@ def _sampling(body: SamplingBody, vocabulary: int) -> Sampling:
     return Sampling(
         temperature=_or(body.temperature, 1.0),
         top_k=top_k,
-        top_p=_or(body.top_p, 1.0),
+        top_p=max(_or(body.top_p, 1.0), sys.float_info.min),  # 0 is the most probable token alone, as for OpenAI
         min_p=_or(body.min_p, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),

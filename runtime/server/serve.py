@@ -25,6 +25,7 @@ from ..serving.engine import Engine
 from ..serving.grammar_check import checker
 from ..tokenizer import Tokenizer
 from .app import Application, Limits
+from .connections import connection
 from .keys import Keys
 from .service import Service
 
@@ -95,11 +96,13 @@ class Prefixes:
         memory: bytes in memory.
         folder: on disk, for later servers too.
         disk: bytes of the folder.
+        exact: use and keep only states that have the bits of a run without any; otherwise also those after prompts and answers.
     """
 
     memory: int | None = None
     folder: Path | None = None
     disk: int | None = None
+    exact: bool = True
 
     def open(self, model: Model, chunk: int) -> PrefixIndex | None:
         """The index for a model that is fed in such chunks.
@@ -110,6 +113,10 @@ class Prefixes:
         if self.disk is not None and self.folder is None:
             raise InputError("--prefix-disk is the room of --prefix-folder. Give that, too.")
         if self.memory is None and self.folder is None:
+            if not self.exact:
+                raise InputError(
+                    "--no-prefix-exact says which states are kept, and none are. Give --prefix-memory or --prefix-folder, too."
+                )
             return None
         from ..serving.prefixes import PrefixIndex
 
@@ -241,6 +248,7 @@ def serve(
             timeout,
             index,
             free_grammars,
+            prefixes.exact,
         )
         application = Application(service, limits, only_here=_only_here(listening))
         stack.callback(application.close)
@@ -281,9 +289,11 @@ class Server(uvicorn.Server):
         self, application: Application, *, grace: float = 30.0, ready: Callable[[], None] = lambda: None
     ) -> None:
         """``ready`` is called once requests are answered."""
+        limits = application.limits
         super().__init__(
             uvicorn.Config(
-                application.asgi, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+                application.asgi, http=connection(limits.connections, limits.head_timeout, limits.send_timeout),
+                log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
                 proxy_headers=False, timeout_graceful_shutdown=int(_LAST_WORDS),
             )
         )  # fmt: skip
@@ -340,17 +350,16 @@ def _signals(server: Server) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging() -> Iterator[None]:
-    """A line on stderr for every request, and for what fails with what led to it."""
-    log = logging.getLogger(__package__)
+    """Lines on stderr, with their time: for every request, for what fails with what led to it, and for what uvicorn warns of."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level, passes = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, level in (("foldkv", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+            log = logging.getLogger(name)
+            stack.callback(log.setLevel, log.level)
+            stack.callback(setattr, log, "propagate", log.propagate)
+            stack.callback(log.removeHandler, handler)
+            log.addHandler(handler)
+            log.setLevel(level)
+            log.propagate = False  # the command line has a handler of its own, without the time
         yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = passes

@@ -28,9 +28,10 @@ class Service:
         slots: sequences that run at once.
         chat: how the model reads conversations; None if nobody knows.
         no_chat: why not.
-        timeout: seconds that a request may take; None for any.
+        timeout: seconds that a request may take from its arrival, with all of its prompts; None for any.
         prefixes: states that prompts may begin with.
         free_grammars: clients may write grammars by hand, and not only schemas, patterns and choices.
+        exact: take only states that have the bits of a run without any; otherwise also those after prompts and answers.
         created: when the server began, in seconds since 1970.
     """
 
@@ -44,6 +45,7 @@ class Service:
     timeout: float | None = None
     prefixes: PrefixIndex | None = None
     free_grammars: bool = True
+    exact: bool = True
     created: int = field(default_factory=lambda: int(time()))
 
     @property

@@ -32,6 +32,7 @@ class Group:
         deadline: when it must have ended; None for never.
         cancelled: whether nobody wants it any more; any thread may set it.
         cached: tokens of the prompt that were not fed.
+        began: when the first of them had a slot; None before.
         first_token: when the first token was chosen; None before.
         tokenizer: gives the text; None for none.
         failed: whether it ended with an error.
@@ -45,6 +46,7 @@ class Group:
         self.arrived = time.monotonic()
         self.deadline = None if checked.request.timeout is None else self.arrived + checked.request.timeout
         self.cancelled, self.cached = False, 0
+        self.began: float | None = None
         self.first_token: float | None = None
         self.failed = self.logged = False
         self.counts = Counts()
@@ -101,6 +103,8 @@ class Answer:
     def begin(self, slot: int) -> None:
         """Take a slot. A constraint that cannot be made ends the request."""
         request, self.slot = self.group.checked.request, slot
+        if self.group.began is None:
+            self.group.began = time.monotonic()
         self._sampler = Sampler(request.sampling, self.index, self.prompt)
         self._writer = Writer(
             self.index,
@@ -184,5 +188,9 @@ class Answer:
     def _give_last(self, piece: Completion) -> None:
         assert piece.finish_reason is not None, "it is the last one"
         self.note_end(piece.finish_reason)
-        usage = Usage(len(self.prompt), self.group.cached, self.count)
+        began, first = self.group.began, self.group.first_token
+        usage = Usage(
+            len(self.prompt), self.group.cached, self.count, (time.monotonic() if began is None else began) - self.group.arrived,
+            None if first is None or began is None else first - began,
+        )  # fmt: skip
         self.group.give(dataclasses.replace(piece, usage=usage))

@@ -44,6 +44,7 @@ class Stats:
         slots: completions that can run at once.
         running: completions that have a slot.
         waiting: requests that have not begun.
+        held_tokens: tokens in the caches of all slots, each of which has room for the engine's context.
         prompt_tokens: tokens of prompts that were begun.
         cached_tokens: those of them that were not fed.
         looked_up_tokens: tokens of prompts for which a kept state was looked for.
@@ -58,6 +59,7 @@ class Stats:
     slots: int
     running: int
     waiting: int
+    held_tokens: int
     prompt_tokens: int
     cached_tokens: int
     looked_up_tokens: int
@@ -315,7 +317,7 @@ class Engine:
         """What it does and did; any thread may ask at any time."""
         counts, scheduler = self._scheduler.counts, self._scheduler
         return Stats(
-            self.slots, scheduler.running, self._waiting(), counts.prompt_tokens, counts.cached_tokens,
+            self.slots, scheduler.running, self._waiting(), scheduler.held_tokens, counts.prompt_tokens, counts.cached_tokens,
             counts.looked_up_tokens, counts.new_tokens, counts.decode_steps, counts.chunk_steps, counts.seconds, counts.model_seconds,
             dict(Counter(counts.finished)), self._session.state_bytes, None if self._prefixes is None else self._prefixes.stats(),
         )  # fmt: skip

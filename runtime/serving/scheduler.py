@@ -64,6 +64,11 @@ class Scheduler:
         return sum(answer is not None for answer in self._slots)
 
     @property
+    def held_tokens(self) -> int:
+        """Tokens in the caches of all slots."""
+        return sum(answer.fed for answer in self._slots if answer is not None)
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self._waiting or self._forks) or self.running > 0

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from foldkv.errors import InputError
 from foldkv.runtime import detokenizer
-from foldkv.runtime.detokenizer import possible_start
+from foldkv.runtime.detokenizer import possible_start, token_bytes
 from foldkv.runtime.tokenizer import Tokenizer
 
 Make = Callable[[Any], Tokenizer]
@@ -156,6 +156,13 @@ def test_a_character_comes_with_its_last_token_and_a_word_at_once(make: Make) ->
     assert [stream.push(token) for token in tokens] == ["a", "", "", "", "", "😀ab"]
     # A byte more, and none of the run is text: the library decides over a run as a whole.
     assert pieces(fallback, [*tokens[:5], 1 + 0xFF]) == fallback.decode([*tokens[:5], 1 + 0xFF]) == "a" + "\ufffd" * 5
+
+
+@pytest.mark.parametrize("kind", [byte_fallback, byte_level])
+def test_the_bytes_of_tokens_are_together_those_of_the_text(make: Make, kind: Callable[[], Any]) -> None:
+    tokenizer, text = make(kind()), "a😀éb"
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text) and b"".join(token_bytes(tokenizer, one) or b"?" for one in tokens) == text.encode()
 
 
 def test_what_follows_a_prompt_keeps_its_leading_space(make: Make) -> None:

@@ -59,6 +59,7 @@ def test_a_seed_and_a_request_fix_the_draws() -> None:
         {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")}, {"top_p": True}, {"top_p": None}, {"seed": -1},
         {"seed": 1.0}, {"seed": False}, {"seed": None}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": None}, {"presence_penalty": 2.1},
         {"frequency_penalty": float("nan")}, {"frequency_penalty": -3}, {"repetition_penalty": 0}, {"repetition_penalty": float("inf")},
+        {"repetition_penalty": 1e-50}, {"repetition_penalty": 1e39}, {"logit_bias": {1: 1e39}}, {"temperature": 10**400},
         {"logit_bias": {"1": 1.0}}, {"logit_bias": {1: float("inf")}}, {"logit_bias": {-1: 1.0}}, {"logit_bias": [1]}, {"logit_bias": {1: True}},
     ],
 )  # fmt: skip
@@ -84,6 +85,17 @@ def test_min_p_keeps_what_is_probable_enough_beside_the_likeliest() -> None:
         tokens, probabilities = distribution(LOGITS, Sampling(temperature=1.5, min_p=least))
         assert set(tokens) == set(np.flatnonzero(p >= least * p.max()))
         np.testing.assert_allclose(probabilities, p[tokens] / p[tokens].sum())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_settings_make_infinite_are_told_as_such(temperature: float) -> None:
+    """Each value is fine alone: 3e38 is finite in float32, and 3e38 / 0.01 is not."""
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=0.01, logit_bias={1: 3e38}), prompt=[1])
+    with pytest.raises(InputError, match="logit_bias and repetition_penalty"):
+        sampler(LOGITS)
+    only = np.arange(len(LOGITS)) == 2
+    with pytest.raises(InputError, match="finite logit"):
+        Sampler(Sampling(temperature=temperature))(np.where(only, np.float32(-np.inf), LOGITS), only)
 
 
 @given(

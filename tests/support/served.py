@@ -76,6 +76,7 @@ def serving(
     max_queue: int = 8,
     timeout: float | None = 60,
     prefixes: int = 0,
+    exact: bool = True,
     chat: ChatFormat | None = None,
 ) -> Iterator[Service]:
     """A service over an engine of its own, which keeps so many bytes of states."""
@@ -90,4 +91,4 @@ def serving(
             )
         )  # fmt: skip
         format = chat or chat_format("v4-0731")
-        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, format, timeout=timeout, prefixes=index)
+        yield Service(engine, tokenizer, "tiny", CONTEXT, slots, format, timeout=timeout, prefixes=index, exact=exact)

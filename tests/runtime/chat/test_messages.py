@@ -123,6 +123,14 @@ def test_what_clients_send_back_is_taken() -> None:
     assert message.tool_calls[0].arguments == '{"b": 1, "a": "é"}' and message.tool_calls[0].id == "x"
 
 
+def test_what_an_assistant_refused_with_is_what_it_said() -> None:
+    said = {"type": "refusal", "refusal": "No."}
+    rows = [{"role": "assistant", "content": [said]}, {"role": "assistant", "content": None, "refusal": "No."}]
+    assert [message.content for message in read_messages(rows)] == ["No.", "No."]
+    with pytest.raises(InputError, match=r"messages\[0\]\.content\[0\]"):
+        read_messages([{"role": "user", "content": [said]}])
+
+
 def test_typed_ones_stay_and_own_what_they_hold() -> None:
     schema = {"name": "f", "parameters": {"type": "object"}}
     (tool,) = read_tools([{"function": schema}])

@@ -121,10 +121,18 @@ def test_nothing_of_a_stream_is_kept(served: Any) -> None:
         assert chunks == 1500 and told[2] - told[0] < 20_000
 
 
-def test_half_characters_have_no_bytes_and_what_cannot_come_has_a_number(served: Any) -> None:
-    row = TokenLogprob(195, -0.1, ((195, -0.1), (65, float("-inf"))))
+def test_half_characters_have_their_bytes_and_what_cannot_come_has_a_number(served: Any) -> None:
+    """These are the bytes of é. Clients put them together, which no text of either could do."""
+    row = TokenLogprob(195, -0.1, ((195, -0.1), (169, -0.5), (65, float("-inf"))))
     given = [Completion(0, "", (195,), logprobs=(row,)), *pieces([], "length")]
     told = whole(served, given, logprobs=True).choices[0].logprobs
     assert told is not None and told.content is not None
-    assert told.content[0].bytes is None and told.content[0].top_logprobs[1].logprob == -9999.0
-    assert told.content[0].top_logprobs[1].bytes == [65]
+    top = [(one.token, one.bytes, one.logprob) for one in told.content[0].top_logprobs]
+    assert top == [("\\xc3", [195], -0.1), ("\\xa9", [169], -0.5), ("A", [65], -9999.0)]
+    assert (told.content[0].token, told.content[0].bytes) == ("\\xc3", [195])
+    text = Answer(dataclasses.replace(job(stream=False, logprobs=True), parser=None), served)
+    for piece in given:
+        text.feed(0, piece)
+    (rows,) = [choice["logprobs"] for choice in text.whole()["choices"]]
+    assert rows["tokens"] == ["bytes:\\xc3"]
+    assert rows["top_logprobs"] == [{"bytes:\\xc3": -0.1, "bytes:\\xa9": -0.5, "A": -9999.0}]

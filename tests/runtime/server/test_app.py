@@ -180,6 +180,46 @@ def test_what_prompts_have_in_common_is_fed_once_and_counted(running: Running) -
     assert grown["foldkv:prefix_cache_hits_total", ""] == cached
     assert grown["foldkv:prefix_cache_queries_total", ""] == 2 * len(talk) + 2
     assert metrics(running)["foldkv:snapshot_bytes", ""] > 0
+    lookups = {name: grown["foldkv:prefix_cache_lookups_total", name] for name in ("exact_hit", "hit", "miss")}
+    assert lookups == {"exact_hit": 1, "hit": 0, "miss": 1} and grown["foldkv:snapshot_entries", ""] > 0
+    for name in ("evictions", "disk_evictions", "damaged", "unwritten"):
+        assert grown[f"foldkv:snapshot_{name}_total", ""] == 0
+
+
+def test_what_clients_send_and_nothing_here_depends_on_is_taken(running: Running) -> None:
+    client = running.client()
+    plain = client.chat.completions.create(**TALK).choices[0].message
+    refused: Any = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    more: Any = {
+        "metadata": {"run": "7"},
+        "store": True,
+        "prompt_cache_retention": "24h",
+        "user": "me",
+        "safety_identifier": "x",
+    }
+    assert client.chat.completions.create(**TALK, **more).choices[0].message == plain
+    talk = [*TALK["messages"], refused, *TALK["messages"]]
+    assert client.chat.completions.create(**{**TALK, "messages": talk}).usage is not None
+    both = client.completions.create(**ASKED, n=2, best_of=2).choices
+    # As OpenAI has it, 0 leaves the most probable token alone.
+    only = client.completions.create(**{**ASKED, "temperature": 1.9, "top_p": 0, "seed": 1}).choices[0].text
+    assert [choice.text for choice in both] == [only, only]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_conversation_goes_on_where_it_ended_if_the_server_was_told_so(model: Model, exact: bool) -> None:
+    """It is shorter than a chunk, so no state of it is exact."""
+    plain: Any = {**TALK, "extra_body": {"chat_template_kwargs": {"thinking": False}}}
+    with serving(model, prefixes=64 << 20, exact=exact) as service, answering(service) as running:
+        first = running.client().chat.completions.create(**plain)
+        said, more = first.choices[0].message.content, {"role": "user", "content": "And?"}
+        talk = [*TALK["messages"], {"role": "assistant", "content": said}, more]
+        second = running.client().chat.completions.create(**{**plain, "messages": talk})
+        assert first.usage is not None and second.usage is not None and second.usage.prompt_tokens_details is not None
+        # The last token of an answer is never fed.
+        kept = 0 if exact else first.usage.total_tokens - 1
+        assert second.usage.prompt_tokens_details.cached_tokens == kept
+        assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
 def test_models_and_what_the_server_is(running: Running) -> None:
@@ -275,10 +315,25 @@ def test_metrics_count_what_was_answered(running: Running) -> None:
     assert grown["foldkv:time_to_first_token_seconds_count", ""] == 3
     assert grown["foldkv:inter_token_latency_seconds_count", ""] == 3 * 15
     assert grown["foldkv:e2e_request_latency_seconds_count", ""] == 3
+    # A prompt counts once, however many answers it has.
+    times = {name: (grown[f"foldkv:{name}_count", ""], grown[f"foldkv:{name}_sum", ""]) for name in (
+        "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
+        "request_generation_tokens", "e2e_request_latency_seconds",
+    )}  # fmt: skip
+    assert times["request_prompt_tokens"] == (2, 2 * len(TEXT)) and times["request_generation_tokens"] == (3, 3 * 16)
+    whole = times.pop("e2e_request_latency_seconds")[1]
+    for name, answers in (("queue", 2), ("prefill", 2), ("decode", 3)):
+        count, seconds = times[f"request_{name}_time_seconds"]
+        assert count == answers and 0 < seconds < whole, name
     assert grown["foldkv:http_requests_total", "/v1/completions200"] == 2
     assert idle(running)
     after = metrics(running)
     assert after["foldkv:num_requests_running", ""] == after["foldkv:num_requests_waiting", ""] == 0
+    assert after["foldkv:kv_cache_usage_perc", ""] == 0
+    with running.client().completions.create(**{**ASKED, "max_tokens": 200}, stream=True) as stream:
+        next(stream)
+        used = metrics(running)["foldkv:kv_cache_usage_perc", ""]
+    assert len(TEXT) <= used * 2 * CONTEXT <= len(TEXT) + 200 and idle(running)
     states = {label: value for (name, label), value in after.items() if name == "foldkv:state_bytes"}
     assert states == plan_bytes(running.service.engine.model.bundle.state, CONTEXT, 2)
 
@@ -423,6 +478,8 @@ def test_slow_bodies_hold_up_no_others_and_are_limited(
         thread.start()
     assert until(lambda: len(running.application._readers._running) == len(threads))
     assert http().get(f"{running.url}/health").status_code == 200
+    ready = http().get(f"{running.url}/ready")
+    assert ready.status_code == 503 and "wait to be read" in ready.json()["reasons"][0]
     with pytest.raises(openai.RateLimitError, match="wait to be read") as refused:
         running.client().completions.create(**asked)
     assert int(refused.value.response.headers["retry-after"]) >= 1
@@ -440,7 +497,7 @@ def test_what_is_too_much_to_keep_can_be_streamed(running: Running) -> None:
 
 def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> None:
     long: Any = {**ASKED, "max_tokens": 450}
-    with serving(model, slots=1, timeout=0.05) as service, answering(service, Limits(body_timeout=1)) as running:
+    with serving(model, slots=1, timeout=0.05) as service, answering(service) as running:
         with pytest.raises(openai.APIStatusError) as late:
             running.client().completions.create(**long)
         assert late.value.status_code == 504 and late.value.code == "timeout"
@@ -452,12 +509,65 @@ def test_an_answer_or_a_body_that_takes_too_long_is_a_timeout(model: Model) -> N
             *chunks, last = [json.loads(row.removeprefix("data: ")) for row in rows]
             assert last["error"]["code"] == "timeout", "and no [DONE]"
             assert all(one["choices"][0]["finish_reason"] is None for one in chunks), "OpenAI has no reason for this"
+    with serving(model, slots=1) as service, answering(service, Limits(body_timeout=0.3)) as running:
         host, port = running.url.removeprefix("http://").split(":")
         with closing(socket.create_connection((host, int(port)))) as connection:
             head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
             connection.sendall(head)
             answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
         assert answer.startswith(b"HTTP/1.1 408") and b'"code":"timeout"' in answer
+
+
+def test_one_deadline_is_over_the_body_its_reading_the_queue_and_all_prompts(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, real, limit = threading.Event(), Tokenizer.encode, 0.5
+
+    def encode(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        if text == "slow":
+            free.wait(30)
+        return real(self, text, **options)
+
+    def late(running: Running, **asked: Any) -> None:
+        before = time.monotonic()
+        with pytest.raises(openai.APIStatusError) as refused:
+            running.client().completions.create(**{**ASKED, **asked})
+        assert (refused.value.status_code, refused.value.code) == (504, "timeout")
+        assert time.monotonic() - before < 2.5 * limit
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with serving(model, slots=1, max_queue=1, timeout=limit) as service, answering(service) as running:
+        late(running, prompt="slow")
+        assert running.application._readers.count == 1, "it still takes its thread"
+        free.set()
+        assert until(lambda: running.application._readers.count == running.application._held == 0)
+        late(running, prompt=[f"x = {number}" for number in range(40)], max_tokens=60)
+        assert idle(running)
+        host, port = running.url.removeprefix("http://").split(":")
+        with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+            )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 504")
+        assert running.application._held == 0
+
+
+def test_bodies_that_arrive_are_counted_all_together(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "_HELD", 1)
+    most, part = running.application.limits.max_body, b" " * (33 << 10)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {most}\r\n\r\n"
+    )
+    host, port = running.url.removeprefix("http://").split(":")
+    with closing(socket.create_connection((host, int(port)), timeout=5)) as connection:
+        connection.sendall(head.encode() + part)
+        assert until(lambda: running.application._held == len(part))
+        answer = http().post(
+            f"{running.url}/v1/completions", content=part + b"{}", headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
+        assert until(lambda: running.application._held == len(part))
+    assert until(lambda: running.application._held == 0)
 
 
 def test_a_stop_lets_answers_end_and_takes_no_new_ones(model: Model) -> None:
@@ -486,10 +596,12 @@ def test_pages_of_others_ask_only_where_the_server_was_told_so(running: Running,
         asked = {
             **origin,
             "access-control-request-method": "POST",
-            "access-control-request-headers": "authorization,content-type",
+            # What OpenAI's client for JavaScript sends.
+            "access-control-request-headers": "authorization,content-type,x-stainless-arch,x-stainless-retry-count,x-stainless-timeout",
         }
         allowed = http().options(f"{other.url}/v1/completions", headers=asked)
-        assert allowed.status_code == 200 and "authorization" in allowed.headers["access-control-allow-headers"].lower()
+        assert allowed.status_code == 200, allowed.text
+        assert allowed.headers["access-control-allow-headers"] == asked["access-control-request-headers"]
         refused = http().post(f"{other.url}/v1/completions", headers=origin, content=b"{}")
         assert refused.status_code == 415 and "access-control-allow-origin" in refused.headers
         assert http().get(f"{other.url}/").status_code == 404

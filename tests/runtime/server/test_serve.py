@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import socket
@@ -17,7 +18,7 @@ from foldkv import packages
 from foldkv.cli import main
 from foldkv.errors import InputError
 from foldkv.runtime import load_bundle
-from foldkv.runtime.server.serve import Address, Prefixes, Sizes, find_chat, model_name
+from foldkv.runtime.server.serve import Address, Prefixes, Sizes, _logging, find_chat, model_name
 
 
 def run(*arguments: object) -> Result:
@@ -38,6 +39,8 @@ def test_what_is_wrong_is_told_before_a_model_is_opened(tmp_path: Path) -> None:
 def test_the_prefix_index_needs_a_folder_for_room_on_disk() -> None:
     with pytest.raises(InputError, match="--prefix-folder"):
         Prefixes(disk=1 << 20).open(None, 1)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--prefix-memory"):
+        Prefixes(exact=False).open(None, 1)  # type: ignore[arg-type]
     assert Prefixes().open(None, 1) is None  # type: ignore[arg-type]
 
 
@@ -65,6 +68,18 @@ def refused(client: OpenAI) -> None:
         client.completions.create(model="mine", prompt="x", extra_body={"structured_outputs": {"json": schema}})
 
 
+def test_every_part_of_a_server_logs_with_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with _logging():
+        for name in ("foldkv.serving", "foldkv.runtime.serving.prefix_files", "uvicorn.error"):
+            logging.getLogger(name).warning("from %s", name)
+    logging.getLogger("foldkv.serving").warning("after it")
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d [\d:,]+ WARNING ", "", line) for line in lines[:3]] == [
+        "from foldkv.serving", "from foldkv.runtime.serving.prefix_files", "from uvicorn.error",
+    ]  # fmt: skip
+    assert not [line for line in lines[3:] if " WARNING " in line]
+
+
 @pytest.mark.slow
 def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bundle: Path) -> None:
     options = (
@@ -90,7 +105,8 @@ def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bu
         assert found, (line, process.stderr and process.stderr.read())
         with OpenAI(base_url=f"{found[1]}/v1", api_key="-", max_retries=0, timeout=60) as client:
             stream = client.completions.create(model="mine", prompt="def f(", max_tokens=80, temperature=0, stream=True)
-            text = next(stream).choices[0].text
+            first = next(stream)
+            text = first.choices[0].text
             hostile = threading.Thread(target=refused, args=(client,))  # it took for ever, and the end waited for it
             hostile.start()
             process.send_signal(signal.SIGTERM)
@@ -98,5 +114,11 @@ def test_the_command_answers_until_a_signal_and_lets_the_last_answer_end(tiny_bu
             hostile.join(30)
         out, err = process.communicate(timeout=60)
     assert len(text) == 80 and process.returncode == 0 and out == ""
-    assert re.search(r"POST '/v1/completions' 200 .* 6 tokens \(0 cached\) \+ 80 new, length", err)
+    # One line of the server and one of the engine, both with the id that the client has.
+    head = r"^\d{4}-\d\d-\d\d [\d:,]+ INFO "
+    what = (
+        rf"req-\w+ 127\.0\.0\.1 POST '/v1/completions' 200 [\d.]+ s {first.id} 6 tokens \(0 cached\) \+ 80 new, length"
+    )
+    assert re.search(f"{head}{what}$", err, re.MULTILINE), err
+    assert re.search(f"{head}request {first.id}: 6 prompt tokens, .*", err, re.MULTILINE), err
     assert "Traceback" not in err and "error" not in err.lower()
