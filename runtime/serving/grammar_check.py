@@ -84,8 +84,7 @@ class Session:
             self._entered = True
         answer: dict[str, Any] = {}
         with contextlib.suppress(_EndedError):
-            if self._era == self._checker.era:
-                answer = self._checker.ask({**message, "limits": {"seconds": SECONDS, "memory": MEMORY}})
+            answer = self._checker.ask({**message, "limits": {"seconds": SECONDS, "memory": MEMORY}}, self._era)
         if self._era != self._checker.era:
             raise QueueFullError("no more grammars are tried here, because the process ends")
         if not answer:
@@ -103,7 +102,8 @@ class Session:
         if self._entered:
             self._entered = False
             try:
-                self._checker.ask({"end_session": True})
+                with contextlib.suppress(_EndedError):  # it has forgotten the session with everything else
+                    self._checker.ask({"end_session": True}, self._era)
             finally:
                 self._checker.lock.release()
 
@@ -144,14 +144,16 @@ class Checker:
         finally:
             session.end()
 
-    def ask(self, message: dict[str, Any]) -> Any:
-        """An answer of the process; the caller has the lock. ``limit`` in it says what was reached."""
+    def ask(self, message: dict[str, Any], era: int) -> Any:
+        """An answer of the process for a session of an era; the caller has the lock. ``limit`` in it says what was reached."""
         end = time.monotonic() + _PATIENCE
         try:
             if self._process is None or self._process.poll() is not None:
                 if "end_session" in message:
                     return {}
                 self._start()
+            if self.era != era:  # only now: an interruption ends a process that is there, and not one that starts after it
+                raise _EndedError
             for old in self._known - self._vocabularies.keys():
                 self._known.discard(old)
                 self._exchange({"forget": old}, end)
