@@ -7,6 +7,8 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from foldkv.errors import CapacityError, FoldkvError, InputError, QueueFullError
 from foldkv.runtime import Completion, Model, Sampling, Session, Tokenizer, Usage
 from foldkv.runtime.serving import Engine, PrefixIndex, Request
 from foldkv.runtime.serving.answer import Group
+from foldkv.runtime.serving.prefix_files import PrefixFolder
 from foldkv.runtime.serving.request import check_request
 from foldkv.runtime.serving.scheduler import Scheduler, is_kept
 
@@ -254,6 +257,32 @@ def test_answers_keep_to_their_constraint(engine: Engine) -> None:
     assert beside.result()[0].finish_reason == "length", "others go on"
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_completion_that_fails_ends_the_others_of_its_request_in_the_same_step(model: Model, invariant: bool) -> None:
+    """Also if that step would have given them their last token."""
+    made = list[OnlyDigits]()
+
+    class Limited(OnlyDigits):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+        def took(self, token: int) -> None:
+            super().took(token)
+            if self is made[0] and self.left == 1:
+                raise RuntimeError("broken")
+
+    given = list[Completion | BaseException]()
+    request = Request(prompt(9), max_new_tokens=2, n=3, constraint=Limited, stop_tokens=NEVER)
+    with Session(model, context=CONTEXT, batch=3, chunk=CHUNK) as session:
+        scheduler = Scheduler(session, batch_invariant=invariant)
+        scheduler.add(Group(check_request(request, model.bundle, None, CONTEXT), "", None, given.append))
+        while scheduler.busy:
+            scheduler.step()
+        assert scheduler.counts.finished == {"error": 3} and scheduler.counts.new_tokens == 3
+    assert isinstance(given[-1], RuntimeError), "nothing comes after the error"
+
+
 def test_who_leaves_early_leaves_at_once(engine: Engine) -> None:
     endless = Request(prompt(20), stop_tokens=NEVER)
     stream = engine.stream(endless)
@@ -401,37 +430,93 @@ def test_what_a_client_has_been_given_is_counted(model: Model) -> None:
         assert scheduler.counts.finished == {"length": 2}
 
 
+@dataclass
+class Disk:
+    """A disk that gives nothing while it is ``stuck``."""
+
+    folder: Path
+    free: threading.Event = field(default_factory=threading.Event)
+    asked: threading.Event = field(default_factory=threading.Event)
+    readers: list[str] = field(default_factory=list)  # names of threads
+
+    @contextmanager
+    def stuck(self) -> Iterator[None]:
+        self.free.clear(), self.asked.clear(), self.readers.clear()
+        try:
+            yield
+        finally:
+            self.free.set()
+
+
+#: After this and anything else a state of 2 chunks is on the disk.
+SHARED = prompt(2 * CHUNK + 5, 3)
+
+
+@pytest.fixture
+def disk(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk, load = Disk(tmp_path / "kept"), PrefixFolder._load
+    with kept(model, disk) as prefixes, Engine(model, context=CONTEXT, chunk=CHUNK, prefixes=prefixes) as engine:
+        engine.complete(Request(SHARED, 1, stop_tokens=NEVER))
+
+    def slow(self: PrefixFolder, path: Path, key: Any) -> Any:
+        disk.readers.append(threading.current_thread().name)
+        disk.asked.set()
+        assert disk.free.wait(10)
+        return load(self, path, key)
+
+    monkeypatch.setattr(PrefixFolder, "_load", slow)
+    return disk
+
+
+def kept(model: Model, disk: Disk) -> PrefixIndex:
+    """No state has room in memory."""
+    return index(model, memory_bytes=1000, folder=disk.folder, disk_bytes=1 << 24)
+
+
+def test_reading_a_kept_state_from_disk_holds_up_nobody_else(model: Model, disk: Disk) -> None:
+    def request(more: int, **options: Any) -> Request:
+        return Request([*SHARED, more], 2, stop_tokens=NEVER, **options)
+
+    with kept(model, disk) as prefixes, Engine(
+        model, slots=3, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+    ) as engine:  # fmt: skip
+        with disk.stuck():
+            reading = [engine.submit(request(1)), engine.submit(request(2))]
+            assert disk.asked.wait(10)
+            [other] = engine.complete(Request(prompt(9), 3, stop_tokens=NEVER))
+            [late] = engine.complete(request(3, timeout=0.05))
+            gone = engine.submit(request(4))
+            gone.cancel()
+            reasons = [one.finish_reason for one in (other, late, *gone.result())]
+            assert reasons == ["length", "timeout", "cancelled"] and len(disk.readers) == 1
+        for answer in [*reading[0].result(), *reading[1].result()]:
+            assert answer.usage is not None and answer.usage.cached_tokens == 2 * CHUNK
+        # It was read once for both, is not in memory, and was not read again when they began.
+        assert len(disk.readers) == 1 and disk.readers[0].startswith("foldkv-prefixes")
+        stats = prefixes.stats()
+        assert (stats.hits, stats.misses, stats.memory_bytes) == (2, 1, 0)
+
+
 def test_a_request_whose_kept_state_is_being_read_ends_with_the_engine(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading, read = threading.Event(), threading.Event()
-
-    def fetch(self: PrefixIndex, *_: Any, **__: Any) -> None:
-        reading.set()
-        assert read.wait(30)
-
-    monkeypatch.setattr(PrefixIndex, "fetch", fetch)
     for failing in (False, True):
-        reading.clear(), read.clear()
-        with index(model, folder=tmp_path / str(failing), disk_bytes=1 << 24) as prefixes, Engine(
-            model, slots=1, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
-        ) as engine:  # fmt: skip
-            waiting = engine.submit(Request(prompt(9), 3, stop_tokens=NEVER))
-            assert reading.wait(30)
+        with kept(model, disk) as prefixes, Engine(
+            model, slots=2, context=CONTEXT, chunk=CHUNK, prefixes=prefixes
+        ) as engine, disk.stuck():  # fmt: skip
+            waiting = engine.submit(Request([*SHARED, 1], 3, stop_tokens=NEVER))
+            assert disk.asked.wait(10)
             if failing:
                 monkeypatch.setattr(engine._scheduler, "step", lambda: 1 / 0)
-                lost = engine.submit(Request(prompt(8), 3, stop_tokens=NEVER, use_prefixes=False))
-                with pytest.raises(FoldkvError, match="division"):
-                    lost.result()
-                read.set()
                 with pytest.raises(FoldkvError, match="division"):
                     waiting.result()
-                assert engine.stats().finished == {"error": 2}
+                assert engine.stats().finished == {"error": 1}
             else:
                 closing = threading.Thread(target=engine.close)
                 closing.start()
-                read.set()
                 assert waiting.result()[0].finish_reason == "cancelled"
+                assert closing.is_alive(), "it waits for the disk"
+                disk.free.set()
                 closing.join()
                 assert engine.stats().finished == {"cancelled": 1}
 
