@@ -3,7 +3,8 @@
 ``python benchmarks/serving.py BUNDLE -o benchmarks/results/serving-cpu.json``. Three questions:
 
 - Tokens a second with 1, 8 and 32 clients that ask at once, beside a loop of sessions that answer the same requests one by one. The two
-  take turns, several rounds; medians are quoted. And what the scheduler itself costs: the share of the steps' time that is not the model's.
+  take turns, several rounds; medians are quoted. And what the scheduler itself costs: the time of the steps that is not the model's, over the
+  model's.
 - How long a short request waits for its first token while a long prompt is fed, beside alone.
 - The time to the first token of a long prompt, cold and after a kept state, and the bytes of that state beside what the planner says.
 
@@ -53,7 +54,7 @@ def throughput(model: Model, clients: int, rounds: int) -> dict[str, Any]:
             together = [list(generation.result()[0].token_ids) for generation in generations]
             engines.append(clients * NEW_TOKENS / (time.perf_counter() - start))
             stats = engine.stats()
-            own.append(1 - stats.model_seconds / stats.seconds)
+            own.append(stats.seconds / stats.model_seconds - 1)
         start = time.perf_counter()
         with Session(model, context=1024) as session:
             alone = [

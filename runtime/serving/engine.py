@@ -88,7 +88,7 @@ class Generation:
         self._left = completions
         self._given: deque[Completion | BaseException] = deque()
         self._changed = threading.Condition()
-        self._wake: Callable[[], object] | None = None
+        self._sleeper: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None  # who waits in an event loop
         self._cancel: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
@@ -137,7 +137,7 @@ class Generation:
                 if not self._left:
                     raise StopAsyncIteration
                 woken.clear()
-                self._wake = lambda: loop.call_soon_threadsafe(woken.set)
+                self._sleeper = loop, woken
             await woken.wait()
 
     def _taken(self) -> Completion:
@@ -147,20 +147,20 @@ class Generation:
         return given
 
     def _give(self, given: Completion | BaseException) -> None:
-        """Called by the engine's thread. After an error nothing is given."""
+        """Called by the engine's thread, which wakes the consumer later. After an error nothing is given."""
         with self._changed:
             if isinstance(given, BaseException):
                 self._left = 0
             elif given.finish_reason is not None:
                 self._left -= 1
             self._given.append(given)
+
+    def _woken(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """Wake a consumer that is a thread; returns one that waits in an event loop."""
+        with self._changed:
             self._changed.notify_all()
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            try:
-                wake()
-            except RuntimeError:  # the consumer's event loop was closed: nobody waits any more
-                self._cancel()
+            sleeper, self._sleeper = self._sleeper, None
+        return sleeper
 
 
 class Engine:
@@ -228,7 +228,10 @@ class Engine:
         self.context, self.slots, self.chunk = self._session.context, slots, self._session.chunk
         self._prefixes, self._max_queue = prefixes, max_queue
         self._changed = threading.Condition()
-        self._scheduler = Scheduler(self._session, prefixes, batch_invariant=batch_invariant, wake=self._wake)
+        self._scheduler = Scheduler(
+            self._session, prefixes, batch_invariant=batch_invariant, wake=self._wake, hand_over=self._hand_over
+        )
+        self._given_to: dict[Generation, None] = {}  # whose consumers are to be woken
         self._inbox: deque[Group] = deque()
         self._numbers = itertools.count(1)
         self._refusing = self._stopping = False
@@ -250,7 +253,12 @@ class Engine:
         checked = check_request(request, self.model.bundle, self.tokenizer, self.context)
         id = request.id if request.id is not None else f"r{next(self._numbers)}"
         generation = Generation(id, request.n)
-        group = Group(checked, id, self.tokenizer, generation._give)
+
+        def give(given: Completion | BaseException) -> None:
+            generation._give(given)
+            self._given_to[generation] = None
+
+        group = Group(checked, id, self.tokenizer, give)
 
         def cancel() -> None:
             group.cancelled = True
@@ -278,6 +286,20 @@ class Engine:
         """Have the engine's thread look what there is to do."""
         with self._changed:
             self._changed.notify_all()
+
+    def _hand_over(self) -> None:
+        """Wake who waits for what was given, each event loop once: a wake-up costs more than what it is for."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Generation, asyncio.Event]]] = {}
+        for generation in self._given_to:
+            if (sleeper := generation._woken()) is not None:
+                loops.setdefault(sleeper[0], []).append((generation, sleeper[1]))
+        self._given_to.clear()
+        for loop, sleepers in loops.items():
+            try:
+                loop.call_soon_threadsafe(_set_all, [event for _, event in sleepers])
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                for generation, _ in sleepers:
+                    generation.cancel()
 
     async def generate(self, request: Request) -> AsyncIterator[Completion]:
         """The pieces of a request as they come. Leaving the loop early cancels it. Errors are those of :meth:`submit`."""
@@ -363,6 +385,7 @@ class Engine:
                     with self._changed:
                         self._changed.notify_all()
             self._scheduler.end_all()
+            self._hand_over()
         except BaseException as error:
             LOG.exception("the engine failed")
             failure = FoldkvError(f"the engine has failed: {error}. Open a new one.")
@@ -370,7 +393,13 @@ class Engine:
                 self._dead = error
                 self._take_in()
             self._scheduler.fail_all(failure)
+            self._hand_over()
 
     def _take_in(self) -> None:
         while self._inbox:
             self._scheduler.add(self._inbox.popleft())
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -43,6 +43,7 @@ class Scheduler:
         *,
         batch_invariant: bool = False,
         wake: Callable[[], object] = lambda: None,
+        hand_over: Callable[[], object] = lambda: None,
     ) -> None:
         """Begin with nothing to do.
 
@@ -51,8 +52,10 @@ class Scheduler:
             prefixes: states to start from, and where to keep them.
             batch_invariant: compute every sequence's steps alone, so that its bits do not depend on who else runs.
             wake: called by another thread when a kept state was read, so that a step would do something.
+            hand_over: called within a step after something was given out: before the model runs, and after it.
         """
         self.counts = Counts()
+        self._hand_over = hand_over
         self._session, self._prefixes, self._alone = session, prefixes, batch_invariant
         self._waiting: deque[Answer] = deque()  # first completions of requests, in the order in which they came
         self._forks: deque[Answer] = deque()  # others, whose prompt has been fed
@@ -101,6 +104,7 @@ class Scheduler:
             self._end_unwanted()
             self._take_read()
             self._admit()
+            self._hand_over()
             running = [answer for answer in self._slots if answer is not None and not answer.feeding]
             if self._turns and (self._chunk_is_next or not running):
                 self._chunk_is_next = False
@@ -109,6 +113,7 @@ class Scheduler:
                 self._chunk_is_next = True
                 self._decode(running)
             self._leave()
+            self._hand_over()
         finally:
             self.counts.seconds += time.perf_counter() - started
 
@@ -203,7 +208,7 @@ class Scheduler:
     def _leave(self, *, keep: bool = True) -> None:
         """Free the slots of completions that have ended."""
         for slot, answer in enumerate(self._slots):
-            if answer is None or not answer.ended:
+            if answer is None or answer.reason is None:
                 continue
             if keep and not answer.feeding and answer.reason in ("stop", "length"):
                 self._keep(answer, exact=False)
@@ -273,6 +278,8 @@ class Scheduler:
                 answer.fed += 1
                 if not answer.ended:  # another completion of its request may have failed in this very step
                     answer.take(rows[answer])
+            if self._alone:
+                self._hand_over()
 
     def _forward(self, fed: dict[Answer, list[int]]) -> dict[Answer, FloatArray] | None:
         """The logits [V] after the tokens of each; None if the backend failed, which ends whoever was in a slot."""

@@ -441,6 +441,31 @@ def test_many_completions_of_one_request_keep_nobody_out(model: Model) -> None:
         assert scheduler.counts.finished.total() == 129
 
 
+def test_a_step_wakes_an_event_loop_once_however_many_wait_in_it(engine: Engine) -> None:
+    woken = list[str]()
+
+    async def ask() -> list[list[Completion]]:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(*given: Any, **more: Any) -> Any:
+            woken.append(threading.current_thread().name)
+            return wake(*given, **more)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        return await asyncio.gather(*(pieces(Request(prompt(9, one), 12, stop_tokens=NEVER)) for one in range(3)))
+
+    async def pieces(request: Request) -> list[Completion]:
+        return [piece async for piece in engine.generate(request)]
+
+    before = engine.stats()
+    answers = asyncio.run(ask())
+    after = engine.stats()
+    assert [sum(len(piece.token_ids) for piece in answer) for answer in answers] == [12, 12, 12]
+    steps = after.decode_steps - before.decode_steps + after.chunk_steps - before.chunk_steps
+    assert 0 < woken.count("foldkv-engine") <= steps < 36
+
+
 def test_what_a_client_has_been_given_is_counted(model: Model) -> None:
     """At once, not when the step is over; failures and requests that never began too."""
     given: list[tuple[int, int]] = []
