@@ -4,7 +4,7 @@
 
 - Tokens a second with 1, 8 and 32 clients that ask at once, beside a loop of sessions that answer the same requests one by one. The two
   take turns, several rounds; medians are quoted. And what the scheduler itself costs: the time of the steps that is not the model's, over the
-  model's.
+  model's. Clients wait in one event loop, as those of a server do.
 - How long a short request waits for its first token while a long prompt is fed, beside alone.
 - The time to the first token of a long prompt, cold and after a kept state, and the bytes of that state beside what the planner says.
 
@@ -13,6 +13,7 @@ On a shared machine ratios mean more than times.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import platform
@@ -43,6 +44,15 @@ def requests(count: int, seed: int) -> list[Request]:
     ]
 
 
+async def answers(engine: Engine, asked: list[Request]) -> list[list[int]]:
+    """The tokens of requests that are asked at once."""
+
+    async def answer(request: Request) -> list[int]:
+        return [token async for piece in engine.generate(request) for token in piece.token_ids]
+
+    return await asyncio.gather(*map(answer, asked))
+
+
 def throughput(model: Model, clients: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of an engine and of single sessions, on the same requests, in turns."""
     engines, sessions, own = [], [], []
@@ -50,8 +60,7 @@ def throughput(model: Model, clients: int, rounds: int) -> dict[str, Any]:
         asked = requests(clients, turn)
         with Engine(model, slots=clients, context=1024) as engine:
             start = time.perf_counter()
-            generations = [engine.submit(request) for request in asked]
-            together = [list(generation.result()[0].token_ids) for generation in generations]
+            together = asyncio.run(answers(engine, asked))
             engines.append(clients * NEW_TOKENS / (time.perf_counter() - start))
             stats = engine.stats()
             own.append(stats.seconds / stats.model_seconds - 1)
