@@ -3,7 +3,8 @@
 ``python benchmarks/serving.py BUNDLE -o benchmarks/results/serving-cpu.json``. Three questions:
 
 - Tokens a second with 1, 8 and 32 clients that ask at once, beside a loop of sessions that answer the same requests one by one. The two
-  take turns, several rounds; medians are quoted. And what the scheduler itself costs: the share of the steps' time that is not the model's.
+  take turns, several rounds; medians are quoted. And what the scheduler itself costs: the time of the steps that is not the model's, over the
+  model's. Clients wait in one event loop, as those of a server do.
 - How long a short request waits for its first token while a long prompt is fed, beside alone.
 - The time to the first token of a long prompt, cold and after a kept state, and the bytes of that state beside what the planner says.
 
@@ -12,6 +13,7 @@ On a shared machine ratios mean more than times.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import platform
@@ -42,6 +44,15 @@ def requests(count: int, seed: int) -> list[Request]:
     ]
 
 
+async def answers(engine: Engine, asked: list[Request]) -> list[list[int]]:
+    """The tokens of requests that are asked at once."""
+
+    async def answer(request: Request) -> list[int]:
+        return [token async for piece in engine.generate(request) for token in piece.token_ids]
+
+    return await asyncio.gather(*map(answer, asked))
+
+
 def throughput(model: Model, clients: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of an engine and of single sessions, on the same requests, in turns."""
     engines, sessions, own = [], [], []
@@ -49,11 +60,10 @@ def throughput(model: Model, clients: int, rounds: int) -> dict[str, Any]:
         asked = requests(clients, turn)
         with Engine(model, slots=clients, context=1024) as engine:
             start = time.perf_counter()
-            generations = [engine.submit(request) for request in asked]
-            together = [list(generation.result()[0].token_ids) for generation in generations]
+            together = asyncio.run(answers(engine, asked))
             engines.append(clients * NEW_TOKENS / (time.perf_counter() - start))
             stats = engine.stats()
-            own.append(1 - stats.model_seconds / stats.seconds)
+            own.append(stats.seconds / stats.model_seconds - 1)
         start = time.perf_counter()
         with Session(model, context=1024) as session:
             alone = [

@@ -150,7 +150,7 @@ def _time(row: Mapping[str, Any] | None) -> str:
 def clients() -> str:
     """An engine with many clients beside sessions one after the other."""
     rows = result("serving-cpu")["throughput"]
-    heads = ("clients", "tokens a second, engine / sessions", "the scheduler's own share of a step")
+    heads = ("clients", "tokens a second, engine / sessions", "the scheduler's own time, of the model's")
     return _table(
         heads, ([f"{row['clients']}", f"{row['ratio']:.1f} x", f"{100 * row['scheduler_share']:.1f} %"] for row in rows)
     )
@@ -165,12 +165,13 @@ def load() -> str:
         failed = sum(count for how, count in row["ended"].items() if how.startswith("error"))
         return [
             label, f"{row['clients']}, {row['seconds']:.0f} s", f"{row['ended'].get('answered', 0):,}", f"{row['ended'].get('left', 0):,}", f"{failed}",
-            f"{row['wrong_count'] - failed}", " / ".join(memory), f"{kill['tokens_from_before']:,}, {'the same' if kill['same'] else 'OTHER'} answers",
+            f"{row['wrong_count'] - failed}", " / ".join(memory), f"{kill['answered_before']}", f"{kill['files']}, {kill['damaged']}",
+            f"{kill['tokens_from_before']:,}, {'the same' if kill['same'] else 'OTHER'} answers",
         ]  # fmt: skip
 
     heads = (
         "steps", "clients", "answered", "left early", "errors", "answers that are not those given alone", "MiB after a third, at the end, most",
-        "after kill -9: tokens not fed, answers",
+        "answered until kill -9", "states on disk, damaged", "after the restart: tokens not fed, answers",
     )  # fmt: skip
     return _table(heads, [line("batch_invariant", "`--batch-invariant`"), line("shared_steps", "shared (default)")])
 

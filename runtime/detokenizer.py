@@ -54,7 +54,7 @@ class TextStream:
             self._held = list(prompt)
             self._sent = len(tokenizer.decode(self._held, skip_special_tokens=skip_special_tokens))
         else:
-            self._feed(prompt)
+            self._feed(self._context(prompt))
 
     def push(self, token: int) -> str:
         """The text that the token makes final; often a word, sometimes nothing.
@@ -72,6 +72,17 @@ class TextStream:
             rest = self._through((), end=True)
         self._steps, self._held, self._sent = decoder_steps(self._tokenizer.decoder), [], 0
         return rest
+
+    def _context(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The tokens of a prompt that the text after it can depend on."""
+        if self._steps is None or [type(step) for step in self._steps] != [_ByteLevel]:
+            return prompt
+        # A character that is not whole yet has at most three bytes, and a token that has text at least one.
+        first, left = len(prompt), 3
+        while first and left:
+            first -= 1
+            left -= bool(self._tokenizer.token_text(prompt[first], skip_special_tokens=self._skip))
+        return prompt[first:]
 
     def _feed(self, tokens: Iterable[int]) -> str:
         if self._steps is None:

@@ -79,6 +79,7 @@ class Answer:
 
     Attributes:
         group: its request.
+        prompt: the prompt's tokens.
         index: its number among the request's completions.
         slot: where its state is; None while it has none.
         fed: tokens in the caches.
@@ -90,7 +91,7 @@ class Answer:
 
     def __init__(self, group: Group, index: int) -> None:
         """Nothing is fed, and nothing made that costs time: a request may ask for many and be cancelled."""
-        self.group, self.index = group, index
+        self.group, self.index, self.prompt = group, index, group.checked.prompt
         self.slot: int | None = None
         self.fed, self.cold = 0, True
         self.new: list[int] = []
@@ -118,11 +119,6 @@ class Answer:
                 self._constraint = request.constraint()
             except Exception as error:  # noqa: BLE001 - the caller's own
                 self.group.fail(error)
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The prompt's tokens."""
-        return self.group.checked.prompt
 
     @property
     def count(self) -> int:

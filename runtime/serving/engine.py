@@ -17,7 +17,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +33,8 @@ from .request import Request, check_request
 from .scheduler import Scheduler
 
 LOG = logging.getLogger("foldkv.serving")
+#: Seconds between two looks at time limits while nothing else is to be done.
+_GLANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Generation:
         self._left = completions
         self._given: deque[Completion | BaseException] = deque()
         self._changed = threading.Condition()
-        self._wake: Callable[[], object] | None = None
+        self._sleeper: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None  # who waits in an event loop
         self._cancel: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
@@ -138,7 +139,7 @@ class Generation:
                 if not self._left:
                     raise StopAsyncIteration
                 woken.clear()
-                self._wake = lambda: loop.call_soon_threadsafe(woken.set)
+                self._sleeper = loop, woken
             await woken.wait()
 
     def _taken(self) -> Completion:
@@ -148,20 +149,20 @@ class Generation:
         return given
 
     def _give(self, given: Completion | BaseException) -> None:
-        """Called by the engine's thread."""
+        """Called by the engine's thread, which wakes the consumer later. After an error nothing is given."""
         with self._changed:
             if isinstance(given, BaseException):
                 self._left = 0
             elif given.finish_reason is not None:
                 self._left -= 1
             self._given.append(given)
+
+    def _woken(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Event] | None:
+        """Wake a consumer that is a thread; returns one that waits in an event loop."""
+        with self._changed:
             self._changed.notify_all()
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            try:
-                wake()
-            except RuntimeError:  # the consumer's event loop was closed: nobody waits any more
-                self._cancel()
+            sleeper, self._sleeper = self._sleeper, None
+        return sleeper
 
 
 class Engine:
@@ -228,14 +229,13 @@ class Engine:
             raise
         self.context, self.slots, self.chunk = self._session.context, slots, self._session.chunk
         self._prefixes, self._max_queue = prefixes, max_queue
-        self._scheduler = Scheduler(self._session, prefixes, batch_invariant=batch_invariant)
-        self._inbox: deque[Group] = deque()
-        self._fetching = (
-            0  # requests for which a kept state is read from disk, so that the engine's thread need not wait for it
-        )
-        self._readers = ThreadPoolExecutor(1, thread_name_prefix="foldkv-prefixes")
-        self._numbers = itertools.count(1)
         self._changed = threading.Condition()
+        self._scheduler = Scheduler(
+            self._session, prefixes, batch_invariant=batch_invariant, wake=self._wake, hand_over=self._hand_over
+        )
+        self._given_to: dict[Generation, None] = {}  # whose consumers are to be woken
+        self._inbox: deque[Group] = deque()
+        self._numbers = itertools.count(1)
         self._refusing = self._stopping = False
         self._dead: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="foldkv-engine", daemon=True)
@@ -255,12 +255,16 @@ class Engine:
         checked = check_request(request, self.model.bundle, self.tokenizer, self.context)
         id = request.id if request.id is not None else f"r{next(self._numbers)}"
         generation = Generation(id, request.n)
-        group = Group(checked, id, self.tokenizer, generation._give)
+
+        def give(given: Completion | BaseException) -> None:
+            generation._give(given)
+            self._given_to[generation] = None
+
+        group = Group(checked, id, self.tokenizer, give)
 
         def cancel() -> None:
             group.cancelled = True
-            with self._changed:
-                self._changed.notify_all()
+            self._wake()
 
         generation._cancel = cancel
         with self._changed:
@@ -273,28 +277,31 @@ class Engine:
                 raise QueueFullError(
                     f"{waiting} requests wait for a slot, as many as may (max_queue). Try again later."
                 )
-            if self._prefixes is not None and self._prefixes.on_disk and request.use_prefixes:
-                self._readers.submit(self._fetch, group)
-                self._fetching += 1
-            else:
-                self._inbox.append(group)
-                self._changed.notify_all()
+            self._inbox.append(group)
+            self._changed.notify_all()
         return generation
 
     def _waiting(self) -> int:
-        return self._fetching + len(self._inbox) + self._scheduler.waiting
+        return len(self._inbox) + self._scheduler.waiting
 
-    def _fetch(self, group: Group) -> None:
-        """Read a kept state for a request from disk, then queue it."""
-        assert self._prefixes is not None
-        try:
-            self._prefixes.fetch(group.checked.prompt, exact=group.checked.request.exact)
-        except Exception:
-            LOG.exception("request %s: reading a kept state failed; it is fed whole", group.id)
+    def _wake(self) -> None:
+        """Have the engine's thread look what there is to do."""
         with self._changed:
-            self._fetching -= 1
-            self._inbox.append(group)
             self._changed.notify_all()
+
+    def _hand_over(self) -> None:
+        """Wake who waits for what was given, each event loop once: a wake-up costs more than what it is for."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Generation, asyncio.Event]]] = {}
+        for generation in self._given_to:
+            if (sleeper := generation._woken()) is not None:
+                loops.setdefault(sleeper[0], []).append((generation, sleeper[1]))
+        self._given_to.clear()
+        for loop, sleepers in loops.items():
+            try:
+                loop.call_soon_threadsafe(_set_all, [event for _, event in sleepers])
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                for generation, _ in sleepers:
+                    generation.cancel()
 
     async def generate(self, request: Request) -> AsyncIterator[Completion]:
         """The pieces of a request as they come. Leaving the loop early cancels it. Errors are those of :meth:`submit`."""
@@ -336,7 +343,7 @@ class Engine:
         end = time.monotonic() + timeout
         with self._changed:
             self._refusing = True
-            while self._fetching or self._inbox or self._scheduler.busy:
+            while self._inbox or self._scheduler.busy:
                 left = end - time.monotonic()
                 if left <= 0 or self._dead is not None:
                     return False
@@ -348,8 +355,8 @@ class Engine:
         with self._changed:
             self._refusing = self._stopping = True
             self._changed.notify_all()
-        self._readers.shutdown(wait=True)
         self._thread.join()
+        self._scheduler.close()
         self._session.close()
         if self._own is not None:
             self._own.close()
@@ -369,6 +376,9 @@ class Engine:
                 with self._changed:
                     while not (self._inbox or self._scheduler.busy or self._stopping):
                         self._changed.wait()
+                    if self._scheduler.busy and self._scheduler.idle and not (self._inbox or self._stopping):
+                        # Whatever gives it something to do wakes it, but for a time limit, which need not be kept more exactly.
+                        self._changed.wait(_GLANCE)
                     self._take_in()
                     if self._stopping:
                         break
@@ -377,8 +387,7 @@ class Engine:
                     with self._changed:
                         self._changed.notify_all()
             self._scheduler.end_all()
-            self._wait_for_readers()
-            self._scheduler.end_all()
+            self._hand_over()
         except BaseException as error:
             LOG.exception("the engine failed")
             failure = FoldkvError(f"the engine has failed: {error}. Open a new one.")
@@ -386,16 +395,13 @@ class Engine:
                 self._dead = error
                 self._take_in()
             self._scheduler.fail_all(failure)
-            self._wait_for_readers()
-            self._scheduler.fail_all(failure)
+            self._hand_over()
 
     def _take_in(self) -> None:
         while self._inbox:
             self._scheduler.add(self._inbox.popleft())
 
-    def _wait_for_readers(self) -> None:
-        """Take in the requests whose kept states were still being read when no more were taken on."""
-        with self._changed:
-            while self._fetching:
-                self._changed.wait()
-            self._take_in()
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -152,7 +152,9 @@ class Checker:
                 if "end_session" in message:
                     return {}
                 self._start()
-            if self.era != era:  # only now: an interruption ends a process that is there, and not one that starts after it
+            if (
+                self.era != era
+            ):  # only now: an interruption ends a process that is there, and not one that starts after it
                 raise _EndedError
             for old in self._known - self._vocabularies.keys():
                 self._known.discard(old)

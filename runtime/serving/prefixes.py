@@ -76,7 +76,8 @@ class PrefixStats:
 class PrefixIndex:
     """An index of snapshots. A context manager; ``close`` frees the folder. Threads can share it.
 
-    A lookup takes as long as hashing the tokens, or as reading and hashing a file if the snapshot is only on disk.
+    A lookup takes as long as hashing the tokens, or as reading and hashing a file if the snapshot is only on disk. Who cannot wait
+    for that asks :meth:`on_disk`, has another thread :meth:`fetch`, and gives what it got to :meth:`find`.
     """
 
     def __init__(
@@ -197,7 +198,9 @@ class PrefixIndex:
             else:
                 folder.touch(key)
 
-    def find(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> Hit | None:
+    def find(
+        self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool, read: bool = True, fetched: Hit | None = None
+    ) -> Hit | None:
         """The longest snapshot of tokens that a prompt begins with and goes on after, so that at least one is left to feed.
 
         What is only on disk is read, checked and kept in memory. What is damaged there is deleted, and is not found.
@@ -205,31 +208,27 @@ class PrefixIndex:
         Args:
             tokens: the prompt.
             exact: look for exact ones only.
+            read: whether what is only on disk is found. Who must not wait for a disk says False, and what :meth:`fetch` gave.
+            fetched: a snapshot that is found if memory has no longer one. It need not be in memory any more.
 
         Raises:
             InputError: ``tokens`` are no token ids.
         """
         row = _row(tokens)
-        for key in reversed(self._begun_with(row)):
-            entry = self._entry(key, row[: key[0]], exact)
-            if entry is not None:
-                hit = Hit(key[0], entry.snapshot, self._exact(entry))
-                with self._lock:
-                    self._hits += 1
-                    self._exact_hits += hit.exact
-                    self._reused += hit.length
-                return hit
+        hit = self._longest(row, exact, read=read)
+        if fetched is not None and (hit is None or hit.length < fetched.length):
+            hit = fetched
         with self._lock:
-            self._misses += 1
-        return None
+            if hit is None:
+                self._misses += 1
+            else:
+                self._hits += 1
+                self._exact_hits += hit.exact
+                self._reused += hit.length
+        return hit
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether it has a folder."""
-        return self._folder is not None
-
-    def fetch(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> None:
-        """Read into memory what :meth:`find` would otherwise read from disk, on a thread that may wait for it.
+    def on_disk(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> Key | None:
+        """What :meth:`find` would read from disk; None if it would read nothing.
 
         Args:
             tokens: the prompt.
@@ -238,10 +237,27 @@ class PrefixIndex:
         Raises:
             InputError: ``tokens`` are no token ids.
         """
+        if self._folder is None:
+            return None
         row = _row(tokens)
         for key in reversed(self._begun_with(row)):
-            if self._entry(key, row[: key[0]], exact) is not None:
-                return
+            if self._held(key, row[: key[0]], exact) is not None:
+                return None
+            if self._can_be_read(key, exact):
+                return key
+        return None
+
+    def fetch(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> Hit | None:
+        """What :meth:`find` would find, for a thread that may wait for a disk. It does not count: whoever uses it gives it to ``find``.
+
+        Args:
+            tokens: the prompt.
+            exact: look for exact ones only.
+
+        Raises:
+            InputError: ``tokens`` are no token ids.
+        """
+        return self._longest(_row(tokens), exact, read=True)
 
     def holds(self, tokens: Sequence[int] | npt.NDArray[Any], *, exact: bool) -> bool:
         """Whether :meth:`put` of these tokens would change nothing, so that no copy need be made; then it counts as used.
@@ -323,19 +339,40 @@ class PrefixIndex:
                 found.append(key)
         return found
 
-    def _entry(self, key: Key, row: Tokens, exact: bool) -> Entry | None:
-        """The entry from memory or from disk, if it is of these very tokens."""
+    def _longest(self, row: Tokens, exact: bool, *, read: bool) -> Hit | None:
+        """The longest snapshot of tokens that ``row`` begins with and goes on after."""
+        for key in reversed(self._begun_with(row)):
+            entry = self._held(key, row[: key[0]], exact)
+            if entry is None and read:
+                entry = self._read(key, row[: key[0]], exact)
+            elif entry is not None:
+                self._use(key)
+            if entry is not None:
+                return Hit(key[0], entry.snapshot, self._exact(entry))
+        return None
+
+    def _held(self, key: Key, row: Tokens, exact: bool) -> Entry | None:
+        """The entry from memory, if it is of these very tokens."""
         with self._lock:
             held = self._memory.get(key)
-            fits = held is not None and np.array_equal(held.tokens, row) and (self._exact(held) or not exact)
-            if fits:
+        fits = held is not None and np.array_equal(held.tokens, row) and (self._exact(held) or not exact)
+        return held if fits else None
+
+    def _use(self, key: Key) -> None:
+        """Note a use of what is in memory."""
+        with self._lock:
+            if key in self._memory:
                 self._memory.move_to_end(key)
-        if fits:
-            if self._folder:
-                self._folder.touch(key)
-            return held
+        if self._folder:
+            self._folder.touch(key)
+
+    def _can_be_read(self, key: Key, exact: bool) -> bool:
         on_disk = self._folder.exact(key) if self._folder else None
-        if self._folder is None or on_disk is None or (exact and not on_disk):
+        return on_disk is not None and (on_disk or not exact)
+
+    def _read(self, key: Key, row: Tokens, exact: bool) -> Entry | None:
+        """The entry from disk, if it is of these very tokens."""
+        if self._folder is None or not self._can_be_read(key, exact):
             return None
         read = self._folder.read(key)
         if read is None or not np.array_equal(read.tokens, row) or (exact and not self._exact(read)):

@@ -7,6 +7,9 @@ two shapes that engines are built for.
 A prompt is always fed in chunks that begin at multiples of the session's chunk, so the same tokens have the same bits in the caches,
 whoever feeds them and whatever else runs.
 
+A kept state that is only on disk is read by other threads, while its request has a slot already: so no more of them are in memory than
+there are slots, and nobody else waits for the disk.
+
 Only one thread uses a scheduler.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,7 +27,8 @@ from ..backend import FloatArray
 from ..session import Session
 from .answer import Answer, Group
 from .counts import Counts
-from .prefixes import PrefixIndex
+from .prefix_reads import PrefixReads
+from .prefixes import Hit, PrefixIndex
 
 LOG = logging.getLogger("foldkv.serving")
 
@@ -31,15 +36,26 @@ LOG = logging.getLogger("foldkv.serving")
 class Scheduler:
     """Answers requests with the slots of a session."""
 
-    def __init__(self, session: Session, prefixes: PrefixIndex | None = None, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        session: Session,
+        prefixes: PrefixIndex | None = None,
+        *,
+        batch_invariant: bool = False,
+        wake: Callable[[], object] = lambda: None,
+        hand_over: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begin with nothing to do.
 
         Args:
             session: whose slots are used; nobody else uses it.
             prefixes: states to start from, and where to keep them.
             batch_invariant: compute every sequence's steps alone, so that its bits do not depend on who else runs.
+            wake: called by another thread when a kept state was read, so that a step would do something.
+            hand_over: called within a step after something was given out: before the model runs, and after it.
         """
         self.counts = Counts()
+        self._hand_over = hand_over
         self._session, self._prefixes, self._alone = session, prefixes, batch_invariant
         self._waiting: deque[Answer] = deque()  # first completions of requests, in the order in which they came
         self._forks: deque[Answer] = deque()  # others, whose prompt has been fed
@@ -47,6 +63,12 @@ class Scheduler:
         self._slots: list[Answer | None] = [None] * session.batch
         self._turns: deque[Answer] = deque()  # those whose prompts are fed, in the order of their turns
         self._chunk_is_next = True
+        self._reads = None if prefixes is None else PrefixReads(prefixes, wake)
+
+    def close(self) -> None:
+        """Wait for what is being read from disk. Closing twice is fine."""
+        if self._reads is not None:
+            self._reads.close()
 
     def add(self, group: Group) -> None:
         """Queue a request. Its other completions follow when the prompt has been fed."""
@@ -70,15 +92,24 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do something."""
+        """Whether a request has not ended."""
         return bool(self._waiting or self._forks) or self.running > 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing, unless somebody leaves: all that go on wait for kept states that are being read."""
+        there = [answer for answer in self._slots if answer is not None]
+        free = len(there) < len(self._slots) and (self._waiting or self._forks)
+        return self._reads is not None and not free and all(self._reads.waits(answer) for answer in there)
 
     def step(self) -> None:
         """Do what comes next: nothing, one token of all, or a chunk of one."""
         started = time.perf_counter()
         try:
             self._end_unwanted()
+            self._take_read()
             self._admit()
+            self._hand_over()
             running = [answer for answer in self._slots if answer is not None and not answer.feeding]
             if self._turns and (self._chunk_is_next or not running):
                 self._chunk_is_next = False
@@ -87,6 +118,7 @@ class Scheduler:
                 self._chunk_is_next = True
                 self._decode(running)
             self._leave()
+            self._hand_over()
         finally:
             self.counts.seconds += time.perf_counter() - started
 
@@ -144,33 +176,50 @@ class Scheduler:
                 answer.fed = len(answer.prompt)
                 answer.take(logits)
             else:
-                self._start(answer, slot)
-                self._turns.append(answer)
+                self._start(answer)
         self._leave()
 
-    def _start(self, answer: Answer, slot: int) -> None:
+    def _start(self, answer: Answer) -> None:
         """Begin a prompt, after a kept state if there is one."""
         request, prompt = answer.group.checked.request, answer.prompt
         self.counts.prompt_tokens += len(prompt)
-        if self._prefixes is None or not request.use_prefixes:
+        if self._prefixes is None or self._reads is None or not request.use_prefixes:
+            self._turns.append(answer)
             return
         self.counts.looked_up_tokens += len(prompt)
-        hit = self._prefixes.find(prompt, exact=request.exact)
+        tokens = np.array(prompt, np.int64)
+        if not self._reads.begin(answer, tokens, exact=request.exact):
+            self._start_after(answer, self._prefixes.find(tokens, exact=request.exact, read=False))
+
+    def _start_after(self, answer: Answer, hit: Hit | None) -> None:
+        """Have the rest of a prompt fed."""
         if hit is not None:
-            self._session.restore_slot(slot, hit.snapshot)
+            assert answer.slot is not None
+            self._session.restore_slot(answer.slot, hit.snapshot)
             # A state of an engine with other chunks may have been kept under the same name.
             answer.fed, answer.cold = hit.length, hit.exact and hit.length % self._session.chunk == 0
             answer.group.cached = hit.length
             self.counts.cached_tokens += hit.length
+        self._turns.append(answer)
+
+    def _take_read(self) -> None:
+        """Begin the prompts whose kept states were read."""
+        if self._prefixes is None or self._reads is None:
+            return
+        for answer, fetched in self._reads.done():
+            exact = answer.group.checked.request.exact
+            self._start_after(answer, self._prefixes.find(answer.prompt, exact=exact, read=False, fetched=fetched))
 
     def _leave(self, *, keep: bool = True) -> None:
         """Free the slots of completions that have ended."""
         for slot, answer in enumerate(self._slots):
-            if answer is None or not answer.ended:
+            if answer is None or answer.reason is None:
                 continue
             if keep and not answer.feeding and answer.reason in ("stop", "length"):
                 self._keep(answer, exact=False)
             self._slots[slot] = answer.slot = None
+            if self._reads is not None:
+                self._reads.drop(answer)
             if answer in self._turns:
                 self._turns.remove(answer)
             self._session.reset([slot])
@@ -225,12 +274,17 @@ class Scheduler:
         """One token of every sequence."""
         self.counts.decode_steps += 1
         for group in [[answer] for answer in running] if self._alone else [running]:
-            rows = self._forward({answer: answer.new[-1:] for answer in group})
+            if not (fed := {answer: answer.new[-1:] for answer in group if not answer.ended}):
+                continue
+            rows = self._forward(fed)
             if rows is None:
                 return
             for answer in group:
                 answer.fed += 1
-                answer.take(rows[answer])
+                if not answer.ended:  # another completion of its request may have failed in this very step
+                    answer.take(rows[answer])
+            if self._alone:
+                self._hand_over()
 
     def _forward(self, fed: dict[Answer, list[int]]) -> dict[Answer, FloatArray] | None:
         """The logits [V] after the tokens of each; None if the backend failed, which ends whoever was in a slot."""

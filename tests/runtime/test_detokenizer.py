@@ -189,6 +189,20 @@ def test_a_token_takes_the_same_time_after_any_number_of_others(tokenizers: dict
     assert min(seconds(20_000) for _ in range(3)) < 60 * max(min(seconds(1_000) for _ in range(3)), 1e-4)
 
 
+def test_of_a_long_prompt_only_the_end_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, read = make(byte_level()), list[int]()
+    token_text = Tokenizer.token_text
+
+    def noted(self: Tokenizer, token: int, **more: Any) -> str | None:
+        read.append(token)
+        return token_text(self, token, **more)
+
+    monkeypatch.setattr(Tokenizer, "token_text", noted)
+    half, rest = tokenizer.encode("😀")[:3], tokenizer.encode("😀")[3:]
+    assert len(half) == 3 and pieces(tokenizer, rest, prompt=[*tokenizer.encode("a" * 500), *half]) == "😀"
+    assert len(read) < 20
+
+
 def test_every_decoder_of_the_library_has_a_step() -> None:
     kinds = {name for name in dir(decoders) if name[0].isupper()} - {"Decoder", "DecodeStream", "Sequence"}
     assert kinds == set(detokenizer._STEPS)

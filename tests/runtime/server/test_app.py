@@ -476,7 +476,7 @@ def test_slow_bodies_hold_up_no_others_and_are_limited(
     threads = [threading.Thread(target=ask) for _ in range(app._READERS)]
     for thread in threads:
         thread.start()
-    assert until(lambda: len(running.application._readers._running) == len(threads))
+    assert until(lambda: running.application._readers.count == len(threads))
     assert http().get(f"{running.url}/health").status_code == 200
     ready = http().get(f"{running.url}/ready")
     assert ready.status_code == 503 and "wait to be read" in ready.json()["reasons"][0]
