@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +40,14 @@ class Running:
 
 @functools.cache
 def http() -> httpx2.Client:
-    """One for all, because making one takes longer than most requests."""
-    return httpx2.Client(timeout=60)
+    """For everything that is asked while one server runs."""
+    return httpx2.Client(timeout=60, verify=_trust())
+
+
+@functools.cache
+def _trust() -> ssl.SSLContext:
+    """One for all: making one takes longer than most requests."""
+    return httpx2.create_ssl_context()
 
 
 @functools.cache
@@ -61,11 +68,15 @@ def answering(
         thread.start()
         try:
             assert began.wait(30)
+            http()  # now: several threads of a test would make several
             yield Running(f"http://127.0.0.1:{listening.getsockname()[1]}", service, application, server)
         finally:
             server.ask_to_stop()
             thread.join()
             application.close()
+            _client.cache_clear()
+            http().close()
+            http.cache_clear()
 
 
 @contextmanager
