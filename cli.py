@@ -401,6 +401,7 @@ def verify_command(
             True,
         )  # fmt: skip
         return
+    click.echo(f"{artifact}: {len(manifest.files)} files as its manifest says")
     for row in rows:
         click.echo(
             f"{row.name}: sha256 {row.sha256}, {f'as the {row.source} says' if row.source else 'nothing to compare with'}"
@@ -410,6 +411,11 @@ def verify_command(
     click.echo(
         f"{len(rows)} file{'s' if len(rows) != 1 else ''} of weights, {size_text(size)} in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
     )
+    if unknown:
+        click.echo(
+            f"{len(unknown)} of these were read and compared with nothing: neither the lock nor a cache of Hugging Face has a sha256 of them. Keep "
+            "the ones above, and compare them next time."
+        )
     for what, headline in headlines.items():
         vouches = f"{signature} vouches for this bundle and these weights, signed with the key of {public_key}"
         click.echo(

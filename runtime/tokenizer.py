@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ArtifactError, InputError, short
 from ..packages import installed, lacks
-from .bundle import Bundle
+from .bundle import Bundle, load_bundle
 from .detokenizer import TextStream
 
 
@@ -49,12 +49,14 @@ class Tokenizer:
         self._plain: tuple[frozenset[str], Any] | None = None
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle) -> Tokenizer:
-        """The tokenizer of a bundle.
+    def from_bundle(cls, bundle: Bundle | Path) -> Tokenizer:
+        """The tokenizer of a bundle, which is open or a folder.
 
         Raises:
-            ArtifactError: the bundle has none.
+            ArtifactError: the bundle has none, or cannot be read.
         """
+        if not isinstance(bundle, Bundle):
+            bundle = load_bundle(Path(bundle))
         if bundle.tokenizer is None:
             raise ArtifactError(
                 f"{bundle.folder} has no tokenizer.json, so it takes only token ids. "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from ...errors import ArtifactError, InputError, system_failure
+from ...units import size_text
 from ..bundle import Bundle
 from ..chat import ChatFormat, chat_format
 from ..model import Model
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 _LAST_WORDS = 5.0
 #: Bytes of states in memory and on disk where nobody says how many.
 _MEMORY, _DISK = 1 << 30, 64 << 30
+#: Bytes of room that somebody meant; fewer are a number whose unit was forgotten.
+_LEAST = 64 << 10
 #: Tokens of a sequence where nobody says how many: the state is allocated for all slots at the start.
 _CONTEXT = 32 << 10
 #: Seconds between two looks at what still runs.
@@ -104,19 +107,29 @@ class Prefixes:
     disk: int | None = None
     exact: bool = True
 
-    def open(self, model: Model, chunk: int) -> PrefixIndex | None:
-        """The index for a model that is fed in such chunks.
+    def __post_init__(self) -> None:
+        """Refuse what goes not together, before a model is opened.
 
         Raises:
-            InputError: there is room for a folder and no folder, or the folder cannot be used.
+            InputError: there is room for a folder and no folder; nothing is kept, and yet it is said what; or no state fits.
         """
         if self.disk is not None and self.folder is None:
             raise InputError("--prefix-disk is the room of --prefix-folder. Give that, too.")
+        if not self.exact and self.memory is None and self.folder is None:
+            raise InputError(
+                "--no-prefix-exact says which states are kept, and none are. Give --prefix-memory or --prefix-folder, too."
+            )
+        for name, room in (("--prefix-memory", self.memory), ("--prefix-disk", self.disk)):
+            if room is not None and room < _LEAST:
+                raise InputError(f"{name} {room} is {size_text(room)}, which keeps no state. Give a size such as 4GiB.")
+
+    def open(self, model: Model, chunk: int) -> PrefixIndex | None:
+        """The index for a model that is fed in such chunks; None if nothing is kept.
+
+        Raises:
+            InputError: the folder cannot be used.
+        """
         if self.memory is None and self.folder is None:
-            if not self.exact:
-                raise InputError(
-                    "--no-prefix-exact says which states are kept, and none are. Give --prefix-memory or --prefix-folder, too."
-                )
             return None
         from ..serving.prefixes import PrefixIndex
 

@@ -38,9 +38,11 @@ def test_what_is_wrong_is_told_before_a_model_is_opened(tmp_path: Path) -> None:
 
 def test_the_prefix_index_needs_a_folder_for_room_on_disk() -> None:
     with pytest.raises(InputError, match="--prefix-folder"):
-        Prefixes(disk=1 << 20).open(None, 1)  # type: ignore[arg-type]
+        Prefixes(disk=1 << 20)
     with pytest.raises(InputError, match="--prefix-memory"):
-        Prefixes(exact=False).open(None, 1)  # type: ignore[arg-type]
+        Prefixes(exact=False)
+    with pytest.raises(InputError, match=r"--prefix-memory 4 is 4 B, which keeps no state.*such as 4GiB"):
+        Prefixes(memory=4)
     assert Prefixes().open(None, 1) is None  # type: ignore[arg-type]
 
 
