@@ -217,9 +217,16 @@ def _assumptions(spec: ModelSpec, plans: Sequence[TargetPlan]) -> list[str]:
             f"{plan.target.backend.library} on {plan.target.name}: the GPU holds all of {size_text(plan.weights[plan.built_in])} of weights, "
             f"and caches and activations in {plan.target.precision}. It has never been run, and will be far slower than memory allows."
         )
-    if any(plan.target.backend.gpu for plan in plans):
+    backends = [plan.target.backend for plan in plans]
+    if any(backend.engine for backend in backends):
         lines.append(
             "Over: what one device lacks. GPUs of one machine share the layers, with their weights and caches; each has its own activations. The driver is not counted, and two machines are not supported."
+        )
+    elif any(backend.gpu for backend in backends):
+        lines.append("Over: what the GPU lacks. The driver is not counted, and ONNX Runtime uses one GPU.")
+    if any(not plan.target.backend.gpu and plan.over(plan.built_in) for plan in plans):
+        lines.append(
+            "A bundle for cpu that is over runs all the same: its weights are read where they lie, and memory keeps what is read most."
         )
     if any(plan.best_tokens is not None for plan in plans):
         lines.append(
