@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ..packages import FEATURES, versions
 from ..runtime.bundle import Bundle
@@ -20,6 +21,11 @@ def environment(bundle: Bundle, *, executed: bool = True) -> dict[str, str]:
         executed: with the library that executes it, else only what references need.
     """
     return versions(dict.fromkeys([*FEATURES["validate"].modules, *([bundle.backend.module] if executed else [])]))
+
+
+def computing() -> list[Any]:
+    """What decides the last bits of what is computed here, for the keys of what is kept: versions, and instruction sets."""
+    return [versions([*FEATURES["validate"].modules, "onnxruntime"]), sorted(instructions())]
 
 
 def instructions() -> frozenset[str]:

@@ -28,6 +28,7 @@ from ..export.checkpoint.names import released_name
 from ..export.checkpoint.reader import Checkpoint
 from ..packages import require
 from ..progress import BYTES, Progress, Say, silent
+from .environment import computing
 from .jobs import Job
 from .layer_weights import GROUP_BYTES, LayerWeights
 from .layered_files import Kept
@@ -354,7 +355,7 @@ def read_layered(
         jobs: the texts.
         observe: called after every layer, also again for the layer after which an earlier run ended.
         folder: where streams are kept after every layer, and what else jobs keep, so that a run which was interrupted goes on after
-            it. Only what is of the same checkpoint and jobs is taken. Jobs then have what they keep, and the caller the streams, mapped
+            it. Only what is of the same checkpoint and jobs, and was computed by the same packages, is taken. Jobs then have what they keep, and the caller the streams, mapped
             from there: memory has what flows into a layer and out of it. None keeps all in memory.
         progress: a :class:`~foldkv.progress.Progress` learns the bytes of weights that are read, and how many there are.
         pass_: number of this pass through the weights, and of all passes of the work.
@@ -365,7 +366,8 @@ def read_layered(
         SystemFailure: the folder cannot be written.
     """
     report = Progress.of(progress)
-    kept = None if folder is None else Kept(folder, side.key(jobs))
+    # What other versions or processors computed is not mixed with what these compute.
+    kept = None if folder is None else Kept(folder, sha256_json([side.key(jobs), computing()]))
     done, streams = (-1, None) if kept is None else kept.read(jobs)
     if streams is None:
         streams = [side.embedded(job) for job in jobs]

@@ -182,7 +182,7 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
         assert len(kept) == 6 and all(in_files(value, tmp_path) for value in (*one.streams, *kept) if value.size)
     assert all(in_files(one, tmp_path) for one in found)
     # A layer's streams are written once.
-    folder = tmp_path / reference.key(jobs())[:32]
+    [folder] = tmp_path.iterdir()
     assert sorted(file.name for file in folder.iterdir()) == [
         *(f"layer-{n}.safetensors" for n in range(4)),
         "now.safetensors",
@@ -197,6 +197,11 @@ def test_a_run_that_was_interrupted_goes_on_after_the_last_layer(
         changed = jobs() if change != "jobs" else [Job(tokens, edges=[1]) for tokens in TEXTS[:2]]
         read_layered(reference, changed, folder=tmp_path, observe=lambda layer, _: seen.append(layer))
         assert seen == [0, 1, 2, 3]
+    # Nor is what other packages computed.
+    seen.clear()
+    monkeypatch.setattr(layered, "computing", lambda: ["another torch"])
+    read_layered(reference, jobs(), folder=tmp_path, observe=lambda layer, _: seen.append(layer))
+    assert seen == [0, 1, 2, 3]
     full = "No space left on device"
     monkeypatch.setattr(layered_files, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, full)))
     with pytest.raises(FoldkvError, match=f"safetensors.*{full}"):
