@@ -216,14 +216,15 @@ def _expect_export(report: Progress, checkpoint: Path, allow_unknown_keys: tuple
 
 
 def _look_at_graph(given: Mapping[str, Any]) -> None:
-    from .manifests import GraphManifest, read
+    from .artifact import read_manifest
+    from .manifests import GraphManifest
     from .optimize.targets import resolve_targets
 
     if "targets" in given:
         resolve_targets(given["targets"], given["backend"])
     else:
         resolve_targets([given["target"]])
-    read(GraphManifest, given["graph"])
+    read_manifest(given["graph"], kind=GraphManifest.KIND)
 
 
 @main.command("inject", look=_look_at_graph)
@@ -676,10 +677,11 @@ def serve_command(
 
 
 def _look_at_bundle(given: Mapping[str, Any]) -> None:
-    from .manifests import BundleManifest, read
+    from .artifact import read_manifest
+    from .manifests import BundleManifest
 
     _thresholds(given["gates"])
-    read(BundleManifest, given["bundle"])
+    read_manifest(given["bundle"], kind=BundleManifest.KIND)
     _look_at_checkpoint(given)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -20,6 +20,7 @@ from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.launch import kernels
 from foldkv.plugins.model import EXPERT_FORMS, RELEASED_EXPERTS, model_kernels, operator_calls
 from foldkv.plugins.plans import Kernel
+from foldkv.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -172,13 +173,14 @@ def test_what_does_not_compile_is_an_error_and_the_next_compiles(tmp_path: Path)
 
 
 def test_results_are_kept_and_a_damaged_file_is_made_again(tmp_path: Path) -> None:
-    lines: list[str] = []
-    [first] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
-    [kept] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
-    assert kept == first and len(lines) == 1
+    told: list[tuple[float, float, str]] = []
+    progress = Progress(SimpleNamespace(steps=lambda _, *facts: told.append(facts)))  # type: ignore[arg-type]
+    [first] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=progress)
+    [kept] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=progress)
+    assert kept == first and told == [(1, 1, "kernels")]
     [file] = tmp_path.rglob("*.json")
     for damage in ('{"ptx": 1}', file.read_text()[:-200]):
         file.write_text(damage)
-        [again] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=lines.append)
+        [again] = compile_kernels([(WINDOW_UPDATE, 80)], cache=tmp_path, progress=progress)
         assert again == first
-    assert len(lines) == 3
+    assert len(told) == 3
