@@ -30,6 +30,7 @@ from .optimize.recipe import Shapes, default_shapes
 from .optimize.targets import resolve_targets
 from .packages import FEATURES, missing, require
 from .progress import Progress, Say, silent
+from .runtime.bundle import missing_for
 
 if TYPE_CHECKING:
     from .export.checkpoint.reader import Checkpoint
@@ -151,6 +152,9 @@ def preview(config: PipelineConfig, *, only: str | None = None, force: bool = Fa
         for name in config.validation.targets:
             changed = [step for step in made if step.reason and step.target in ("", name)]
             reason = "the bundle is rebuilt" if changed else _FORCED if force else work.validate_reason(name)
+            [target] = [one for one in work.targets if one.name == name]
+            if reason and (lacking := missing_for(target.backend, target.sm or 0)):
+                reason += f"; it will say that it was not executed here (exit code {EXIT_ENVIRONMENT}): this machine lacks {' and '.join(lacking)}"
             steps.append(Step(VALIDATE, name, work.report(name), reason))
     return steps
 

@@ -144,26 +144,37 @@ def require_backend(bundle: Bundle) -> None:
 
 def missing_here(bundle: Bundle) -> list[str]:
     """What this machine lacks to execute the bundle: packages, the driver, a GPU that it was built for."""
-    backend, missing = bundle.backend, list[str]()
+    backend = bundle.backend
+    return missing_for(backend, bundle.manifest.target.sm or 0, bundle.manifest.tool_versions.get(backend.name, ""))
+
+
+def missing_for(backend: Backend, sm: int, version: str = "") -> list[str]:
+    """What this machine lacks to execute bundles of a backend.
+
+    Args:
+        backend: of the bundle.
+        sm: compute capability that it is built for, 0 for none.
+        version: of the library that built it, where it is built; engines need the same.
+    """
+    missing = list[str]()
     if backend.package and not has_package(backend.package):
         line = pip_line([backend.package])
-        if version := version_of(backend.module):  # of the other package; they overwrite each other's files
+        if here := version_of(backend.module):  # of the other package; they overwrite each other's files
             other = package_of(backend.module)
-            line = f"{other} {version} is here instead: pip uninstall -y {other} && {line}"
+            line = f"{other} {here} is here instead: pip uninstall -y {other} && {line}"
         missing.append(f"the package {backend.package}: {line}")
     elif not installed(backend.module):
         # An engine is only read by the version that built it.
-        exact = f"{backend.module}=={bundle.manifest.tool_versions.get(backend.name)}"
-        line = f"pip install {exact}" if backend.engine else pip_line([backend.module])
+        line = f"pip install {backend.module}=={version}" if backend.engine and version else pip_line([backend.module])
         missing.append(f"the package {backend.module}: {line}")
     if backend.gpu:
         if not installed("cuda.bindings"):
             missing.append(f"the package cuda-bindings: {pip_line(['cuda.bindings'])}")
-        wanted, capability = bundle.manifest.target.sm or 0, device_capability()
-        kind = f" of compute capability {wanted / 10:.1f}" if backend.one_gpu else ""
+        capability = device_capability()
+        kind = f" of compute capability {sm / 10:.1f}" if backend.one_gpu else ""
         if capability is None:
             missing.append(f"an NVIDIA GPU{kind} with its driver (libcuda.so.1); none was found")
-        elif backend.one_gpu and capability != wanted:
+        elif backend.one_gpu and capability != sm:
             name = f" ({found})" if (found := device_name()) else ""
             missing.append(f"a GPU{kind}; the one here has {capability / 10:.1f}{name}")
     return missing
