@@ -125,7 +125,7 @@ class ChainModel:
             if self.table.matrices():
                 self.matrices = FLOAT32 if wide else BFLOAT16
             self.table = self.table.in_stacks(wide=wide)
-        if slow := warning(_step_seconds(first, lock, self.table, self.matrices or STORED)):
+        if not backend.gpu and (slow := warning(_step_seconds(first, lock, self.table, self.matrices or STORED))):
             progress(f"expect {slow}")
         if not self.matrices and matrices != AUTO and threads_for(self.table) > 1:
             progress(f"{bundle.folder} has no forms to choose from: its matrices are read as they were built")

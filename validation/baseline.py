@@ -174,6 +174,8 @@ def unlike(of: str, metric: str, before: str, old: Mapping[str, Any], new: Mappi
     """
     found = [f"another figure, {before}"] if metric != before else []
     found += [f"another {word}" for key, word in _ALL.items() if old[key] != new[key]]
+    if old.get("measures", 1) != new.get("measures", 1):
+        found.append("another way to measure")
     if of == TEXT and old["text_sha256"] != new["text_sha256"]:
         found.append("another text")
     words, names = _PLANNED[of]

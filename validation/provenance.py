@@ -11,6 +11,7 @@ from ..export.checkpoint.reader import Checkpoint
 from ..packages import version_of
 from ..runtime.bundle import Bundle
 from ..runtime.wide import AUTO
+from .baseline import MEASURES
 from .binding import binding
 from .cases import Text
 from .environment import environment
@@ -26,6 +27,7 @@ def about(bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, thread
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "foldkv": __version__,
+        "measures": MEASURES,
         "subject": f"{bundle.target} bundle",
         "reference": f"transformers {version_of('transformers')}, float32",
         "yardstick": "",

@@ -44,6 +44,7 @@ def _determinism(provenance: Mapping[str, Any]) -> str:
     if provenance["backend"].partition(" ")[0] == ONNX_RUNTIME.name:
         threads = provenance["threads"]
         count = f"{threads} thread{'s' if threads != 1 else ''}" if threads else "the same number of threads"
+        count += f" and matrices in {provenance['matrices']}" if "matrices" in provenance else ""
         return (
             f"Nothing is drawn while it runs: {same}. The same packages on the same processor with {count} give the same figures to the bit. "
             "Others add in another order, which changes the last digits."

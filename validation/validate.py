@@ -125,15 +125,19 @@ def validate(
     if stored is not None and threads not in (None, stored.provenance["threads"]):
         stored = None  # other threads add in another order
     threads = stored.provenance["threads"] if stored is not None else threads or _default_threads(loaded)
-    command = _command(bundle, reference, report, plan, text, chosen, threads, devices, matrices, allow_unknown_keys)
-    judged = sha256_json([command, unvalidated, str(baseline), old, key])
+
+    def command(form: str) -> str:
+        return _command(bundle, reference, report, plan, text, chosen, threads, devices, form, allow_unknown_keys)
+
+    judged = sha256_json([command(matrices), unvalidated, str(baseline), old, key])
 
     def judged_result(found: Measurements, source: str, absent: str = "") -> ValidationResult:
         verdicts = not_measured(chosen, f"not executed here: {absent}") if absent else judge(chosen, found.metrics)
         result = ValidationResult(
             **vars(found), verdicts=verdicts, not_validated=unvalidated, source=source, not_executed=absent or None
         )
-        result.provenance["command"] = command
+        # How matrices were read depends on the memory that was free, unless the line says it.
+        result.provenance["command"] = command(result.provenance.get("matrices", matrices))
         if old is not None:
             result.comparison = compare(str(baseline), old, result.provenance, verdicts)
         return result
@@ -317,7 +321,9 @@ def _tokens_of_cases(plan: Plan, behaviour: Sequence[BehaviourCase]) -> int:
 
 def _matrices(asked: str, whole: bool, opened: Opened) -> str:
     """How the subject reads its matrices: as asked, or as a service does if memory holds them in float32 beside the references."""
-    return asked if asked != AUTO or (whole and opened.fits_whole(more=4)) else BFLOAT16
+    if asked != AUTO or opened.gpu or (whole and opened.fits_whole(more=4)):
+        return asked
+    return BFLOAT16
 
 
 def check_contexts(plan: Plan, longest: int, gates: Mapping[str, float], *, what: str) -> None:

@@ -18,6 +18,8 @@ def test_only_the_cpu_promises_the_same_bits_again() -> None:
     assert "seed 7" in words and "with 2 threads give the same figures to the bit" in words
     [words] = scope(ABOUT | {"threads": None})["determinism"]
     assert "with the same number of threads" in words
+    [words] = scope(ABOUT | {"matrices": "bfloat16"})["determinism"]
+    assert "with 2 threads and matrices in bfloat16 give" in words
     for backend in ("onnxruntime-cuda 1.32.0", "tensorrt_rtx 1.7.1"):
         [words] = scope(ABOUT | {"backend": backend})["determinism"]
         assert "was not measured" in words
