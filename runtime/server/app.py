@@ -399,9 +399,9 @@ class _Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As Starlette calls it."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         following: asyncio.Task[bytes] | None = None
         try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with _cancelled_without(receive, self._left):
                 while True:
                     following = asyncio.ensure_future(anext(self._events))

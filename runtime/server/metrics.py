@@ -97,7 +97,11 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time of an answer's tokens after the first.", _NEXT
         )
         self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of an answer.", _WHOLE)
-        self._queue = histogram("request_queue_time_seconds", "From a prompt to its first slot.", _WHOLE)
+        self._queue = histogram(
+            "request_queue_time_seconds",
+            "From when the engine takes a prompt to its first slot. Further prompts of a request are taken one after the other.",
+            _WHOLE,
+        )
         self._prefill = histogram(
             "request_prefill_time_seconds", "From a prompt's first slot to its first token.", _WHOLE
         )

@@ -42,7 +42,9 @@ class Pool:
             raise stopping()
         if self.full:
             raise too_many(f"{self._count} requests wait to be read")
-        loop, making = asyncio.get_running_loop(), self._threads.submit(make)
+        # The executor keeps what was cancelled until a thread comes to it, so it gets nothing that is large.
+        work = [make]
+        loop, making = asyncio.get_running_loop(), self._threads.submit(lambda: work.pop()())
         self._count += 1
 
         def end() -> None:
@@ -63,6 +65,7 @@ class Pool:
                 raise stopping() from None
             raise
         finally:
+            work.clear()
             self._waiting.discard(waiting)
 
     def close(self) -> None:

@@ -52,7 +52,9 @@ class PrefixReads:
             return False
         read = self._reads.get((key, exact))
         if read is None:
-            read = self._reads[key, exact] = self._threads.submit(self._prefixes.fetch, tokens, exact=exact)
+            # No more of the prompt than all who share this read have in common: a longer state that is kept meanwhile is of this one alone.
+            common = tokens[: key[0] + 1]
+            read = self._reads[key, exact] = self._threads.submit(self._prefixes.fetch, common, exact=exact)
             read.add_done_callback(lambda _: self._wake())
         self._waiting[answer] = read
         return True
