@@ -58,7 +58,8 @@ class Cluster:
             with _signals_kept():
                 ray.init(**where, logging_level="ERROR", log_to_driver=False)
             # A task that wants more processors than any node has would wait for ever.
-            self._largest = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+            self._nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._largest = max(map(_processors, self._nodes))
         except (OSError, RuntimeError, ValueError) as error:
             if address == LOCAL:
                 raise MissingDependencyError(
@@ -74,9 +75,9 @@ class Cluster:
         """Of all nodes together."""
         return int(self._ray.cluster_resources().get("CPU", 1))
 
-    def most_on_a_node(self, processors: int) -> int:
-        """Tasks that one node runs at once, of those that take so many processors: 1 or more."""
-        return max(1, int(self._largest) // processors)
+    def tasks_here(self, processors: int) -> int:
+        """Tasks that run on this machine at once, of those that take so many processors; 0 if it is no node of the cluster."""
+        return tasks_on([node for node in self._nodes if is_here(node)], min(processors, self._largest))
 
     def shared(self, value: Any) -> Any:
         """An argument for several tasks, which is sent to each node once."""
@@ -135,6 +136,31 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.end()
         self._ray.shutdown()
+
+
+def is_here(node: Mapping[str, Any]) -> bool:
+    """Whether a node, as ``ray.nodes()`` gives it, is on this machine: it has this machine's name, and an address that is one of its own.
+
+    A process that only speaks to a cluster (``ray://``) is told of the node that it speaks to, so Ray's own word for "here" does not say it.
+    """
+    address = node["NodeManagerAddress"]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family) as own:
+            own.bind((address, 0))  # which the system refuses for an address of another machine
+    except OSError:
+        return False
+    return bool(node["NodeManagerHostname"] == socket.gethostname())
+
+
+def tasks_on(nodes: Sequence[Mapping[str, Any]], processors: float) -> int:
+    """Tasks that these nodes run at once, of those that take so many processors; if that is 0, one for each node."""
+    return sum(int(_processors(node) // processors) if processors else 1 for node in nodes)
+
+
+def _processors(node: Mapping[str, Any]) -> float:
+    found: float = node["Resources"].get("CPU", 0.0)
+    return found
 
 
 def refuse_others(

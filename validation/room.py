@@ -36,7 +36,7 @@ class Opened:
         profile: of the bundle; ``served`` has an oracle.
         precision: of the bundle; bfloat16 has a yardstick.
         gpu: whether the bundle is for a GPU, whose choices are recomputed from the streams of all texts.
-        workers: processes on a machine that open the sides too, beside this one.
+        workers: other processes on this machine that open the sides too.
     """
 
     spec: ModelSpec

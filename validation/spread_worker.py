@@ -5,14 +5,20 @@ A worker whose files, packages or processor would compute otherwise is refused.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..artifact import scratch_folder
 from ..backends import FLOAT32
 from ..cluster import refuse_others
 from ..export.checkpoint.reader import Checkpoint
@@ -115,9 +121,19 @@ class Worker:
             dict(sources.environment), environment(self._bundle), others,
             step="Give all nodes the same processors, the same packages and the same files under the same paths.",
         )  # fmt: skip
+        # Where sides that go a layer at a time keep what a machine's memory is not counted to hold (room.py).
+        self._folder = None if self._whole else self._stack.enter_context(_own_folder())
 
     def answers(self, side: str, jobs: Sequence[Job]) -> list[Any]:
-        """As :func:`answer`."""
+        """As :func:`answer`. Arrays of sides that go a layer at a time are mapped from files that have no name any more."""
+        try:
+            return self._answers(side, jobs)
+        finally:
+            # Ray ends an idle worker without a word, so nothing stays until then. What is mapped stays readable.
+            if self._folder is not None:
+                _empty(self._folder)
+
+    def _answers(self, side: str, jobs: Sequence[Job]) -> list[Any]:
         if side == SUBJECT:
             pieces = [(job.tokens, _sizes(job)) for job in jobs if job.edges is not None]
             self._subject.announce(pieces=pieces, logits=[(job.tokens, job.last) for job in jobs if job.edges is None])
@@ -129,7 +145,7 @@ class Worker:
             ]
         if side == CHOICES:
             if self._choices.ahead:
-                self._choices.prepare([job.tokens for job in jobs])
+                self._choices.prepare([job.tokens for job in jobs], folder=self._folder)
             return [self._choices.chosen(job.tokens) for job in jobs]
         if side == ORACLE:
             self._oracle.prepare(jobs)
@@ -145,7 +161,7 @@ class Worker:
 
     @cached_property
     def _subject(self) -> Subject:
-        opened = open_subject(self._model, context=self._sources.context, layered=not self._whole)
+        opened = open_subject(self._model, context=self._sources.context, layered=not self._whole, folder=self._folder)
         return self._stack.enter_context(opened)
 
     @cached_property
@@ -162,23 +178,62 @@ class Worker:
 
     @cached_property
     def _reference(self) -> Reference:
-        return open_transformers(self._checkpoint, FLOAT32, whole=self._whole)
+        return open_transformers(self._checkpoint, FLOAT32, whole=self._whole, folder=self._folder)
 
     @cached_property
     def _yardstick(self) -> Reference:
-        return open_transformers(self._checkpoint, self._bundle.precision, whole=self._whole)
+        return open_transformers(self._checkpoint, self._bundle.precision, whole=self._whole, folder=self._folder)
 
     @cached_property
     def _oracle(self) -> Oracle:
-        return open_oracle(self._checkpoint, whole=self._whole)
+        return open_oracle(self._checkpoint, whole=self._whole, folder=self._folder)
 
     def close(self) -> None:
-        """Free the bundle."""
+        """Free the bundle, and remove the folder."""
         self._stack.close()
 
 
 #: In a worker: what it has opened.
 _opened: dict[Sources, Worker] = {}
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A scratch folder of this process; those of workers that were killed are removed."""
+    above = Path(tempfile.gettempdir()).resolve()
+    with ExitStack() as stack:
+        # One worker at a time, lest one takes the folder for a left one that another has made and not locked yet.
+        with _locked(above, wait=True):
+            for left in above.glob("foldkv-worker-*"):
+                with contextlib.suppress(OSError), _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder = stack.enter_context(scratch_folder("worker"))
+            stack.enter_context(_locked(folder))
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder until the end of this process at the latest.
+
+    Args:
+        folder: no link.
+        wait: until nobody else holds it.
+
+    Raises:
+        OSError: another worker holds it, or it is no folder that this user may read.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for inner in folder.iterdir():
+        shutil.rmtree(inner, ignore_errors=True)
 
 
 def _own(chosen: Mapping[int, Ints]) -> dict[int, Ints]:

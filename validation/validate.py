@@ -267,7 +267,7 @@ def _measure(
         cluster, workers = None, 0
         if ray is not None:
             cluster = stack.enter_context(Cluster(ray, "validate with Ray", processors=default_threads()))
-            workers = cluster.most_on_a_node(threads)
+            workers = cluster.tasks_here(threads)
         opened = Opened(checkpoint.spec, bundle.profile, bundle.precision, bundle.backend.gpu, workers)
         whole = opened.fits_whole() if layered is None else not layered
         if not whole:

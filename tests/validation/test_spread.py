@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 
 from foldkv.cluster import Cluster
-from foldkv.errors import InputError, MissingDependencyError
-from foldkv.runtime import Model
+from foldkv.errors import MissingDependencyError
 from foldkv.validation import spread
-from foldkv.validation.environment import instructions
 from foldkv.validation.settings import Plan
-from foldkv.validation.spread_worker import CHOICES, ORACLE, REFERENCE, SUBJECT, Sources, Worker
+from foldkv.validation.spread_worker import CHOICES, ORACLE, REFERENCE, SUBJECT
 from foldkv.validation.validate import validate
 
 # Ray leaves files and sockets of its own to the interpreter.
@@ -120,18 +118,6 @@ def test_shares_are_of_one_size_and_lose_nothing() -> None:
             told = [sum(dict(sizes)[name] for name in share) for share in found]
             assert max(told) - min(told) <= 2 * 5
     assert spread.shares([], 2, 0) == []
-
-
-def test_a_worker_that_would_compute_otherwise_is_refused(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    with Model(tiny_bundle) as model:
-        wrong = Sources(
-            str(tiny_bundle), str(tiny_checkpoint), model.bundle.digest, "0" * 64, (), (("torch", "0.1"),),
-            instructions() | {"avx4096"}, 1, True, 64, "auto",
-        )  # fmt: skip
-    with pytest.raises(
-        InputError, match=r"(?s)torch .* expected 0\.1.*another checkpoint.*another processor.*without avx4096"
-    ):
-        Worker(wrong)
 
 
 def test_no_cluster_at_an_address_is_one_error(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
