@@ -135,7 +135,7 @@ def check_layered(opened: Opened, plan: Plan, cases: int, folder: Path) -> None:
         InputError: the memory or the disk has too little room. The message says how long texts may be, or which contexts are too long.
     """
     longest, times = plan.longest(), 1 + opened.workers
-    each = f" for each of {times} processes" if opened.workers else ""
+    each = f" in {times} processes together" if opened.workers else ""
 
     def memory(tokens: int, contexts: Sequence[int]) -> int:
         return times * layered_memory(opened, tokens, contexts)

@@ -304,7 +304,8 @@ def _measure(
                 model.matrices,
             )  # fmt: skip
             sides = spread(sides, cluster, sources)
-        found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model, checkpoint))
+        reproducers = stack.enter_context(Reproducers(report, model, checkpoint))
+        found = measure(sides, plan, text, behaviour, progress, reproducers)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
     check_layered(SIDES, replace(plan, text_tokens=most), 500, scratch)
     with pytest.raises(InputError, match=f"at most {most:,} tokens"):
         check_layered(SIDES, replace(plan, text_tokens=most + 1), 500, scratch)
-    with pytest.raises(InputError, match="for each of 3 processes"):
+    with pytest.raises(InputError, match="in 3 processes together, and"):
         check_layered(replace(SIDES, workers=2), LONG, 500, scratch)
     monkeypatch.setattr(room, "available_memory", lambda: 2 * GIB)
     with pytest.raises(InputError, match=r"free\. Give a machine with more memory"):
