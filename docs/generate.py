@@ -117,7 +117,12 @@ experts of a token, `P` parameters of the largest layer without its routed exper
 they are less), `I` the experts' inner width, `H` heads of `D`, vocabulary `V`. A text has `q = n` queries on `k = n + n / r`
 keys, with `r` tokens an entry; a context of `c` tokens `q = 256` on `k = 256 + window + c / r`. For V4-Flash that is 12.9 GiB with a text of 2,100 tokens,
 in which the indexers have a choice, 7.4 with 384 and 29.3 with 4,000. The disk gets the streams after every layer,
-`4 N C` bytes a token, three times for the first text (of a bundle for a GPU once more for each other text), and logits and choices: 24 GiB for that text. A run that would not fit into the free memory or on the disk is refused before it begins, and the message says how many tokens would.
+`4 N C` bytes a token, three times for the first text (of a bundle for a GPU once more for each other text), and logits and choices; twice for each token of a case; and for a
+long context once where the reference reads it, and once more where a bundle for the cpu does (up to 32,768 tokens). Two passes more are there while a file is
+replaced. For V4-Flash that is 24.3 GiB with that one text, and 128 KiB more for each token of cases. A run that would not fit into the
+free memory or on the disk is refused before it begins, and the message says how many tokens would, or which contexts to leave out. A report on a file system in
+memory (tmpfs, such as `/tmp` or `/dev/shm` on many machines) makes these files take memory too, and both must fit together: name a `--report` folder on a disk.
+Files that another run left in `REPORT.foldkv-reference` (another plan, bundle, text, number of threads, or other versions) are removed when a run begins.
 
 Where index scores tie exactly at the last place, several sets of entries are equally good. ReLU makes such ties common in small and
 random models. The reference then takes the one of its equally good sets that is closest to the subject's. The report counts the ties.

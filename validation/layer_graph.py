@@ -59,7 +59,7 @@ class LayerGraph:
 
 
 class LayerGraphs:
-    """Reads the layers of an open bundle."""
+    """Reads the layers of an open bundle; of one for engines it opens the files with weights, until it is closed."""
 
     def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
         """Args: model: the subject; checkpoint: from which its bundle was made."""
@@ -67,6 +67,12 @@ class LayerGraphs:
         self._lock = WeightsLock.read(model.bundle.folder / LOCK)
         self._files: WeightFiles | None = None
         self._sources: Sources | None = None
+
+    def close(self) -> None:
+        """Close the files that this opened."""
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     def layer(self, layer: int, tokens: Sequence[int]) -> LayerGraph:
         """The graph of a layer, and what it takes for these tokens from an empty state.

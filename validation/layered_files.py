@@ -22,6 +22,11 @@ from .jobs import Job
 from .selection import Selection
 
 _NOW = "now.safetensors"
+#: Says whose the files of a folder are.
+_RUN = "run.json"
+_MOUNTS = Path("/proc/mounts")
+#: File systems whose files are in memory.
+_IN_MEMORY = ("tmpfs", "ramfs")
 _LAYER = re.compile(r"layer-(\d+)\.safetensors")
 
 
@@ -94,8 +99,34 @@ class Kept:
             raise system_failure(failure, file) from None
 
 
+def begin_run(folder: Path, run: str) -> None:
+    """Give a folder to a run: what the same run kept before it was interrupted stays, and what another kept is removed.
+
+    Args:
+        folder: is made if there is none.
+        run: a digest of all that decides what is kept.
+
+    Raises:
+        SystemFailure: the folder cannot be written.
+    """
+    file, ours = folder / _RUN, {"run": run}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(file.read_text(encoding="utf-8")) == ours:
+            return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in folder.iterdir():
+            if one.is_dir() and not one.is_symlink():
+                shutil.rmtree(one)
+            else:
+                one.unlink()
+        file.write_text(json.dumps(ours), encoding="utf-8")
+    except OSError as error:
+        raise system_failure(error, folder) from None
+
+
 def bytes_below(folder: Path) -> int:
-    """Bytes of what earlier runs have kept in a folder and the folders in it."""
+    """Bytes of what an earlier run has kept in a folder and the folders in it."""
     found = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):  # another process may have removed it
@@ -106,7 +137,25 @@ def bytes_below(folder: Path) -> int:
 def free_disk(folder: Path) -> int:
     """Bytes that are free where a folder is, or will be."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
-    return shutil.disk_usage(there).free
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else 1 << 62  # ramfs has no size
+
+
+def in_memory(folder: Path) -> str | None:
+    """The file system of a folder, if it keeps files in memory; None if it does not, or the system does not say (only Linux does)."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    place, longest, kind = folder.resolve(), -1, ""
+    for line in lines:
+        _, mounted, type_, *_ = [*line.split(" "), "", ""]
+        # Spaces and the like are octal numbers there.
+        point = Path(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), mounted))
+        # Of several on one place the last one is seen.
+        if place.is_relative_to(point) and len(point.parts) >= longest:
+            longest, kind = len(point.parts), type_
+    return kind if kind in _IN_MEMORY else None
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

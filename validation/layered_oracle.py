@@ -91,6 +91,7 @@ class LayeredOracle:
             for expert in range(start, end):
                 for one in asked:
                     one.answer(expert, w13[expert - start], w2[expert - start])
+            del w13, w2  # memory has one group, and the next is read now
         pairs = zip(jobs, asked, strict=True)
         after = [after_experts(layer, index, one, rounding=self.roundings[job.deployment]) for job, one in pairs]
         for job, own_streams in zip(jobs, after, strict=True):

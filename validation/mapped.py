@@ -1,7 +1,11 @@
-"""Large arrays of a run that goes a layer at a time: mapped from files, so that the system may drop them from memory."""
+"""Large arrays of a run that goes a layer at a time: mapped from files, so that the system may drop them from memory.
+
+A run has thousands of them, more than a process may have files open. So a mapping keeps no descriptor: numpy's would keep one each.
+"""
 
 from __future__ import annotations
 
+import errno
 import math
 import tempfile
 from pathlib import Path
@@ -52,11 +56,10 @@ class Gathered:
         try:
             with self._file as file:
                 file.flush()
-                row = empty.itemsize * math.prod(empty.shape[1:])
-                found: npt.NDArray[Any] = np.asarray(
-                    np.memmap(file, empty.dtype, "r+", shape=(file.tell() // row, *empty.shape[1:]))
-                )
-                return found
+                size, row = file.tell(), empty.itemsize * math.prod(empty.shape[1:])
+                if not size:
+                    return empty
+                return _bytes_of(file, size).view(empty.dtype).reshape(size // row, *empty.shape[1:])
         except OSError as error:
             raise system_failure(error, self._folder) from None
 
@@ -72,3 +75,20 @@ def mapped(values: npt.NDArray[Any], folder: Path | None) -> npt.NDArray[Any]:
     gathered = Gathered(folder)
     gathered.add(values)
     return gathered.array()
+
+
+def _bytes_of(file: IO[bytes], size: int) -> npt.NDArray[np.uint8]:
+    """The bytes of an open file, mapped; they stay when it is closed.
+
+    Raises:
+        OSError: the system maps no more.
+    """
+    import torch  # late, because those that open no reference do without it
+
+    try:
+        # The file has no name, but the system has one for its descriptor.
+        found = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"an array of {size} bytes cannot be mapped: {error}") from None
+    array: npt.NDArray[np.uint8] = found.numpy()
+    return array

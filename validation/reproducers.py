@@ -13,7 +13,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ class Reproducer:
 
 
 class Reproducers:
-    """The cases of one report."""
+    """The cases of one report. A context manager: files with weights that it opens are closed at the end."""
 
     def __init__(self, folder: Path, model: Model, checkpoint: Checkpoint, *, largest: int = LARGEST) -> None:
         """Args: folder: of the report; model: the subject, opened; checkpoint: of its bundle; largest: bytes of weights that may be
@@ -78,6 +79,14 @@ class Reproducers:
         self._folder, self._largest = folder / FOLDER, largest
         self._model, self._graphs = model, LayerGraphs(model, checkpoint)
         self.rows: list[Reproducer] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._graphs.close()
 
     def save(
         self, name: str, why: str, *, layer: int, tokens: Sequence[int], before: Streams, expected: Streams, actual: Streams,

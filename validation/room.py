@@ -14,17 +14,21 @@ from ..export.memory import parameter_count, parameter_groups
 from ..optimize.fit import machine_memory
 from ..runtime.host_memory import available_memory
 from ..units import size_text
+from .cases import RECORD_BYTES
 from .jobs import TOKENS_AT_ONCE
 from .layer_weights import GROUP_BYTES
-from .layered_files import bytes_below, free_disk
+from .layered_files import bytes_below, free_disk, in_memory
 from .layered_runner import CHUNK
-from .long_context import REFERENCE_CONTEXT
+from .layered_subject import LONGEST
+from .long_context import DEPTHS, PER_DEPTH, REFERENCE_CONTEXT
 from .settings import Plan
 
 #: Share of the machine's free memory that the references may take, whole.
 WHOLE_SHARE = 0.6
 #: What libraries, and all that is small, take of a run that goes a layer at a time.
 _PROCESS = 1 << 30
+#: Tokens of the questions after a long context.
+_QUESTIONS = len(DEPTHS) * PER_DEPTH * RECORD_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def layered_disk(opened: Opened, plan: Plan, cases: int) -> int:
 
     Args:
         opened: the sides.
-        plan: says the texts.
+        plan: says the texts and the long contexts.
         cases: tokens of all cases.
     """
     spec, tokens, layers = opened.spec, plan.text_tokens, opened.spec.num_layers
@@ -108,7 +112,13 @@ def layered_disk(opened: Opened, plan: Plan, cases: int) -> int:
     chosen = tokens // _ratio(spec) * 8 + spec.index_topk * 16
     choices = plan.texts * tokens * len(spec.indexed_ratios) * (1 + references) * chosen
     logits = 4 * spec.vocab_size * tokens * (3 + plan.texts * (2 + opened.yardstick))
-    return (streams * layers * tokens + after) * stream + choices + logits
+    # A long context is a pass of its own, in the reference and in a bundle for the cpu, unless it is too long for that.
+    readers = {c: (c <= REFERENCE_CONTEXT) + (c <= LONGEST and not opened.gpu) for c in plan.contexts}
+    read = {c + _QUESTIONS: count for c, count in readers.items() if count}
+    after += sum(context * count for context, count in read.items())
+    # A file is replaced when the next one is whole; and a run that goes on has what it began with mapped until the pass is done.
+    replaced = 2 * max([TOKENS_AT_ONCE, tokens, *read])
+    return (streams * layers * tokens + after + replaced) * stream + choices + logits
 
 
 def check_layered(opened: Opened, plan: Plan, cases: int, folder: Path) -> None:
@@ -118,41 +128,69 @@ def check_layered(opened: Opened, plan: Plan, cases: int, folder: Path) -> None:
         opened: the sides.
         plan: what is measured.
         cases: tokens of all cases.
-        folder: where the run keeps streams; what is there of an earlier run counts as free.
+        folder: where the run keeps streams. What is there counts as free: the same run goes on with it, and
+            :func:`~foldkv.validation.layered_files.begin_run` removes that of another.
 
     Raises:
-        InputError: the memory or the disk has too little room. The message says how long texts may be.
+        InputError: the memory or the disk has too little room. The message says how long texts may be, or which contexts are too long.
     """
     longest, times = plan.longest(), 1 + opened.workers
-    each = f" for each of {times} processes" if opened.workers else ""
+    each = f" in {times} processes together" if opened.workers else ""
 
-    def memory(tokens: int) -> int:
-        return times * layered_memory(opened, tokens, plan.contexts)
+    def memory(tokens: int, contexts: Sequence[int]) -> int:
+        return times * layered_memory(opened, tokens, contexts)
 
-    free = available_memory()
-    if free and memory(longest) > free:
-        most = _most(memory, free, longest)
-        step = (
-            f"Give texts and cases of at most {most:,} tokens (--text-tokens, --distance, --case-tokens), or a machine with more memory."
-            if most
-            else "Give a machine with more memory."
-        )
+    def disk(tokens: int, contexts: Sequence[int]) -> int:
+        return layered_disk(opened, dataclasses.replace(plan, text_tokens=tokens, contexts=tuple(contexts)), cases)
+
+    free, held = available_memory(), memory(longest, plan.contexts)
+    if free and held > free:
+        texts = "texts and cases of at most {:,} tokens (--text-tokens, --distance, --case-tokens)"
+        contexts = f" and contexts of up to {max(plan.contexts):,}" if plan.contexts else ""
         raise InputError(
-            f"a validation a layer at a time takes {size_text(memory(longest))} of memory with texts and cases of up to {longest:,} "
-            f"tokens{each}, and {size_text(free)} are free. {step}"
+            f"a validation a layer at a time takes {size_text(held)} of memory with texts and cases of up to {longest:,} "
+            f"tokens{contexts}{each}, and {size_text(free)} are free. "
+            f"{_step(memory, free, longest, plan.contexts, texts, 'a machine with more memory')}"
         )
-
-    def disk(tokens: int) -> int:
-        return layered_disk(opened, dataclasses.replace(plan, text_tokens=tokens), cases)
-
-    room, there = free_disk(folder), bytes_below(folder)
-    if disk(plan.text_tokens) > room + there:
-        most = _most(disk, room + there, plan.text_tokens)
-        step = f"Give texts of at most {most:,} tokens (--text-tokens), fewer of them (--texts), or" if most else "Give"
+    there, written, kind = bytes_below(folder), disk(plan.text_tokens, plan.contexts), in_memory(folder)
+    if free and kind and held + written > free + there:
         raise InputError(
-            f"a validation a layer at a time writes {size_text(disk(plan.text_tokens))} to {folder} until it ends, and "
-            f"{size_text(room + there)} are free. {step} a --report on a larger disk."
+            f"a validation a layer at a time takes {size_text(held)} of memory{each} and writes {size_text(written)} to {folder} until "
+            f"it ends. That folder is in memory too ({kind}), so it takes {size_text(held + written)}, and {size_text(free + there)} "
+            "are free. Name a --report folder on a disk."
         )
+    room = free_disk(folder) + there
+    if written > room:
+        texts = "texts of at most {:,} tokens (--text-tokens), fewer of them (--texts)"
+        raise InputError(
+            f"a validation a layer at a time writes {size_text(written)} to {folder} until it ends, and "
+            f"{size_text(room)} are free. {_step(disk, room, plan.text_tokens, plan.contexts, texts, 'a --report on a larger disk')}"
+        )
+
+
+def _step(
+    needs: Callable[[int, Sequence[int]], int], room: int, tokens: int, contexts: Sequence[int], texts: str, other: str
+) -> str:
+    """What to do where texts of ``tokens`` tokens and long contexts do not fit.
+
+    Args:
+        needs: bytes with texts of so many tokens and these contexts.
+        room: bytes that there are.
+        tokens: of the texts.
+        contexts: their tokens.
+        texts: words for shorter texts, with a place for the number.
+        other: words for what has more room.
+    """
+    kept = sorted(contexts)
+    while kept and needs(2, kept) > room:
+        kept.pop()
+    most = tokens if needs(tokens, kept) <= room else _most(lambda count: needs(count, kept), room, tokens)
+    if not most:
+        return f"Give {other}."
+    left_out = " ".join(f"--context {context}" for context in sorted(contexts)[len(kept) :])
+    shorter = f"give {texts.format(most)}" if most < tokens else ""
+    steps = " and ".join([f"leave out {left_out}"] * bool(left_out) + [shorter] * bool(shorter))
+    return f"{steps[0].upper()}{steps[1:]}, or {'' if shorter else 'give '}{other}."
 
 
 def _most(needs: Callable[[int], int], room: int, above: int) -> int:

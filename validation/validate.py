@@ -33,8 +33,9 @@ from .baseline import JSON, KIND, MEASURES, SCHEMA_VERSION, compare, read_report
 from .behaviour_cases import BehaviourCase
 from .binding import not_validated, weights_digest
 from .cases import Text, load_text
-from .environment import environment, instructions
+from .environment import computing, environment, instructions
 from .gates import LONG_CONTEXT, Gate, judge, not_measured, resolve_gates
+from .layered_files import begin_run
 from .layered_subject import open_subject
 from .long_context import REFERENCE_CONTEXT, planted_stream
 from .measure import behaviour_cases, measure, measure_contexts
@@ -176,6 +177,7 @@ def validate(
                     devices,
                     matrices,
                     layered,
+                    measured,
                     scratch,
                     folder,
                     ray,
@@ -256,7 +258,7 @@ def _command(
 
 def _measure(
     bundle: Bundle, checkpoint: Checkpoint, plan: Plan, text: Text, threads: int, devices: Sequence[int] | None,
-    matrices: str, layered: bool | None, scratch: Path, report: Path, ray: str | None, progress: Progress,
+    matrices: str, layered: bool | None, measured: str, scratch: Path, report: Path, ray: str | None, progress: Progress,
 ) -> Measurements:  # fmt: skip
     tokenizer = Tokenizer.from_bundle(bundle)
     behaviour = behaviour_cases(tokenizer, checkpoint.spec.sliding_window, plan)
@@ -272,6 +274,7 @@ def _measure(
         whole = opened.fits_whole() if layered is None else not layered
         if not whole:
             check_layered(opened, plan, _tokens_of_cases(plan, behaviour), scratch)
+            begin_run(scratch, sha256_json([measured, threads, computing()]))
         stack.enter_context(torch_threads(threads))
         model = stack.enter_context(
             Model(
@@ -305,7 +308,8 @@ def _measure(
                 model.matrices,
             )  # fmt: skip
             sides = spread(sides, cluster, sources)
-        found = measure(sides, plan, text, behaviour, progress, Reproducers(report, model, checkpoint))
+        reproducers = stack.enter_context(Reproducers(report, model, checkpoint))
+        found = measure(sides, plan, text, behaviour, progress, reproducers)
         measure_contexts(found, plan, sides, progress)
         found.provenance = executed(sides) | {"weights_sha256": weights}
         if changes := model.changes():

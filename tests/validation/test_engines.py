@@ -21,14 +21,16 @@ from saved_layers import SavedLayer
 
 from foldkv.cluster import Cluster
 from foldkv.errors import EXIT_ENVIRONMENT, InputError, MissingDependencyError
+from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.plugins.declarations import PLUGINS
 from foldkv.plugins.plans import Kernel
-from foldkv.runtime import Session
+from foldkv.runtime import Model, Session
 from foldkv.runtime import bundle as bundle_module
 from foldkv.runtime.backend import Observed
 from foldkv.runtime.device_buffers import DeviceBuffers
 from foldkv.runtime.engine_part import EnginePart
 from foldkv.runtime.engine_stage import _Lane
+from foldkv.validation.reproducers import Reproducers
 from foldkv.validation.result import ValidationResult
 from foldkv.validation.settings import Plan
 from foldkv.validation.validate import NOT_EXECUTED, validate
@@ -100,6 +102,26 @@ def _check_saved(folder: Path, row: dict[str, Any]) -> None:
     apart = np.abs(layer.found - layer.bundle).max(axis=(0, 2, 3))
     loose = float(row["commands"][1].split("--atol ")[1].split()[0])
     assert row["atol"] < loose and 0 < np.median(apart) < loose
+
+
+def test_files_with_weights_that_a_saved_layer_opens_are_closed(
+    engines: tuple[Path, Any], micro_checkpoint: Path, gpus: HostDriver, tmp_path: Path
+) -> None:
+    def opened() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    checkpoint = Checkpoint(micro_checkpoint)
+    shape = (5, checkpoint.spec.hc_mult, checkpoint.spec.hidden_size)
+    streams = np.random.default_rng(0).random(shape, np.float32)
+    with Model(engines[0]) as model:
+        before = opened()
+        with Reproducers(tmp_path, model, checkpoint) as cases:
+            cases.save(
+                "a-case", "of a test", layer=1, tokens=[1, 2, 3, 4, 5], before=streams, expected=streams, actual=streams,
+                reference="a test",
+            )  # fmt: skip
+            assert cases.rows[0].not_saved is None and opened() > before
+        assert opened() == before
 
 
 def _weights(patch: pytest.MonkeyPatch, owner: str, role: str, change: Callable[[Any], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from checkpoints import small_checkpoint
 from foldkv.export.checkpoint.reader import Checkpoint
 from foldkv.validation.deployments import BOTH, ROWS, W8A8
 from foldkv.validation.jobs import Job
+from foldkv.validation.layer_weights import LayerWeights
 from foldkv.validation.layered import read_layered
 from foldkv.validation.layered_oracle import LayeredOracle, LayeredOracleRunner
 from foldkv.validation.runners import OracleRunner
@@ -55,10 +57,21 @@ def test_layer_by_layer_gives_the_bits_of_the_whole_oracle(
     assert all(np.array_equal(alone.chosen[layer], apart.chosen[layer]) for layer in (1, 3))
 
 
-def test_groups_of_experts_change_no_bit(tiny_checkpoint: Path) -> None:
+def test_groups_of_experts_change_no_bit_and_one_is_in_memory(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, alive = LayerWeights.experts, list[weakref.ref[torch.Tensor]]()
+
+    def alone(self: LayerWeights, layer: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert all(one() is None for one in alive), "a group of experts is read beside another"
+        found = read(self, layer, start, end)
+        alive[:] = map(weakref.ref, found)
+        return found
+
+    monkeypatch.setattr(LayerWeights, "experts", alone)
     checkpoint = Checkpoint(tiny_checkpoint)
     one_by_one, together = LayeredOracle(checkpoint, group_bytes=1), LayeredOracle(checkpoint)
     assert one_by_one.weights.experts_at_once == 1 < together.weights.experts_at_once
     for tokens in TEXTS[1:]:
         [first], [second] = (read_layered(side, [Job(tokens)]) for side in (one_by_one, together))
-        assert torch.equal(first, second)
+        assert alive and torch.equal(first, second)

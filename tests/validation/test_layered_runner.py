@@ -68,8 +68,11 @@ def test_the_report_is_that_of_the_whole_reference(
     monkeypatch.setattr(LayeredSubject, "layers", counted_too)
     monkeypatch.setattr(room, "machine_memory", lambda: 4 << 20)
     monkeypatch.setattr(LayeredReference, "layers", killed)
+    scratch = tmp_path / "layered.foldkv-reference"
+    (scratch / "of another run").mkdir(parents=True)
     with pytest.raises(KeyboardInterrupt):
         figures(tiny_bundle, tiny_checkpoint, tmp_path / "layered")
+    assert (scratch / "run.json").is_file() and not (scratch / "of another run").exists()
     assert [path.name for path in tmp_path.iterdir() if "layered" in path.name] == ["layered.foldkv-reference"]
     monkeypatch.setattr(LayeredReference, "layers", counted)
     compare_layers = measure._layers
