@@ -25,8 +25,8 @@ from .settings import Plan
 
 #: Share of the machine's free memory that the references may take, whole.
 WHOLE_SHARE = 0.6
-#: What libraries, and all that is small, take of a run that goes a layer at a time.
-_PROCESS = 1 << 30
+#: What libraries, all that is small, and what the allocator does not give back take of a run that goes a layer at a time.
+_PROCESS = 2 << 30
 #: Tokens of the questions after a long context.
 _QUESTIONS = len(DEPTHS) * PER_DEPTH * RECORD_BYTES
 
