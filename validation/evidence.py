@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,14 +65,18 @@ def write_evidence(
     if not isinstance(manifest, BundleManifest):
         raise ArtifactError(f"{bundle} is a graph package; evidence is about a bundle. Build and validate one.")
     content = read_report(report)
+    # Reading all weights takes minutes, in which another report may be put there: what is signed is what was read now.
+    raw = (report / JSON if report.is_dir() else report).read_bytes()
+    if json.loads(raw) != content:
+        raise InputError(f"{report} was changed while it was read. Run it again.")
     signer = None if key is None else _signer(Path(key))
     paths = find_weights(bundle, lock, manifest.inputs.checkpoint, weights_from)
     rows = verify_weights(lock, paths, progress=progress)
     refuse_others(rows)
-    headline = check_report(report, bundle, manifest, lock, rows)
+    headline = check_report(report, bundle, manifest, lock, rows, content=content)
     licence = licence or _stated_licence({path.parent for path in paths.values()})
     with staged(Path(out), kind=EvidenceManifest.KIND) as folder:
-        (folder / REPORT).write_bytes((report / JSON if report.is_dir() else report).read_bytes())
+        (folder / REPORT).write_bytes(raw)
         digest = sha256_file(bundle / MANIFEST)
         bom = ml_bom(
             manifest, digest, lock, rows, content, name=_name(lock, manifest), licence=licence

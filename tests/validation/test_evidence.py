@@ -24,6 +24,7 @@ from foldkv.artifact import MANIFEST, sha256_file
 from foldkv.cli import main
 from foldkv.errors import EXIT_BAD_INPUT, EXIT_ENVIRONMENT, EXIT_OK, ArtifactError, InputError
 from foldkv.export.contract.evidence import BOM, REPORT, SIGNATURE, SIGNED, STATEMENT
+from foldkv.export.weight_digests import verify_weights
 from foldkv.manifests import EvidenceManifest, read
 from foldkv.runtime import Model, Session
 from foldkv.runtime.bundle import load_bundle
@@ -279,6 +280,22 @@ def test_evidence_that_cannot_be_made_leaves_nothing(
     before = sha256_file(copied / "evidence" / SIGNATURE)
     assert foldkv("evidence", bundle, tiny_report, "-o", copied / "evidence").exit_code == EXIT_BAD_INPUT
     assert sha256_file(copied / "evidence" / SIGNATURE) == before and verify(copied).exit_code == EXIT_BAD_INPUT
+
+
+def test_a_report_that_changes_while_weights_are_read_is_not_the_one_that_is_filed(
+    tiny_bundle: Path, tiny_report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "report.json"
+    shutil.copyfile(tiny_report / "report.json", report)
+
+    def slowly(*given: Any, **named: Any) -> Any:
+        report.write_text("{}")
+        return verify_weights(*given, **named)
+
+    monkeypatch.setattr("foldkv.validation.evidence.verify_weights", slowly)
+    made = foldkv("evidence", tiny_bundle, report, "-o", tmp_path / "evidence")
+    assert made.exit_code == EXIT_OK, made.output
+    assert (tmp_path / "evidence" / REPORT).read_bytes() == (tiny_report / "report.json").read_bytes()
 
 
 def test_evidence_that_is_made_again_without_a_key_has_no_old_signature(copied: Path, tiny_report: Path) -> None:
