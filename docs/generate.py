@@ -107,7 +107,7 @@ Such a run holds what flows through one layer. What is kept of every layer (stre
 back when they are compared: memory grows with tokens, and not with layers. It takes, beside the bundle's state, at most
 
 ```text
-1 GiB + 4 T C (2 N + K + 3) + max(layer, ends)
+2 GiB + 4 T C (2 N + K + 3) + max(layer, ends)
 layer = 5 P + W + 12 I C + 4 (4 H q k + H D (5 q + 3 k) + 4 N C q)
 ends  = 8 V (C + n)
 ```
@@ -115,8 +115,8 @@ ends  = 8 V (C + n)
 bytes, with `n` tokens of the longest text or case, `T` of a pass (the largest of 8,192, `n` and the contexts of up to 65,536), width `C`, `N` streams, `K`
 experts of a token, `P` parameters of the largest layer without its routed experts, `W` bytes of a group of experts in float32 (1 GiB, or all of a layer if
 they are less), `I` the experts' inner width, `H` heads of `D`, vocabulary `V`. A text has `q = n` queries on `k = n + n / r`
-keys, with `r` tokens an entry; a context of `c` tokens `q = 256` on `k = 256 + window + c / r`. For V4-Flash that is 12.9 GiB with a text of 2,100 tokens,
-in which the indexers have a choice, 7.4 with 384 and 29.3 with 4,000. The disk gets the streams after every layer,
+keys, with `r` tokens an entry; a context of `c` tokens `q = 256` on `k = 256 + window + c / r`. For V4-Flash that is 13.9 GiB with a text of 2,100 tokens,
+in which the indexers have a choice, 8.4 with 384 and 30.3 with 4,000; [a run](results.md#a-whole-v4-flash-validated) with 272 tokens took 8.1. The disk gets the streams after every layer,
 `4 N C` bytes a token, three times for the first text (of a bundle for a GPU once more for each other text), and logits and choices; twice for each token of a case; and for a
 long context once where the reference reads it, and once more where a bundle for the cpu does (up to 32,768 tokens). Two passes more are there while a file is
 replaced. For V4-Flash that is 24.3 GiB with that one text, and 128 KiB more for each token of cases. A run that would not fit into the

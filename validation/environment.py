@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..backends import ONNX_RUNTIME
 from ..packages import FEATURES, versions
 from ..runtime.bundle import Bundle
 
@@ -25,7 +26,7 @@ def environment(bundle: Bundle, *, executed: bool = True) -> dict[str, str]:
 
 def computing() -> list[Any]:
     """What decides the last bits of what is computed here, for the keys of what is kept: versions, and instruction sets."""
-    return [versions([*FEATURES["validate"].modules, "onnxruntime"]), sorted(instructions())]
+    return [versions([*FEATURES["validate"].modules, ONNX_RUNTIME.module]), sorted(instructions())]
 
 
 def instructions() -> frozenset[str]:
